@@ -1,0 +1,163 @@
+"""The notation, and the three contracts that let methods and models meet.
+
+    symbol   code     meaning
+    x        tokens   (B, N) int64, codebook index at each *raster* position, in [0, V)
+    pi       order    (B, N) int64, order[b, i] = raster position revealed at step i
+    pi^-1    rank     (B, N) int64, rank[b, p] = step at which position p is revealed
+    h, w, N  grid     Grid(h, w), N = h * w, position p = (p // w, p % w)
+    c        condition  (B,) int64 class labels, or None
+
+Factorisation (OAR, arXiv 2504.17069, Sec. 3): log p(x | pi, c) = sum_i log p(x[pi_i] | x[pi_<i], pi_<=i, c).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid of h x w patches; raster position p lies at row p // w, column p % w."""
+
+    h: int
+    w: int
+
+    def __post_init__(self) -> None:
+        if self.h < 1 or self.w < 1:
+            raise ValueError(f"a grid needs at least one row and one column, got {self.h} x {self.w}")
+
+    @property
+    def n(self) -> int:
+        """Number of positions, N = h * w."""
+        return self.h * self.w
+
+    def coordinates(self, device: torch.device | str | None = None) -> Tensor:
+        """Row and column of every raster position, (N, 2) float32, in patches."""
+        p = torch.arange(self.n, device=device)
+        return torch.stack((p // self.w, p % self.w), dim=1).float()
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Turns images into a grid of codebook indices and back."""
+
+    vocab_size: int
+    factor: int
+    """Pixels per patch side: an image of H x W pixels has (H / factor) x (W / factor) tokens."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) float in [-1, 1] to tokens (B, N) int64."""
+        ...
+
+    def decode(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Tokens (B, N) int64 to images (B, 3, H, W) float in [-1, 1]."""
+        ...
+
+
+@runtime_checkable
+class AnyOrderModel(Protocol):
+    """p(token at the next position | tokens so far, their positions, the next position, condition)."""
+
+    vocab_size: int
+    grid: Grid
+    """The grid that the model was trained on; the default of `forward` and `start`."""
+
+    def forward(
+        self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
+    ) -> Tensor:
+        """Teacher-forced logits (B, N, V) in order steps; step i never depends on tokens of steps >= i.
+
+        Args:
+            tokens: (B, N) int64 in raster order.
+            condition: (B,) int64 class labels, or None for unconditional.
+            order: (B, N) int64 permutation of raster positions in every row.
+            grid: the grid of `tokens`, where it is not the model's own.
+        """
+        ...
+
+    def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> Any:
+        """The state before anything is revealed."""
+        ...
+
+    def score(self, state: Any, positions: Tensor) -> Tensor:
+        """Logits (B, M, V) of open positions (B, M) int64; candidates are blind to one another."""
+        ...
+
+    def append(self, state: Any, positions: Tensor, tokens: Tensor) -> Any:
+        """Reveal tokens (B, K) at positions (B, K), in that sequence; the old state is used up.
+
+        Never recomputes what `score` has already computed for the first of the positions.
+        """
+        ...
+
+
+@dataclass
+class Progress:
+    """What a policy may look at: where things are, never what is there (that would be peeking)."""
+
+    grid: Grid
+    revealed: Tensor
+    """(B, N) bool, positions already given or drawn."""
+    last: Tensor
+    """(B,) int64, the position revealed last, -1 before the first."""
+    step: int
+    """How many reveals the loop has made."""
+    noise: Tensor
+    """(B, N) float32, one standard Gumbel number per position for this step, from each row's generator."""
+
+
+class OrderPolicy(Protocol):
+    """Decides where to go: `propose` candidates, `rate` what the model says of them, `select` some."""
+
+    @property
+    def name(self) -> str:
+        """For reports."""
+        ...
+
+    @property
+    def token_blind(self) -> bool:
+        """True if the choice ignores the candidate tokens; only then is p(x) a normalised density."""
+        ...
+
+    def propose(self, progress: Progress) -> Tensor:
+        """Candidate positions (B, M) int64, all of them open."""
+        ...
+
+    def rate(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """How much each candidate wants to be next, (B, M) float32 in nats, from logits (B, M, V)."""
+        ...
+
+    def select(self, progress: Progress, candidates: Tensor, ratings: Tensor) -> Tensor:
+        """Columns (B, K) int64 of `candidates` to reveal now, in sequence."""
+        ...
+
+
+@dataclass
+class Step:
+    """One turn of the loop: K positions were revealed in each of B images."""
+
+    index: int
+    total: int
+    """Number of positions that the loop set out to reveal in each image."""
+    positions: Tensor
+    """(B, K) int64."""
+    tokens: Tensor
+    """(B, K) int64."""
+    log_prob: Tensor
+    """(B, K) float32, nats: log-probability of each token under the model when it was scored."""
+
+
+@dataclass
+class Trace:
+    """The outcome of a whole loop: B images of N tokens with the order they came in."""
+
+    tokens: Tensor
+    """(B, N) int64 in raster order."""
+    order: Tensor
+    """(B, N) int64; given positions (completion) come first, in raster order."""
+    log_prob: Tensor
+    """(B, N) float32 in order steps, nats; zero for given positions."""

@@ -1,0 +1,1 @@
+"""Images in, caches out: sources, decoding, a procedural data set, and readers."""

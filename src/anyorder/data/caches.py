@@ -1,0 +1,206 @@
+"""Readers of what the stages write: images, their tokens, and orders for those tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anyorder.artifacts import load_array, read_manifest
+from anyorder.contracts import Grid
+
+Indices = Sequence[int] | np.ndarray | Tensor
+_SAMPLE = 256  # rows looked at when a cache is opened
+
+
+class ImageSet:
+    """One split of a data artifact, memory-mapped.
+
+    Attributes:
+        images: (n, H, W, 3) uint8.
+        labels: (n,) int64, index into `classes`; 0 where there are none.
+        classes: class names, empty if the images have none.
+        fingerprint: of the artifact.
+    """
+
+    def __init__(self, folder: str | Path, split: str = "train"):
+        """Open `{split}.images.npy` and `{split}.labels.npy`.
+
+        Raises:
+            FileNotFoundError: `folder` is no finished artifact, or has no such split.
+            ValueError: a file is damaged; the message names it.
+        """
+        self.folder, self.split = Path(folder), split
+        manifest = read_manifest(folder)
+        self.fingerprint: str = manifest["fingerprint"]
+        self.classes: list[str] = manifest["classes"]
+        path = self.folder / f"{split}.images.npy"
+        self.images = load_array(path)
+        if self.images.ndim != 4 or self.images.shape[3] != 3 or self.images.dtype != np.uint8:
+            raise _damaged(path, f"got {self.images.dtype} {self.images.shape}, expected uint8 (n, H, W, 3)")
+        self.labels = _read_labels(self.folder, split, len(self.images), len(self.classes))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.images.shape[1], self.images.shape[2]
+
+    def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) float32 in [-1, 1] and labels (B,) int64 of the given rows."""
+        rows = np.asarray(indices)
+        pixels = torch.from_numpy(np.array(self.images[rows])).permute(0, 3, 1, 2)
+        return pixels.float().div_(127.5).sub_(1).contiguous(), torch.from_numpy(np.array(self.labels[rows]))
+
+
+class TokenSet:
+    """One split of a token cache, memory-mapped.
+
+    Attributes:
+        tokens: (n, N) uint16 or int32, in [0, vocab_size), raster order.
+        labels: (n,) int64, index into `classes`; 0 where there are none.
+        classes: class names, empty if the images have none.
+        grid: the grid of the N positions.
+        vocab_size: size of the tokenizer's codebook.
+        tokenizer: fingerprint of the tokenizer that made the tokens.
+        data: fingerprint of the data artifact that was tokenized.
+        fingerprint: of this cache.
+    """
+
+    def __init__(self, folder: str | Path, split: str = "train"):
+        """Open `{split}.tokens.npy` and `{split}.labels.npy`.
+
+        Raises:
+            FileNotFoundError: `folder` is no finished artifact, or has no such split.
+            ValueError: a file is damaged; the message names it.
+        """
+        self.folder, self.split = Path(folder), split
+        manifest = read_manifest(folder)
+        self.fingerprint: str = manifest["fingerprint"]
+        self.classes: list[str] = manifest["classes"]
+        self.grid = Grid(*manifest["grid"])
+        self.vocab_size: int = manifest["vocab_size"]
+        self.tokenizer: str = manifest["tokenizer"]
+        self.data: str = manifest["data"]
+        path = self.folder / f"{split}.tokens.npy"
+        self.tokens = load_array(path)
+        if self.tokens.ndim != 2 or self.tokens.shape[1] != self.grid.n or self.tokens.dtype.kind not in "iu":
+            raise _damaged(path, f"got {self.tokens.dtype} {self.tokens.shape}, expected (n, {self.grid.n})")
+        sample = _sample(self.tokens)
+        if sample.size and not 0 <= sample.min() <= sample.max() < self.vocab_size:
+            found = f"tokens from {sample.min()} to {sample.max()}"
+            raise _damaged(path, f"it holds {found}, the vocabulary has {self.vocab_size}")
+        self.labels = _read_labels(self.folder, split, len(self.tokens), len(self.classes))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N) int64 and labels (B,) int64 of the given rows."""
+        rows = np.asarray(indices)
+        tokens = self.tokens[rows].astype(np.int64)
+        return torch.from_numpy(np.asarray(tokens)), torch.from_numpy(np.array(self.labels[rows]))
+
+
+class OrderSet:
+    """Orders extracted for the train split of a token cache, memory-mapped.
+
+    Attributes:
+        orders: (n, N) uint16, a permutation of raster positions in every row.
+        log_prob: (n, N) float32, nats, of each token in order steps when it was revealed.
+        tokens: fingerprint of the token cache that the orders are for.
+        policy: name of the policy that extracted them.
+        fingerprint: of this cache.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Open `train.order.npy` and `train.log_prob.npy`.
+
+        Raises:
+            FileNotFoundError: `folder` is no finished artifact.
+            ValueError: a file is damaged; the message names it.
+        """
+        self.folder = Path(folder)
+        manifest = read_manifest(folder)
+        self.fingerprint: str = manifest["fingerprint"]
+        self.tokens: str = manifest["tokens"]
+        self.policy: str = manifest["policy"]
+        path = self.folder / "train.order.npy"
+        self.orders = load_array(path)
+        if self.orders.ndim != 2 or len(self.orders) != manifest["rows"]:
+            raise _damaged(path, f"got shape {self.orders.shape}, expected {manifest['rows']} rows")
+        if (np.sort(_sample(self.orders), axis=1) != np.arange(self.orders.shape[1])).any():
+            raise _damaged(path, f"a row is no permutation of {self.orders.shape[1]} positions")
+        path = self.folder / "train.log_prob.npy"
+        self.log_prob = load_array(path)
+        if self.log_prob.shape != self.orders.shape:
+            raise _damaged(path, f"got shape {self.log_prob.shape}, the orders have {self.orders.shape}")
+
+    def __len__(self) -> int:
+        return len(self.orders)
+
+    def batch(self, indices: Indices) -> Tensor:
+        """Orders (B, N) int64 of the given rows."""
+        return torch.from_numpy(np.asarray(self.orders[np.asarray(indices)].astype(np.int64)))
+
+
+def check_tokenizer(tokens: TokenSet, tokenizer: str) -> None:
+    """Refuse tokens that another tokenizer made.
+
+    Args:
+        tokens: the token cache.
+        tokenizer: fingerprint of the tokenizer in use.
+
+    Raises:
+        ValueError: the fingerprints differ.
+    """
+    if tokens.tokenizer != tokenizer:
+        raise ValueError(
+            f"the tokens in {tokens.folder} were made by tokenizer {tokens.tokenizer}, not by {tokenizer}: "
+            "tokenize the images again with this tokenizer, or use the one that made them"
+        )
+
+
+def check_tokens(orders: OrderSet, tokens: TokenSet) -> None:
+    """Refuse orders that are for other tokens; orders may cover only the first images.
+
+    Raises:
+        ValueError: the orders were extracted from another token cache, or `tokens` is not the train split.
+    """
+    mend = "extract the orders again from these tokens, or use the tokens that they are for"
+    if orders.tokens != tokens.fingerprint:
+        raise ValueError(
+            f"the orders in {orders.folder} are for token cache {orders.tokens}, "
+            f"but {tokens.folder} is {tokens.fingerprint}: {mend}"
+        )
+    fits = len(orders) <= len(tokens) and orders.orders.shape[1:] == tokens.tokens.shape[1:]
+    if tokens.split != "train" or not fits:
+        raise ValueError(
+            f"the orders in {orders.folder} are for {orders.orders.shape} tokens of the train split, "
+            f"got {tokens.tokens.shape} tokens of the {tokens.split} split: {mend}"
+        )
+
+
+def _read_labels(folder: Path, split: str, rows: int, classes: int) -> np.ndarray:
+    path = folder / f"{split}.labels.npy"
+    labels = load_array(path)
+    if labels.shape != (rows,) or labels.dtype != np.int64:
+        raise _damaged(path, f"got {labels.dtype} {labels.shape}, expected int64 ({rows},)")
+    if rows and not 0 <= labels.min() <= labels.max() < max(1, classes):
+        raise _damaged(path, f"labels from {labels.min()} to {labels.max()}, there are {classes} classes")
+    return labels
+
+
+def _sample(rows: np.ndarray) -> np.ndarray:
+    """Rows spread evenly over the file, the first and the last among them."""
+    count = min(len(rows), _SAMPLE)
+    return rows[np.linspace(0, max(0, len(rows) - 1), count, dtype=np.int64)]
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(f"{path} is damaged: {what}; delete its folder and run the stage again")

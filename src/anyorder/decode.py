@@ -1,0 +1,243 @@
+"""The one loop: score open positions, put a token on each, reveal some, repeat.
+
+Sampling in a given order, sampling with inferred locations, order extraction and completion are all
+`generate` with another policy and another source of content (OAR, arXiv 2504.17069 v1, Sec. 3.3 and 3.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from anyorder.contracts import AnyOrderModel, Grid, OrderPolicy, Progress, Step, Trace
+from anyorder.logits import Sampling, Streams, draw, token_likelihood, truncate
+from anyorder.policies import make_policy, random_rows
+
+Content = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(positions (B, M), logits (B, M, V), uniform (B, M)) -> tokens (B, M)."""
+
+
+def drawn(sampling: Sampling) -> Content:
+    """Content of generation: a token drawn from the model for each candidate."""
+    return lambda positions, logits, uniform: draw(truncate(logits, sampling), uniform)
+
+
+def given(tokens: Tensor) -> Content:
+    """Content of order extraction: the true tokens (B, N) of a training image."""
+    return lambda positions, logits, uniform: tokens.gather(1, positions)
+
+
+@torch.no_grad()
+def generate(
+    model: AnyOrderModel,
+    policy: OrderPolicy,
+    content: Content,
+    streams: Streams,
+    *,
+    condition: Tensor | None = None,
+    grid: Grid | None = None,
+    known: tuple[Tensor, Tensor] | None = None,
+    chunk: int = 64,
+) -> Iterator[Step]:
+    """Reveal every open position, step by step; progress bars and animations read this stream.
+
+    Costs per image, N positions: a fixed order evaluates N candidates, an inferred one N (N + 1) / 2.
+    Memory: the model's cache plus O(B * chunk * V) for logits.
+
+    Args:
+        model: any-order model.
+        policy: where to go.
+        content: what to put there.
+        streams: one random stream per image; its length is the batch size B.
+        condition: (B,) int64 class labels, or None.
+        grid: the grid to draw on; the model's own by default.
+        known: positions (B, K) and tokens (B, K) that are given, revealed first.
+        chunk: candidates scored per call.
+
+    Yields:
+        Step: after each reveal.
+    """
+    grid = grid or model.grid
+    device = streams.device
+    batch = len(streams)
+    state = model.start(batch, condition, grid)
+    progress = Progress(
+        grid=grid,
+        revealed=torch.zeros(batch, grid.n, dtype=torch.bool, device=device),
+        last=torch.full((batch,), -1, device=device),
+        step=0,
+        noise=torch.zeros(batch, grid.n, device=device),
+    )
+    if known is not None and known[0].shape[1]:
+        state = model.append(state, *known)
+        progress.revealed.scatter_(1, known[0], True)
+        progress.last = known[0][:, -1]
+    total = int((~progress.revealed[0]).sum())
+    done = 0
+    while done < total:
+        uniform, progress.noise = streams.uniform(grid.n), streams.gumbel(grid.n)
+        candidates = policy.propose(progress)
+        tokens, log_prob, ratings = _look(model, state, policy, content, candidates, uniform, chunk)
+        chosen = policy.select(progress, candidates, ratings)
+        positions, tokens, log_prob = (x.gather(1, chosen) for x in (candidates, tokens, log_prob))
+        done += positions.shape[1]
+        if done < total:  # after the last reveal nothing is scored any more
+            state = model.append(state, positions, tokens)
+        progress.revealed.scatter_(1, positions, True)
+        progress.last = positions[:, -1]
+        progress.step += 1
+        yield Step(progress.step - 1, total, positions, tokens, log_prob)
+
+
+def _look(
+    model: AnyOrderModel,
+    state: object,
+    policy: OrderPolicy,
+    content: Content,
+    candidates: Tensor,
+    uniform: Tensor,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What would be there, how likely, and how much it is wanted: three (B, M), chunk by chunk."""
+    parts = []
+    for positions in candidates.split(chunk, dim=1):
+        logits = model.score(state, positions)
+        tokens = content(positions, logits, uniform.gather(1, positions))
+        parts.append((tokens, token_likelihood(logits, tokens), policy.rate(logits, tokens)))
+    tokens, log_prob, ratings = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    return tokens, log_prob, ratings
+
+
+def trace(steps: Iterator[Step], known: tuple[Tensor, Tensor] | None = None) -> Trace:
+    """Run the loop to its end and collect the image, its order and its log-probabilities."""
+    parts = [(step.positions, step.tokens, step.log_prob) for step in steps]
+    if known is not None:
+        parts.insert(0, (*known, torch.zeros(known[0].shape, device=known[0].device)))
+    order, tokens, log_prob = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
+    return Trace(tokens=torch.zeros_like(tokens).scatter(1, order, tokens), order=order, log_prob=log_prob)
+
+
+def sample(
+    model: AnyOrderModel,
+    order: str | Tensor | OrderPolicy,
+    streams: Streams,
+    *,
+    condition: Tensor | None = None,
+    grid: Grid | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    chunk: int = 64,
+) -> Trace:
+    """Draw images in a fixed, random or inferred order.
+
+    Args:
+        model: any-order model, possibly `Guided`.
+        order: what `make_policy` takes.
+        streams: one random stream per image.
+        condition: (B,) int64 class labels, or None.
+        grid: the grid to draw on.
+        sampling: temperature and truncation.
+        chunk: candidates scored per call.
+    """
+    policy = make_policy(order, grid or model.grid, streams)
+    return trace(
+        generate(model, policy, drawn(sampling), streams, condition=condition, grid=grid, chunk=chunk)
+    )
+
+
+def extract_orders(
+    model: AnyOrderModel,
+    tokens: Tensor,
+    order: str | OrderPolicy = "entropy",
+    streams: Streams | None = None,
+    *,
+    condition: Tensor | None = None,
+    grid: Grid | None = None,
+    chunk: int = 64,
+) -> Trace:
+    """Recover the order in which the model itself would reveal each image (OAR v1, Sec. 3.4).
+
+    Args:
+        model: any-order model.
+        tokens: (B, N) int64, raster order.
+        order: an inferred-order policy or the name of a score. "token_likelihood" is the paper's rule.
+        streams: only needed for a location temperature; seeds 0..B-1 by default.
+        condition: (B,) int64 class labels, or None.
+        grid: the grid of `tokens`.
+        chunk: candidates scored per call; memory O(B * chunk * V).
+
+    Returns:
+        Trace: `order` as extracted and `log_prob` of the true tokens in it.
+
+    Raises:
+        ValueError: tokens of another length than the grid.
+    """
+    grid = grid or model.grid
+    if tokens.shape[1] != grid.n:
+        raise ValueError(f"{tokens.shape[1]} tokens per image do not fill a {grid.h} x {grid.w} grid")
+    streams = streams or Streams(range(len(tokens)), tokens.device)
+    policy = make_policy(order, grid, streams)
+    return trace(generate(model, policy, given(tokens), streams, condition=condition, grid=grid, chunk=chunk))
+
+
+def complete(
+    model: AnyOrderModel,
+    tokens: Tensor,
+    known: Tensor,
+    order: str | Tensor | OrderPolicy,
+    streams: Streams,
+    *,
+    condition: Tensor | None = None,
+    grid: Grid | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    chunk: int = 64,
+) -> Trace:
+    """Draw what is missing: in- and outpainting without retraining (OAR v2).
+
+    Args:
+        model: any-order model.
+        tokens: (B, N) int64, raster order; what stands at unknown positions is ignored.
+        known: (B, N) bool; rows may know different numbers of positions.
+        order: what `make_policy` takes, for the open positions.
+        streams: one random stream per image.
+        condition: (B,) int64 class labels, or None.
+        grid: the grid of `tokens`.
+        sampling: temperature and truncation.
+        chunk: candidates scored per call.
+
+    Raises:
+        ValueError: `known` of another shape than `tokens`.
+    """
+    if known.shape != tokens.shape or known.dtype != torch.bool:
+        raise ValueError(
+            f"known must be bool of shape {tuple(tokens.shape)}, got {known.dtype} {tuple(known.shape)}"
+        )
+    grid = grid or model.grid
+    if order == "random":
+        order = random_rows(grid, streams)
+    counts = known.sum(1)
+    result = Trace(tokens.clone(), torch.empty_like(tokens), torch.zeros(tokens.shape, device=tokens.device))
+    for count in counts.unique().tolist():  # rows that know equally many positions run as one batch
+        rows = (counts == count).nonzero().squeeze(1)
+        here = known[rows].nonzero(as_tuple=True)[1].reshape(len(rows), count)
+        prefix = (here, tokens[rows].gather(1, here))
+        some = streams.subset(rows.tolist())
+        own = order[rows] if isinstance(order, Tensor) and order.ndim == 2 else order
+        steps = generate(
+            model,
+            make_policy(own, grid, some),
+            drawn(sampling),
+            some,
+            condition=None if condition is None else condition[rows],
+            grid=grid,
+            known=prefix,
+            chunk=chunk,
+        )
+        part = trace(steps, prefix)
+        result.tokens[rows], result.order[rows], result.log_prob[rows] = (
+            part.tokens,
+            part.order,
+            part.log_prob,
+        )
+    return result

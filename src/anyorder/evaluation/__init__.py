@@ -1,0 +1,1 @@
+"""Measuring and showing generated images: feature extractors, metrics, figures and the report."""

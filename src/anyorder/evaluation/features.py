@@ -1,0 +1,220 @@
+"""Feature extractors: what "looks alike" means to a metric, behind one interface.
+
+Only the Inception network of 2015 may call its Fréchet distance "FID". Every other extractor reports
+"FD (name)", because its numbers compare with nothing but numbers of the very same extractor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anyorder.artifacts import sha256
+
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth"
+)
+
+
+class FeatureExtractor(Protocol):
+    """Maps images to the features and logits that all distribution metrics are computed from."""
+
+    name: str
+    """Names the network *and* its weights: statistics of different names are never compared."""
+    metric: str
+    """What the Fréchet distance in this feature space is called: "FID" or "FD (name)"."""
+    dim: int
+    num_classes: int
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) uint8 to features (B, dim) and logits (B, num_classes), both float32."""
+        ...
+
+
+class Inception2015:
+    """The Inception network of FID (Heusel et al. 2017, arXiv 1706.08500) as ported by torch-fidelity.
+
+    Features are the 2048 pooled activations, logits the 1008 outputs without bias (Inception Score).
+    """
+
+    name = "inception-2015"
+    metric = "FID"
+    dim = 2048
+    num_classes = 1008
+
+    def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu"):
+        """Load the network.
+
+        Args:
+            weights: file with the original weights; None takes them from the torch hub cache, and
+                downloads them (96 MB) if they are not there.
+            device: where the network runs.
+
+        Raises:
+            ImportError: torch-fidelity, or the torchvision that it needs, cannot be imported.
+            FileNotFoundError: no weights at `weights`, or they can be neither found nor downloaded.
+            ValueError: the file holds other weights; distances would not be FID.
+        """
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except (ImportError, RuntimeError) as e:  # RuntimeError: a torchvision built for another torch
+            raise ImportError(
+                f"FID needs torch-fidelity ({e}): `pip install torch-fidelity` with the torchvision that "
+                "belongs to your torch, or evaluate with a classifier"
+            ) from e
+        path = inception_weights(weights)
+        self.device = torch.device(device)
+        self.network = FeatureExtractorInceptionV3(self.name, ["2048", "logits_unbiased"], str(path))
+        self.network.to(self.device)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) uint8 to features (B, 2048) and logits (B, 1008), both float32."""
+        features, logits = self.network(images.to(self.device))
+        return features.float(), logits.float()
+
+
+def inception_weights(path: str | Path | None = None) -> Path:
+    """The verified weights file of Inception-2015, downloaded if `path` is None and the cache is empty.
+
+    Raises:
+        FileNotFoundError: it is not there and cannot be downloaded.
+        ValueError: the file's hash is not that of the original weights.
+    """
+    if path is None:
+        path = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_URL.rpartition("/")[2])
+        if not path.is_file():
+            _download(path)
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no Inception weights at {path}: download {INCEPTION_URL} to that file")
+    if (found := sha256(path)) != INCEPTION_SHA256:
+        raise ValueError(
+            f"{path} has sha256 {found[:8]}…, the weights that define FID have {INCEPTION_SHA256[:8]}…: "
+            f"delete it and download {INCEPTION_URL}"
+        )
+    return path
+
+
+def _download(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256)
+    except (OSError, RuntimeError) as e:  # RuntimeError: the hash differs (a proxy's error page, say)
+        raise FileNotFoundError(
+            f"the Inception weights cannot be downloaded ({e}): fetch {INCEPTION_URL} on another machine "
+            f"and put it at {path}, or evaluate with a classifier"
+        ) from e
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Shape of the classifier whose features serve where Inception's do not (small, unnatural images)."""
+
+    num_classes: int
+    """Classes in the data set, at least 2."""
+    image_size: int = 32
+    """Shorter side of the images in pixels, at least 16."""
+    channels: tuple[int, ...] = (32, 64, 128)
+    """Width of each stage, multiples of 8; the resolution halves from 16x16 between stages, the last width
+    is the feature dimension."""
+    label_smoothing: float = 0.1
+    """Share of the target spread over all classes (Szegedy et al. 2016, arXiv 1512.00567), in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 2:
+            raise ValueError(
+                f"a classifier needs at least 2 classes, the data set has {self.num_classes}: evaluate with "
+                "Inception-2015, or give the data set labels"
+            )
+        if self.image_size < 16:
+            raise ValueError(f"the classifier takes images of at least 16 pixels, got {self.image_size}")
+        if not 1 <= len(self.channels) <= 4 or any(c < 8 or c % 8 for c in self.channels):
+            raise ValueError(f"channels must be 1 to 4 positive multiples of 8, got {self.channels}")
+
+
+class ResidualBlock(nn.Module):
+    """Pre-activation residual block (He et al. 2016, arXiv 1603.05027) with group normalisation."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(8, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) to the same shape."""
+        h = self.conv1(F.relu(self.norm1(x)))
+        return x + self.conv2(F.relu(self.norm2(h)))
+
+
+class Classifier(nn.Module):
+    """Small residual network trained on the data set's own labels: 0.43 M parameters by default.
+
+    A strided stem brings any image size to 16x16, so that 64x64 images cost hardly more than 32x32.
+    """
+
+    def __init__(self, config: ClassifierConfig):
+        super().__init__()
+        self.config = config
+        widths = config.channels
+        stride = config.image_size // 16
+        stages = [nn.Conv2d(3, widths[0], stride + 2, stride, padding=1), ResidualBlock(widths[0])]
+        for before, width in pairwise(widths):
+            stages += [nn.Conv2d(before, width, 2, 2), ResidualBlock(width)]
+        self.trunk = nn.Sequential(*stages, nn.GroupNorm(8, widths[-1]), nn.ReLU())
+        self.head = nn.Linear(widths[-1], config.num_classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) float in [-1, 1] to features (B, channels[-1]) and logits (B, classes).
+
+        Raises:
+            ValueError: the images are not of the size that the classifier was made for.
+        """
+        if min(images.shape[-2:]) != self.config.image_size:
+            raise ValueError(
+                f"the classifier was made for images of {self.config.image_size} pixels (shorter side), "
+                f"got {images.shape[-2]}x{images.shape[-1]}: resize them, or train another classifier"
+            )
+        features = self.trunk(images).mean((2, 3))
+        return features, self.head(features)
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Smoothed cross entropy in nats and accuracy in [0, 1] of images in [-1, 1] and labels (B,)."""
+        logits = self(images)[1].float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        return loss, {"accuracy": (logits.argmax(1) == labels).float().mean()}
+
+
+class ClassifierFeatures:
+    """A trained classifier as a feature extractor, named after a hash of its weights."""
+
+    def __init__(self, classifier: Classifier):
+        self.classifier = classifier
+        self.name = f"classifier-{_weights_hash(classifier)}"
+        self.metric = f"FD ({self.name})"
+        self.dim = classifier.config.channels[-1]
+        self.num_classes = classifier.config.num_classes
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) uint8 to features (B, dim) and logits (B, num_classes), both float32."""
+        images = images.to(self.classifier.head.weight.device).float() / 127.5 - 1
+        return self.classifier(images)
+
+
+def _weights_hash(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:8]

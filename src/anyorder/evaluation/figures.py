@@ -1,0 +1,380 @@
+"""Pictures of pictures: sample grids, maps of the generation order, drawing animations, loss curves.
+
+Images are uint8 (n, H, W, 3), orders (n, N) int as in `contracts`. Every function returns a Pillow image
+and gives the same pixels for the same input; `save_image` and `drawing_animation` write atomically.
+matplotlib is imported where it is used, and never through pyplot, so that no display or global state is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from anyorder.artifacts import atomic
+from anyorder.contracts import Grid
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+UNREVEALED = 128
+"""Grey value of patches that are not drawn yet."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe-Ito: distinguishable under all common colour-vision deficiencies."""
+MAP = "viridis_r"
+"""Light is first, dark is last; perceptually uniform, so that equal steps look equal."""
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": False,
+}
+
+
+def save_image(image: Image.Image, path: str | Path) -> None:
+    """Write an image atomically, in the format that the file's ending names.
+
+    Raises:
+        ValueError: Pillow writes no such format.
+    """
+    with atomic(path) as temporary:
+        image.save(temporary, format=_format(path))
+
+
+def _format(path: str | Path) -> str:
+    suffix = Path(path).suffix.lower()
+    if suffix not in (known := Image.registered_extensions()):
+        raise ValueError(f"cannot write '{suffix}' images ({path}): choose .png, .webp or .gif")
+    return known[suffix]
+
+
+def image_grid(images: np.ndarray, columns: int = 8, scale: int = 1, gap: int = 2) -> Image.Image:
+    """Images in rows on white; a last row that is not full stays white.
+
+    Args:
+        images: (n, H, W, 3) uint8, n >= 1.
+        columns: images per row, at most.
+        scale: every pixel becomes scale x scale pixels, without smoothing.
+        gap: white pixels between images.
+
+    Raises:
+        ValueError: the images are not uint8 (n, H, W, 3), or there are none.
+    """
+    _require_images(images)
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    n, height, width, _ = images.shape
+    columns = min(columns, n)
+    rows = math.ceil(n / columns)
+    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
+    canvas = np.full(shape, 255, dtype=np.uint8)
+    for i, image in enumerate(images):
+        y, x = i // columns * (height + gap), i % columns * (width + gap)
+        canvas[y : y + height, x : x + width] = image
+    return Image.fromarray(canvas)
+
+
+def _require_images(images: np.ndarray) -> None:
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) == 0:
+        raise ValueError(
+            f"figures take one or more uint8 images (n, H, W, 3), got {images.dtype} of shape {images.shape}"
+        )
+
+
+def ranks(orders: np.ndarray, grid: Grid) -> np.ndarray:
+    """Orders (n, N) to the step at which each patch is revealed, (n, h, w).
+
+    Raises:
+        ValueError: a row is not a permutation of the grid's positions.
+    """
+    orders = np.asarray(orders)
+    if orders.shape[1:] != (grid.n,) or (np.sort(orders, axis=1) != np.arange(grid.n)).any():
+        raise ValueError(
+            f"orders must be permutations of the {grid.n} positions of a {grid.h}x{grid.w} grid, "
+            f"got shape {orders.shape}"
+        )
+    return orders.argsort(axis=1).reshape(-1, grid.h, grid.w)
+
+
+def order_map(
+    rank: np.ndarray, size: tuple[int, int], over: np.ndarray | None = None, opacity: float = 0.65
+) -> np.ndarray:
+    """Heat map of when each patch was drawn, light first, dark last.
+
+    Args:
+        rank: (h, w) steps or mean steps, from 0 to N - 1.
+        size: (H, W) of the result in pixels, at least (h, w).
+        over: image (H, W, 3) uint8 that shines through, or None.
+        opacity: of the map over the image, in [0, 1].
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    from matplotlib import colormaps
+
+    h, w = rank.shape
+    rows, columns = np.arange(size[0]) * h // size[0], np.arange(size[1]) * w // size[1]
+    heat = colormaps[MAP](rank / max(1, rank.size - 1))[rows][:, columns, :3] * 255
+    if over is not None:
+        heat = opacity * heat + (1 - opacity) * over
+    return heat.round().astype(np.uint8)
+
+
+def order_panel(
+    images: np.ndarray, orders: np.ndarray, grid: Grid, columns: int = 4, scale: int = 2
+) -> Image.Image:
+    """Each image beside the map of its own order, with a key.
+
+    Args:
+        images: (n, H, W, 3) uint8.
+        orders: (n, N) int, the order that each image was generated in, or that was extracted from it.
+        grid: the grid of the orders.
+        columns: pairs per row, at most.
+        scale: enlargement of the images.
+    """
+    _require_images(images)
+    maps = [order_map(rank, images.shape[1:3]) for rank in ranks(orders, grid)]
+    if len(maps) != len(images):
+        raise ValueError(f"got {len(images)} images and {len(maps)} orders: give one order for each image")
+    pairs = np.concatenate([images, np.stack(maps)], axis=2)
+    return _with_key(image_grid(pairs, columns, scale, gap=6), grid.n)
+
+
+def _with_key(panel: Image.Image, steps: int, height: int = 26) -> Image.Image:
+    """Add a strip below: the colour of the first and of the last step."""
+    font = ImageFont.load_default(12)
+    first, last = "first", f"last of {steps}"
+    left, right = font.getlength(first) + 8, font.getlength(last) + 8
+    bar = min(160, max(40, int(panel.width - left - right)))
+    width = max(panel.width, math.ceil(left + bar + right))
+    canvas = Image.new("RGB", (width, panel.height + height), "white")
+    canvas.paste(panel, (0, 0))
+    gradient = order_map(np.arange(bar)[None], (10, bar))
+    canvas.paste(Image.fromarray(gradient), (int(left), panel.height + 10))
+    draw = ImageDraw.Draw(canvas)
+    middle = panel.height + 15
+    draw.text((2, middle), first, "#333333", font, anchor="lm")
+    draw.text((left + bar + 6, middle), last, "#333333", font, anchor="lm")
+    return canvas
+
+
+def mean_rank_per_class(
+    orders: np.ndarray, labels: np.ndarray, classes: Sequence[str], grid: Grid, columns: int = 6
+) -> Image.Image:
+    """When each patch is drawn on average: one map for all images, and one for each class that occurs.
+
+    Args:
+        orders: (n, N) int.
+        labels: (n,) int, indices into `classes`.
+        classes: names of the classes.
+        grid: the grid of the orders.
+        columns: maps per row, at most.
+    """
+    rank, labels = ranks(orders, grid), np.asarray(labels)
+    maps = [(f"all ({len(rank)})", rank.mean(0))]
+    for label in np.unique(labels):
+        members = rank[labels == label]
+        name = classes[label]
+        name = name if len(name) <= 16 else f"{name[:15]}…"
+        maps.append((f"{name} ({len(members)})", members.mean(0)))
+    columns = min(columns, len(maps))
+    rows = math.ceil(len(maps) / columns)
+    with _figure(1.45 * columns + 0.8, 1.45 * rows * grid.h / grid.w + 0.35 * rows) as figure:
+        axes = figure.subplots(rows, columns, squeeze=False)
+        stack = np.stack([mean for _, mean in maps])
+        for axis in axes.flat:
+            axis.set_axis_off()
+        for axis, (name, mean) in zip(axes.flat, maps, strict=False):
+            shown = axis.imshow(mean, cmap=MAP, vmin=stack.min(), vmax=stack.max())
+            axis.set_title(name, fontsize=8)
+        bar = figure.colorbar(shown, ax=axes, shrink=min(1.0, 2 / rows), pad=0.02)
+        bar.set_label(f"mean step (0 to {grid.n - 1})")
+        bar.outline.set_visible(False)
+        return _rendered(figure)
+
+
+def drawing_frames(
+    decode: Callable[[np.ndarray], np.ndarray], orders: np.ndarray, grid: Grid, frames: int = 24
+) -> np.ndarray:
+    """Images being drawn in their orders, from an empty grid to the full one.
+
+    Args:
+        decode: given which positions are revealed, (n, N) bool, the images (n, H, W, 3) uint8. It may
+            decode the revealed tokens only, or return the finished images every time.
+        orders: (n, N) int.
+        grid: the grid of the orders.
+        frames: how many moments to show, evenly spaced over the steps; at least 2.
+
+    Returns:
+        (T, n, H, W, 3) uint8, T <= frames; patches not yet revealed are grey.
+    """
+    if frames < 2:
+        raise ValueError(f"an animation needs at least 2 frames, got {frames}")
+    rank = ranks(orders, grid)
+    moments = np.unique(np.linspace(0, grid.n, frames).round().astype(int))
+    return np.stack([_reveal(decode, rank < moment) for moment in moments])
+
+
+def _reveal(decode: Callable[[np.ndarray], np.ndarray], revealed: np.ndarray) -> np.ndarray:
+    n, h, w = revealed.shape
+    images = decode(revealed.reshape(n, h * w))
+    _require_images(images)
+    rows, columns = (np.arange(size) * k // size for size, k in zip(images.shape[1:3], (h, w), strict=True))
+    shown = revealed[:, rows][:, :, columns, None]
+    return np.where(shown, images, np.uint8(UNREVEALED))
+
+
+def drawing_animation(
+    path: str | Path,
+    frames: np.ndarray,
+    columns: int = 8,
+    scale: int = 2,
+    seconds: float = 4.0,
+    hold: float = 2.0,
+) -> None:
+    """Write an endless animation of a grid of images, atomically.
+
+    Args:
+        path: `.gif` or `.webp` file (WebP is lossless and smaller).
+        frames: (T, n, H, W, 3) uint8, see `drawing_frames`.
+        columns: images per row, at most.
+        scale: enlargement.
+        seconds: how long the drawing takes, without the last frame.
+        hold: seconds for which the last frame stays.
+
+    Raises:
+        ValueError: the file's ending names no animated format, or there are fewer than 2 frames.
+    """
+    if _format(path) not in ("GIF", "WEBP"):
+        raise ValueError(f"animations are .gif or .webp files, got {path}")
+    if len(frames) < 2:
+        raise ValueError(f"an animation needs at least 2 frames, got {len(frames)}")
+    first, *rest = [image_grid(images, columns, scale) for images in frames]
+    durations = [round(1000 * seconds / len(rest))] * len(rest) + [round(1000 * hold)]
+    with atomic(path) as temporary:
+        first.save(
+            temporary,
+            format=_format(path),
+            save_all=True,
+            append_images=rest,
+            duration=durations,
+            loop=0,
+            lossless=True,
+        )
+
+
+def loss_curves(runs: Sequence[tuple[str, str | Path]], ylabel: str = "loss (nats per token)") -> Image.Image:
+    """Training loss (thin: as logged, thick: smoothed), test loss (dots) and speed of several runs.
+
+    Args:
+        runs: (name, path of its `metrics.jsonl`): lines with `step` and `loss`, some with `test_nll` or
+            `test_loss`, some with `images_per_second`. Where a resumed run repeats a step, the last counts.
+        ylabel: what the loss is, with its unit.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a line is not JSON, or a file holds no loss at all.
+    """
+    logs = [(name, read_metrics(path)) for name, path in runs]
+    for (_, path), (_, log) in zip(runs, logs, strict=True):
+        if not any("loss" in line for line in log):
+            raise ValueError(f"{path} holds no losses yet: train for a while and draw again")
+    with_speed = any("images_per_second" in line for _, log in logs for line in log)
+    with _figure(9.2 if with_speed else 5.6, 3.4) as figure:
+        panels = figure.subplots(1, 1 + with_speed, squeeze=False, width_ratios=[1.7, 1][: 1 + with_speed])[0]
+        for i, (name, log) in enumerate(logs):
+            _draw_run(panels, name, log, COLOURS[i % len(COLOURS)])
+        for axis, label in zip(panels, (ylabel, "images per second"), strict=False):
+            axis.set(xlabel="step", ylabel=label)
+            axis.margins(x=0.02)
+        if with_speed:
+            panels[1].set_ylim(bottom=0)
+        # The cliff of the first steps would hide all differences: let the curves enter from above.
+        top = max(
+            _smooth(losses)[len(losses) // 20 :].max()
+            for losses in (_series(log, "loss")[1] for _, log in logs)
+        )
+        panels[0].set_ylim(top=top + 0.05 * (top - panels[0].get_ylim()[0]))
+        panels[0].legend(loc="upper right")
+        return _rendered(figure)
+
+
+def _draw_run(panels: Sequence[Axes], name: str, log: list[dict[str, Any]], colour: str) -> None:
+    steps, losses = _series(log, "loss")
+    panels[0].plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
+    panels[0].plot(steps, _smooth(losses), color=colour, linewidth=1.8, label=name)
+    for key in ("test_nll", "test_loss"):
+        steps, values = _series(log, key)
+        if len(steps):
+            label = f"{name}, test"
+            panels[0].plot(steps, values, "o--", color=colour, markersize=4, linewidth=0.8, label=label)
+    if len(panels) > 1:
+        panels[1].plot(*_series(log, "images_per_second"), color=colour, linewidth=1.2)
+
+
+def _series(log: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    points = {line["step"]: line[key] for line in log if line.get(key) is not None}
+    steps = sorted(points)
+    return np.array(steps), np.array([points[step] for step in steps], dtype=float)
+
+
+def _smooth(values: np.ndarray, window: float = 0.02) -> np.ndarray:
+    """Centred moving average over a share of the curve: no lag, shorter at the ends."""
+    kernel = np.ones(min(len(values), 1 + 2 * round(window / 2 * len(values))))
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line cut short by a killed process is left out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another line is not a JSON object with a `step`; file and line are named.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no metrics at {path}: give the metrics.jsonl of a training run")
+    result = []
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            result.append(json.loads(line))
+            result[-1]["step"]
+        except (json.JSONDecodeError, KeyError, TypeError) as e:
+            raise ValueError(
+                f"{path}, line {number}: not a JSON object with a step: {line.strip()[:80]}"
+            ) from e
+    return result
+
+
+@contextlib.contextmanager
+def _figure(width: float, height: float, dpi: int = 160) -> Iterator[Figure]:
+    """A matplotlib figure in the house style, without pyplot; sizes in inches."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+def _rendered(figure: Figure) -> Image.Image:
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())  # type: ignore[attr-defined]
+    return Image.fromarray(pixels[..., :3].copy())

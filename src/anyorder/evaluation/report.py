@@ -1,0 +1,203 @@
+"""One self-contained HTML page: tables, pictures and manifests, with nothing to load and no script.
+
+A report is a list of `Section`s; a section holds text and items, and an item is a `Table`, a `Figure`, a
+`Gallery` of figures side by side, or `Details` that unfold. All text is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+import anyorder
+from anyorder.artifacts import write_text
+
+MISSING = "\u2013"
+"""An en dash: what a cell without a value shows."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One formatted value of a table."""
+
+    text: str
+    best: bool
+
+
+@dataclass
+class Table:
+    """Rows by column name.
+
+    Attributes:
+        columns: names, in the order shown; the first column names the rows.
+        rows: a mapping per row; a key that is absent, None or NaN is shown as a dash.
+        caption: what the table shows.
+        best: for some columns whether the least or the greatest value is the best; it is highlighted.
+    """
+
+    kind: ClassVar[str] = "table"
+    columns: Sequence[str]
+    rows: Sequence[Mapping[str, Any]]
+    caption: str = ""
+    best: Mapping[str, Literal["min", "max"]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known, allowed = set(self.columns), {"min", "max"}
+        for what, names in (("best", self.best), *((f"row {i}", row) for i, row in enumerate(self.rows))):
+            if unknown := sorted(set(names) - known):
+                raise ValueError(
+                    f"{what} names columns {unknown} that the table has not: {list(self.columns)}"
+                )
+        if wrong := {k: v for k, v in self.best.items() if v not in allowed}:
+            raise ValueError(f"the best value of a column is its 'min' or its 'max', got {wrong}")
+
+    def cells(self) -> list[list[Cell]]:
+        """The formatted values, row by row."""
+        targets = {column: self._target(column) for column in self.best}
+        return [[self._cell(row.get(c), targets.get(c)) for c in self.columns] for row in self.rows]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold a number; these are aligned right."""
+        return [any(_is_number(row.get(c)) for row in self.rows) for c in self.columns]
+
+    def _target(self, column: str) -> float | None:
+        """The best value of a column, unless there is nothing to compare it with."""
+        values = [row[column] for row in self.rows if _is_number(row.get(column))]
+        return {"min": min, "max": max}[self.best[column]](values) if len(values) > 1 else None
+
+    @staticmethod
+    def _cell(value: Any, target: float | None) -> Cell:
+        return Cell(format_value(value), _is_number(value) and value == target)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def format_value(value: Any) -> str:
+    """Four significant digits, thousands separated, yes or no, and a dash where a value is missing."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or (isinstance(value, Real) and math.isnan(value)):
+        return MISSING
+    if isinstance(value, Integral):
+        return f"{value:,d}"
+    if not isinstance(value, Real) or not math.isfinite(value):
+        return str(value)
+    decimals = 3 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{float(value):.2e}" if decimals > 7 else f"{float(value):,.{max(0, decimals)}f}"
+
+
+@dataclass
+class Figure:
+    """One picture.
+
+    Attributes:
+        image: a Pillow image, the bytes of an image file, or its path (animations stay animated).
+        caption: text below the picture.
+        alt: what it shows, for readers who cannot see it; must not be empty.
+    """
+
+    kind: ClassVar[str] = "figure"
+    image: Image.Image | bytes | str | Path
+    caption: str
+    alt: str
+
+    def __post_init__(self) -> None:
+        if not self.alt.strip():
+            raise ValueError(f"figure '{self.caption}' needs an alt text: say in words what it shows")
+        self._data = _image_bytes(self.image)
+        try:
+            with Image.open(io.BytesIO(self._data)) as image:
+                self.width, self.height = image.size
+                self._mime = Image.MIME[image.format or ""]
+        except OSError as e:
+            raise ValueError(f"figure '{self.caption}' is not an image that Pillow can read: {e}") from e
+
+    @property
+    def uri(self) -> str:
+        """The picture itself as a `data:` address."""
+        return f"data:{self._mime};base64,{base64.b64encode(self._data).decode()}"
+
+
+def _image_bytes(image: Image.Image | bytes | str | Path) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, Image.Image):
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG", optimize=True)
+        return buffer.getvalue()
+    if not Path(image).is_file():
+        raise FileNotFoundError(f"no picture at {image}: run the stage that draws it")
+    return Path(image).read_bytes()
+
+
+@dataclass
+class Gallery:
+    """Figures side by side, for comparison; they wrap on narrow screens."""
+
+    kind: ClassVar[str] = "gallery"
+    figures: Sequence[Figure]
+
+
+@dataclass
+class Details:
+    """Something long that unfolds on demand: a command, a log, or a manifest (shown as JSON)."""
+
+    kind: ClassVar[str] = "details"
+    title: str
+    content: str | Mapping[str, Any]
+
+    @property
+    def text(self) -> str:
+        """The content as shown."""
+        if isinstance(self.content, str):
+            return self.content
+        return json.dumps(self.content, indent=2, default=str, ensure_ascii=False)
+
+
+Item = Table | Figure | Gallery | Details
+
+
+@dataclass
+class Section:
+    """A heading with text (blank lines separate paragraphs) and items."""
+
+    title: str
+    text: str = ""
+    items: Sequence[Item] = ()
+
+    @property
+    def paragraphs(self) -> list[str]:
+        """The paragraphs of the text."""
+        return [p.strip() for p in self.text.split("\n\n") if p.strip()]
+
+
+def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> None:
+    """Write a page that needs no other file, atomically; the same sections give the same bytes.
+
+    Args:
+        path: the `.html` file.
+        title: of the page.
+        sections: its content, in order.
+    """
+    environment = Environment(
+        loader=PackageLoader("anyorder.evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("report.html.j2")
+    write_text(path, template.render(title=title, sections=sections, version=anyorder.__version__))

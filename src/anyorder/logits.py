@@ -1,0 +1,133 @@
+"""From logits to tokens and confidences: truncated draws, and how sure the model is of a position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits; the filters are applied in the order of the fields."""
+
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the most likely token."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches p."""
+    min_p: float = 0.0
+    """Keep tokens at least min_p times as likely as the most likely one."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be >= 0 (0 keeps all), got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p < 1:
+            raise ValueError(f"min_p must lie in [0, 1), got {self.min_p}")
+
+
+def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Temperature and truncation: logits (..., V), float32, -inf for tokens that cannot be drawn."""
+    logits = logits.float()
+    if sampling.temperature == 0:
+        return logits.masked_fill(logits < logits.amax(-1, keepdim=True), -torch.inf)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        kept = logits.topk(sampling.top_k, -1).indices
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
+    if sampling.top_p < 1:
+        ranked, index = logits.sort(-1, descending=True)
+        p = ranked.softmax(-1)
+        ranked = ranked.masked_fill(p.cumsum(-1) - p >= sampling.top_p, -torch.inf)
+        logits = torch.empty_like(logits).scatter(-1, index, ranked)
+    if sampling.min_p > 0:
+        floor = logits.amax(-1, keepdim=True) + torch.tensor(sampling.min_p).log()
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+    return logits
+
+
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Draw one token from each row of logits (..., V) by inverting the distribution function.
+
+    One uniform number per draw (rather than V) makes a generator per image cheap.
+
+    Args:
+        logits: (..., V), -inf for impossible tokens.
+        uniform: (...,) float32 in [0, 1).
+
+    Returns:
+        (...,) int64.
+    """
+    cdf = logits.float().softmax(-1).cumsum(-1)
+    total = cdf[..., -1]
+    # Rounding may bring uniform * total up to total itself, beyond the last token that is possible.
+    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, target[..., None], right=True).squeeze(-1)
+
+
+class Streams:
+    """One random generator per image: an image depends neither on its neighbours nor on the batch size."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
+        """Take one seed per image; numbers are drawn on the CPU and sent to `device`."""
+        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.generators)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1), (B, *shape) float32, each row from its own generator."""
+        return torch.stack([torch.rand(shape, generator=g) for g in self.generators]).to(self.device)
+
+    def gumbel(self, *shape: int) -> Tensor:
+        """Standard Gumbel numbers, (B, *shape) float32."""
+        tiny = torch.finfo(torch.float32).tiny
+        return -(-self.uniform(*shape).clamp_min(tiny).log()).log()
+
+    def subset(self, rows: Sequence[int]) -> Streams:
+        """The streams of some images, shared with this object."""
+        part = Streams([], self.device)
+        part.generators = [self.generators[row] for row in rows]
+        return part
+
+
+# --- confidence: how sure is the model of a position? (nats; larger is surer) -----------------------------
+
+
+def token_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log p(token), the paper's score (OAR, arXiv 2504.17069 v1, Sec. 3.3); peeks at the token."""
+    return logits.float().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def max_prob(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of the most likely token."""
+    return logits.float().log_softmax(-1).amax(-1)
+
+
+def entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Negative entropy of the distribution: larger is surer, 0 is certain."""
+    log_p = logits.float().log_softmax(-1)
+    return torch.special.xlogy(log_p.exp(), log_p.exp()).sum(-1)
+
+
+def margin(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-ratio of the two most likely tokens; infinite if only one is possible."""
+    if logits.shape[-1] == 1:
+        return torch.full(logits.shape[:-1], torch.inf)
+    first, second = logits.float().topk(2, -1).values.unbind(-1)
+    return first - second
+
+
+SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    f.__name__: f for f in (token_likelihood, max_prob, entropy, margin)
+}
+TOKEN_BLIND = frozenset(SCORES) - {"token_likelihood"}
+"""Scores that do not look at the token that was drawn or given."""

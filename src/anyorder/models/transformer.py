@@ -1,0 +1,524 @@
+"""The any-order transformer: a decoder-only network whose every input says where the next patch is.
+
+The input of step i >= 1 is E[x[pi_{i-1}]] + A(pi_{i-1}) + R(pi_i - pi_{i-1}); the input of step 0 is
+condition + S(pi_0) (OAR, arXiv 2504.17069 v1, Sec. 3.2). A, R and S are functions of real 2-D coordinates
+in patches, not tables of a fixed grid: one model serves several resolutions and aspect ratios.
+
+Shapes: B images, T steps, M candidates, L cached steps, D width, H heads, V codebook size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from anyorder.contracts import Grid
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys, values, each (B, H, T, D / H), to outputs of the same shape."""
+
+
+@dataclass
+class Architecture:
+    """Size and switches that users choose."""
+
+    depth: int = 6
+    """Number of blocks."""
+    width: int = 256
+    """D."""
+    heads: int = 4
+    """H; the head width D / H must be divisible by 4."""
+    next_position: Literal["relative", "absolute", "none"] = "relative"
+    """How an input says where the next patch is; "none" can only learn one fixed order (ablation)."""
+    current_position: Literal["absolute", "none"] = "absolute"
+    """How an input says where its own patch is."""
+    rotary: bool = False
+    """Rotate queries by the next position and keys by their own (2-D RoPE), besides the sums."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys of each head."""
+    dropout: float = 0.0
+    """On residual branches."""
+    token_dropout: float = 0.0
+    """Share of input tokens hidden in training (their position stays)."""
+    label_dropout: float = 0.1
+    """Share of labels replaced by the null label in training, for guidance."""
+    checkpointing: bool = False
+    """Recompute blocks in the backward pass: memory O(depth) less, time about a third more."""
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "width", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.width % (4 * self.heads):
+            raise ValueError(f"width must be a multiple of 4 * heads = {4 * self.heads}, got {self.width}")
+        for name in ("dropout", "token_dropout", "label_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.next_position not in ("relative", "absolute", "none"):
+            raise ValueError(f"next_position must be relative, absolute or none, got '{self.next_position}'")
+        if self.current_position not in ("absolute", "none"):
+            raise ValueError(f"current_position must be absolute or none, got '{self.current_position}'")
+        if self.rotary and "none" in (self.next_position, self.current_position):
+            raise ValueError("rotary tells both positions: it cannot be combined with a position of 'none'")
+
+
+@dataclass
+class TransformerConfig(Architecture):
+    """An architecture and what follows from the tokens it is trained on."""
+
+    vocab_size: int = 512
+    """V, the tokenizer's codebook size."""
+    grid: tuple[int, int] = (8, 8)
+    """Rows and columns of patches in training."""
+    num_classes: int = 0
+    """Number of class labels; 0 is unconditional."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vocab_size < 1 or self.num_classes < 0:
+            raise ValueError(
+                f"vocab_size must be >= 1 and num_classes >= 0, got {self.vocab_size} and {self.num_classes}"
+            )
+        Grid(*self.grid)
+
+
+class CoordinateEncoding(nn.Module):
+    """A learned function of real 2-D coordinates: sin-cos features, then a small network."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, features: int = 32, longest: float = 256.0):
+        """Use `features` wavelengths per axis, from 2 to `longest` patches, geometrically."""
+        super().__init__()
+        wavelengths = torch.logspace(math.log10(2.0), math.log10(longest), features)
+        self.register_buffer("frequencies", 2 * math.pi / wavelengths, persistent=False)
+        self.hidden = nn.Linear(4 * features, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, coordinates: Tensor) -> Tensor:
+        """Coordinates (..., 2) in patches to encodings (..., D)."""
+        angles = (coordinates[..., None] * self.frequencies).flatten(-2)
+        features = torch.cat((angles.sin(), angles.cos()), dim=-1)
+        return self.out(F.silu(self.hidden(features.to(self.hidden.weight.dtype))))
+
+
+@dataclass
+class PositionTables:
+    """The encodings of one grid, evaluated once per forward pass or decoding run."""
+
+    grid: Grid
+    current: Tensor | None
+    """A, (N, D)."""
+    first: Tensor | None
+    """S, (N, D)."""
+    following: Tensor | None
+    """R: ((2h - 1)(2w - 1), D) by displacement, or (N, D) by position."""
+    cos: Tensor | None
+    """(N + 1, D / H / 2); row N, for the condition, is the identity rotation."""
+    sin: Tensor | None
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; *who attends to whom* is an argument, never a mode."""
+
+    def __init__(self, config: TransformerConfig):
+        """Fused projections without biases."""
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+        head_width = config.width // config.heads
+        self.q_norm = nn.RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
+        """Inputs (B, T, D) to outputs (B, T, D)."""
+        b, t, d = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, *rotation.queries), rotate(k, *rotation.keys)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        return self.out(attend(q, k, v).transpose(1, 2).reshape(b, t, d))
+
+
+@dataclass
+class Rotation:
+    """cos and sin (B, 1, T, D / H / 2) of the positions that rotate queries and keys."""
+
+    queries: tuple[Tensor, Tensor]
+    keys: tuple[Tensor, Tensor]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary encoding: halves of the last dimension are real and imaginary parts."""
+    re, im = x.chunk(2, -1)
+    return torch.cat((re * cos - im * sin, re * sin + im * cos), dim=-1)
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x) with w1 and w3 fused; hidden width 8/3 D, rounded up to 32."""
+
+    def __init__(self, width: int):
+        """No biases."""
+        super().__init__()
+        hidden = 32 * math.ceil(8 * width / 3 / 32)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: TransformerConfig):
+        """Attention and SwiGLU."""
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.mlp = SwiGLU(config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, attend))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each step attends to itself and to earlier steps; no mask is materialised."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@dataclass
+class State:
+    """What has been revealed so far, in one preallocated cache that `append` writes in place."""
+
+    tables: PositionTables
+    keys: Tensor
+    """(depth, B, H, N, D / H); the first `length` steps are valid."""
+    values: Tensor
+    length: int
+    pending: Tensor
+    """(B, D): condition or last token with its position; only the next position is missing."""
+    last: Tensor
+    """(B,) int64: position of the last token, N for the condition."""
+    scored: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    """Positions (B, M), keys and values (depth, B, H, M, D / H) of the candidates scored since `append`."""
+
+
+class AnyOrderTransformer(nn.Module):
+    """p(x[pi_i] | x[pi_<i], pi_<=i, c) for any order pi (OAR, arXiv 2504.17069 v1, Sec. 3.2)."""
+
+    def __init__(self, config: TransformerConfig):
+        """Build from a configuration; weights come from the global random generator."""
+        super().__init__()
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.grid = Grid(*config.grid)
+        width = config.width
+        self.token_embedding = nn.Embedding(config.vocab_size + 1, width)  # the last row hides a token
+        self.condition_embedding = nn.Embedding(config.num_classes + 1, width)  # the last row is "no label"
+        self.current = CoordinateEncoding(width) if config.current_position == "absolute" else None
+        self.first = CoordinateEncoding(width) if config.next_position != "none" else None
+        self.following = CoordinateEncoding(width) if config.next_position != "none" else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+        for block in self.blocks:  # the residual stream keeps its scale with depth
+            for branch in (block.attention.out, block.mlp.down):  # type: ignore[union-attr]
+                nn.init.trunc_normal_(branch.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))  # type: ignore[union-attr, arg-type]
+
+    # --- inputs ------------------------------------------------------------------------------------
+
+    def _tables(self, grid: Grid) -> PositionTables:
+        """Evaluate A, S, R and the rotations on a grid: O(N) small-network evaluations."""
+        at = grid.coordinates(self.head.weight.device)
+        if self.config.next_position == "relative":
+            spread = Grid(2 * grid.h - 1, 2 * grid.w - 1).coordinates(at.device)
+            target = spread - torch.tensor([grid.h - 1.0, grid.w - 1.0], device=at.device)
+        else:
+            target = at
+        cos, sin = self._rotations(at) if self.config.rotary else (None, None)
+        return PositionTables(
+            grid=grid,
+            current=self.current(at) if self.current is not None else None,
+            first=self.first(at) if self.first is not None else None,
+            following=self.following(target) if self.following is not None else None,
+            cos=cos,
+            sin=sin,
+        )
+
+    def _rotations(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Half of the frequencies turn with the row, half with the column, base 100 (small grids)."""
+        quarter = self.config.width // self.config.heads // 4
+        frequencies = 100.0 ** (-torch.arange(quarter, device=at.device) / quarter)
+        angles = (at[:, :, None] * frequencies).flatten(1)
+        angles = torch.cat((angles, torch.zeros_like(angles[:1])))
+        return angles.cos(), angles.sin()
+
+    def _content(self, tables: PositionTables, tokens: Tensor, positions: Tensor) -> Tensor:
+        """E[x] + A(position), (B, T, D)."""
+        x = self.token_embedding(tokens)
+        return x if tables.current is None else x + F.embedding(positions, tables.current)
+
+    def _next(self, tables: PositionTables, last: Tensor, positions: Tensor) -> Tensor | float:
+        """R(next - last) for last in [0, N), (B, T, D)."""
+        if tables.following is None:
+            return 0.0
+        index = positions
+        if self.config.next_position == "relative":
+            h, w = tables.grid.h, tables.grid.w
+            down = positions // w - last // w + h - 1
+            index = down * (2 * w - 1) + positions % w - last % w + w - 1
+        return F.embedding(index, tables.following)
+
+    def _rotation(self, tables: PositionTables, last: Tensor, positions: Tensor) -> Rotation | None:
+        """Queries turn by the position they ask about, keys by their own."""
+        if tables.cos is None or tables.sin is None:
+            return None
+        cos, sin = tables.cos[:, None], tables.sin[:, None]
+        return Rotation(
+            queries=(cos[positions].transpose(1, 2), sin[positions].transpose(1, 2)),
+            keys=(cos[last].transpose(1, 2), sin[last].transpose(1, 2)),
+        )
+
+    def _condition(self, batch_size: int, condition: Tensor | None) -> Tensor:
+        """Embedding (B, D); None and -1 are the null label."""
+        null = self.config.num_classes
+        device = self.head.weight.device
+        if condition is None:
+            return self.condition_embedding(torch.full((batch_size,), null, device=device))
+        if null == 0:  # an unconditional model: there is only the null label
+            return self.condition_embedding(torch.zeros_like(condition))
+        condition = torch.where(condition < 0, null, condition)
+        if self.training and self.config.label_dropout:
+            hidden = torch.rand(condition.shape, device=device) < self.config.label_dropout
+            condition = torch.where(hidden, null, condition)
+        return self.condition_embedding(condition)
+
+    def _check_labels(self, batch_size: int, condition: Tensor) -> None:
+        classes = max(self.config.num_classes, 1)
+        if condition.shape != (batch_size,) or bool(((condition < -1) | (condition >= classes)).any()):
+            raise ValueError(
+                f"labels must have shape ({batch_size},) and lie in [0, {classes}) (-1 for none), "
+                f"got shape {tuple(condition.shape)} with values {condition.unique().tolist()[:8]}"
+            )
+
+    # --- teacher forcing ---------------------------------------------------------------------------
+
+    def forward(
+        self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
+    ) -> Tensor:
+        """Teacher-forced logits (B, N, V) in order steps.
+
+        Args:
+            tokens: (B, N) int64 in raster order, in [0, V).
+            condition: (B,) int64 labels, -1 for none, or None.
+            order: (B, N) int64.
+            grid: the grid of `tokens`, where it is not the one of training.
+
+        Raises:
+            ValueError: shapes that do not fit the grid.
+        """
+        grid = grid or self.grid
+        if tokens.shape[1:] != (grid.n,) or order.shape != tokens.shape:
+            raise ValueError(
+                f"a {grid.h} x {grid.w} grid needs tokens and order of shape (B, {grid.n}), "
+                f"got {tuple(tokens.shape)} and {tuple(order.shape)}"
+            )
+        tables = self._tables(grid)
+        current = order[:, :-1]
+        seen = tokens.gather(1, current)
+        if self.training and self.config.token_dropout:
+            hidden = torch.rand(seen.shape, device=seen.device) < self.config.token_dropout
+            seen = torch.where(hidden, self.vocab_size, seen)
+        start = self._start(tables, self._condition(len(tokens), condition), order[:, :1])
+        x = self._content(tables, seen, current) + self._next(tables, current, order[:, 1:])
+        x = torch.cat((start, x), dim=1)
+        before = torch.cat((torch.full_like(order[:, :1], grid.n), current), dim=1)
+        rotation = self._rotation(tables, before, order)
+        for block in self.blocks:
+            if self.config.checkpointing and self.training:
+                x = checkpoint(block, x, rotation, causal, use_reentrant=False)
+            else:
+                x = block(x, rotation, causal)
+        return self.head(self.norm(x))
+
+    def _start(self, tables: PositionTables, condition: Tensor, positions: Tensor) -> Tensor:
+        """condition + S(position), (B, M, D)."""
+        x = condition[:, None].expand(-1, positions.shape[1], -1)
+        return x if tables.first is None else x + F.embedding(positions, tables.first)
+
+    # --- decoding ----------------------------------------------------------------------------------
+
+    def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> State:
+        """An empty cache of O(depth * B * N * D); the condition is pending.
+
+        Raises:
+            ValueError: labels out of range.
+        """
+        grid = grid or self.grid
+        if condition is not None:
+            self._check_labels(batch_size, condition)
+        device, dtype = self.head.weight.device, self.head.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        heads = self.config.heads
+        shape = (self.config.depth, batch_size, heads, grid.n, self.config.width // heads)
+        return State(
+            tables=self._tables(grid),
+            keys=torch.empty(shape, device=device, dtype=dtype),
+            values=torch.empty(shape, device=device, dtype=dtype),
+            length=0,
+            pending=self._condition(batch_size, condition),
+            last=torch.full((batch_size,), grid.n, device=device),
+        )
+
+    def _inputs(self, state: State, positions: Tensor) -> Tensor:
+        """The pending input completed with each candidate position, (B, M, D)."""
+        if state.length == 0:
+            return self._start(state.tables, state.pending, positions)
+        ahead = self._next(state.tables, state.last[:, None], positions)
+        return (state.pending[:, None] + ahead).expand(-1, positions.shape[1], -1)
+
+    def score(self, state: State, positions: Tensor) -> Tensor:
+        """Logits (B, M, V) of candidate positions (B, M).
+
+        Each candidate attends to the one shared prefix and to itself: O(M L) attention, no copies of the
+        cache. Keys and values of the candidates are kept in the state, so that `append` need not run them.
+        """
+        x = self._inputs(state, positions)
+        rotation = self._rotation(state.tables, state.last[:, None].expand_as(positions), positions)
+        attend = SharedPrefix(state)
+        for block in self.blocks:
+            x = block(x, rotation, attend)
+        state.scored.append((positions, torch.stack(attend.new_keys), torch.stack(attend.new_values)))
+        return self.head(self.norm(x))
+
+    def append(self, state: State, positions: Tensor, tokens: Tensor) -> State:
+        """Reveal tokens (B, K) at positions (B, K), in that sequence.
+
+        The input that leads to the first position is taken from `score` where it was scored; those that
+        lead to the others run as one causal block.
+        """
+        first = self._recall(state, positions[:, 0])
+        if first is not None:
+            keys, values = first
+            state.keys[:, :, :, state.length] = keys
+            state.values[:, :, :, state.length] = values
+            length = state.length + 1
+            x, before, after = None, positions[:, :-1], positions[:, 1:]
+        else:
+            length = state.length
+            x = self._inputs(state, positions[:, :1])
+            before, after = torch.cat((state.last[:, None], positions[:, :-1]), dim=1), positions
+        if positions.shape[1] > 1:
+            rest = self._content(state.tables, tokens[:, :-1], positions[:, :-1])
+            rest = rest + self._next(state.tables, positions[:, :-1], positions[:, 1:])
+            x = rest if x is None else torch.cat((x, rest), dim=1)
+        if x is not None:
+            attend = Extend(state, length)
+            rotation = self._rotation(state.tables, before, after)
+            for block in self.blocks:
+                x = block(x, rotation, attend)
+            length += x.shape[1]
+        return State(
+            tables=state.tables,
+            keys=state.keys,
+            values=state.values,
+            length=length,
+            pending=self._content(state.tables, tokens[:, -1:], positions[:, -1:])[:, 0],
+            last=positions[:, -1],
+        )
+
+    @staticmethod
+    def _recall(state: State, position: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Keys and values (depth, B, H, D / H) of a position (B,) that has been scored, or None."""
+        rows = torch.arange(len(position), device=position.device)
+        found, keys, values = torch.zeros_like(position, dtype=torch.bool), None, None
+        for positions, some_keys, some_values in state.scored:
+            match = positions == position[:, None]
+            column, hit = match.int().argmax(1), match.any(1)
+            k, v = some_keys[:, rows, :, column], some_values[:, rows, :, column]  # (B, depth, H, D / H)
+            mine = hit[:, None, None, None]
+            keys = k if keys is None else torch.where(mine, k, keys)
+            values = v if values is None else torch.where(mine, v, values)
+            found |= hit
+        if keys is None or values is None or not bool(found.all()):
+            return None
+        return keys.transpose(0, 1), values.transpose(0, 1)
+
+
+class SharedPrefix:
+    """Attention of candidates that see the prefix and themselves but not one another.
+
+    The prefix part and the self part are merged by their maxima and sums, so that no mask and no repeated
+    cache exist. Collects the keys and values of the candidates, layer by layer.
+    """
+
+    def __init__(self, state: State):
+        """Start at the first layer."""
+        self.state = state
+        self.new_keys: list[Tensor] = []
+        self.new_values: list[Tensor] = []
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, H, M, D / H) each."""
+        layer, length = len(self.new_keys), self.state.length
+        self.new_keys.append(k)
+        self.new_values.append(v)
+        if length == 0:
+            return v
+        scale = q.shape[-1] ** -0.5
+        prefix = (q @ self.state.keys[layer, :, :, :length].transpose(-1, -2)).float() * scale
+        own = (q * k).sum(-1, keepdim=True).float() * scale
+        top = torch.maximum(prefix.amax(-1, keepdim=True), own)
+        prefix, own = (prefix - top).exp(), (own - top).exp()
+        total = prefix.sum(-1, keepdim=True) + own
+        out = (prefix / total).to(v.dtype) @ self.state.values[layer, :, :, :length]
+        return out + (own / total).to(v.dtype) * v
+
+
+class Extend:
+    """Causal attention of new steps to the cache and to one another; writes them into the cache."""
+
+    def __init__(self, state: State, length: int):
+        """New steps go to cache slots from `length` on."""
+        self.state = state
+        self.length = length
+        self.layer = 0
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, H, T, D / H) each."""
+        end = self.length + q.shape[2]
+        keys, values = self.state.keys[self.layer], self.state.values[self.layer]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        self.layer += 1
+        if self.length == 0:
+            return causal(q, k, v)
+        visible = torch.ones(q.shape[2], end, dtype=torch.bool, device=q.device).tril(self.length)
+        return F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], attn_mask=visible)

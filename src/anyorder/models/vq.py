@@ -1,0 +1,443 @@
+"""The tokenizer: a convolutional VQ auto-encoder whose default weights are LlamaGen's VQ-16.
+
+VQGAN (arXiv 2012.09841) with the L2-normalised, low-dimensional codebook of ViT-VQGAN (arXiv 2110.04627) in
+the layout of LlamaGen (arXiv 2406.06525, Sec. 3.1): its published VQ-16 and VQ-8 files load as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anyorder.contracts import Grid
+
+WINDOW = 65536
+"""Tokens remembered in `quantize.codebook_used`; the length is that of the published files."""
+
+
+@dataclass
+class VQConfig:
+    """Shape of the tokenizer and how its codebook learns; the defaults are LlamaGen's VQ-16."""
+
+    channels: int = 128
+    """Width at full resolution."""
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Width at each resolution in units of `channels`; each level after the first halves both sides."""
+    res_blocks: int = 2
+    """Residual blocks per resolution in the encoder; the decoder has one more."""
+    z_channels: int = 256
+    """Width between encoder or decoder and the 1 x 1 convolutions around the codebook."""
+    vocab_size: int = 16384
+    """Number of codes, V."""
+    code_dim: int = 8
+    """Dimensions of a code; codes and encoder outputs are unit vectors."""
+    groups: int = 32
+    """Groups of every GroupNorm; divides every width."""
+    attention: bool = True
+    """Self-attention at the deepest resolution, as published; without it all is convolution."""
+    dropout: float = 0.0
+    """Probability of zeroing an activation inside the residual blocks, in training."""
+    commitment: float = 0.25
+    """Weight of the commitment loss (VQ-VAE, arXiv 1711.00937, Eq. 3)."""
+    codebook_update: Literal["ema", "gradient"] = "gradient"
+    """Codes follow the moving average of the encoder outputs nearest to them, or the codebook loss."""
+    ema_decay: float = 0.99
+    """Share of a code's moving average that stays in one update."""
+    revive_after: int = 0
+    """Updates without use after which a code is re-seeded from encoder outputs; 0: never."""
+
+    def __post_init__(self) -> None:
+        self.multipliers = tuple(self.multipliers)
+        for name in ("channels", "res_blocks", "z_channels", "vocab_size", "code_dim", "groups"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _require(
+            len(self.multipliers) > 0 and min(self.multipliers) >= 1,
+            f"multipliers need one number >= 1 per resolution, got {self.multipliers}; (1, 2, 4) is factor 4",
+        )
+        narrow = [m * self.channels for m in self.multipliers if m * self.channels % self.groups]
+        _require(
+            not narrow,
+            f"groups={self.groups} does not divide widths {narrow}: choose a divisor of {self.channels}",
+        )
+        _require(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}")
+        _require(self.commitment >= 0, f"commitment must not be negative, got {self.commitment}")
+        _require(
+            self.codebook_update in ("ema", "gradient"),
+            f"codebook_update must be 'ema' or 'gradient', got {self.codebook_update!r}",
+        )
+        _require(0 <= self.ema_decay < 1, f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+        _require(
+            self.revive_after >= 0, f"revive_after must not be negative (0: never), got {self.revive_after}"
+        )
+
+    @property
+    def factor(self) -> int:
+        """Pixels per patch side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass
+class VQOutput:
+    """What one pass through the tokenizer yields."""
+
+    reconstruction: Tensor
+    """(B, 3, H, W), about [-1, 1], not clamped."""
+    tokens: Tensor
+    """(B, N) int64, raster order."""
+    latents: Tensor
+    """(B, N, D) float32 unit vectors: the encoder's outputs before quantisation."""
+    commitment_loss: Tensor
+    """float32 scalar, `config.commitment` included."""
+    codebook_loss: Tensor
+    """float32 scalar; zero where the codebook follows a moving average."""
+
+
+class VQModel(nn.Module):
+    """Images to tokens and back; a `contracts.Tokenizer`."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.factor = config.factor
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = Quantizer(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.code_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
+
+    def forward(self, images: Tensor) -> VQOutput:
+        """Reconstruct, with straight-through gradients past the quantisation.
+
+        Args:
+            images: (B, 3, H, W) float in [-1, 1]; H and W divisible by `factor`.
+
+        Raises:
+            ValueError: wrong number of channels, or sides not divisible by `factor`.
+        """
+        latents = self._latents(images)
+        tokens = self.quantize.nearest(latents)
+        codes = self.quantize.lookup(tokens)
+        quantized = straight_through(latents, codes)
+        learned = self.config.codebook_update == "gradient"
+        return VQOutput(
+            reconstruction=self._decode(quantized, self.grid(images)),
+            tokens=tokens,
+            latents=latents,
+            commitment_loss=self.config.commitment * F.mse_loss(latents, codes.detach()),
+            codebook_loss=F.mse_loss(codes, latents.detach()) if learned else latents.new_zeros(()),
+        )
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) float in [-1, 1] to tokens (B, N) int64 in raster order, N = H * W / factor**2.
+
+        Raises:
+            ValueError: wrong number of channels, or sides not divisible by `factor`.
+        """
+        return self.quantize.nearest(self._latents(images))
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Tokens (B, N) int64 in raster order to images (B, 3, h * factor, w * factor) float in [-1, 1].
+
+        Raises:
+            ValueError: a token outside [0, vocab_size), or N differs from `grid.n`.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] != grid.n:
+            raise ValueError(
+                f"grid {grid.h} x {grid.w} takes tokens of shape (B, {grid.n}), got {tuple(tokens.shape)}"
+            )
+        low, high = (int(t) for t in tokens.aminmax()) if tokens.numel() else (0, 0)
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(
+                f"tokens must lie in [0, {self.vocab_size}), got {low} to {high}: "
+                "decode them with the tokenizer that made them"
+            )
+        return self._decode(self.quantize.lookup(tokens), grid).clamp(-1, 1)
+
+    def grid(self, images: Tensor) -> Grid:
+        """The grid of tokens that `images` (B, 3, H, W) are cut into.
+
+        Raises:
+            ValueError: wrong number of channels, or sides not divisible by `factor`.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must have shape (B, 3, H, W), got {tuple(images.shape)}")
+        h, w = images.shape[2] // self.factor, images.shape[3] // self.factor
+        if (h * self.factor, w * self.factor) != images.shape[2:] or h * w == 0:
+            raise ValueError(
+                f"images of {images.shape[2]} x {images.shape[3]} pixels cannot be cut into patches of "
+                f"{self.factor} x {self.factor}: resize or crop both sides to a multiple of {self.factor}"
+            )
+        return Grid(h, w)
+
+    def update_codebook(self, output: VQOutput, generator: torch.Generator) -> None:
+        """Learn the codebook from one training batch: moving average, seeding and revival of unused codes.
+
+        Called by the training loss after the forward pass, once per step; nothing else but the optimizer
+        changes the codebook. Safe before the backward pass, which reads copies of the codes in use.
+
+        Args:
+            output: of `forward` on the batch.
+            generator: on the model's device; draws the encoder outputs that become codes.
+        """
+        self.quantize.update(output.latents.detach().flatten(0, 1), output.tokens.flatten(), generator)
+
+    def _latents(self, images: Tensor) -> Tensor:
+        self.grid(images)
+        z = self.quant_conv(self.encoder(images))
+        return F.normalize(z.flatten(2).mT.float(), dim=-1)
+
+    def _decode(self, codes: Tensor, grid: Grid) -> Tensor:
+        z = codes.mT.unflatten(2, (grid.h, grid.w))
+        return self.decoder(self.post_quant_conv(z))
+
+
+def straight_through(latents: Tensor, codes: Tensor) -> Tensor:
+    """The value of `codes` with the gradient of `latents` (VQ-VAE, arXiv 1711.00937, Sec. 3.2)."""
+    return latents + (codes - latents).detach()
+
+
+class Quantizer(nn.Module):
+    """A codebook of V directions in D dimensions.
+
+    Only the direction of a stored row matters: rows are normalised at every use. With
+    `codebook_update="ema"` a row holds the moving average of the *sum* of its encoder outputs; its direction
+    is their mean on the sphere and its length the weight of the evidence, so no state is needed besides it.
+
+    Buffers:
+        codebook_used: (65536,) float32, the latest training tokens, oldest first; -1 where there is none yet.
+        idle: (V,) int64, updates since a code was last used; -1 before the first update, which then seeds
+            every code from encoder outputs. Only with `codebook_update="ema"` or `revive_after > 0`. Zero it
+            to keep a codebook that was loaded from a file without it.
+    """
+
+    codebook_used: Tensor
+    idle: Tensor
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.code_dim)
+        self.embedding.weight.data = F.normalize(self.embedding.weight.data, dim=-1)
+        self.embedding.weight.requires_grad_(config.codebook_update == "gradient")
+        self.register_buffer("codebook_used", torch.full((WINDOW,), -1.0))
+        if config.codebook_update == "ema" or config.revive_after:
+            self.register_buffer("idle", torch.full((config.vocab_size,), -1))
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """Codes of tokens (...), unit vectors (..., D) float32."""
+        # Rows are gathered before they are normalised: the backward pass then never reads the whole codebook.
+        return F.normalize(F.embedding(tokens, self.embedding.weight).float(), dim=-1)
+
+    @torch.no_grad()
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Tokens (...) int64 of unit vectors (..., D): the code of largest cosine, which is the nearest."""
+        codes = F.normalize(self.embedding.weight.float(), dim=-1)
+        chunk = max(1, 2**24 // len(codes))  # 64 MiB of cosines at a time
+        with torch.autocast(latents.device.type, enabled=False):
+            flat = [(z @ codes.T).argmax(-1) for z in latents.flatten(0, -2).split(chunk)]
+        return torch.cat(flat).view(latents.shape[:-1])
+
+    @torch.no_grad()
+    def update(self, latents: Tensor, tokens: Tensor, generator: torch.Generator) -> None:
+        """One step of learning; see `VQModel.update_codebook`.
+
+        Args:
+            latents: (M, D) float32 unit vectors.
+            tokens: (M,) int64, their nearest codes.
+            generator: on the same device.
+        """
+        recent = torch.cat((self.codebook_used, tokens.to(self.codebook_used.dtype)))
+        self.codebook_used.copy_(recent[-WINDOW:])
+        if not hasattr(self, "idle"):
+            return
+        if self.idle[0] < 0:
+            return self._reseed(torch.ones_like(self.idle, dtype=torch.bool), latents, tokens, generator)
+        used = torch.bincount(tokens, minlength=len(self.idle)) > 0
+        if self.config.codebook_update == "ema":
+            self._follow(latents, tokens, used)
+        self.idle.copy_(torch.where(used, 0, self.idle + 1))
+        dead = self.idle >= self.config.revive_after
+        if self.config.revive_after and dead.any():
+            self._reseed(dead, latents, tokens, generator)
+
+    def _follow(self, latents: Tensor, tokens: Tensor, used: Tensor) -> None:
+        """Moving average of the sums of encoder outputs (VQ-VAE, Appendix A.1), for the codes in use."""
+        weight, decay = self.embedding.weight, self.config.ema_decay
+        sums = torch.zeros_like(weight).index_add_(0, tokens, latents)
+        # Unused rows stand still: decaying them would change no direction and end in an underflow.
+        weight.copy_(torch.where(used[:, None], decay * weight + (1 - decay) * sums, weight))
+
+    def _reseed(self, dead: Tensor, latents: Tensor, tokens: Tensor, generator: torch.Generator) -> None:
+        """Put dead codes on encoder outputs, drawn in proportion to how badly they are represented now."""
+        error = 1 - (latents * self.lookup(tokens)).sum(-1)
+        count = int(dead.sum())
+        drawn = torch.multinomial(
+            error.clamp_min(1e-6), count, replacement=count > len(error), generator=generator
+        )
+        self.embedding.weight[dead] = latents[drawn].to(self.embedding.weight.dtype)
+        self.idle[dead] = 0
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) to features (B, z_channels, H / factor, W / factor)."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        widths = [m * config.channels for m in config.multipliers]
+        deepest = len(widths) - 1
+        self.conv_in = _conv3(3, config.channels)
+        self.conv_blocks = nn.ModuleList(
+            Level(before, width, config.res_blocks, config, attention=i == deepest, downsample=i < deepest)
+            for i, (before, width) in enumerate(zip([config.channels, *widths[:-1]], widths, strict=True))
+        )
+        self.mid = _middle(widths[-1], config)
+        self.norm_out = _norm(widths[-1], config)
+        self.conv_out = _conv3(widths[-1], config.z_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features of images."""
+        # Channels last: convolutions in bf16 on CPU then take half the time, and GroupNorm keeps up where a
+        # group has 16 channels or more. The decoder's input, tokens by channels, is channels last already.
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        for level in self.conv_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Features (B, z_channels, h, w) to images (B, 3, h * factor, w * factor)."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        widths = [m * config.channels for m in reversed(config.multipliers)]
+        last = len(widths) - 1
+        self.conv_in = _conv3(config.z_channels, widths[0])
+        self.mid = _middle(widths[0], config)
+        self.conv_blocks = nn.ModuleList(
+            Level(before, width, config.res_blocks + 1, config, attention=i == 0, upsample=i < last)
+            for i, (before, width) in enumerate(zip([widths[0], *widths[:-1]], widths, strict=True))
+        )
+        self.norm_out = _norm(widths[-1], config)
+        self.conv_out = _conv3(widths[-1], 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images of features."""
+        x = self.mid(self.conv_in(x))
+        for level in self.conv_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, and the way to the next."""
+
+    def __init__(
+        self,
+        before: int,
+        width: int,
+        blocks: int,
+        config: VQConfig,
+        attention: bool,
+        downsample: bool = False,
+        upsample: bool = False,
+    ):
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(before if i == 0 else width, width, config) for i in range(blocks))
+        self.attn = nn.ModuleList(_attention(width, config, attention) for _ in range(blocks))
+        self.downsample = Downsample(width) if downsample else nn.Identity()
+        self.upsample = Upsample(width) if upsample else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, before, H, W) to (B, width, H, W), then resampled."""
+        for res, attn in zip(self.res, self.attn, strict=True):
+            x = attn(res(x))
+        return self.upsample(self.downsample(x))
+
+
+class ResBlock(nn.Module):
+    """Two pre-activated convolutions beside a shortcut."""
+
+    def __init__(self, before: int, width: int, config: VQConfig):
+        super().__init__()
+        self.norm1 = _norm(before, config)
+        self.conv1 = _conv3(before, width)
+        self.norm2 = _norm(width, config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = _conv3(width, width)
+        self.nin_shortcut = nn.Identity() if before == width else nn.Conv2d(before, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, before, H, W) to (B, width, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.nin_shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all pixels, beside a shortcut."""
+
+    def __init__(self, width: int, config: VQConfig):
+        super().__init__()
+        self.norm = _norm(width, config)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width, H, W) to the same shape."""
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).mT[:, None] for conv in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].mT.unflatten(2, x.shape[2:])
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    """Halves height and width; padded below and to the right only, as in VQGAN."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width, H, W) to (B, width, H / 2, W / 2)."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles height and width."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = _conv3(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width, H, W) to (B, width, 2 H, 2 W)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _middle(width: int, config: VQConfig) -> nn.Sequential:
+    return nn.Sequential(
+        ResBlock(width, width, config), _attention(width, config, True), ResBlock(width, width, config)
+    )
+
+
+def _attention(width: int, config: VQConfig, present: bool) -> nn.Module:
+    return Attention(width, config) if present and config.attention else nn.Identity()
+
+
+def _norm(width: int, config: VQConfig) -> nn.GroupNorm:
+    return nn.GroupNorm(config.groups, width, eps=1e-6)
+
+
+def _conv3(before: int, width: int) -> nn.Conv2d:
+    return nn.Conv2d(before, width, 3, padding=1)

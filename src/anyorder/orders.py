@@ -1,0 +1,217 @@
+"""The one order convention: static and random orders, their inverse, and statistics of sets of orders.
+
+`order[b, i]` is the raster position revealed at step i; `rank[b, p]` is the step at which position p is
+revealed. Each is the inverse permutation of the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from anyorder.contracts import Grid
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The inverse permutation of every row, order <-> rank, (..., N) int64."""
+    return order.argsort(-1)
+
+
+def permute(values: Tensor, order: Tensor) -> Tensor:
+    """Values (B, N, ...) at raster positions, put into order steps."""
+    index = order.reshape(*order.shape, *[1] * (values.ndim - 2)).expand(*order.shape, *values.shape[2:])
+    return values.gather(1, index)
+
+
+def unpermute(values: Tensor, order: Tensor) -> Tensor:
+    """Values (B, N, ...) in order steps, put back to raster positions; inverse of `permute`."""
+    return permute(values, inverse(order))
+
+
+def validate(order: Tensor, grid: Grid) -> Tensor:
+    """Return `order` if every row is a permutation of the grid's positions.
+
+    Args:
+        order: (..., N) integer tensor.
+        grid: the grid it should cover.
+
+    Raises:
+        ValueError: wrong length, wrong dtype, or a position missing or repeated.
+    """
+    if order.shape[-1:] != (grid.n,):
+        raise ValueError(
+            f"an order of {grid.h} x {grid.w} needs {grid.n} positions, got shape {tuple(order.shape)}"
+        )
+    if order.is_floating_point():
+        raise ValueError(f"an order holds integers, got {order.dtype}")
+    if not torch.equal(order.sort(-1).values, torch.arange(grid.n, device=order.device).expand_as(order)):
+        raise ValueError(f"each position 0..{grid.n - 1} must occur exactly once in an order")
+    return order
+
+
+# --- static orders -------------------------------------------------------------------------------------
+
+
+def raster(grid: Grid) -> list[int]:
+    """Left to right, top to bottom."""
+    return list(range(grid.n))
+
+
+def column(grid: Grid) -> list[int]:
+    """Top to bottom, left to right."""
+    return [r * grid.w + c for c in range(grid.w) for r in range(grid.h)]
+
+
+def snake(grid: Grid) -> list[int]:
+    """Raster with every other row reversed, so that each step goes to a neighbour."""
+    return [r * grid.w + (c if r % 2 == 0 else grid.w - 1 - c) for r in range(grid.h) for c in range(grid.w)]
+
+
+def spiral_in(grid: Grid) -> list[int]:
+    """Clockwise from the top-left corner to the middle."""
+    rows = [list(range(r * grid.w, (r + 1) * grid.w)) for r in range(grid.h)]
+    walk: list[int] = []
+    while rows:
+        walk += rows.pop(0)
+        rows = [list(column) for column in zip(*rows, strict=True)][::-1]  # turn what is left to the left
+    return walk
+
+
+def spiral_out(grid: Grid) -> list[int]:
+    """From the middle outwards; `spiral_in` backwards."""
+    return spiral_in(grid)[::-1]
+
+
+def diagonal(grid: Grid) -> list[int]:
+    """Anti-diagonals from the top-left corner."""
+    return sorted(range(grid.n), key=lambda p: (p // grid.w + p % grid.w, p // grid.w))
+
+
+def hilbert(grid: Grid) -> list[int]:
+    """A Hilbert-like curve for any h x w: neighbours in the walk are neighbours in the picture."""
+    major, minor = (1, 1j) if grid.w >= grid.h else (1j, 1)
+    size = {1: grid.w, 1j: grid.h}
+    walk = _hilbert(0, size[major] * major, size[minor] * minor)
+    return [int(z.imag) * grid.w + int(z.real) for z in walk]
+
+
+def _hilbert(corner: complex, along: complex, across: complex) -> Iterator[complex]:
+    """Fill the rectangle spanned by two axis-parallel vectors; points are column + row * 1j."""
+    length, width = round(abs(along)), round(abs(across))
+    step, side = along / length, across / width
+    if width == 1:
+        yield from (corner + i * step for i in range(length))
+    elif length == 1:
+        yield from (corner + i * side for i in range(width))
+    elif 2 * length > 3 * width:  # long: two halves, one behind the other
+        half = _even(length // 2, length) * step
+        yield from _hilbert(corner, half, across)
+        yield from _hilbert(corner + half, along - half, across)
+    else:  # up, along, and down again
+        half, up = (length // 2) * step, _even(width // 2, width) * side
+        yield from _hilbert(corner, up, half)
+        yield from _hilbert(corner + up, along, across - up)
+        yield from _hilbert(corner + (along - step) + (up - side), -up, -(along - half))
+
+
+def _even(half: int, whole: int) -> int:
+    """Prefer even halves: they let the walk leave a sub-rectangle on the side where the next begins."""
+    return half + 1 if half % 2 and whole > 2 else half
+
+
+def halton(grid: Grid) -> list[int]:
+    """Low-discrepancy order: cells in the sequence in which Halton points (bases 2, 3) first hit them."""
+    seen: dict[int, None] = {}
+    i = 0
+    while len(seen) < grid.n:
+        i += 1
+        seen.setdefault(int(_radical_inverse(i, 2) * grid.h) * grid.w + int(_radical_inverse(i, 3) * grid.w))
+    return list(seen)
+
+
+def _radical_inverse(i: int, base: int) -> float:
+    value, digit = 0.0, 1.0 / base
+    while i:
+        i, remainder = divmod(i, base)
+        value += remainder * digit
+        digit /= base
+    return value
+
+
+def subsample(grid: Grid) -> list[int]:
+    """Coarse to fine: positions on the coarsest dyadic lattice first, each level in raster order."""
+
+    def level(i: int) -> int:
+        return (i & -i).bit_length() if i else 64
+
+    return sorted(range(grid.n), key=lambda p: (-min(level(p // grid.w), level(p % grid.w)), p))
+
+
+STATIC: dict[str, Callable[[Grid], list[int]]] = {
+    f.__name__: f
+    for f in (raster, column, snake, spiral_in, spiral_out, diagonal, hilbert, halton, subsample)
+}
+
+
+def static_order(name: str, grid: Grid) -> Tensor:
+    """A named order that is the same for every image, (N,) int64.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in STATIC:
+        raise ValueError(f"unknown order '{name}': choose one of {', '.join(STATIC)}")
+    return torch.tensor(STATIC[name](grid))
+
+
+def random_orders(rows: int, grid: Grid, generator: torch.Generator | None = None) -> Tensor:
+    """Uniformly random orders, (rows, N) int64 on the generator's device."""
+    device = generator.device if generator is not None else None
+    return torch.rand(rows, grid.n, generator=generator, device=device, dtype=torch.float64).argsort(1)
+
+
+# --- statistics ----------------------------------------------------------------------------------------
+
+
+def mean_rank(order: Tensor, grid: Grid) -> Tensor:
+    """Mean step at which each position is revealed, (h, w) float64, from orders (B, N)."""
+    return inverse(order).double().mean(0).reshape(grid.h, grid.w)
+
+
+def spearman(a: Tensor, b: Tensor) -> Tensor:
+    """Spearman's rank correlation of orders (..., N), row by row, in [-1, 1]; nan for N = 1."""
+    n = a.shape[-1]
+    gap = (inverse(a) - inverse(b)).double()
+    return 1 - 6 * gap.square().sum(-1) / (n * (n * n - 1)) if n > 1 else torch.full(gap.shape[:-1], math.nan)
+
+
+def kendall(a: Tensor, b: Tensor) -> Tensor:
+    """Kendall's tau of orders (..., N), row by row, in [-1, 1]; nan for N = 1. Costs O(N^2)."""
+    ra, rb = torch.broadcast_tensors(inverse(a), inverse(b))
+    n = ra.shape[-1]
+    agreement = torch.zeros(ra.shape[:-1], dtype=torch.float64, device=ra.device)
+    for shift in range(1, n):
+        pairs = (ra[..., shift:] - ra[..., :-shift]).sign() * (rb[..., shift:] - rb[..., :-shift]).sign()
+        agreement += pairs.sum(-1)
+    return agreement / (n * (n - 1) / 2) if n > 1 else agreement.fill_(math.nan)
+
+
+def position_entropy(order: Tensor) -> Tensor:
+    """Entropy of the position revealed at each step over a set of orders (B, N), (N,) float64 in nats.
+
+    Zero where all images agree; log N (for many images) where the step says nothing of the position.
+    """
+    n = order.shape[1]
+    counts = torch.zeros(n, n, dtype=torch.float64)  # step x position
+    counts.scatter_add_(1, order.T.cpu(), torch.ones(order.T.shape, dtype=torch.float64))
+    p = counts / len(order)
+    return -torch.xlogy(p, p).sum(1)
+
+
+def mean_jump(order: Tensor, grid: Grid) -> float:
+    """Mean Euclidean distance between successive positions, in patches; nan for N = 1."""
+    at = grid.coordinates(order.device)[order]
+    return float((at[..., 1:, :] - at[..., :-1, :]).norm(dim=-1).mean())

@@ -1,0 +1,1 @@
+"""Runs: typed configurations, checkpoints, the trainer and the stages of the pipeline."""

@@ -1,0 +1,72 @@
+"""What all stages share: the device, batches of rows, and one way to call the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from anyorder.artifacts import Artifact, fingerprint, read_manifest
+from anyorder.runs.trainer import TrainConfig, TrainResult, train
+
+SHOWN = 16
+"""Images in the pictures that stages make."""
+
+
+def device() -> torch.device:
+    """The first GPU if there is one (hide it with CUDA_VISIBLE_DEVICES=), else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Images (B, 3, H, W) float in [-1, 1] to (B, H, W, 3) uint8."""
+    pixels = images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def uint8_batches(images: np.ndarray, size: int = 256) -> Iterator[Tensor]:
+    """(n, H, W, 3) uint8 as batches (B, 3, H, W) uint8."""
+    for rows in slices(len(images), size):
+        yield torch.from_numpy(np.array(images[rows])).permute(0, 3, 1, 2)
+
+
+def slices(n: int, size: int, start: int = 0) -> Iterator[np.ndarray]:
+    """Consecutive row numbers from `start` up to n, at most `size` at a time."""
+    for begin in range(start, n, size):
+        yield np.arange(begin, min(begin + size, n))
+
+
+def fit(
+    artifact: Artifact, model: nn.Module, loss: Any, examples: int, config: TrainConfig, **more: Any
+) -> TrainResult:
+    """Train in the artifact's folder on the default device; resumes from its checkpoints."""
+    model.to(device())
+    return train(model, loss, examples, config, artifact.folder, device=device(), **more)
+
+
+def training_facts(result: TrainResult) -> dict[str, Any]:
+    """What the manifest says of a training."""
+    return {
+        "parameters": sum(p.numel() for p in result.model.parameters()),
+        "seconds": result.seconds,
+        "examples": result.examples,
+        "device": str(device()),
+    }
+
+
+def require_made_from(folder: Path, role: str, other: Path) -> None:
+    """Refuse artifacts that do not belong together.
+
+    Raises:
+        ValueError: `folder` was made from another artifact in this role than `other`.
+    """
+    got, wanted = read_manifest(folder)["inputs"].get(role), fingerprint(other)
+    if got != wanted:
+        raise ValueError(
+            f"{folder} was made with {role} {got}, but {other} is {wanted}: "
+            f"give the {role} that belongs to it, or run the stage that makes {folder} again"
+        )

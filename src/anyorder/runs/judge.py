@@ -1,0 +1,180 @@
+"""Stages that show what a model is worth: sample from it, and measure the samples."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from anyorder.artifacts import Artifact, RowWriter, load_array, read_manifest, write_json
+from anyorder.contracts import AnyOrderModel
+from anyorder.data.caches import TokenSet, check_tokenizer
+from anyorder.data.sunsets import consistency
+from anyorder.decode import extract_orders, sample
+from anyorder.evaluation import figures, metrics
+from anyorder.guidance import GuidanceConfig, Guided
+from anyorder.logits import Sampling, Streams
+from anyorder.policies import PolicyConfig
+from anyorder.runs.common import SHOWN, device, require_made_from, slices, to_uint8, uint8_batches
+from anyorder.runs.learn import load_transformer
+from anyorder.runs.prepare import load_extractor, load_tokenizer
+
+
+@dataclass
+class SampleStage:
+    """Draw images with the class distribution of the test split."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("model", "tokenizer", "tokens")
+    model: Path
+    tokenizer: Path
+    tokens: Path
+    """The cache the model was trained on, for its test labels."""
+    n: int = 1000
+    """Number of images."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """Where to go next; token-blind by default, so that samples follow the model's own distribution."""
+    sampling: Sampling = field(default_factory=Sampling)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    batch_size: int = 64
+    """Images per call; samples do not depend on it."""
+    bf16: bool = True
+    """Sample in bfloat16."""
+    seed: int = 0
+    """Image i is drawn from stream seed + i."""
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.batch_size < 1:
+            raise ValueError(f"n and batch_size must be >= 1, got {self.n} and {self.batch_size}")
+
+    def run(self, artifact: Artifact) -> dict[str, Any]:
+        """Write `{images,tokens,order,log_prob,labels,seconds}.npy` and pictures of the first samples."""
+        tokens = TokenSet(self.tokens, "test")
+        require_made_from(self.model, "tokens", self.tokens)
+        check_tokenizer(tokens, artifact.identity["inputs"]["tokenizer"])
+        shuffled = np.random.default_rng(self.seed).permutation(np.asarray(tokens.labels))
+        self._draw(artifact, tokens, np.resize(shuffled, self.n))
+        self._pictures(artifact, tokens)
+        seconds = load_array(artifact.folder / "seconds.npy")
+        return {
+            "examples": self.n,
+            "seconds": float(seconds.sum()),
+            "seconds_per_image": float(np.median(seconds)),
+            "policy": self.policy.label,
+            "token_blind": self.policy.token_blind,
+            "device": str(device()),
+        }
+
+    def _draw(self, artifact: Artifact, tokens: TokenSet, labels: np.ndarray) -> None:
+        """Batch by batch; a killed run goes on after its last batch."""
+        model, tokenizer = load_transformer(self.model), load_tokenizer(self.tokenizer)
+        drawer: AnyOrderModel = model.to(torch.bfloat16) if self.bf16 else model
+        drawer = Guided(drawer, self.guidance) if self.guidance.scale != 1 else drawer
+        h, w, n = tokens.grid.h * tokenizer.factor, tokens.grid.w * tokenizer.factor, tokens.grid.n
+        names = {
+            "images": ((h, w, 3), np.uint8),
+            "tokens": ((n,), np.int32),
+            "order": ((n,), np.uint16),
+            "log_prob": ((n,), np.float32),
+            "labels": ((), np.int64),
+            "seconds": ((), np.float32),
+        }
+        rows = RowWriter(artifact.folder, names)
+        with tqdm(total=self.n, initial=rows.rows, desc=f"samples, {self.policy.label}", unit="image") as bar:
+            for some in slices(self.n, self.batch_size, rows.rows):
+                begin = time.perf_counter()
+                streams = Streams([self.seed + int(row) for row in some], device())
+                condition = torch.from_numpy(labels[some]).to(device())
+                policy = self.policy.build(tokens.grid, streams)
+                made = sample(drawer, policy, streams, condition=condition, sampling=self.sampling)
+                images = to_uint8(tokenizer.decode(made.tokens, tokens.grid))
+                rows.append(
+                    images=images,
+                    tokens=made.tokens.cpu().numpy(),
+                    order=made.order.cpu().numpy(),
+                    log_prob=made.log_prob.cpu().numpy(),
+                    labels=labels[some],
+                    seconds=np.full(len(some), (time.perf_counter() - begin) / len(some)),
+                )
+                bar.update(len(some))
+        rows.close()
+
+    def _pictures(self, artifact: Artifact, tokens: TokenSet) -> None:
+        images = np.array(load_array(artifact.folder / "images.npy")[: 2 * SHOWN])
+        orders = load_array(artifact.folder / "order.npy")[: 2 * SHOWN].astype(np.int64)
+        figures.save_image(figures.image_grid(images, scale=2), artifact.folder / "grid.png")
+        panel = figures.order_panel(images[: SHOWN // 2], orders[: SHOWN // 2], tokens.grid)
+        figures.save_image(panel, artifact.folder / "orders.png")
+        frames = figures.drawing_frames(lambda revealed: images[:SHOWN], orders[:SHOWN], tokens.grid)
+        figures.drawing_animation(artifact.folder / "drawing.webp", frames)
+
+
+@dataclass
+class EvalStage:
+    """Measure samples against the test split, and the model's likelihood under the same policy."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("samples", "model", "features", "data", "tokens")
+    samples: Path
+    model: Path
+    features: Path
+    data: Path
+    tokens: Path
+    nll_images: int = 1000
+    """Test images for the likelihood; 0 leaves it out."""
+    batch_size: int = 64
+    """Test images per call."""
+    kid_subset_size: int = 1000
+    """Images in each of KID's subsets."""
+
+    def run(self, artifact: Artifact) -> dict[str, Any]:
+        """Write `metrics.json`."""
+        for folder, role in ((self.samples, "model"), (self.samples, "tokens"), (self.tokens, "data")):
+            require_made_from(folder, role, getattr(self, role))
+        require_made_from(self.features, "data", self.data)
+        extractor = load_extractor(self.features)
+        reference = metrics.FeatureStatistics.load(
+            self.features / "reference.safetensors", extractor.name, artifact.identity["inputs"]["data"]
+        )
+        images = load_array(self.samples / "images.npy")
+        found = metrics.evaluate(extractor, reference, uint8_batches(images), self.kid_subset_size)
+        made, trained = read_manifest(self.samples), read_manifest(self.model)
+        found |= {
+            "policy": made["policy"],
+            "token_blind": made["token_blind"],
+            "seconds_per_image": made["seconds_per_image"],
+            "training_tokens": trained["training_tokens"],
+            "training_seconds": trained["training_seconds"],
+            **self._likelihood(made),
+        }
+        if read_manifest(self.data)["config"]["source"] == "sunsets":
+            found["consistency"] = consistency(np.array(images))
+        write_json(artifact.folder / "metrics.json", found)
+        return {"examples": len(images), "metrics": found, "device": str(device())}
+
+    def _likelihood(self, made: dict[str, Any]) -> dict[str, Any]:
+        """Exact negative log-likelihood of test images under the policy the samples were drawn with.
+
+        Only token-blind policies without location noise define one: p(x) is then a product of the
+        model's conditionals along an order that every image determines by itself.
+        """
+        policy = PolicyConfig(**made["config"]["policy"])
+        if not (self.nll_images and policy.token_blind and policy.temperature == 0 and policy.per_step == 1):
+            return {"nll": None, "bits_per_dim": None}
+        test, model = TokenSet(self.tokens, "test"), load_transformer(self.model)
+        n, total = min(self.nll_images, len(test)), 0.0
+        for rows in tqdm(list(slices(n, self.batch_size)), desc="likelihood", unit="batch"):
+            batch, labels = (x.to(device()) for x in test.batch(rows))
+            streams = Streams(rows.tolist(), device())
+            found = extract_orders(model, batch, policy.build(test.grid, streams), streams, condition=labels)
+            total -= float(found.log_prob.mean(1).sum())
+        h, w = read_manifest(self.tokens)["image_size"]
+        nll = total / n
+        return {
+            "nll": nll,
+            "bits_per_dim": metrics.bits_per_dim(nll, test.grid.n, 3 * h * w),
+            "nll_images": n,
+        }

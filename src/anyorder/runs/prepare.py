@@ -1,0 +1,225 @@
+"""Stages before the any-order model: data, tokenizer, feature space, tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from anyorder.artifacts import Artifact, RowWriter, read_json, write_json
+from anyorder.contracts import Grid
+from anyorder.data.caches import ImageSet
+from anyorder.data.images import ingest
+from anyorder.data.sources import open_source
+from anyorder.data.sunsets import write_sunsets
+from anyorder.evaluation import figures, metrics
+from anyorder.evaluation.features import Classifier, ClassifierConfig, ClassifierFeatures, Inception2015
+from anyorder.models.losses import LossConfig, TokenizerLoss, codebook_usage
+from anyorder.models.vq import VQConfig, VQModel
+from anyorder.runs.checkpoint import load_model, save_model
+from anyorder.runs.common import SHOWN, device, fit, slices, to_uint8, training_facts, uint8_batches
+from anyorder.runs.trainer import TrainConfig
+
+
+@dataclass
+class DataStage:
+    """Decode a source of images once, at one size."""
+
+    inputs: ClassVar[tuple[str, ...]] = ()
+    source: str = "sunsets"
+    """sunsets (made by seed), a folder of images, a parquet file or folder, or a Hugging Face data set id."""
+    size: tuple[int, int] = (32, 32)
+    """Height and width in pixels."""
+    label: str | None = None
+    """Column that holds the class (parquet and Hugging Face)."""
+    fit: Literal["crop", "letterbox"] = "crop"
+    """How other aspect ratios are brought to `size`."""
+    max_train: int | None = None
+    """Take at most this many training images; sunsets makes this many (20,000 by default)."""
+    max_test: int | None = None
+    """The same for the test split (2,000 by default for sunsets)."""
+    test_fraction: float = 0.1
+    """Share of images held out where the source has no test split."""
+    seed: int = 0
+    """Of sunsets."""
+
+    def run(self, artifact: Artifact) -> dict[str, Any]:
+        """Write `{train,test}.{images,labels}.npy`."""
+        if self.source == "sunsets":
+            counts = (self.max_train or 20_000, self.max_test or 2_000)
+            return write_sunsets(artifact.folder, self.size, *counts, seed=self.seed)
+        source = open_source(self.source, self.label, self.test_fraction)
+        return ingest(
+            source, artifact.folder, self.size, self.fit, max_train=self.max_train, max_test=self.max_test
+        )
+
+
+@dataclass
+class TokenizerStage:
+    """Train the VQ tokenizer and measure it on the test split."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("data",)
+    data: Path
+    model: VQConfig = field(default_factory=lambda: VQConfig(channels=32, multipliers=(1, 2, 4)))
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def run(self, artifact: Artifact) -> dict[str, Any]:
+        """Write the model, its log, and reconstructions of test images."""
+        images, test = ImageSet(self.data), ImageSet(self.data, "test")
+        torch.manual_seed(self.train.seed)
+        model, objective = VQModel(self.model), TokenizerLoss(self.loss)
+
+        def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
+            assert isinstance(model, VQModel)
+            return objective(model, images.batch(rows)[0].to(device()), step)
+
+        def evaluate(model: nn.Module, step: int) -> dict[str, float]:
+            assert isinstance(model, VQModel)
+            return {f"test_{key}": value for key, value in measure_tokenizer(model, test, 1024).items()}
+
+        adversary = objective if any(True for _ in objective.parameters()) else None
+        result = fit(artifact, model, loss, len(images), self.train, extra=adversary, evaluate=evaluate)
+        best = result.model
+        assert isinstance(best, VQModel)
+        save_model(artifact.folder, best, self.model, "vq")
+        figures.save_image(reconstructions(best, test), artifact.folder / "reconstructions.png")
+        return {"test": measure_tokenizer(best, test, len(test)), **training_facts(result)}
+
+
+def measure_tokenizer(model: VQModel, images: ImageSet, limit: int) -> dict[str, float]:
+    """PSNR (dB), SSIM, codebook usage and perplexity over the first `limit` images."""
+    tokens, psnr, ssim, n = [], 0.0, 0.0, min(limit, len(images))
+    for rows in slices(n, 256):
+        pixels = images.batch(rows)[0].to(device())
+        found = model.encode(pixels)
+        decoded = model.decode(found, model.grid(pixels)).clamp(-1, 1)
+        psnr += float(metrics.psnr(decoded, pixels).sum())
+        ssim += float(metrics.ssim(decoded, pixels).sum())
+        tokens.append(found.cpu())
+    usage, perplexity = codebook_usage(torch.cat(tokens), model.vocab_size)
+    return {"psnr": psnr / n, "ssim": ssim / n, "codebook_usage": usage, "codebook_perplexity": perplexity}
+
+
+def reconstructions(model: VQModel, images: ImageSet) -> Any:
+    """Test images above their reconstructions, a Pillow image."""
+    pixels = images.batch(np.arange(min(SHOWN, len(images))))[0].to(device())
+    decoded = model.decode(model.encode(pixels), model.grid(pixels))
+    both = np.concatenate((to_uint8(pixels), to_uint8(decoded)))
+    return figures.image_grid(both, columns=len(pixels))
+
+
+@dataclass
+class FeaturesStage:
+    """The feature space of FD, and the reference statistics of the test split in it."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("data",)
+    data: Path
+    extractor: Literal["classifier", "inception"] = "classifier"
+    """A classifier trained on the data set's own labels (FD), or Inception-2015 (FID)."""
+    channels: tuple[int, ...] = (32, 64, 128)
+    """Widths of the classifier's stages."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Training of the classifier."""
+
+    def run(self, artifact: Artifact) -> dict[str, Any]:
+        """Write the classifier and `reference.safetensors`; say how far real images are from real images."""
+        images, test = ImageSet(self.data), ImageSet(self.data, "test")
+        facts = self._train(artifact, images, test) if self.extractor == "classifier" else {}
+        write_json(artifact.folder / "extractor.json", {"extractor": self.extractor})
+        extractor = load_extractor(artifact.folder)
+        batches = uint8_batches(test.images)
+        reference = metrics.statistics(extractor, batches, test.fingerprint, "test features")
+        reference.save(artifact.folder / "reference.safetensors")
+        batches = uint8_batches(images.images[: len(test)])
+        floor = metrics.statistics(extractor, batches, description="train features")
+        return {
+            "extractor": extractor.name,
+            "metric_name": extractor.metric,
+            "distance_of_training_images": metrics.frechet_distance(reference.gaussian, floor.gaussian),
+            **facts,
+        }
+
+    def _train(self, artifact: Artifact, images: ImageSet, test: ImageSet) -> dict[str, Any]:
+        config = ClassifierConfig(len(images.classes), min(images.size), self.channels)
+        torch.manual_seed(self.train.seed)
+        model = Classifier(config)
+
+        def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
+            assert isinstance(model, Classifier)
+            pixels, labels = images.batch(rows)
+            return model.loss(pixels.to(device()), labels.to(device()))
+
+        def evaluate(model: nn.Module, step: int) -> dict[str, float]:
+            hits = 0
+            for rows in slices(len(test), 512):
+                pixels, labels = test.batch(rows)
+                hits += int((model(pixels.to(device()))[1].argmax(1).cpu() == labels).sum())
+            return {"test_accuracy": hits / len(test)}
+
+        result = fit(artifact, model, loss, len(images), self.train, evaluate=evaluate)
+        save_model(artifact.folder, result.model, config, "classifier")
+        return {"test": evaluate(result.model, result.steps), **training_facts(result)}
+
+
+def load_extractor(folder: Path) -> ClassifierFeatures | Inception2015:
+    """The feature extractor of a features artifact."""
+    if read_json(folder / "extractor.json")["extractor"] == "inception":
+        return Inception2015(device=device())
+    model = load_model(folder, "classifier").to(device())
+    assert isinstance(model, Classifier)
+    return ClassifierFeatures(model)
+
+
+@dataclass
+class TokensStage:
+    """Encode every image once."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("data", "tokenizer")
+    data: Path
+    tokenizer: Path
+    batch_size: int = 256
+    """Images per call."""
+
+    def run(self, artifact: Artifact) -> dict[str, Any]:
+        """Write `{train,test}.{tokens,labels}.npy`."""
+        model = load_tokenizer(self.tokenizer)
+        examples = sum(self._encode(model, split, artifact) for split in ("train", "test"))
+        images = ImageSet(self.data)
+        grid = [side // model.factor for side in images.size]
+        return {
+            "examples": examples,
+            "grid": grid,
+            "vocab_size": model.vocab_size,
+            "classes": images.classes,
+            "image_size": list(images.size),
+            "tokenizer": artifact.identity["inputs"]["tokenizer"],
+            "data": artifact.identity["inputs"]["data"],
+        }
+
+    def _encode(self, model: VQModel, split: str, artifact: Artifact) -> int:
+        """Encode one split, going on where a killed run stopped; the number of images."""
+        images = ImageSet(self.data, split)
+        n = Grid(*(side // model.factor for side in images.size)).n
+        names = {f"{split}.tokens": ((n,), np.int32), f"{split}.labels": ((), np.int64)}
+        rows = RowWriter(artifact.folder, names)
+        with tqdm(total=len(images), initial=rows.rows, desc=f"{split} tokens", unit="image") as bar:
+            for some in slices(len(images), self.batch_size, rows.rows):
+                pixels, labels = images.batch(some)
+                tokens = model.encode(pixels.to(device())).cpu().numpy()
+                rows.append(**{f"{split}.tokens": tokens, f"{split}.labels": labels.numpy()})
+                bar.update(len(some))
+        rows.close()
+        return len(images)
+
+
+def load_tokenizer(folder: Path) -> VQModel:
+    """The tokenizer of an artifact, on the device, in evaluation mode."""
+    model = load_model(folder, "vq").to(device())
+    assert isinstance(model, VQModel)
+    return model

@@ -1,0 +1,83 @@
+"""Pipeline folders: a tokenizer, an any-order model, class names and the order to draw in."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from anyorder.artifacts import Artifact, read_json, read_manifest, write_json
+from anyorder.data.caches import TokenSet, check_tokenizer
+from anyorder.models.transformer import AnyOrderTransformer
+from anyorder.models.vq import VQModel
+from anyorder.policies import PolicyConfig
+from anyorder.runs.checkpoint import load_model, save_model
+from anyorder.runs.common import require_made_from
+
+INDEX = "pipeline.json"
+
+
+@dataclass
+class Parts:
+    """What a pipeline is made of."""
+
+    model: AnyOrderTransformer
+    tokenizer: VQModel
+    classes: list[str]
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+
+
+def save_parts(folder: str | Path, parts: Parts) -> None:
+    """Write `pipeline.json`, `model/` and `tokenizer/`."""
+    folder = Path(folder)
+    save_model(folder / "model", parts.model, parts.model.config, "transformer")
+    save_model(folder / "tokenizer", parts.tokenizer, parts.tokenizer.config, "vq")
+    index = {"format": 1, "classes": parts.classes, "policy": dataclasses.asdict(parts.policy)}
+    write_json(folder / INDEX, index)
+
+
+def load_parts(folder: str | Path) -> Parts:
+    """Read what `save_parts` wrote.
+
+    Raises:
+        FileNotFoundError: not a pipeline folder.
+        ValueError: damaged, or of a newer format.
+    """
+    folder = Path(folder)
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(
+            f"{folder} is no pipeline folder (no {INDEX}); make one with stage 'pipeline'"
+        )
+    index = read_json(folder / INDEX)
+    if index.get("format") != 1:
+        raise ValueError(
+            f"{folder / INDEX} has format {index.get('format')}, this version reads 1: update anyorder"
+        )
+    model, tokenizer = load_model(folder / "model", "transformer"), load_model(folder / "tokenizer", "vq")
+    assert isinstance(model, AnyOrderTransformer)
+    assert isinstance(tokenizer, VQModel)
+    return Parts(model, tokenizer, index["classes"], PolicyConfig(**index["policy"]))
+
+
+@dataclass
+class PipelineStage:
+    """Put a trained model and its tokenizer into one folder that `Pipeline.from_pretrained` loads."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("model", "tokenizer", "tokens")
+    model: Path
+    tokenizer: Path
+    tokens: Path
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """The order that the pipeline draws in unless told otherwise."""
+
+    def run(self, artifact: Artifact) -> dict[str, Any]:
+        """Write the folder."""
+        tokens = TokenSet(self.tokens, "test")
+        require_made_from(self.model, "tokens", self.tokens)
+        check_tokenizer(tokens, artifact.identity["inputs"]["tokenizer"])
+        model, tokenizer = load_model(self.model, "transformer"), load_model(self.tokenizer, "vq")
+        assert isinstance(model, AnyOrderTransformer)
+        assert isinstance(tokenizer, VQModel)
+        save_parts(artifact.folder, Parts(model, tokenizer, tokens.classes, self.policy))
+        return {"parameters": read_manifest(self.model)["parameters"]}

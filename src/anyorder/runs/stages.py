@@ -1,0 +1,144 @@
+"""The pipeline, in the paper's order: every stage reads artifacts and writes one.
+
+    data -> tokenizer -> tokens -> train (random orders) -> orders -> train (extracted orders)
+         -> features                                     -> sample -> eval -> report
+
+A stage is a dataclass: its fields are its configuration, `inputs` names those that are artifacts, and
+`run` does the work. `execute` skips a stage whose artifact is up to date and resumes one that was killed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from anyorder.artifacts import MANIFEST, Artifact
+from anyorder.runs.config import load_yaml, parse
+from anyorder.runs.judge import EvalStage, SampleStage
+from anyorder.runs.learn import OrdersStage, TrainStage
+from anyorder.runs.prepare import DataStage, FeaturesStage, TokenizerStage, TokensStage
+from anyorder.runs.pretrained import PipelineStage
+
+log = logging.getLogger("anyorder")
+
+STAGES: dict[str, Any] = {
+    "data": DataStage,
+    "tokenizer": TokenizerStage,
+    "features": FeaturesStage,
+    "tokens": TokensStage,
+    "train": TrainStage,
+    "orders": OrdersStage,
+    "sample": SampleStage,
+    "eval": EvalStage,
+    "pipeline": PipelineStage,
+}
+
+
+def execute(name: str, stage: Any, out: Path) -> bool:
+    """Run one stage unless its artifact is up to date.
+
+    Args:
+        name: key of `STAGES`.
+        stage: its configuration.
+        out: folder of the artifact.
+
+    Returns:
+        Whether anything was done.
+
+    Raises:
+        ValueError, FileNotFoundError: bad configuration or inputs.
+        OSError: the disk is full; what was finished is kept.
+    """
+    settings = dataclasses.asdict(stage)
+    inputs = {role: path for role in stage.inputs if (path := settings.pop(role)) is not None}
+    artifact = Artifact(out, name, settings, inputs)
+    if artifact.current:
+        log.info("%s is up to date", out)
+        return False
+    log.info("%s -> %s", name, out)
+    facts = stage.run(artifact)
+    artifact.finish(facts.pop("examples", None), facts.pop("seconds", None), **facts)
+    return True
+
+
+@dataclasses.dataclass
+class Experiment:
+    """Named stages in the sequence in which they run."""
+
+    out: Path
+    stages: dict[str, tuple[str, Any]]
+    """Artifact name -> (stage name, configuration)."""
+
+    def run(self) -> None:
+        """Run every stage that is not up to date."""
+        for name, (kind, stage) in self.stages.items():
+            execute(kind, stage, self.out / name)
+
+    def plan(self) -> list[str]:
+        """One line per stage: what would be run (a stage is looked at only if its inputs are finished)."""
+        lines, stale = [], set()
+        for name, (kind, stage) in self.stages.items():
+            settings = dataclasses.asdict(stage)
+            inputs = {role: path for role in stage.inputs if (path := settings.pop(role)) is not None}
+            ready = all((path / MANIFEST).is_file() and path not in stale for path in inputs.values())
+            current = ready and Artifact.is_current(self.out / name, kind, settings, inputs)
+            if not current:
+                stale.add(self.out / name)
+            lines.append(f"{'up to date' if current else 'to run':10}  {kind:9}  {self.out / name}")
+        return lines
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment file and apply `stage.key=value` overrides.
+
+    The file holds `out` (a folder) and `stages`: artifact name -> settings, in sequence. The setting
+    `stage` says what kind of stage it is where the name does not. Inputs name earlier artifacts of the
+    file, or are paths.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unknown stage or setting (with a suggestion), or a bad value; the stage is named.
+    """
+    values = load_yaml(path)
+    _refuse_unknown(values, ("out", "stages"), f"setting in {path}")
+    by_stage = _by_stage(overrides, values.setdefault("stages", {}))
+    out = Path(by_stage.pop("out", [values.get("out", f"runs/{Path(path).stem}")])[0])
+    stages: dict[str, tuple[str, Any]] = {}
+    for name, settings in values["stages"].items():
+        settings = dict(settings or {})
+        kind = settings.pop("stage", name)
+        _refuse_unknown([kind], STAGES, f"stage of '{name}' in {path}")
+        for role in STAGES[kind].inputs:
+            if settings.get(role) in stages:
+                settings[role] = out / settings[role]
+        try:
+            stages[name] = kind, parse(STAGES[kind], settings, by_stage.get(name, ()))
+        except ValueError as e:
+            raise ValueError(f"stage '{name}': {e}") from e
+    return Experiment(out, stages)
+
+
+def _by_stage(overrides: Sequence[str], stages: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Overrides by the stage they name; `out=` stands alone."""
+    found: dict[str, list[str]] = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "out":
+            found["out"] = [value]
+            continue
+        stage, _, rest = override.partition(".")
+        _refuse_unknown([stage if rest else key], stages, f"stage in override '{override}'")
+        found.setdefault(stage, []).append(rest)
+    return found
+
+
+def _refuse_unknown(names: Any, allowed: Any, what: str) -> None:
+    for name in names:
+        if name not in allowed:
+            close = difflib.get_close_matches(name, list(allowed), n=1)
+            hint = f", did you mean '{close[0]}'?" if close else ""
+            raise ValueError(f"unknown {what}: '{name}'{hint} Allowed: {', '.join(allowed)}")

@@ -1,0 +1,220 @@
+"""Models and policies that every contract test runs over, and a model whose distribution is known.
+
+To put another model under the contract, add a `Case` to `MODELS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anyorder.contracts import AnyOrderModel, Grid, OrderPolicy
+from anyorder.guidance import Guided, GuidanceConfig
+from anyorder.logits import SCORES, Streams
+from anyorder.models.transformer import AnyOrderTransformer, TransformerConfig
+from anyorder.orders import STATIC
+from anyorder.policies import InferredOrder, make_policy
+
+GRID = Grid(2, 3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to build a model, and how many classes its condition takes (0: no condition)."""
+
+    build: Callable[[], AnyOrderModel]
+    classes: int = 0
+
+
+@dataclass
+class Subject:
+    """A model under test with inputs that fit it."""
+
+    model: Any
+    classes: int
+
+    def condition(self, rows: int) -> Tensor | None:
+        return torch.arange(rows) % self.classes if self.classes else None
+
+    def tokens(self, rows: int, grid: Grid | None = None, seed: int = 0) -> Tensor:
+        n = (grid or self.model.grid).n
+        return torch.randint(self.model.vocab_size, (rows, n), generator=seeded(seed))
+
+    def train(self, mode: bool) -> None:
+        for module in (self.model, getattr(self.model, "model", None)):
+            if isinstance(module, nn.Module):
+                module.train(mode)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def transformer(seed: int = 0, **changes: Any) -> AnyOrderTransformer:
+    """A tiny transformer whose weights are large enough for confident, varied predictions."""
+    sizes = {"depth": 2, "width": 16, "heads": 2, "vocab_size": 5, "grid": (GRID.h, GRID.w)}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AnyOrderTransformer(TransformerConfig(**{**sizes, **changes}))
+        for parameter in model.parameters():
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+class TabularModel:
+    """An exact any-order model: conditionals of an enumerated joint distribution, by marginalisation."""
+
+    def __init__(self, joint: Tensor, grid: Grid):
+        """`joint` is (V,) * N, one axis per raster position."""
+        self.grid = grid
+        self.vocab_size = len(joint)
+        self.joint = joint.double().flatten()
+        self.images = torch.cartesian_prod(*[torch.arange(len(joint))] * grid.n)
+
+    def forward(
+        self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
+    ) -> Tensor:
+        return incremental(self, tokens, condition, order, grid)
+
+    def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+        assert condition is None
+        assert grid in (None, self.grid)
+        return self.joint.expand(batch_size, -1)
+
+    def score(self, state: Tensor, positions: Tensor) -> Tensor:
+        p = torch.einsum("bs,snv->bnv", state, F.one_hot(self.images, self.vocab_size).double())
+        return p.log().gather(1, positions[..., None].expand(-1, -1, self.vocab_size))
+
+    def append(self, state: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+        return state * (self.images.T[positions] == tokens[..., None]).all(1)
+
+
+def tabular(vocab_size: int = 2, grid: Grid = Grid(2, 2), seed: int = 0) -> TabularModel:  # noqa: B008
+    logits = 1.2 * torch.randn(vocab_size**grid.n, generator=seeded(seed))
+    return TabularModel(logits.softmax(0).reshape([vocab_size] * grid.n), grid)
+
+
+class Watched:
+    """Counts what the loop asks of a model, and holds the loop to the contract: only open positions."""
+
+    def __init__(self, model: AnyOrderModel):
+        self.model = model
+        self.grid = model.grid
+        self.vocab_size = model.vocab_size
+        self.calls = self.candidates = self.appends = 0
+
+    def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> Any:
+        self.revealed = torch.zeros(batch_size, (grid or self.grid).n, dtype=torch.bool)
+        return self.model.start(batch_size, condition, grid)
+
+    def score(self, state: Any, positions: Tensor) -> Tensor:
+        assert not self.revealed.gather(1, positions).any(), "a revealed position was scored"
+        self.calls += 1
+        self.candidates += positions.shape[1]
+        return self.model.score(state, positions)
+
+    def append(self, state: Any, positions: Tensor, tokens: Tensor) -> Any:
+        assert not self.revealed.gather(1, positions).any(), "a position was revealed twice"
+        self.appends += 1
+        self.revealed = self.revealed.scatter(1, positions, True)
+        return self.model.append(state, positions, tokens)
+
+
+def incremental(
+    model: AnyOrderModel,
+    tokens: Tensor,
+    condition: Tensor | None,
+    order: Tensor,
+    grid: Grid | None = None,
+) -> Tensor:
+    """Logits (B, N, V) in order steps from `score` and `append`, one position at a time."""
+    state = model.start(len(tokens), condition, grid)
+    logits = []
+    for position in order.split(1, dim=1):
+        logits.append(model.score(state, position))
+        state = model.append(state, position, tokens.gather(1, position))
+    return torch.cat(logits, dim=1)
+
+
+def _architectures() -> Iterable[tuple[str, dict[str, Any]]]:
+    switches = product(
+        ("relative", "absolute", "none"), ("absolute", "none"), (False, True), (False, True), (0, 3)
+    )
+    for following, current, rotary, qk_norm, classes in switches:
+        if rotary and "none" in (following, current):
+            continue
+        words = [f"next={following}", f"current={current}", "rotary" * rotary, "qk_norm" * qk_norm]
+        name = ",".join([*filter(None, words), "conditional" if classes else "unconditional"])
+        yield (
+            name,
+            {
+                "next_position": following,
+                "current_position": current,
+                "rotary": rotary,
+                "qk_norm": qk_norm,
+                "num_classes": classes,
+                "dropout": 0.1,
+                "token_dropout": 0.2,
+                "label_dropout": 0.3,
+            },
+        )
+
+
+def _transformer_case(changes: dict[str, Any]) -> Case:
+    return Case(lambda: transformer(**changes), changes["num_classes"])
+
+
+MODELS: dict[str, Case] = {name: _transformer_case(changes) for name, changes in _architectures()}
+for schedule in ("constant", "linear", "power-cosine"):
+    MODELS[f"guided,{schedule}"] = Case(
+        lambda schedule=schedule: Guided(transformer(num_classes=3), GuidanceConfig(2.5, schedule)), 3
+    )
+MODELS["tabular"] = Case(lambda: tabular(3, GRID))
+
+PolicyFactory = Callable[[Grid, Streams], OrderPolicy]
+
+
+def _named(name: str, per_step: int) -> PolicyFactory:
+    return lambda grid, streams: make_policy(name, grid, streams, per_step=per_step)
+
+
+def _inferred(**settings: Any) -> PolicyFactory:
+    return lambda grid, streams: InferredOrder(**settings)
+
+
+POLICIES: dict[str, PolicyFactory] = {
+    f"{name},per_step={k}": _named(name, k) for name in (*STATIC, "random") for k in (1, 4)
+}
+for score, sign, temperature, (distance, to), k in product(
+    SCORES, (1, -1), (0.0, 0.7), ((0.0, "last"), (0.5, "last"), (0.5, "nearest")), (1, 4)
+):
+    POLICIES[f"{score},sign={sign},temperature={temperature},distance={distance}-{to},per_step={k}"] = (
+        _inferred(
+            score=score,
+            sign=sign,
+            temperature=temperature,
+            distance=distance,
+            distance_to=to,
+            per_step=k,
+        )
+    )
+
+
+@pytest.fixture(params=MODELS)
+def subject(request: pytest.FixtureRequest) -> Subject:
+    """Every model of `MODELS` in turn."""
+    case = MODELS[request.param]
+    return Subject(case.build(), case.classes)
+
+
+@pytest.fixture(params=POLICIES)
+def policy(request: pytest.FixtureRequest) -> PolicyFactory:
+    """Every policy of `POLICIES` in turn."""
+    return POLICIES[request.param]

@@ -1,0 +1,202 @@
+import json
+import logging
+import os
+import resource
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import nn
+
+from anyorder.contracts import Grid
+from anyorder.runs import checkpoint
+from anyorder.runs.checkpoint import (
+    Checkpoints,
+    load_model,
+    load_state,
+    read_tensors,
+    save_model,
+    write_tensors,
+)
+
+
+@dataclass
+class TinyConfig:
+    widths: tuple[int, ...] = (3, 2)
+    rate: float = 0.1
+    size: tuple[int, int] | None = None
+    grid: Grid = field(default_factory=lambda: Grid(2, 2))
+
+
+class Tiny(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.first = nn.Linear(*config.widths)
+        self.tied = nn.Linear(*config.widths)
+        self.tied.weight = self.first.weight
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("transposed", torch.arange(6.0).view(2, 3).T)
+
+
+@pytest.fixture(autouse=True)
+def tiny_kind(monkeypatch):
+    monkeypatch.setitem(checkpoint.KINDS, "tiny", (__name__, "Tiny", "TinyConfig"))
+
+
+@pytest.fixture
+def full_disk():
+    """No file may grow beyond a few bytes, which fails as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+
+    yield fill
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_model_round_trip(tmp_path):
+    config = TinyConfig(widths=(4, 5), rate=1e-5, size=(7, 8), grid=Grid(3, 4))
+    model = Tiny(config)
+    model.count += 3
+    save_model(tmp_path, model, config, "tiny")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    loaded = load_model(tmp_path, "tiny")
+    assert loaded.config == config
+    assert not loaded.training
+    assert loaded.tied.weight is loaded.first.weight
+    assert all(
+        torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in (model, loaded)), strict=True)
+    )
+
+
+def test_load_model_refuses(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="unknown kind of model 'other', allowed: vq"):
+        save_model(tmp_path, Tiny(TinyConfig()), TinyConfig(), "other")
+    save_model(tmp_path, Tiny(TinyConfig()), TinyConfig(), "tiny")
+    with pytest.raises(ValueError, match="of kind 'tiny', expected 'vq'"):
+        load_model(tmp_path, "vq")
+    path = tmp_path / "config.json"
+    path.write_text('{"kind": "vase"}')
+    with pytest.raises(ValueError, match=r"config\.json: unknown kind of model 'vase'"):
+        load_model(tmp_path)
+    path.write_text('{"kind": "tiny", "config": {"withs": [1, 2]}}')
+    with pytest.raises(ValueError, match="does not fit this version's TinyConfig: unknown setting 'withs'"):
+        load_model(tmp_path)
+    path.write_text('{"kind": "tiny", "config": {"widths": [9, 2]}}')
+    with pytest.raises(ValueError, match=r"first\.weight is \(2, 3\), expected \(2, 9\)"):
+        load_model(tmp_path)
+
+
+def test_load_state_names_what_does_not_fit():
+    model = nn.Linear(2, 2)
+    tensors = {f"t{i}": torch.zeros(1) for i in range(6)} | {"weight": torch.zeros(3)}
+    with pytest.raises(
+        ValueError, match=r"here does not fit Linear: missing bias; unexpected t0.* and 3 more"
+    ):
+        load_state(model, tensors, "here")
+
+
+def test_read_tensors_refuses_a_truncated_file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"a": torch.zeros(9)})
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(ValueError, match=r"a\.safetensors is damaged"):
+        read_tensors(path)
+
+
+def test_tensors_read_do_not_hang_on_the_file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"a": torch.ones(4)})
+    tensors = read_tensors(path)
+    path.write_bytes(bytes(path.stat().st_size))
+    assert torch.equal(tensors["a"], torch.ones(4))
+
+
+STATE = {"a": torch.arange(5.0), "b": torch.zeros((), dtype=torch.bfloat16)}
+
+
+def names(checkpoints):
+    return [p.name for p in sorted(checkpoints.folder.iterdir())]
+
+
+def test_checkpoints_round_trip_and_prune(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.load_latest() is None
+    for step in (5, 1000, 20000):
+        checkpoints.save(step, {**STATE, "a": STATE["a"] + step}, {"seconds": step / 3})
+    assert names(checkpoints) == ["step-00001000", "step-00020000"]
+    facts = json.loads((checkpoints.folder / "step-00020000" / "facts.json").read_text())
+    assert facts["bytes"] == (checkpoints.folder / "step-00020000" / "state.safetensors").stat().st_size
+    step, tensors, facts = Checkpoints(tmp_path).load_latest()
+    assert (step, facts) == (20000, {"seconds": 20000 / 3})
+    assert torch.equal(tensors["a"], STATE["a"] + 20000)
+    assert tensors["b"].dtype == torch.bfloat16
+
+
+def truncate(folder):
+    os.truncate(folder / "state.safetensors", 40)
+
+
+def alter(folder):
+    data = bytearray((folder / "state.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "state.safetensors").write_bytes(data)
+
+
+def cut_facts(folder):
+    os.truncate(folder / "facts.json", 10)
+
+
+def lose_state(folder):
+    (folder / "state.safetensors").unlink()
+
+
+def empty_facts(folder):
+    (folder / "facts.json").write_text("{}")
+
+
+@pytest.mark.parametrize("harm", [truncate, alter, cut_facts, lose_state, empty_facts])
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, harm, caplog):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, STATE, {})
+    checkpoints.keep = 2
+    checkpoints.save(9, STATE, {})
+    harm(checkpoints.folder / "step-00000009")
+    with caplog.at_level(logging.WARNING, "anyorder"):
+        assert checkpoints.load_latest()[0] == 1
+    assert "step-00000009 is damaged" in caplog.text
+    # The run goes on from step 1: its next checkpoint replaces the damaged one and never loses to it.
+    checkpoints.keep = 1
+    checkpoints.save(5, STATE, {})
+    assert names(checkpoints) == ["step-00000005"]
+    harm(checkpoints.folder / "step-00000005")
+    with pytest.raises(ValueError, match=r"step-00000005 .*; delete .*checkpoints to start anew"):
+        checkpoints.load_latest()
+    checkpoints.save(5, STATE, {})
+    assert checkpoints.load_latest()[0] == 5
+
+
+def test_full_disk_loses_nothing(tmp_path, full_disk):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, STATE, {"n": 1})
+    full_disk()
+    with pytest.raises(OSError, match=r"cannot write .*state\.safetensors"):
+        checkpoints.save(2, STATE, {})
+    assert names(checkpoints) == ["step-00000001"]
+    assert checkpoints.load_latest()[2] == {"n": 1}
+
+
+def test_left_overs_are_removed_when_opened_and_when_saved(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    left = checkpoints.folder / ".step-00000003.tmp"
+    left.mkdir(parents=True)
+    (left / "state.safetensors").write_bytes(b"half")
+    Checkpoints(tmp_path)
+    assert not left.exists()
+    left.mkdir()
+    checkpoints.save(4, STATE, {})
+    assert names(checkpoints) == ["step-00000004"]

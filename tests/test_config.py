@@ -1,0 +1,222 @@
+import math
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anyorder.runs.config import describe, load_yaml, parse
+
+
+@dataclass
+class Optim:
+    lr: float = 3e-4
+    """Peak learning rate."""
+    steps: int = 10
+    betas: tuple[float, float] = (0.9, 0.95)
+    nesterov: bool = False
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+
+@dataclass
+class Extras:
+    weight: float = 1.0
+
+
+@dataclass
+class Base:
+    name: str = "run"
+    """Name of the run, which is long enough to be wrapped on to a second line of the help text of this
+    very test."""
+
+
+@dataclass
+class Run(Base):
+    kind: Literal["a", "b"] = "a"
+    size: tuple[int, int] | None = None
+    note: str | None = None
+    tags: tuple[str, ...] = ()
+    weights: list[float] = field(default_factory=list)
+    out: Path = Path("out")
+    labels: dict[str, str] = field(default_factory=dict)
+    first: Optim = field(default_factory=Optim)
+    second: Optim = field(default_factory=lambda: Optim(steps=20))
+    extras: Extras | None = None
+
+
+@dataclass
+class Required:
+    path: Path
+    optim: Optim
+    count: int | None
+
+
+text = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=6) | st.sampled_from(
+    ["null", "None", "true", "1e-3", "--help", "-1", "--", "[a]", "a: b", "=", "~"]
+)
+number = st.floats(allow_nan=False)
+optims = st.builds(
+    Optim, lr=number, steps=st.integers(1), betas=st.tuples(number, number), nesterov=st.booleans()
+)
+runs = st.builds(
+    Run,
+    name=text,
+    kind=st.sampled_from(["a", "b"]),
+    size=st.none() | st.tuples(st.integers(), st.integers()),
+    note=st.none() | text,
+    tags=st.lists(text, max_size=3).map(tuple),
+    weights=st.lists(number, max_size=3),
+    out=text.map(Path),
+    labels=st.dictionaries(text, text, max_size=2),
+    first=optims,
+    second=optims,
+    extras=st.none() | st.builds(Extras, number),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(runs)
+def test_yaml_round_trip(run):
+    values = {**asdict(run), "out": str(run.out)}
+    assert parse(Run, yaml.safe_load(yaml.safe_dump(values))) == run
+
+
+def test_defaults_and_partial_groups():
+    assert parse(Run) == Run()
+    run = parse(Run, {"second": {"lr": 1}, "first": None, "extras": {}})
+    assert run.second == Optim(lr=1.0, steps=20)
+    assert run.first == Optim()
+    assert run.extras is None
+    assert parse(Run, {"extras.weight": 2}).extras == Extras(2.0)
+
+
+def test_scientific_notation_that_yaml_reads_as_a_string():
+    values = yaml.safe_load("first: {lr: 1e-3}")
+    assert values["first"]["lr"] == "1e-3"
+    assert parse(Run, values).first.lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("first.lr=1e-3", lambda r: r.first.lr == 1e-3),
+        ("first.lr=inf", lambda r: r.first.lr == math.inf),
+        ("first.nesterov=true", lambda r: r.first.nesterov is True),
+        ("first.nesterov=False", lambda r: r.first.nesterov is False),
+        ("first.betas=[0.5, 0.6]", lambda r: r.first.betas == (0.5, 0.6)),
+        ("size=32,16", lambda r: r.size == (32, 16)),
+        ("size=null", lambda r: r.size is None),
+        ("tags=a,b", lambda r: r.tags == ("a", "b")),
+        ("tags=a", lambda r: r.tags == ("a",)),
+        ("tags=[]", lambda r: r.tags == ()),
+        ("weights=-1,1e5", lambda r: r.weights == [-1.0, 1e5]),
+        ("note=none", lambda r: r.note is None),
+        ("note=a,[b=c", lambda r: r.note == "a,[b=c"),
+        ("name=null", lambda r: r.name == "null"),
+        ("out=a/b", lambda r: r.out == Path("a/b")),
+        ("kind=b", lambda r: r.kind == "b"),
+        ("labels=a: b", lambda r: r.labels == {"a": "b"}),
+        ("labels={a: b, c: d}", lambda r: r.labels == {"a": "b", "c": "d"}),
+        (" kind =b", lambda r: r.kind == "b"),
+    ],
+)
+def test_override(override, read):
+    assert read(parse(Run, {}, [override]))
+
+
+def test_the_later_one_wins():
+    assert parse(Run, {"first": {"steps": 3}}, ["first.steps=4", "first.steps=5"]).first.steps == 5
+    assert parse(Run, {"first": {"steps": "nonsense"}}, ["first.steps=4"]).first.steps == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "overrides", "message"),
+    [
+        ({"first": {"stepz": 1}}, [], r"'first\.stepz', did you mean first\.steps"),
+        ({"frist": {"steps": 1}}, [], r"'frist\.steps', did you mean first\.steps"),
+        ({}, ["steps=1"], r"'steps', did you mean first\.steps or second\.steps"),
+        ({}, ["zzzz=1"], r"(?s)'zzzz'\nallowed: name, .*second\.lr"),
+        ({"zzzz": {}}, [], "unknown setting 'zzzz'"),
+        ({"first": 5}, [], r"'first', did you mean first\.lr"),
+        ({"kind": {"x": 1}}, [], r"kind=\{'x': 1\}: expected 'a'"),
+        ({}, ["steps"], "expected key=value"),
+        ({}, ["=1"], "expected key=value"),
+        ({}, ["first.lr=fast"], r"first\.lr='fast': expected float"),
+        ({}, ["first.steps=1.5"], r"first\.steps='1\.5': expected int"),
+        ({"first": {"steps": True}}, [], r"first\.steps=True: expected int"),
+        ({"first": {"steps": None}}, [], r"first\.steps=None: expected int"),
+        ({"first": {"steps": [1]}}, [], r"first\.steps=\[1\]: expected int"),
+        ({"first": {"nesterov": 1}}, [], r"first\.nesterov=1: expected bool"),
+        ({"size": [1]}, [], r"size=\[1\]: expected tuple\[int, int\] \| null"),
+        ({"tags": "a"}, ["tags=[a"], r"tags=\[a: expected tuple\[str, \.\.\.\], got malformed YAML"),
+        ({"kind": "c"}, [], r"kind='c': expected 'a' \| 'b'"),
+        ({}, ["second.steps=0"], "^second: steps must be at least 1, got 0"),
+    ],
+)
+def test_refusals(values, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        parse(Run, values, overrides)
+
+
+def test_refusals_do_not_print(capsys):
+    with pytest.raises(ValueError):
+        parse(Run, {}, ["first.lr=fast"])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_required_settings():
+    with pytest.raises(ValueError, match=r"'path' \(Path\) is required"):
+        parse(Required, {"count": 1})
+    with pytest.raises(ValueError, match="'count'"):
+        parse(Required, {"path": "x"})
+    assert parse(Required, {"path": "x", "count": None}) == Required(Path("x"), Optim(), None)
+    with pytest.raises(ValueError, match=r"^steps must be"):
+        parse(Optim, {"steps": 0})
+
+
+def test_describe():
+    lines = describe(Run).splitlines()
+    assert 'name="run"  (str)' in lines
+    assert lines[1].startswith("    Name of the run")
+    assert lines[2].startswith("    ")
+    assert "kind=\"a\"  ('a' | 'b')" in lines
+    assert "size=null  (tuple[int, int] | null)" in lines
+    assert "first.betas=[0.9, 0.95]  (tuple[float, float])" in lines
+    assert lines[lines.index("first.lr=0.0003  (float)") + 1] == "    Peak learning rate."
+    assert "second.steps=20  (int)" in lines
+    assert "path=...  (Path, required)" in describe(Required).splitlines()
+
+
+def test_load_yaml(tmp_path):
+    path = tmp_path / "a.yaml"
+    with pytest.raises(FileNotFoundError, match=r"a\.yaml"):
+        load_yaml(path)
+    for content, message in [
+        ("- 1", "must hold a mapping"),
+        ("a: [", "not valid YAML"),
+        ("a: 1\nb: {c: 1, c: 2}", r"(?s)a\.yaml.*'c' is given twice.*line 2"),
+        ("a: !!python/object:os.system {}", "not valid YAML"),
+    ]:
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_yaml(path)
+    path.write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_yaml(path)
+    path.write_text("")
+    assert load_yaml(path) == {}
+    path.write_text("a: &x {b: 1}\nc: {<<: *x, d: 2}")
+    assert load_yaml(path) == {"a": {"b": 1}, "c": {"b": 1, "d": 2}}
+
+
+def test_importing_costs_neither_tyro_nor_torch():
+    code = "import sys, anyorder.runs.config; sys.exit(bool({'tyro', 'torch'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,264 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from anyorder.contracts import Grid
+from anyorder.evaluation import figures
+from anyorder.evaluation.figures import (
+    UNREVEALED,
+    drawing_animation,
+    drawing_frames,
+    image_grid,
+    loss_curves,
+    mean_rank_per_class,
+    order_map,
+    order_panel,
+    ranks,
+    read_metrics,
+    save_image,
+)
+
+GRID = Grid(2, 3)
+
+
+def pictures(n: int, height: int = 4, width: int = 6) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 100, (n, height, width, 3), dtype=np.uint8)
+
+
+def permutations(n: int, grid: Grid = GRID, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).permuted(np.tile(np.arange(grid.n), (n, 1)), axis=1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 9), columns=st.integers(1, 10), scale=st.integers(1, 3), gap=st.integers(0, 3))
+def test_grid_holds_every_image_in_place(n: int, columns: int, scale: int, gap: int) -> None:
+    images = pictures(n)
+    canvas = np.asarray(image_grid(images, columns, scale, gap))
+    height, width = 4 * scale + gap, 6 * scale + gap
+    used = min(columns, n)
+    assert canvas.shape == (-(-n // used) * height - gap, used * width - gap, 3)
+    for i, image in enumerate(images):
+        y, x = i // used * height, i % used * width
+        tile = canvas[y : y + 4 * scale, x : x + 6 * scale]
+        assert (tile[::scale, ::scale] == image).all()
+        assert (tile == tile[::scale, ::scale].repeat(scale, 0).repeat(scale, 1)).all()
+    assert (canvas == 255).all(2).sum() == canvas[..., 0].size - n * 24 * scale**2
+
+
+@pytest.mark.parametrize("images", [np.zeros((1, 4, 4, 3)), np.zeros((4, 4, 3), np.uint8), pictures(0)])
+def test_other_things_than_images_are_refused(images: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="one or more uint8 images"):
+        image_grid(images)
+
+
+def test_ranks_invert_orders() -> None:
+    orders = permutations(5)
+    rank = ranks(orders, GRID).reshape(5, 6)
+    assert (np.take_along_axis(rank, orders, 1) == np.arange(6)).all()
+    for wrong in (orders[:, :5], np.zeros_like(orders), orders[0]):
+        with pytest.raises(ValueError, match="permutations of the 6 positions of a 2x3 grid"):
+            ranks(wrong, GRID)
+
+
+def test_order_map_goes_from_light_to_dark_patch_by_patch() -> None:
+    rank = np.array([[0, 1, 2], [5, 4, 3]])
+    heat = order_map(rank, (4, 6))
+    patches = heat[::2, ::2].astype(float)
+    assert (heat == heat[::2, ::2].repeat(2, 0).repeat(2, 1)).all()
+    luminance = patches @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(luminance.ravel()[np.argsort(rank.ravel())]) < 0).all()
+    assert order_map(np.zeros((1, 1)), (2, 2)).shape == (2, 2, 3)
+
+
+def test_order_map_blends_with_the_image() -> None:
+    rank, image = np.arange(6).reshape(2, 3), pictures(1)[0]
+    heat = order_map(rank, (4, 6))
+    assert (order_map(rank, (4, 6), image, opacity=0) == image).all()
+    assert (order_map(rank, (4, 6), image, opacity=1) == heat).all()
+    half = order_map(rank, (4, 6), image, opacity=0.5).astype(float)
+    assert np.abs(half - (heat.astype(float) + image) / 2).max() <= 1
+
+
+def test_panel_shows_each_image_beside_its_own_order() -> None:
+    images, orders = pictures(4, 24, 60), permutations(4)
+    panel = np.asarray(order_panel(images, orders, GRID, columns=2, scale=1))
+    for i, rank in enumerate(ranks(orders, GRID)):
+        y, x = i // 2 * 30, i % 2 * 126
+        assert (panel[y : y + 24, x : x + 60] == images[i]).all()
+        assert (panel[y : y + 24, x + 60 : x + 120] == order_map(rank, (24, 60))).all()
+    key = panel[54:].reshape(-1, 3).tolist()
+    for step in (0, 5):  # the key runs from the colour of the first to the colour of the last step
+        assert order_map(np.array([[0, 1, 2], [3, 4, 5]]), (2, 3)).reshape(-1, 3)[step].tolist() in key
+
+
+def test_key_fits_beside_a_tiny_panel() -> None:
+    panel = order_panel(pictures(1, 2, 3), permutations(1), GRID, scale=1)
+    assert panel.width > 40
+
+
+def test_panel_needs_an_order_for_each_image() -> None:
+    with pytest.raises(ValueError, match="2 images and 3 orders"):
+        order_panel(pictures(2), permutations(3), GRID)
+
+
+def test_mean_rank_per_class_has_a_map_for_each_class_that_occurs(monkeypatch) -> None:
+    shown = []
+    rendered = figures._rendered
+    monkeypatch.setattr(figures, "_rendered", lambda figure: shown.append(figure) or rendered(figure))
+    orders, labels = permutations(6), np.array([2, 0, 2, 0, 0, 2])
+    long = "a class of a very long name"
+    image = mean_rank_per_class(orders, labels, ["shoes", "never", long], GRID, columns=2)
+    axes = [axis for axis in shown[0].axes if axis.images]
+    assert [axis.get_title() for axis in axes] == [
+        "all (6)",
+        "shoes (3)",
+        "a class of a ve… (3)",
+    ]
+    expected = [ranks(orders, GRID)[rows].mean(0) for rows in (slice(None), labels == 0, labels == 2)]
+    for axis, mean in zip(axes, expected, strict=True):
+        np.testing.assert_allclose(axis.images[0].get_array(), mean)
+    assert image.mode == "RGB"
+    assert image == mean_rank_per_class(orders, labels, ["shoes", "never", long], GRID, columns=2)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 1000), count=st.integers(2, 12))
+def test_frames_reveal_patches_in_order(seed: int, count: int) -> None:
+    images, orders = pictures(3), permutations(3, seed=seed)
+    frames = drawing_frames(lambda revealed: images, orders, GRID, count)
+    assert frames.shape[0] <= count
+    assert (frames[0] == UNREVEALED).all()
+    assert (frames[-1] == images).all()
+    rank = ranks(orders, GRID).repeat(2, 1).repeat(2, 2)
+    for frame in frames:
+        drawn = (frame != UNREVEALED).all(3)
+        steps = drawn[0].sum() // 4
+        assert (drawn == (rank < steps)).all()
+        assert (frame[drawn] == images[drawn]).all()
+
+
+def test_frames_decode_what_is_revealed_so_far() -> None:
+    seen = []
+
+    def decode(revealed: np.ndarray) -> np.ndarray:
+        seen.append(revealed)
+        return np.full((1, 4, 6, 3), len(seen), np.uint8)
+
+    frames = drawing_frames(decode, np.array([[3, 0, 1, 2, 4, 5]]), GRID, frames=7)
+    assert [np.flatnonzero(r[0]).tolist() for r in seen[:3]] == [[], [3], [0, 3]]
+    assert frames[1][0, 2:, :2].tolist() == np.full((2, 2, 3), 2).tolist()
+    with pytest.raises(ValueError, match="at least 2 frames, got 1"):
+        drawing_frames(decode, permutations(1), GRID, frames=1)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_animation_shows_every_frame_and_holds_the_last(tmp_path, suffix: str) -> None:
+    path = tmp_path / f"drawing.{suffix}"
+    images = pictures(3)
+    frames = drawing_frames(lambda revealed: images, permutations(3), GRID, frames=5)
+    drawing_animation(path, frames, columns=3, scale=2, seconds=1, hold=3)
+    first = path.read_bytes()
+    durations = []
+    with Image.open(path) as animation:
+        assert animation.n_frames == len(frames)
+        assert animation.info["loop"] == 0
+        for i in range(animation.n_frames):
+            animation.seek(i)
+            pixels = np.asarray(animation.convert("RGB"), dtype=int)
+            durations.append(animation.info["duration"])
+            error = np.abs(pixels - np.asarray(image_grid(frames[i], 3, 2)))
+            assert error.max() <= (0 if suffix == "webp" else 40)  # GIF has 256 colours
+    assert durations[-1] == 3000
+    assert set(durations[:-1]) == {250}
+    drawing_animation(path, frames, columns=3, scale=2, seconds=1, hold=3)
+    assert path.read_bytes() == first
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_animation_refuses_other_formats_and_still_pictures(tmp_path) -> None:
+    frames = np.stack([pictures(1)] * 2)
+    with pytest.raises(ValueError, match=r"\.gif or \.webp"):
+        drawing_animation(tmp_path / "a.png", frames)
+    with pytest.raises(ValueError, match="at least 2 frames, got 1"):
+        drawing_animation(tmp_path / "a.gif", frames[:1])
+
+
+def test_save_image_is_lossless_and_atomic(tmp_path) -> None:
+    image = image_grid(pictures(2))
+    save_image(image, tmp_path / "new" / "a.png")
+    assert Image.open(tmp_path / "new" / "a.png").tobytes() == image.tobytes()
+    with pytest.raises(ValueError, match=r"cannot write '.xyz' images"):
+        save_image(image, tmp_path / "a.xyz")
+    assert not (tmp_path / "a.xyz").exists()
+
+
+def write_log(path, *lines: dict) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def curves(monkeypatch, runs: list) -> list:
+    shown = []
+    rendered = figures._rendered
+    monkeypatch.setattr(figures, "_rendered", lambda figure: shown.append(figure) or rendered(figure))
+    assert loss_curves(runs).mode == "RGB"
+    return shown[0].axes
+
+
+def test_loss_curves_draw_what_is_logged(tmp_path, monkeypatch) -> None:
+    a = write_log(
+        tmp_path / "a.jsonl",
+        {"step": 1, "loss": 9.0, "images_per_second": 10.0},
+        {"step": 2, "loss": 5.0},
+        {"step": 2, "loss": 4.0},  # a resumed run repeats a step
+        {"step": 2, "test_nll": 4.5},
+        {"step": 3, "loss": 3.0},
+    )
+    b = write_log(tmp_path / "b.jsonl", {"step": 1, "loss": 2.0, "test_loss": None})
+    loss, speed = curves(monkeypatch, [("raster", a), ("random", b)])
+    raw, _, test = loss.lines[:3]
+    assert raw.get_xydata().tolist() == [[1, 9], [2, 4], [3, 3]]
+    assert test.get_xydata().tolist() == [[2, 4.5]]
+    assert [t.get_text() for t in loss.get_legend().get_texts()] == ["raster", "raster, test", "random"]
+    assert speed.lines[0].get_xydata().tolist() == [[1, 10]]
+    assert speed.get_ylim()[0] == 0
+    assert loss.get_ylabel() == "loss (nats per token)"
+
+
+def test_loss_curves_without_speed_have_one_panel(tmp_path, monkeypatch) -> None:
+    log = write_log(tmp_path / "a.jsonl", *({"step": i, "loss": 50.0 if i < 3 else 2.0} for i in range(100)))
+    (panel,) = curves(monkeypatch, [("a", log)])
+    assert panel.get_ylim()[1] < 10  # the cliff at the begin does not set the scale
+
+
+def test_smoothing_keeps_constants_and_has_no_lag() -> None:
+    np.testing.assert_allclose(figures._smooth(np.full(7, 3.0), window=0.5), 3)
+    line = np.arange(100.0)
+    np.testing.assert_allclose(figures._smooth(line, window=0.1)[10:-10], line[10:-10])
+    assert figures._smooth(np.array([4.0])).tolist() == [4]
+
+
+def test_logs_of_killed_runs_are_read_and_damaged_ones_named(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
+    for line in ("nonsense", "[1, 2]", '{"loss": 1}'):
+        path.write_text('{"step": 1}\n' + line + "\n")
+        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+            read_metrics(path)
+    path.write_text('{"step": 1, "test_nll": 2.0}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl holds no losses yet"):
+        loss_curves([("a", path)])
+    with pytest.raises(FileNotFoundError, match="no metrics at"):
+        read_metrics(tmp_path / "missing.jsonl")
+
+
+def test_figures_never_touch_pyplot(tmp_path) -> None:
+    sys.modules.pop("matplotlib.pyplot", None)
+    loss_curves([("a", write_log(tmp_path / "a.jsonl", {"step": 1, "loss": 2.0}))])
+    assert "matplotlib.pyplot" not in sys.modules

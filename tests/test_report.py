@@ -1,0 +1,227 @@
+import base64
+import io
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from anyorder.evaluation.report import Details, Figure, Gallery, Section, Table, format_value, write_report
+
+DASH = "\u2013"
+VOID = {"meta", "img"}
+EVIL = '<script>alert("x")</script>'
+
+
+class Page(HTMLParser):
+    """Collects elements with their text, and fails on tags that do not match."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[tuple[str, dict, list[str]]] = []
+        self.elements: list[tuple[str, dict, list[str]]] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"left open: {[tag for tag, *_ in self.open]}"
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        element = (tag, dict(attrs), [])
+        self.elements.append(element)
+        if tag not in VOID:
+            self.open.append(element)
+
+    def handle_endtag(self, tag: str) -> None:
+        opened = self.open.pop()[0]
+        assert opened == tag, f"</{tag}> closes <{opened}>"
+
+    def handle_data(self, data: str) -> None:
+        for *_, texts in self.open:
+            texts.append(data)
+
+    def all(self, tag: str, **attributes: str) -> list[tuple[str, dict]]:
+        return [
+            ("".join(texts).strip(), attrs)
+            for name, attrs, texts in self.elements
+            if name == tag and attributes.items() <= attrs.items()
+        ]
+
+    def texts(self, tag: str) -> list[str]:
+        return [text for text, _ in self.all(tag)]
+
+
+def picture(colour: str = "red") -> Image.Image:
+    return Image.new("RGB", (6, 4), colour)
+
+
+def page(tmp_path, *sections: Section, title: str = "Report") -> Page:
+    write_report(tmp_path / "report.html", title, sections)
+    return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+
+def full(tmp_path) -> Page:
+    table = Table(["order", "fd"], [{"order": "raster", "fd": 2.0}], "quality", {"fd": "min"})
+    return page(
+        tmp_path,
+        Section("Quality", "One.\n\nTwo.\n", [table]),
+        Section(
+            "Samples", items=[Gallery([Figure(picture(), "a", "red"), Figure(picture("blue"), "", "blue")])]
+        ),
+        Section("Runs", items=[Details("config", {"lr": 1e-3, "classes": ["é"]}), Details("command", "a b")]),
+    )
+
+
+def test_structure(tmp_path) -> None:
+    result = full(tmp_path)
+    assert result.texts("title") == result.texts("h1") == ["Report"]
+    assert result.texts("h2") == ["Quality", "Samples", "Runs"]
+    assert result.texts("p") == ["One.", "Two."]
+    assert [attrs["href"] for _, attrs in result.all("a")] == [
+        f"#{attrs['id']}" for _, attrs in result.all("section")
+    ]
+    assert result.texts("summary") == ["config", "command"]
+    assert result.texts("pre") == ['{\n  "lr": 0.001,\n  "classes": [\n    "é"\n  ]\n}', "a b"]
+    assert result.texts("figcaption") == ["a"]
+    assert result.all("html", lang="en")
+
+
+def test_page_needs_nothing_else(tmp_path) -> None:
+    result = full(tmp_path)
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, *_ in result.elements}
+    for _, attrs, _ in result.elements:
+        for name, value in attrs.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "data", "srcset", "action"):
+                assert value.startswith(("data:image/", "#"))
+    assert not re.search(r"url\(|@import", result.texts("style")[0])
+
+
+def test_it_follows_the_readers_colours_and_screen(tmp_path) -> None:
+    result = full(tmp_path)
+    assert "prefers-color-scheme: dark" in result.texts("style")[0]
+    assert result.all("meta", name="viewport")
+    assert all(attrs["alt"] for _, attrs in result.all("img"))
+
+
+def test_all_text_is_escaped(tmp_path) -> None:
+    table = Table([EVIL], [{EVIL: EVIL}], EVIL, {EVIL: "max"})
+    items = [
+        table,
+        Figure(picture(), EVIL, f'" onload="x{EVIL}'),
+        Details(EVIL, {EVIL: EVIL}),
+        Details("b", EVIL),
+    ]
+    result = page(tmp_path, Section(EVIL, EVIL, items), Section(EVIL), title=EVIL)
+    assert not result.all("script")
+    assert result.texts("h1") == [EVIL]
+    assert result.texts("h2") == [EVIL, EVIL]
+    assert result.texts("p") == [EVIL]
+    assert [text for text, _ in result.all("th", scope="row")] == [EVIL]
+    assert result.texts("pre")[1] == EVIL
+    ((_, image),) = result.all("img")
+    assert image["alt"] == f'" onload="x{EVIL}'
+    assert "onload" not in image
+
+
+def test_table_cells_by_column(tmp_path) -> None:
+    rows = [
+        {"order": "raster", "fd": 31.234, "recall": 0.5, "n": 5000},
+        {"order": "random", "fd": math.nan, "recall": 0.5, "n": 5000},
+        {"order": "ordered", "fd": 27.1, "n": None},
+    ]
+    table = Table(["order", "fd", "recall", "n"], rows, best={"fd": "min", "recall": "max"})
+    result = page(tmp_path, Section("Quality", items=[table]))
+    assert [text for text, _ in result.all("th", scope="col")] == ["order", "fd ↓", "recall ↑", "n"]
+    assert [text for text, _ in result.all("th", scope="row")] == ["raster", "random", "ordered"]
+    cells = result.all("td")
+    assert [text for text, _ in cells] == [
+        "31.23",
+        "0.5000",
+        "5,000",
+        DASH,
+        "0.5000",
+        "5,000",
+        "27.10",
+        DASH,
+        DASH,
+    ]
+    assert [text for text, attrs in cells if "best" in attrs["class"]] == ["0.5000", "0.5000", "27.10"]
+    assert all("number" in attrs["class"] for _, attrs in cells)
+    assert result.all("th", scope="col")[0][1].get("class") is None
+    assert not result.all("nav")  # one section needs no table of contents
+    assert not result.all("caption")
+
+
+def test_a_single_value_is_not_the_best_of_anything() -> None:
+    table = Table(["a", "b"], [{"a": 1.0, "b": 2.0}, {"a": None, "b": 3.0}], best={"a": "min", "b": "max"})
+    assert [[cell.best for cell in row] for row in table.cells()] == [[False, False], [False, True]]
+
+
+def test_tables_refuse_columns_that_they_have_not() -> None:
+    with pytest.raises(ValueError, match=r"row 1 names columns \['b'\]"):
+        Table(["a"], [{"a": 1}, {"b": 2}])
+    with pytest.raises(ValueError, match=r"best names columns \['c'\]"):
+        Table(["a"], [], best={"c": "min"})
+    with pytest.raises(ValueError, match=r"'min' or its 'max', got \{'a': 'least'\}"):
+        Table(["a"], [], best={"a": "least"})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, DASH),
+        (math.nan, DASH),
+        (np.float32("nan"), DASH),
+        (True, "yes"),
+        (False, "no"),
+        (12345678, "12,345,678"),
+        (np.int64(1234), "1,234"),
+        (0, "0"),
+        (0.0, "0"),
+        (3.14159, "3.142"),
+        (-27.1, "-27.10"),
+        (0.0123449, "0.01234"),
+        (123456.7, "123,457"),
+        (1.5e-7, "1.50e-07"),
+        (np.float32(0.5), "0.5000"),
+        (math.inf, "inf"),
+        ("raster", "raster"),
+    ],
+)
+def test_values_are_formatted_sensibly(value: object, text: str) -> None:
+    assert format_value(value) == text
+
+
+def decoded(figure: Figure) -> Image.Image:
+    header, data = figure.uri.split(",")
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert header == f"data:{Image.MIME[image.format]};base64"
+    return image
+
+
+def test_figures_embed_images_bytes_and_files(tmp_path) -> None:
+    picture().save(tmp_path / "a.gif", save_all=True, append_images=[picture("blue")], duration=100)
+    from_image, from_path = Figure(picture(), "", "red"), Figure(tmp_path / "a.gif", "", "red and blue")
+    from_bytes = Figure((tmp_path / "a.gif").read_bytes(), "", "red and blue")
+    assert decoded(from_image).tobytes() == picture().tobytes()
+    assert decoded(from_path).n_frames == 2
+    assert from_bytes.uri == from_path.uri
+    assert (from_path.width, from_path.height) == (6, 4)
+
+
+def test_figures_that_cannot_be_shown_are_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="'a' needs an alt text"):
+        Figure(picture(), "a", " ")
+    with pytest.raises(FileNotFoundError, match="no picture at"):
+        Figure(tmp_path / "missing.png", "a", "b")
+    with pytest.raises(ValueError, match="'a' is not an image"):
+        Figure(b"text", "a", "b")
+
+
+def test_same_content_gives_the_same_bytes(tmp_path) -> None:
+    full(tmp_path)
+    first = (tmp_path / "report.html").read_bytes()
+    full(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == first
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
