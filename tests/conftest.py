@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyorder.contracts import AnyOrderModel, Grid, OrderPolicy
-from anyorder.guidance import Guided, GuidanceConfig
+from anyorder.guidance import GuidanceConfig, Guided
 from anyorder.logits import SCORES, Streams
 from anyorder.models.transformer import AnyOrderTransformer, TransformerConfig
 from anyorder.orders import STATIC

@@ -485,6 +485,25 @@ def test_extra_parameters_are_trained_and_resumed(tmp_path):
     assert state(tmp_path)["optimizer.2.exp_avg"].shape == extra.weight.shape
 
 
+def test_extra_parameters_may_join_late(tmp_path):
+    def late(extra, stop):
+        def loss(model, indices, step, generator):
+            if step == stop:
+                signal.raise_signal(signal.SIGINT)
+            total, parts = squared_error(model, indices, step, generator)
+            return total + (extra(data()[0]).square().mean() if step > 3 else 0), parts
+
+        return loss
+
+    extra, again = linear(), linear()
+    run(tmp_path / "a", late(extra, None), extra=extra, steps=6)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", late(again, 2), extra=again, steps=6)
+    assert_equal(again.state_dict(), linear().state_dict())
+    run(tmp_path / "b", late(again, None), extra=again, steps=6)
+    assert_equal(state(tmp_path / "a"), state(tmp_path / "b"))
+
+
 def test_tensorboard(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     run(tmp_path, steps=3, tensorboard=True)

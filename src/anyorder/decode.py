@@ -174,11 +174,15 @@ def extract_orders(
         ValueError: tokens of another length than the grid.
     """
     grid = grid or model.grid
-    if tokens.shape[1] != grid.n:
-        raise ValueError(f"{tokens.shape[1]} tokens per image do not fill a {grid.h} x {grid.w} grid")
+    _check_length(tokens, grid)
     streams = streams or Streams(range(len(tokens)), tokens.device)
     policy = make_policy(order, grid, streams)
     return trace(generate(model, policy, given(tokens), streams, condition=condition, grid=grid, chunk=chunk))
+
+
+def _check_length(tokens: Tensor, grid: Grid) -> None:
+    if tokens.shape[1] != grid.n:
+        raise ValueError(f"{tokens.shape[1]} tokens per image do not fill a {grid.h} x {grid.w} grid")
 
 
 def complete(
@@ -207,13 +211,14 @@ def complete(
         chunk: candidates scored per call.
 
     Raises:
-        ValueError: `known` of another shape than `tokens`.
+        ValueError: `known` of another shape than `tokens`, or tokens of another length than the grid.
     """
     if known.shape != tokens.shape or known.dtype != torch.bool:
         raise ValueError(
             f"known must be bool of shape {tuple(tokens.shape)}, got {known.dtype} {tuple(known.shape)}"
         )
     grid = grid or model.grid
+    _check_length(tokens, grid)
     if order == "random":
         order = random_rows(grid, streams)
     counts = known.sum(1)

@@ -121,7 +121,7 @@ def entropy(logits: Tensor, tokens: Tensor) -> Tensor:
 def margin(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log-ratio of the two most likely tokens; infinite if only one is possible."""
     if logits.shape[-1] == 1:
-        return torch.full(logits.shape[:-1], torch.inf)
+        return torch.full(logits.shape[:-1], torch.inf, device=logits.device)
     first, second = logits.float().topk(2, -1).values.unbind(-1)
     return first - second
 

@@ -193,7 +193,8 @@ class PolicyConfig:
             return
         if self.order != "random" and self.order not in STATIC:
             raise ValueError(_unknown(self.order))
-        if self != PolicyConfig(order=self.order, per_step=self.per_step):
+        of_scores = ("sign", "temperature", "distance", "distance_to")
+        if any(getattr(self, key) != getattr(PolicyConfig, key) for key in of_scores):
             raise ValueError(
                 f"sign, temperature and distance belong to inferred orders ({', '.join(SCORES)}), "
                 f"not to '{self.order}'"

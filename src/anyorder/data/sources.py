@@ -119,7 +119,7 @@ def _find_images(root: Path) -> list[Item]:
     for folder, subfolders, files in os.walk(root, followlinks=True):
         names += [os.path.relpath(os.path.join(folder, f), root) for f in files]
         paths = {os.path.realpath(os.path.join(folder, s)): s for s in sorted(subfolders, reverse=True)}
-        subfolders[:] = [paths[p] for p in paths.keys() - seen]  # links may lead in circles
+        subfolders[:] = [s for path, s in paths.items() if path not in seen]  # links may lead in circles
         seen |= paths.keys()
     names = sorted(Path(n).as_posix() for n in names if Path(n).suffix.lower() in suffixes)
     if not names:

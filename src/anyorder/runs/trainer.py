@@ -243,9 +243,11 @@ class _Run:
         values = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         limit = self.config.clip or math.inf
         norms = [nn.utils.clip_grad_norm_(m.parameters(), limit) for m in self.trained.values()]
+        # The norm of no gradient at all (a discriminator before its start) is made on the CPU.
+        norms = [norm.to(self.device, non_blocking=True) for norm in norms]
+        finite = torch.stack([values["loss"], *norms]).isfinite().all()
         # The fused kernel makes no update where found_inf is 1 (torch.amp uses it so): weights stay as they
         # were before the first bad step until the host learns of it.
-        finite = torch.stack([values["loss"], *norms]).isfinite().all()
         self.bad = torch.maximum(self.bad, 1 - finite.float())
         self.optimizer.found_inf = self.bad  # type: ignore[attr-defined]
         self.optimizer.step()

@@ -1,0 +1,196 @@
+import math
+
+import pytest
+import torch
+from conftest import seeded
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from anyorder.logits import (
+    SCORES,
+    TOKEN_BLIND,
+    Sampling,
+    Streams,
+    draw,
+    entropy,
+    margin,
+    max_prob,
+    token_likelihood,
+    truncate,
+)
+
+P = torch.tensor([0.1, 0.4, 0.2, 0.3])
+LARGEST_UNIFORM = 1 - 2**-24
+
+
+def kept(logits: Tensor, **settings: float) -> list[list[int]]:
+    """The tokens that can still be drawn."""
+    return [row.isfinite().nonzero().flatten().tolist() for row in truncate(logits, Sampling(**settings))]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"top_k": 2}, [1, 3]),
+        ({"top_k": 9}, [0, 1, 2, 3]),
+        ({"top_p": 0.4 - 1e-4}, [1]),
+        ({"top_p": 0.4 + 1e-4}, [1, 3]),
+        ({"top_p": 0.7 + 1e-4}, [1, 2, 3]),
+        ({"top_p": 1e-6}, [1]),
+        ({"min_p": 0.5 + 1e-4}, [1, 3]),
+        ({"min_p": 0.5 - 1e-4}, [1, 2, 3]),
+        ({"temperature": 0}, [1]),
+        ({"top_k": 3, "top_p": 4 / 9 + 1e-4}, [1, 3]),  # after top_k, 0.4 of 0.9 is left to the best token
+        ({"temperature": 0.5, "top_p": 0.5}, [1]),  # 0.16 of 0.30: the temperature comes first
+    ],
+)
+def test_truncation_keeps(settings, expected):
+    assert kept(P.log()[None], **settings) == [expected]
+
+
+def test_truncation_leaves_ratios_alone():
+    logits = P.log()
+    assert_close(truncate(logits, Sampling()), logits)
+    assert_close(truncate(logits, Sampling(temperature=2.0)), logits / 2)
+    assert_close(truncate(logits, Sampling(top_k=2)).softmax(-1), torch.tensor([0, 4 / 7, 0, 3 / 7]))
+    assert_close(truncate(logits, Sampling(top_p=0.8)).softmax(-1), torch.tensor([0, 4 / 9, 2 / 9, 3 / 9]))
+    assert truncate(logits.bfloat16(), Sampling()).dtype == torch.float32
+
+
+def test_ties():
+    flat = torch.zeros(3, 6)
+    assert [len(row) for row in kept(flat, top_k=2)] == [2, 2, 2]
+    assert [len(row) for row in kept(flat, top_p=0.4)] == [3, 3, 3]
+    assert kept(flat, min_p=0.99) == [list(range(6))] * 3
+    assert kept(flat, temperature=0) == [list(range(6))] * 3
+
+
+def test_truncation_is_row_by_row():
+    logits = torch.randn(2, 3, 7, generator=seeded(0))
+    sampling = Sampling(temperature=0.8, top_k=5, top_p=0.9, min_p=0.05)
+    rows = torch.stack([truncate(row, sampling) for row in logits.flatten(0, 1)]).view_as(logits)
+    assert_close(truncate(logits, sampling), rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"min_p": 1}, "min_p"),
+        ({"min_p": -0.1}, "min_p"),
+    ],
+)
+def test_sampling_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**settings)
+
+
+def test_draw_frequencies():
+    n = 20_000
+    tokens = draw(P.log().expand(n, -1), torch.rand(n, generator=seeded(0)))
+    counts = tokens.bincount(minlength=4)
+    assert ((counts - n * P) ** 2 / (n * P)).sum() < 16.3  # chi-square, 3 degrees of freedom: p < 0.001
+
+
+def test_draw_inverts_the_distribution_function():
+    uniform = torch.tensor([0.0, 0.09, 0.11, 0.49, 0.51, 0.69, 0.71, 0.99])
+    assert draw(P.log().expand(8, -1), uniform).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, LARGEST_UNIFORM])
+@given(data=st.data())
+def test_impossible_tokens_are_never_drawn(uniform, data):
+    possible = data.draw(st.lists(st.booleans(), min_size=1, max_size=40).filter(any))
+    scale = data.draw(st.sampled_from([0.1, 3.0, 30.0]))
+    logits = scale * torch.randn(len(possible), generator=seeded(data.draw(st.integers(0, 99))))
+    logits = logits.masked_fill(~torch.tensor(possible), -torch.inf)
+    token = draw(logits[None], torch.tensor([uniform]))
+    assert logits.softmax(-1)[token] > 0
+
+
+def test_largest_uniform_is_safe_in_a_large_vocabulary():
+    logits = torch.full((50, 16_384), -torch.inf)
+    logits[:, 100:600] = torch.randn(50, 500, generator=seeded(0))
+    for uniform in (0.0, LARGEST_UNIFORM):
+        tokens = draw(logits, torch.full((50,), uniform))
+        assert ((tokens >= 100) & (tokens < 600)).all()
+
+
+def test_draw_keeps_the_shape():
+    logits = torch.randn(2, 3, 5, generator=seeded(0))
+    uniform = torch.rand(2, 3, generator=seeded(1))
+    tokens = draw(logits, uniform)
+    assert tokens.dtype == torch.int64
+    assert torch.equal(tokens, torch.stack([draw(*row) for row in zip(logits, uniform, strict=True)]))
+
+
+# --- streams
+
+
+def test_a_stream_depends_on_its_seed_only():
+    together, alone = Streams([5, 6, 7]), Streams([6])
+    assert len(together) == 3
+    for draw_numbers in (lambda s: s.uniform(4), lambda s: s.gumbel(2, 3), lambda s: s.uniform()):
+        assert torch.equal(draw_numbers(together)[1:2], draw_numbers(alone))
+
+
+def test_a_subset_shares_its_streams():
+    whole, same = Streams([5, 6, 7]), Streams([5, 6, 7])
+    first = whole.subset([2, 0]).uniform(3)
+    assert torch.equal(first, same.uniform(3)[[2, 0]])
+    following = whole.uniform(3)
+    assert torch.equal(following[1], Streams([6]).uniform(3)[0])  # the one left out has not moved on
+    assert not torch.equal(following[0], first[1])
+
+
+def test_uniform_and_gumbel_distributions():
+    uniform = Streams([0]).uniform(20_000)
+    assert 0 <= uniform.min() < 1e-3
+    assert 1 - 1e-3 < uniform.max() < 1
+    gumbel = Streams([0]).gumbel(20_000)
+    assert gumbel.isfinite().all()
+    assert gumbel.mean() == pytest.approx(0.5772, abs=0.03)
+    assert gumbel.var() == pytest.approx(math.pi**2 / 6, rel=0.05)
+
+
+def test_gumbel_is_finite_at_the_ends(monkeypatch):
+    streams = Streams([0])
+    ends = torch.tensor([[0.0, LARGEST_UNIFORM]])
+    monkeypatch.setattr(streams, "uniform", lambda *shape: ends)
+    assert streams.gumbel(2).isfinite().all()
+
+
+# --- confidence
+
+
+def test_scores_of_a_known_distribution():
+    logits, tokens = P.log()[None] + 3.0, torch.tensor([2])
+    assert token_likelihood(logits, tokens).item() == pytest.approx(math.log(0.2), rel=1e-5)
+    assert max_prob(logits, tokens).item() == pytest.approx(math.log(0.4), rel=1e-5)
+    assert entropy(logits, tokens).item() == pytest.approx(sum(p * math.log(p) for p in P.tolist()), rel=1e-5)
+    assert margin(logits, tokens).item() == pytest.approx(math.log(0.4 / 0.3), rel=1e-4)
+
+
+def test_scores_of_certainty():
+    logits, tokens = torch.tensor([[0.0, -torch.inf, -torch.inf]]), torch.tensor([0])
+    assert [SCORES[name](logits, tokens).item() for name in SCORES] == [0, 0, 0, math.inf]
+    assert token_likelihood(logits, torch.tensor([1])).item() == -math.inf
+    single = torch.zeros(2, 3, 1, device="meta")  # with one token only, wherever the logits are
+    assert margin(single, tokens).shape == (2, 3)
+    assert margin(single, tokens).device == single.device
+    assert margin(torch.zeros(2, 1), tokens).tolist() == [math.inf, math.inf]
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_token_blind_scores_ignore_the_token(name):
+    logits = torch.randn(20, 6, generator=seeded(0)).bfloat16()
+    zeros = torch.zeros(20, dtype=torch.int64)
+    first, second = SCORES[name](logits, zeros), SCORES[name](logits, zeros + 1)
+    assert first.dtype == torch.float32
+    assert torch.equal(first, second) == (name in TOKEN_BLIND)

@@ -1,0 +1,248 @@
+import math
+
+import pytest
+import torch
+from conftest import POLICIES, Watched, seeded, transformer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from anyorder.contracts import Grid, Progress
+from anyorder.decode import complete, drawn, generate, trace
+from anyorder.logits import SCORES, Sampling, Streams
+from anyorder.orders import STATIC, inverse, random_orders, static_order
+from anyorder.policies import FixedOrder, InferredOrder, PolicyConfig, make_policy, random_rows
+
+GRID = Grid(2, 3)
+MODEL = transformer(depth=1)
+
+
+def progress(revealed: Tensor, grid: Grid = GRID, last: int = -1, seed: int = 0) -> Progress:
+    rows = len(revealed)
+    return Progress(
+        grid, revealed, torch.full((rows,), last), 0, Streams(range(seed, seed + rows)).gumbel(grid.n)
+    )
+
+
+def nothing(rows: int = 1, grid: Grid = GRID) -> Tensor:
+    return torch.zeros(rows, grid.n, dtype=torch.bool)
+
+
+# --- the contract
+
+
+def test_every_position_is_revealed_once(policy):
+    streams, model = Streams(range(3)), Watched(MODEL)
+    rule = policy(GRID, streams)
+    steps = list(generate(model, rule, drawn(Sampling()), streams))
+    per_step = rule.per_step
+    assert [s.positions.shape[1] for s in steps] == ([4, 2] if per_step == 4 else [1] * 6)
+    assert [s.index for s in steps] == list(range(len(steps)))
+    assert all(s.total == 6 for s in steps)
+    result = trace(iter(steps))
+    assert torch.equal(result.order.sort(1).values, torch.arange(6).expand(3, -1))
+    for step in steps:
+        assert torch.equal(result.tokens.gather(1, step.positions), step.tokens)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(sorted(POLICIES)),
+    h=st.integers(1, 3),
+    w=st.integers(1, 4),
+    rows=st.integers(1, 3),
+    seed=st.integers(0, 10_000),
+)
+def test_known_positions_are_never_touched(name, h, w, rows, seed):
+    grid, streams = Grid(h, w), Streams(range(rows))
+    tokens = torch.randint(5, (rows, grid.n), generator=seeded(seed))
+    known = torch.rand(1, grid.n, generator=seeded(seed)) < 0.5
+    known = known.repeat(rows, 1).gather(1, random_orders(rows, grid, seeded(seed)))  # as many in each row
+    rule = POLICIES[name](grid, streams)
+    result = complete(Watched(MODEL), tokens, known, rule, streams, grid=grid)
+    assert torch.equal(result.tokens[known], tokens[known])
+    assert torch.equal(result.order.sort(1).values, torch.arange(grid.n).expand(rows, -1))
+    count = int(known[0].sum())
+    assert known.gather(1, result.order[:, :count]).all()
+    assert not known.gather(1, result.order[:, count:]).any()
+
+
+def test_proposals_are_open_and_selections_are_proposed(policy):
+    revealed = torch.tensor(
+        [[True, False, True, False, False, True], [False, True, True, True, False, False]]
+    )
+    now = progress(revealed, last=2)
+    rule = policy(GRID, Streams(range(2)))
+    candidates = rule.propose(now)
+    assert not revealed.gather(1, candidates).any()
+    logits = torch.randn(*candidates.shape, 5, generator=seeded(0))
+    ratings = rule.rate(logits, torch.zeros_like(candidates))
+    assert ratings.shape == candidates.shape
+    chosen = rule.select(now, candidates, ratings)
+    assert chosen.shape == (2, min(rule.per_step, 3))
+    assert all(len(set(row)) == len(row) for row in candidates.gather(1, chosen).tolist())
+
+
+# --- fixed orders
+
+
+@pytest.mark.parametrize("per_step", [1, 2, 5, 9])
+def test_fixed_order_is_followed(per_step):
+    order = random_orders(3, GRID, seeded(0))
+    streams = Streams(range(3))
+    rule = FixedOrder(order, GRID, per_step=per_step)
+    assert torch.equal(trace(generate(MODEL, rule, drawn(Sampling()), streams)).order, order)
+
+
+def test_fixed_order_skips_what_is_known():
+    order = torch.tensor([5, 4, 3, 2, 1, 0])
+    known = torch.tensor([[False, True, False, False, True, False], [True, True, False, False, False, False]])
+    zeros = torch.zeros(2, 6, dtype=torch.int64)
+    result = complete(MODEL, zeros, known, FixedOrder(order, GRID), Streams(range(2)))
+    assert result.order.tolist() == [[1, 4, 5, 3, 2, 0], [0, 1, 5, 4, 3, 2]]
+
+
+def test_fixed_order_refuses():
+    with pytest.raises(ValueError, match="exactly once"):
+        FixedOrder(torch.zeros(6, dtype=torch.int64), GRID)
+    with pytest.raises(ValueError, match="per_step must be >= 1, got 0"):
+        FixedOrder(torch.arange(6), GRID, per_step=0)
+
+
+# --- inferred orders
+
+
+def chosen_positions(rule: InferredOrder, ratings: list[float], **state: int) -> list[int]:
+    now = progress(nothing(), **state)
+    candidates = rule.propose(now)
+    return candidates.gather(1, rule.select(now, candidates, torch.tensor([ratings]))).tolist()[0]
+
+
+def test_the_best_rated_come_first():
+    ratings = [0.1, 0.5, 0.2, 0.9, 0.3, 0.0]
+    assert chosen_positions(InferredOrder(), ratings) == [3]
+    assert chosen_positions(InferredOrder(per_step=3), ratings) == [3, 1, 4]
+    assert chosen_positions(InferredOrder(per_step=99), ratings) == [3, 1, 4, 2, 0, 5]
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_sign_reverses_the_ratings(score):
+    logits, tokens = torch.randn(2, 6, 5, generator=seeded(0)), torch.zeros(2, 6, dtype=torch.int64)
+    forward, backward = (InferredOrder(score, sign).rate(logits, tokens) for sign in (1, -1))
+    assert torch.equal(forward, SCORES[score](logits, tokens))
+    assert torch.equal(backward, -forward)
+
+
+def test_location_temperature_draws_from_a_softmax():
+    """Gumbel-max: rating r at temperature T wins with probability proportional to exp(r / T)."""
+    rows, temperature = 8000, 0.5
+    rule = InferredOrder(temperature=temperature)
+    ratings = torch.tensor([0.0, 0.5, -0.5, 1.0, 0.2, 0.1])
+    now = progress(nothing(rows))
+    candidates = rule.propose(now)
+    winners = rule.select(now, candidates, ratings.expand(rows, -1)).flatten().bincount(minlength=6)
+    expected = rows * (ratings / temperature).softmax(0)
+    assert ((winners - expected) ** 2 / expected).sum() < 20.5  # chi-square, 5 degrees of freedom: p < 0.001
+
+
+@pytest.mark.parametrize(("to", "distances"), [("last", [1, 2, 1, math.sqrt(2)]), ("nearest", [1, 1, 1, 1])])
+def test_distance_is_paid_in_nats(to, distances):
+    """Corners 0 (last) and 5 of a 2 x 3 grid are revealed; once distance is paid, the rest decides."""
+    rule = InferredOrder(distance=0.7, distance_to=to, per_step=4)
+    now = progress(torch.tensor([[True, False, False, False, False, True]]), last=0)
+    candidates = rule.propose(now)
+    assert candidates.tolist() == [[1, 2, 3, 4]]
+    rest = torch.tensor([[0.02, 0.04, 0.01, 0.03]])
+    assert rule.select(now, candidates, 0.7 * torch.tensor([distances]) + rest).tolist() == [[1, 3, 0, 2]]
+
+
+def test_distance_counts_from_the_first_reveal_on():
+    assert chosen_positions(InferredOrder(distance=100.0), [0, 0, 0, 0, 0.1, 0]) == [4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"score": "luck"}, "unknown score 'luck': choose one of token_likelihood"),
+        ({"sign": 0}, "sign must be 1"),
+        ({"temperature": -0.1}, "temperature must be >= 0"),
+        ({"distance_to": "moon"}, "distance_to must be 'last' or 'nearest', got 'moon'"),
+        ({"per_step": 0}, "per_step must be >= 1"),
+    ],
+)
+def test_inferred_order_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        InferredOrder(**settings)
+
+
+def test_only_the_rule_of_the_paper_peeks():
+    assert {score: InferredOrder(score).token_blind for score in SCORES} == {
+        "token_likelihood": False,
+        "max_prob": True,
+        "entropy": True,
+        "margin": True,
+    }
+    assert FixedOrder.token_blind
+    assert InferredOrder().name == "entropy"
+    assert InferredOrder("margin", -1).name == "margin-reversed"
+
+
+# --- what users write
+
+
+def test_make_policy():
+    streams = Streams(range(3))
+    for name in STATIC:
+        rule = make_policy(name, GRID, streams)
+        assert rule.name == name
+        assert torch.equal(inverse(rule.rank), static_order(name, GRID))
+    for score in SCORES:
+        assert make_policy(score, GRID, streams, per_step=2) == InferredOrder(score, per_step=2)
+    order = random_orders(3, GRID, seeded(0))
+    rule = make_policy(order, GRID, streams, per_step=2)
+    assert torch.equal(inverse(rule.rank), order)
+    assert (rule.name, rule.per_step) == ("given", 2)
+    assert make_policy(rule, GRID, streams) is rule
+    random = make_policy("random", GRID, Streams(range(3)))
+    assert random.name == "random"
+    assert torch.equal(inverse(random.rank), random_rows(GRID, Streams(range(3))))
+    with pytest.raises(ValueError, match="unknown order 'zigzag': choose random, one of raster"):
+        make_policy("zigzag", GRID, streams)
+
+
+def test_random_rows_come_from_each_stream():
+    assert torch.equal(random_rows(GRID, Streams([3, 4, 5]))[1:2], random_rows(GRID, Streams([4])))
+
+
+@pytest.mark.parametrize("order", ["random", *STATIC, *SCORES])
+def test_policy_config_builds(order):
+    config = PolicyConfig(order=order, per_step=2)
+    rule = config.build(GRID, Streams(range(2)))
+    assert (rule.name, rule.per_step, rule.token_blind) == (order, 2, config.token_blind)
+    assert config.label == f"{order}, per_step 2"
+
+
+def test_policy_config_passes_every_setting_on():
+    config = PolicyConfig("margin", -1, 0.5, 0.25, "nearest", 3)
+    assert config.build(GRID, Streams([0])) == InferredOrder("margin", -1, 0.5, 0.25, "nearest", 3)
+    assert config.label == "margin, sign -1, temperature 0.5, distance 0.25, distance_to nearest, per_step 3"
+    assert PolicyConfig().label == "entropy"
+    assert not PolicyConfig("token_likelihood").token_blind
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"order": "zigzag"}, "unknown order 'zigzag'"),
+        ({"order": "raster", "sign": -1}, "belong to inferred orders .* not to 'raster'"),
+        ({"order": "random", "temperature": 0.5}, "not to 'random'"),
+        ({"order": "hilbert", "distance": 0.5}, "not to 'hilbert'"),
+        ({"order": "hilbert", "distance_to": "nearest"}, "not to 'hilbert'"),
+        ({"order": "raster", "per_step": 0}, "per_step must be >= 1"),
+        ({"order": "entropy", "per_step": 0}, "per_step must be >= 1"),
+        ({"order": "entropy", "temperature": -1}, "temperature must be >= 0"),
+    ],
+)
+def test_policy_config_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PolicyConfig(**settings)
