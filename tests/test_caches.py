@@ -131,9 +131,15 @@ def test_another_split_is_refused(tmp_path, tokens):
         ValueError, match=r"of the train split, got \(4, 6\) tokens of the test split: extract"
     ):
         check_tokens(orders, TokenSet(tokens, "test"))
+    more = OrderSet(write_orders(tmp_path / "more", tokens, order_arrays(11), rows=11))
+    with pytest.raises(ValueError, match=r"are for \(11, 6\) tokens"):
+        check_tokens(more, TokenSet(tokens))
+
+
+def test_orders_may_cover_only_the_first_images(tmp_path, tokens):
     fewer = OrderSet(write_orders(tmp_path / "fewer", tokens, order_arrays(3), rows=3))
-    with pytest.raises(ValueError, match=r"are for \(3, 6\) tokens"):
-        check_tokens(fewer, TokenSet(tokens))
+    check_tokens(fewer, TokenSet(tokens))
+    assert fewer.batch([2]).shape == (1, 6)
 
 
 def test_unfinished_and_missing(tmp_path, tokens, data):

@@ -231,7 +231,7 @@ def test_max_pixels_is_checked_before_decoding(monkeypatch):
 def test_crop_keeps_the_middle():
     thirds = np.concatenate([np.full((20, 20, 3), c, np.uint8) for c in (RED, GREEN, BLUE)], axis=1)
     for image in (thirds, thirds.swapaxes(0, 1).copy()):
-        assert (load_image(encode(image), SIZE)[1:-1, 1:-1] == GREEN).all(), (
+        assert (load_image(encode(image), SIZE)[3:-3, 3:-3] == GREEN).all(), (
             "only edges may see beyond the cut"
         )
 
@@ -451,6 +451,15 @@ def test_new_configuration_of_an_artifact_decodes_again(tmp_path):
     assert not any(
         "partial" in name for name in json.loads((tmp_path / "out/manifest.json").read_text())["files"]
     )
+
+
+def test_limits_must_make_sense(tmp_path):
+    source = FolderSource(fill_folder(tmp_path / "in", {"1.png": encode(plain(RED))}), 0)
+    for limits in ({"max_train": -1}, {"max_test": -1}):
+        with pytest.raises(ValueError, match=r"max_train and max_test must not be negative, got .*-1"):
+            ingest(source, tmp_path / "out", SIZE, **limits)
+    with pytest.raises(ValueError, match="none of 0 train images could be used"):
+        ingest(source, tmp_path / "out", SIZE, max_train=0)
 
 
 def test_nothing_decodable_is_an_error(tmp_path):

@@ -17,15 +17,13 @@ GRID = Grid(2, 3)
 MODEL = transformer(depth=1)
 
 
-def progress(revealed: Tensor, grid: Grid = GRID, last: int = -1, seed: int = 0) -> Progress:
+def progress(revealed: Tensor, last: int = -1) -> Progress:
     rows = len(revealed)
-    return Progress(
-        grid, revealed, torch.full((rows,), last), 0, Streams(range(seed, seed + rows)).gumbel(grid.n)
-    )
+    return Progress(GRID, revealed, torch.full((rows,), last), 0, Streams(range(rows)).gumbel(GRID.n))
 
 
-def nothing(rows: int = 1, grid: Grid = GRID) -> Tensor:
-    return torch.zeros(rows, grid.n, dtype=torch.bool)
+def nothing(rows: int = 1) -> Tensor:
+    return torch.zeros(rows, GRID.n, dtype=torch.bool)
 
 
 # --- the contract
@@ -112,8 +110,8 @@ def test_fixed_order_refuses():
 # --- inferred orders
 
 
-def chosen_positions(rule: InferredOrder, ratings: list[float], **state: int) -> list[int]:
-    now = progress(nothing(), **state)
+def chosen_positions(rule: InferredOrder, ratings: list[float]) -> list[int]:
+    now = progress(nothing())
     candidates = rule.propose(now)
     return candidates.gather(1, rule.select(now, candidates, torch.tensor([ratings]))).tolist()[0]
 

@@ -55,7 +55,7 @@ def test_causes_are_where_they_say(size):
     sun_color = images[rows, column(causes, "sun_row"), column(causes, "sun_col")]
     set_ = column(causes, "sun_row") + 1 >= column(causes, "horizon")
     np.testing.assert_allclose(sun_color[~set_], module._SUN[column(causes, "sun")][~set_], atol=1)
-    assert set_.mean() < 0.2
+    assert (~set_).sum() > 20
     assert (column(causes, "sun_row") < column(causes, "horizon")).mean() > 0.9
     assert (column(causes, "cloud_row") < module._CLOUD_FLOOR * size[0]).all(), "clouds never cover the sun"
     assert (

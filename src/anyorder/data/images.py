@@ -89,7 +89,9 @@ def load_image(
     except UnidentifiedImageError as e:
         raise BadImage("not an image", "no decoder knows its first bytes") from e
     except Exception as e:  # foreign bytes make decoders raise anything: struct.error, SyntaxError, ...
-        raise BadImage("damaged image", f"{type(e).__name__}: {e}") from e
+        from_system = getattr(e, "errno", None) is not None
+        kind = "unreadable file" if from_system else "damaged image"
+        raise BadImage(kind, f"{type(e).__name__}: {e}") from e
 
 
 def _check_format(size: Size, fit: str) -> None:
@@ -104,16 +106,11 @@ def _open(image: bytes | str | Path) -> Image.Image:
         if not image:
             raise BadImage("empty file", "zero bytes")
         return Image.open(io.BytesIO(image))
-    try:
-        if not os.path.isfile(image):  # opening a pipe would wait for ever
-            raise BadImage("unreadable file", f"{image} is no regular file, or a broken link")
-        if not os.path.getsize(image):
-            raise BadImage("empty file", "zero bytes")
-        return Image.open(image)
-    except UnidentifiedImageError:
-        raise
-    except OSError as e:
-        raise BadImage("unreadable file", str(e)) from e
+    if not os.path.isfile(image):  # opening a pipe would wait for ever
+        raise BadImage("unreadable file", f"{image} is no regular file, or a broken link")
+    if not os.path.getsize(image):
+        raise BadImage("empty file", "zero bytes")
+    return Image.open(image)
 
 
 def _decode(image: Image.Image, size: Size, fill: Color) -> Image.Image:
@@ -192,9 +189,11 @@ def ingest(
         and `skipped` by split: `reasons` (kind to count) and `first` (name and reason of up to 1000).
 
     Raises:
-        ValueError: not one image of a split could be decoded, or `size` or `fit` is not allowed.
+        ValueError: not one image of a split could be used, or `size`, `fit` or a limit is not allowed.
     """
     _check_format(size, fit)
+    if min(max_train or 0, max_test or 0) < 0:
+        raise ValueError(f"max_train and max_test must not be negative, got {max_train} and {max_test}")
     decoding = {"size": size, "fit": fit, "fill": fill, "max_pixels": max_pixels}
     classes = source.classes()
     facts: dict[str, Any] = {"classes": classes, "counts": {}, "skipped": {}}
@@ -242,9 +241,9 @@ def _ingest_split(
                 images, labels = zip(*good, strict=True)
                 writer.append(**{f"{split}.images": np.stack(images), f"{split}.labels": np.array(labels)})
             bar.update(len(block))
-    if first and not writer.rows:
+    if not writer.rows and (first or split == "train"):
         listed = "; ".join(f"{skip['name']}: {skip['reason']}" for skip in first[:5])
-        raise ValueError(f"none of {taken} {split} images could be used: {listed}")
+        raise ValueError(f"none of {taken} {split} images could be used: {listed or 'there are none'}")
     writer.close()
     return writer.rows, {"reasons": dict(reasons), "first": first}
 

@@ -66,6 +66,13 @@ class Table:
         targets = {column: self._target(column) for column in self.best}
         return [[self._cell(row.get(c), targets.get(c)) for c in self.columns] for row in self.rows]
 
+    def text(self) -> str:
+        """The table in aligned columns, for terminals."""
+        lines = [list(self.columns), *([cell.text for cell in row] for row in self.cells())]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rows = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+        return "\n".join(rows)
+
     @property
     def numeric(self) -> list[bool]:
         """Which columns hold a number; these are aligned right."""

@@ -1,0 +1,1 @@
+"""The tokenizer, the any-order transformer, and the losses of the tokenizer."""

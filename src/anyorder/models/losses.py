@@ -11,6 +11,7 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -45,7 +46,7 @@ class LossConfig:
     """Of the draws that re-seed unused codes; combined with the step, so a resumed run draws the same."""
 
     def __post_init__(self) -> None:
-        for name in ("l1", "l2", "lpips", "adversarial", "discriminator_start"):
+        for name in ("l1", "l2", "lpips", "adversarial", "discriminator_start", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.lpips > 0 and self.vgg_path is None:
@@ -113,8 +114,9 @@ class TokenizerLoss(nn.Module):
         return total, parts
 
     def _update_codebook(self, model: VQModel, output: VQOutput, step: int) -> dict[str, Tensor]:
-        generator = torch.Generator(output.latents.device).manual_seed(self.config.seed * 2**32 + step)
-        model.update_codebook(output, generator)
+        # Hashed, because a CPU generator reads no more than the low 32 bits of its seed.
+        seed = int(np.random.SeedSequence((self.config.seed, step)).generate_state(1)[0])
+        model.update_codebook(output, torch.Generator(output.latents.device).manual_seed(seed))
         recent = model.quantize.codebook_used
         usage, perplexity = codebook_usage(recent[recent >= 0].long(), model.vocab_size)
         return {"codebook_usage": torch.tensor(usage), "codebook_perplexity": torch.tensor(perplexity)}

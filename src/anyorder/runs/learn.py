@@ -133,7 +133,7 @@ class TrainStage:
         end = self.random_share if self.random_share_end is None else self.random_share_end
 
         def orders(rows: np.ndarray, step: int, generator: torch.Generator) -> Tensor:
-            share = self.random_share + (end - self.random_share) * step / max(1, self.train.steps - 1)
+            share = self.random_share + (end - self.random_share) * (step - 1) / max(1, self.train.steps - 1)
             at_random = torch.rand(len(rows), 1, generator=generator) < share
             return torch.where(at_random, random_orders(len(rows), grid, generator), own(rows))
 

@@ -51,8 +51,9 @@ class DataStage:
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `{train,test}.{images,labels}.npy`."""
         if self.source == "sunsets":
-            counts = (self.max_train or 20_000, self.max_test or 2_000)
-            return write_sunsets(artifact.folder, self.size, *counts, seed=self.seed)
+            n_train = 20_000 if self.max_train is None else self.max_train
+            n_test = 2_000 if self.max_test is None else self.max_test
+            return write_sunsets(artifact.folder, self.size, n_train, n_test, seed=self.seed)
         source = open_source(self.source, self.label, self.test_fraction)
         return ingest(
             source, artifact.folder, self.size, self.fit, max_train=self.max_train, max_test=self.max_test

@@ -1,0 +1,224 @@
+"""The command `anyorder`: one sub-command per stage, and a few that run many.
+
+Heavy libraries are imported only by the command that needs them, so that `anyorder --help` is quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from anyorder import __version__
+
+GROUPS = {
+    "whole runs": {
+        "quickstart": "the whole method on procedural sunsets, in minutes, with a report",
+        "run": "an experiment file: every stage that is not up to date, then a report",
+        "report": "one HTML page about one or more run folders",
+    },
+    "stages": {
+        "data": "decode a folder, parquet files or a Hugging Face data set to one size",
+        "tokenizer": "train the VQ tokenizer",
+        "features": "train the feature network that measures quality",
+        "tokens": "encode all images",
+        "train": "train the any-order model, or fine-tune it on extracted orders",
+        "orders": "extract the order of every training image from the model's confidence",
+        "sample": "draw images in a fixed, random or inferred order",
+        "eval": "measure samples and the model's likelihood",
+        "pipeline": "put model and tokenizer into one folder for Pipeline.from_pretrained",
+    },
+    "the machine": {"bench": "throughput as a share of the matmul rate measured in the same run"},
+}
+USAGE = """usage: anyorder COMMAND [key=value ...] [--dry-run] [--traceback]
+       anyorder run EXPERIMENT.yaml [stage.key=value ...]
+       anyorder COMMAND --help
+
+Settings are written key=value with dotted keys, for example train.steps=100; out=FOLDER says where a
+stage writes. The same command again resumes what was interrupted and skips what is up to date.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in arguments
+    arguments = [a for a in arguments if a != "--traceback"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"anyorder {__version__}")
+        return 0
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return _dispatch(arguments[0], arguments[1:])
+    except KeyboardInterrupt:
+        print("anyorder: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as e:
+        if traceback:
+            raise
+        print(f"anyorder: error: {_message(e)}", file=sys.stderr)
+        return 2 if isinstance(e, ValueError | FileNotFoundError) else 1
+
+
+def _message(e: Exception) -> str:
+    if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+        return f"the disk is full ({e}): free some space and run the same command again, it goes on from here"
+    return str(e)
+
+
+def _help() -> str:
+    lines = [USAGE]
+    for group, commands in GROUPS.items():
+        lines += [f"{group}:", *(f"  {name:11} {text}" for name, text in commands.items()), ""]
+    return "\n".join(lines)
+
+
+def _dispatch(command: str, arguments: list[str]) -> int:
+    commands = [name for group in GROUPS.values() for name in group]
+    if command not in commands:
+        close = difflib.get_close_matches(command, commands, n=1)
+        hint = f", did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"unknown command '{command}'{hint} Commands: {', '.join(commands)}")
+    dry_run = "--dry-run" in arguments
+    arguments = [a for a in arguments if a != "--dry-run"]
+    asked_help = any(a in ("-h", "--help") for a in arguments)
+    unknown = [a for a in arguments if a.startswith("-") and a not in ("-h", "--help")]
+    if unknown:
+        raise ValueError(
+            f"unknown option {unknown[0]}: settings are written key=value; options: --dry-run, --help"
+        )
+    own: dict[str, Callable[[list[str], bool, bool], None]] = {
+        "run": _run,
+        "quickstart": _quickstart,
+        "report": _report,
+        "bench": _bench,
+    }
+    if command == "features" and arguments[:1] == ["train"]:
+        arguments = arguments[1:]
+    if command in own:
+        own[command](arguments, dry_run, asked_help)
+    else:
+        _stage(command, arguments, dry_run, asked_help)
+    return 0
+
+
+def _out(arguments: list[str], default: str | None = None) -> tuple[Path, list[str]]:
+    """Take `out=` from the arguments."""
+    found = [a.partition("=")[2] for a in arguments if a.startswith("out=")]
+    out = found[-1] if found else default
+    if not out:
+        raise ValueError("say where to write: add out=FOLDER")
+    return Path(out), [a for a in arguments if not a.startswith("out=")]
+
+
+def _stage(name: str, arguments: list[str], dry_run: bool, asked_help: bool) -> None:
+    from anyorder.runs.config import describe, parse
+    from anyorder.runs.stages import STAGES, execute
+
+    if asked_help:
+        print(f"anyorder {name} out=FOLDER [key=value ...]\n\n{STAGES[name].__doc__}\n")
+        print(describe(STAGES[name]))
+        return
+    out, settings = _out(arguments)
+    stage = parse(STAGES[name], {}, settings)
+    if dry_run:
+        print(f"anyorder {name} -> {out}\n{_settings(stage)}")
+    else:
+        execute(name, stage, out)
+
+
+def _settings(stage: object) -> str:
+    """A resolved configuration as YAML."""
+    import dataclasses
+    import json
+
+    import yaml
+
+    plain = json.loads(json.dumps(dataclasses.asdict(stage), default=str))  # type: ignore[call-overload]
+    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)
+
+
+def _run(arguments: list[str], dry_run: bool, asked_help: bool) -> None:
+    if asked_help or not arguments or "=" in arguments[0]:
+        print("anyorder run EXPERIMENT.yaml [out=FOLDER] [stage.key=value ...] [--dry-run]")
+        if not asked_help:
+            raise ValueError("give an experiment file, for example experiments/fashion32.yaml")
+        return
+    _experiment(Path(arguments[0]), arguments[1:], dry_run)
+
+
+def _quickstart(arguments: list[str], dry_run: bool, asked_help: bool) -> None:
+    if asked_help:
+        print("anyorder quickstart [out=runs/quickstart] [stage.key=value ...] [--dry-run]")
+        return
+    from importlib.resources import files
+
+    _experiment(Path(str(files("anyorder.runs") / "quickstart.yaml")), arguments, dry_run)
+
+
+def _experiment(path: Path, overrides: list[str], dry_run: bool) -> None:
+    from anyorder.runs.stages import load_experiment
+
+    experiment = load_experiment(path, overrides)
+    if dry_run:
+        print("\n".join(experiment.plan()))
+        return
+    experiment.run()
+    _write_report([experiment.out], experiment.out / "report.html", data_pictures=True)
+
+
+def _report(arguments: list[str], dry_run: bool, asked_help: bool) -> None:
+    if asked_help:
+        print("anyorder report RUN... [out=RUN/report.html] [data_pictures=true]\n")
+        print("data_pictures=false leaves out reconstructions, which are pictures of the data set itself")
+        return
+    folders = [Path(a) for a in arguments if "=" not in a]
+    if not folders:
+        raise ValueError("give one or more run folders, for example runs/quickstart")
+    out, rest = _out(arguments, str(folders[0] / "report.html"))
+    settings = dict(a.split("=", 1) for a in rest if "=" in a)
+    pictures = settings.pop("data_pictures", "true").lower()
+    if settings or pictures not in ("true", "false"):
+        raise ValueError(f"report takes out=FILE and data_pictures=true|false, got {' '.join(rest)}")
+    if dry_run:
+        print(f"report of {', '.join(map(str, folders))} -> {out}")
+    else:
+        _write_report(folders, out, data_pictures=pictures == "true")
+
+
+def _write_report(folders: list[Path], out: Path, data_pictures: bool) -> None:
+    from anyorder.runs.summary import comparison, find_evaluations, report
+
+    report(folders, out, data_pictures=data_pictures)
+    evaluations = find_evaluations(folders)
+    if evaluations:
+        print(comparison(evaluations).text())
+    print(f"report: {out}")
+
+
+def _bench(arguments: list[str], dry_run: bool, asked_help: bool) -> None:
+    from anyorder.runs.bench import BenchConfig, bench
+    from anyorder.runs.config import describe, parse
+
+    if asked_help:
+        print(
+            f"anyorder bench [out=bench.json] [key=value ...]\n\n{BenchConfig.__doc__}\n"
+            f"\n{describe(BenchConfig)}"
+        )
+        return
+    out, settings = _out(arguments, "bench.json")
+    config = parse(BenchConfig, {}, settings)
+    if dry_run:
+        print(_settings(config))
+    else:
+        bench(config, out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

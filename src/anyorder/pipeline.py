@@ -1,0 +1,244 @@
+"""`Pipeline`: a tokenizer and an any-order model that draw pictures, in the manner of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from anyorder.contracts import AnyOrderModel, Grid, Step
+from anyorder.decode import drawn, generate, trace
+from anyorder.guidance import GuidanceConfig, Guided, Schedule
+from anyorder.logits import Sampling, Streams
+from anyorder.models.transformer import AnyOrderTransformer
+from anyorder.models.vq import VQModel
+from anyorder.policies import PolicyConfig, make_policy
+from anyorder.runs.common import device, to_uint8
+from anyorder.runs.pretrained import Parts, load_parts, save_parts
+
+
+@dataclass
+class PipelineOutput:
+    """What a call of a pipeline returns."""
+
+    images: list[Image.Image]
+    order: Tensor
+    """(B, N) int64, order[b, i] = raster position revealed at step i."""
+    tokens: Tensor
+    """(B, N) int64, raster order."""
+    log_prob: Tensor
+    """(B, N) float32, nats, in order steps: of each token under the (guided) model when it was drawn."""
+
+
+class Pipeline:
+    """Draws images; `Pipeline.from_pretrained(folder)` makes one.
+
+    Example:
+        >>> pipe = Pipeline.from_pretrained("runs/quickstart/pipeline")
+        >>> pipe(class_labels="red", num_images=4, generator=0).images[0].save("sunset.png")
+    """
+
+    def __init__(
+        self,
+        model: AnyOrderTransformer,
+        tokenizer: VQModel,
+        classes: Sequence[str] = (),
+        policy: PolicyConfig | None = None,
+    ):
+        """Put parts together.
+
+        Args:
+            model: any-order model.
+            tokenizer: the one whose tokens the model was trained on.
+            classes: class names, for labels given by name.
+            policy: the order to draw in unless told otherwise; lowest entropy first by default.
+
+        Raises:
+            ValueError: the parts do not fit together.
+        """
+        if model.vocab_size != tokenizer.vocab_size:
+            raise ValueError(
+                f"the model has {model.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}: "
+                "give the tokenizer that the model was trained with"
+            )
+        self.model = model.eval()
+        self.tokenizer = tokenizer.eval()
+        self.classes = list(classes)
+        self.policy = policy or PolicyConfig()
+
+    # --- to and from disk and hub --------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | Path) -> Pipeline:
+        """Load a pipeline folder, or download one from the Hugging Face hub.
+
+        Raises:
+            FileNotFoundError: neither a folder nor a reachable hub id.
+            ValueError: the folder is damaged.
+        """
+        folder = Path(path_or_hub_id)
+        if not folder.is_dir():
+            folder = _download(str(path_or_hub_id))
+        parts = load_parts(folder)
+        return cls(parts.model, parts.tokenizer, parts.classes, parts.policy).to(device())
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `from_pretrained` loads: safetensors and JSON."""
+        save_parts(folder, Parts(self.model, self.tokenizer, self.classes, self.policy))
+
+    def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
+        """Upload the pipeline to the Hugging Face hub; returns the address of the commit."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+    def to(self, target: torch.device | str | torch.dtype) -> Pipeline:
+        """Move both networks to a device, or the any-order model to a dtype."""
+        self.model.to(target)
+        if not isinstance(target, torch.dtype):
+            self.tokenizer.to(target)
+        return self
+
+    # --- drawing -------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        num_images: int | None = None,
+        order: str | Tensor | PolicyConfig | None = None,
+        guidance_scale: float = 1.0,
+        generator: int | Sequence[int] | torch.Generator = 0,
+        *,
+        guidance_schedule: Schedule = "constant",
+        sampling: Sampling | None = None,
+        grid: Grid | tuple[int, int] | None = None,
+    ) -> PipelineOutput:
+        """Draw images.
+
+        Args:
+            class_labels: one label or one per image, by index or name; None draws unconditionally.
+            num_images: how many; the number of labels by default.
+            order: "random", a static order ("raster", "hilbert", ...), a score ("entropy", "max_prob",
+                "margin", "token_likelihood"), an order (N,) or (B, N), or a `PolicyConfig`; the
+                pipeline's own policy by default.
+            guidance_scale: 1 is none; more pulls images towards their class.
+            generator: a seed (image i uses seed + i), one seed per image, or a `torch.Generator` that
+                the seeds are drawn from. An image depends on its own seed only.
+            guidance_schedule: how the scale grows while the image is drawn.
+            sampling: temperature, top-k, top-p, min-p.
+            grid: rows and columns of patches, where it is not the grid of training.
+
+        Raises:
+            ValueError: unknown label or order, or numbers that do not fit together.
+        """
+        labels, n = self._labels(class_labels, num_images)
+        steps = self.stream(
+            labels, n, order, guidance_scale, generator,
+            guidance_schedule=guidance_schedule, sampling=sampling, grid=grid,
+        )  # fmt: skip
+        made = trace(steps)
+        return PipelineOutput(self.decode(made.tokens, grid), made.order, made.tokens, made.log_prob)
+
+    def stream(
+        self,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        num_images: int | None = None,
+        order: str | Tensor | PolicyConfig | None = None,
+        guidance_scale: float = 1.0,
+        generator: int | Sequence[int] | torch.Generator = 0,
+        *,
+        guidance_schedule: Schedule = "constant",
+        sampling: Sampling | None = None,
+        grid: Grid | tuple[int, int] | None = None,
+    ) -> Iterator[Step]:
+        """The same as a call, step by step: for progress bars, animations and web pages."""
+        labels, n = self._labels(class_labels, num_images)
+        where = self.model.head.weight.device
+        grid = self._grid(grid)
+        streams = Streams(_seeds(generator, n), where)
+        model: AnyOrderModel = self.model
+        if guidance_scale != 1:
+            model = Guided(model, GuidanceConfig(guidance_scale, guidance_schedule))
+        order = self.policy if order is None else order
+        policy = (
+            order.build(grid, streams)
+            if isinstance(order, PolicyConfig)
+            else make_policy(order, grid, streams)
+        )
+        condition = None if labels is None else torch.tensor(labels, device=where)
+        content = drawn(sampling or Sampling())
+        return generate(model, policy, content, streams, condition=condition, grid=grid)
+
+    def decode(self, tokens: Tensor, grid: Grid | tuple[int, int] | None = None) -> list[Image.Image]:
+        """Tokens (B, N) to Pillow images."""
+        pixels = self.tokenizer.decode(tokens.to(next(self.tokenizer.parameters()).device), self._grid(grid))
+        return [Image.fromarray(image) for image in to_uint8(pixels)]
+
+    def _grid(self, grid: Grid | tuple[int, int] | None) -> Grid:
+        if grid is None:
+            return self.model.grid
+        return grid if isinstance(grid, Grid) else Grid(*grid)
+
+    def _labels(
+        self, labels: int | str | Sequence[int | str] | None, n: int | None
+    ) -> tuple[list[int] | None, int]:
+        """Labels as indices, one per image, and the number of images."""
+        if labels is None:
+            return None, _positive(1 if n is None else n)
+        several = [labels] if isinstance(labels, int | str) else list(labels)
+        if len(several) == 1 and n is not None:
+            several *= _positive(n)
+        if n is not None and len(several) != n:
+            raise ValueError(
+                f"got {len(several)} labels for num_images={n}: give one label, or one per image"
+            )
+        return [self._label(label) for label in several], _positive(len(several))
+
+    def _label(self, label: int | str) -> int:
+        if isinstance(label, str):
+            if label not in self.classes:
+                raise ValueError(
+                    f"unknown class '{label}': choose one of {', '.join(self.classes) or 'none'}"
+                )
+            return self.classes.index(label)
+        if not 0 <= label < self.model.config.num_classes:
+            raise ValueError(f"class labels lie in [0, {self.model.config.num_classes}), got {label}")
+        return label
+
+
+def _positive(n: int) -> int:
+    if n < 1:
+        raise ValueError(f"num_images must be >= 1, got {n}")
+    return n
+
+
+def _seeds(generator: int | Sequence[int] | torch.Generator, n: int) -> list[int]:
+    if isinstance(generator, torch.Generator):
+        return torch.randint(2**62, (n,), generator=generator, device=generator.device).tolist()
+    if isinstance(generator, int):
+        return [generator + i for i in range(n)]
+    if len(generator) != n:
+        raise ValueError(f"got {len(generator)} seeds for {n} images: give one seed, or one per image")
+    return [int(seed) for seed in generator]
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        raise FileNotFoundError(
+            f"'{hub_id}' is neither a folder nor a hub id that can be reached: {e}"
+        ) from e

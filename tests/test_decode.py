@@ -1,0 +1,380 @@
+import math
+
+import pytest
+import torch
+from conftest import GRID, POLICIES, TabularModel, Watched, seeded, tabular, transformer
+from torch import Tensor
+from torch.testing import assert_close
+
+from anyorder.contracts import Grid, OrderPolicy
+from anyorder.decode import complete, drawn, extract_orders, generate, given, sample, trace
+from anyorder.likelihood import token_nll
+from anyorder.logits import SCORES, TOKEN_BLIND, Sampling, Streams
+from anyorder.orders import STATIC, permute, random_orders, static_order
+from anyorder.policies import InferredOrder
+
+MODEL = transformer(depth=1, num_classes=3)
+SMALL = transformer(vocab_size=3, grid=(2, 2))
+LABELS = torch.tensor([0, 1, 2, -1])
+STRICT = {"rtol": 1e-4, "atol": 2e-5}
+
+
+def chi_square(images: Tensor, p: Tensor) -> float:
+    """Sampled images (S, N) against a joint distribution p, (V,) * N."""
+    powers = len(p) ** torch.arange(p.ndim - 1, -1, -1)
+    counts = (images * powers).sum(1).bincount(minlength=p.numel())
+    expected = len(images) * p.flatten()
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def limit(cells: int) -> float:
+    """Five standard deviations above the mean of chi-square with `cells` - 1 degrees of freedom."""
+    return cells - 1 + 5 * math.sqrt(2 * (cells - 1))
+
+
+# --- the loop
+
+
+def test_sampling_does_not_depend_on_the_batch(policy):
+    """The same seeds in batches of 5, 3 and 1, in any sequence, for every policy."""
+
+    def run(seeds: list[int]) -> tuple[Tensor, Tensor]:
+        streams = Streams(seeds)
+        result = sample(MODEL, policy(GRID, streams), streams, condition=LABELS[torch.tensor(seeds) % 4])
+        return result.tokens, result.order
+
+    tokens, order = run([0, 1, 2, 3, 4])
+    for seeds in ([4, 0, 2], [3]):
+        some_tokens, some_order = run(seeds)
+        assert torch.equal(some_tokens, tokens[seeds])
+        assert torch.equal(some_order, order[seeds])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 6])
+@pytest.mark.parametrize("order", ["entropy", "token_likelihood", "random"])
+def test_chunks_change_nothing(order, chunk):
+    whole, chunked = (
+        sample(MODEL, order, Streams(range(4)), condition=LABELS, chunk=size) for size in (64, chunk)
+    )
+    assert torch.equal(chunked.tokens, whole.tokens)
+    assert torch.equal(chunked.order, whole.order)
+    assert_close(chunked.log_prob, whole.log_prob, **STRICT)
+
+
+@pytest.mark.parametrize("order", [*STATIC, "random", *SCORES])
+def test_log_prob_of_a_sample_is_teacher_forced(order):
+    result = sample(MODEL, order, Streams(range(4)), condition=LABELS)
+    nll = token_nll(MODEL, result.tokens, LABELS, result.order)
+    assert_close(-result.log_prob, nll, **STRICT)
+
+
+def test_steps_describe_what_happened():
+    streams = Streams(range(2))
+    rule = InferredOrder("margin", per_step=4)
+    steps = list(generate(MODEL, rule, drawn(Sampling()), streams, condition=LABELS[:2]))
+    assert [(s.index, s.total, tuple(s.positions.shape)) for s in steps] == [(0, 6, (2, 4)), (1, 6, (2, 2))]
+    result = trace(iter(steps))
+    assert torch.equal(result.order, torch.cat([s.positions for s in steps], dim=1))
+    assert torch.equal(permute(result.tokens, result.order), torch.cat([s.tokens for s in steps], dim=1))
+    assert torch.equal(result.log_prob, torch.cat([s.log_prob for s in steps], dim=1))
+
+
+def test_the_best_token_at_temperature_zero():
+    result = sample(MODEL, "raster", Streams(range(4)), condition=LABELS, sampling=Sampling(temperature=0))
+    best = MODEL.forward(result.tokens, LABELS, result.order).argmax(-1)
+    assert torch.equal(permute(result.tokens, result.order), best)
+
+
+@pytest.mark.parametrize("grid", [Grid(1, 1), Grid(4, 3)])
+def test_other_grids(grid):
+    streams = Streams(range(2))
+    result = sample(MODEL, "entropy", streams, condition=LABELS[:2], grid=grid)
+    assert result.tokens.shape == (2, grid.n)
+    extracted = extract_orders(MODEL, result.tokens, condition=LABELS[:2], grid=grid)
+    assert torch.equal(extracted.order, result.order)
+    again = complete(
+        MODEL,
+        result.tokens,
+        result.tokens < 2,
+        "snake",
+        streams,
+        condition=LABELS[:2],
+        grid=grid,
+    )
+    assert again.order.shape == (2, grid.n)
+
+
+# --- what it costs
+
+
+def evaluations(order: str | OrderPolicy, chunk: int = 64) -> tuple[int, int, int, int]:
+    """Calls of score, of append, candidates per image, inputs per image that run through the network."""
+    model, through = transformer(depth=1), []
+    model.blocks[0].register_forward_hook(lambda block, args, out: through.append(out.shape[1]))
+    watched = Watched(model)
+    sample(watched, order, Streams(range(2)), chunk=chunk)
+    return watched.calls, watched.appends, watched.candidates, sum(through)
+
+
+def test_cost_of_a_fixed_order():
+    n = GRID.n
+    for order in ("raster", "random"):
+        assert evaluations(order) == (n, n - 1, n, n)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_cost_of_an_inferred_order(score):
+    n = GRID.n
+    pairs = n * (n + 1) // 2
+    assert evaluations(score) == (n, n - 1, pairs, pairs)
+    calls, appends, candidates, through = evaluations(score, chunk=2)
+    assert (calls, appends, candidates, through) == (3 + 3 + 2 + 2 + 1 + 1, n - 1, pairs, pairs)
+
+
+def test_cost_of_parallel_decoding():
+    """Of each 3 revealed together the first is not run again; after the last reveal nothing is run."""
+    assert evaluations(InferredOrder(per_step=3)) == (2, 1, 6 + 3, 6 + 3 + 2)
+
+
+# --- order extraction
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("per_step", [1, 4])
+def test_extracted_orders_are_permutations_of_the_given_image(score, per_step):
+    tokens = torch.randint(5, (4, 6), generator=seeded(0))
+    found = extract_orders(MODEL, tokens, InferredOrder(score, per_step=per_step), condition=LABELS)
+    assert torch.equal(found.tokens, tokens)
+    assert torch.equal(found.order.sort(1).values, torch.arange(6).expand(4, -1))
+    if per_step == 1:
+        assert_close(-found.log_prob, token_nll(MODEL, tokens, LABELS, found.order), **STRICT)
+
+
+@pytest.mark.parametrize("score", sorted(TOKEN_BLIND))
+def test_extraction_recovers_the_order_of_sampling(score):
+    """A token-blind rule goes the same way whether the tokens are drawn or given."""
+    drawn_ones = sample(MODEL, score, Streams(range(4)), condition=LABELS)
+    found = extract_orders(MODEL, drawn_ones.tokens, score, condition=LABELS)
+    assert torch.equal(found.order, drawn_ones.order)
+    assert_close(found.log_prob, drawn_ones.log_prob, **STRICT)
+
+
+def joint(model: TabularModel) -> Tensor:
+    return model.joint.reshape([model.vocab_size] * model.grid.n)
+
+
+def marginals(model: TabularModel) -> Tensor:
+    """p(x[n] = v), (N, V)."""
+    axes = range(model.grid.n)
+    return torch.stack([joint(model).sum([other for other in axes if other != axis]) for axis in axes])
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_first_position_in_closed_form(score, sign):
+    model = tabular(3)
+    p = marginals(model)
+    top = p.sort(1, descending=True).values
+    images = model.images
+    confidence = {
+        "token_likelihood": p.gather(1, images.T).T.log(),
+        "max_prob": top[:, 0].log(),
+        "entropy": (p * p.log()).sum(1),
+        "margin": (top[:, 0] / top[:, 1]).log(),
+    }[score].expand(len(images), -1)
+    found = extract_orders(model, images, InferredOrder(score, sign))
+    assert torch.equal(found.order[:, 0], (sign * confidence).argmax(1))
+    assert len(found.order[:, 0].unique()) == (1 if score in TOKEN_BLIND else 4)
+
+
+def test_extraction_by_likelihood_is_greedy_at_every_step():
+    """Each chosen position has the largest conditional likelihood of its true token, by enumeration."""
+    model = tabular(3)
+    images = model.images[::5]
+    found = extract_orders(model, images, "token_likelihood")
+    for tokens, order in zip(images, found.order, strict=True):
+        agree = torch.ones(len(model.images), dtype=torch.bool)
+        for step, chosen in enumerate(order):
+            mass = model.joint * agree
+            likelihood = torch.stack([mass[model.images[:, p] == tokens[p]].sum() for p in range(4)])
+            likelihood[order[:step]] = -1
+            assert likelihood.argmax() == chosen
+            agree &= model.images[:, chosen] == tokens[chosen]
+
+
+def test_extraction_refuses_another_length():
+    with pytest.raises(ValueError, match="5 tokens per image do not fill a 2 x 3 grid"):
+        extract_orders(MODEL, torch.zeros(1, 5, dtype=torch.int64))
+
+
+# --- which distribution is sampled
+
+BLIND = ["raster", "random", *sorted(TOKEN_BLIND)]
+BLIND_RULES = {
+    "noise": InferredOrder("entropy", temperature=0.5),
+    "distance": InferredOrder("max_prob", distance=0.3),
+    "reversed": InferredOrder("margin", sign=-1, distance=0.3, distance_to="nearest"),
+}
+
+
+@pytest.mark.parametrize("order", [*BLIND, *BLIND_RULES])
+def test_token_blind_orders_sample_the_joint_distribution(order):
+    model = tabular()
+    found = sample(model, BLIND_RULES.get(order, order), Streams(range(4000)))
+    assert chi_square(found.tokens, joint(model)) < limit(16)
+
+
+def test_the_token_peeking_rule_is_biased():
+    """Why token-blind scores are the default: the paper's rule does not sample the model's distribution.
+
+    Each position draws a token and the most likely pair wins, so likely tokens are revealed more often
+    than the model says.
+    """
+    model = tabular()
+    found = sample(model, "token_likelihood", Streams(range(4000)))
+    assert chi_square(found.tokens, joint(model)) > 10 * limit(16)
+    mean_log_p = joint(model)[tuple(found.tokens.T)].log().mean()
+    assert mean_log_p > (model.joint * model.joint.log()).sum() + 0.1
+
+
+def test_revealing_all_at_once_samples_the_product_of_marginals():
+    """Parallel decoding ignores what revealed tokens say of one another; in the limit, everything."""
+    model = tabular()
+    p = marginals(model)
+    product = torch.einsum("a,b,c,d->abcd", *p)
+    for rule in (InferredOrder(per_step=4), POLICIES["hilbert,per_step=4"](model.grid, Streams([]))):
+        found = sample(model, rule, Streams(range(4000)))
+        assert chi_square(found.tokens, product) < limit(16)
+        assert chi_square(found.tokens, joint(model)) > limit(16)
+
+
+def density(order: str | OrderPolicy) -> Tensor:
+    """p(x) of all 81 images under `SMALL`, whose conditionals agree with no joint distribution."""
+    images = torch.cartesian_prod(*[torch.arange(3)] * 4)
+    noise = Streams([7] * len(images))  # the same location noise for every image
+    extracted = extract_orders(SMALL, images, order, noise)
+    nll = token_nll(SMALL, images, None, extracted.order).sum(1).detach()
+    assert_close(-nll, extracted.log_prob.sum(1), **STRICT)
+    return (-nll).double().exp()
+
+
+@pytest.mark.parametrize("order", [*STATIC, "random", *sorted(TOKEN_BLIND), *BLIND_RULES])
+def test_token_blind_orders_have_a_normalised_density(order):
+    rule = BLIND_RULES.get(order, static_order(order, SMALL.grid) if order in STATIC else order)
+    assert density(rule).sum() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_token_peeking_rule_has_no_normalised_density():
+    assert abs(density("token_likelihood").sum() - 1) > 0.05
+
+
+@pytest.mark.parametrize("order", ["spiral_in", "entropy", "margin"])
+def test_samples_follow_the_density(order):
+    """Exact likelihood and sampling describe the same distribution, also for an inconsistent model."""
+    expected = density(order if order in SCORES else static_order(order, SMALL.grid))
+    found = sample(SMALL, order, Streams(range(4000)))
+    assert chi_square(found.tokens, expected.reshape([3] * 4)) < limit(81)
+
+
+def test_a_tabular_model_has_one_density_for_all_orders():
+    """The chain rule, for a model that is exact: even for the peeking rule."""
+    model = tabular()
+    for order in ("raster", "entropy", "token_likelihood"):
+        found = extract_orders(model, model.images, order)
+        assert_close(found.log_prob.double().sum(1).exp(), model.joint, rtol=1e-4, atol=1e-6)
+    everything = random_orders(16, model.grid, seeded(0))
+    nll = token_nll(model, model.images, None, everything).sum(1)
+    assert_close((-nll).double().exp(), model.joint, rtol=1e-4, atol=1e-6)
+
+
+# --- completion
+
+
+def cases() -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(5, (4, 6), generator=seeded(0))
+    known = torch.tensor(
+        [[False] * 6, [True] * 6, [True, False, True, False, False, False], [False] * 5 + [True]]
+    )
+    return tokens, known
+
+
+@pytest.mark.parametrize("order", ["raster", "random", "entropy", "token_likelihood", "per row"])
+def test_completion(order):
+    tokens, known = cases()
+    rule = random_orders(4, GRID, seeded(1)) if order == "per row" else order
+    found = complete(Watched(MODEL), tokens, known, rule, Streams(range(4)), condition=LABELS)
+    assert torch.equal(found.tokens[known], tokens[known])
+    assert torch.equal(found.order.sort(1).values, torch.arange(6).expand(4, -1))
+    nll = token_nll(MODEL, found.tokens, LABELS, found.order)
+    for row, count in enumerate(known.sum(1).tolist()):
+        given_ones = known[row].nonzero().flatten()
+        assert torch.equal(found.order[row, :count], given_ones)
+        assert (found.log_prob[row, :count] == 0).all()
+        assert_close(-found.log_prob[row, count:], nll[row, count:].detach(), **STRICT)
+        if order == "per row":
+            left = [p for p in rule[row].tolist() if not known[row, p]]
+            assert found.order[row, count:].tolist() == left
+
+
+@pytest.mark.parametrize("order", ["raster", "random", "entropy", "token_likelihood"])
+def test_completion_does_not_depend_on_the_batch(order):
+    tokens, known = cases()
+    together = complete(MODEL, tokens, known, order, Streams(range(4)), condition=LABELS)
+    for row in range(4):
+        one = slice(row, row + 1)
+        alone = complete(MODEL, tokens[one], known[one], order, Streams([row]), condition=LABELS[one])
+        assert torch.equal(alone.tokens, together.tokens[one])
+        assert torch.equal(alone.order, together.order[one])
+
+
+def test_completion_of_nothing_known_is_sampling():
+    tokens = torch.zeros(4, 6, dtype=torch.int64)
+    for order in ("hilbert", "random", "entropy"):
+        drawn_ones = sample(MODEL, order, Streams(range(4)), condition=LABELS)
+        found = complete(MODEL, tokens, tokens > 0, order, Streams(range(4)), condition=LABELS)
+        assert torch.equal(found.tokens, drawn_ones.tokens)
+        assert torch.equal(found.order, drawn_ones.order)
+
+
+def test_completion_ignores_what_stands_at_unknown_positions():
+    tokens, known = cases()
+    runs = [
+        complete(MODEL, some, known, "entropy", Streams(range(4)), condition=LABELS)
+        for some in (tokens, tokens.where(known, (tokens + 1) % 5))
+    ]
+    assert torch.equal(runs[0].tokens, runs[1].tokens)
+
+
+@pytest.mark.parametrize("order", ["raster", "entropy"])
+def test_completion_samples_the_conditional_distribution(order):
+    model = tabular()
+    tokens = torch.tensor([[0, 1, 1, 0]]).expand(4000, -1)
+    known = torch.tensor([[False, True, False, False]]).expand(4000, -1)
+    found = complete(model, tokens, known, order, Streams(range(4000)))
+    assert (found.tokens[:, 1] == 1).all()
+    conditional = joint(model)[:, 1] / joint(model)[:, 1].sum()
+    assert chi_square(found.tokens[:, [0, 2, 3]], conditional) < limit(8)
+
+
+def test_completion_refuses():
+    tokens, known = cases()
+    for wrong in (known[:, :5], known.long()):
+        with pytest.raises(ValueError, match=r"known must be bool of shape \(4, 6\)"):
+            complete(MODEL, tokens, wrong, "raster", Streams(range(4)), condition=LABELS)
+    with pytest.raises(ValueError, match="5 tokens per image do not fill a 2 x 3 grid"):
+        complete(MODEL, tokens[:, :5], known[:, :5], "raster", Streams(range(4)), condition=LABELS)
+
+
+def test_known_tokens_come_first_in_the_loop():
+    tokens = torch.randint(5, (2, 6), generator=seeded(0))
+    prefix = (torch.tensor([[4, 1], [0, 5]]), torch.tensor([[3, 2], [1, 0]]))
+    streams = Streams(range(2))
+    rule = POLICIES["raster,per_step=1"](GRID, streams)
+    found = trace(
+        generate(MODEL, rule, given(tokens), streams, condition=LABELS[:2], known=prefix),
+        prefix,
+    )
+    assert found.order.tolist() == [[4, 1, 0, 2, 3, 5], [0, 5, 1, 2, 3, 4]]
+    assert torch.equal(found.tokens.gather(1, prefix[0]), prefix[1])
+    nll = token_nll(MODEL, found.tokens, LABELS[:2], found.order).detach()
+    assert_close(-found.log_prob[:, 2:], nll[:, 2:], **STRICT)
