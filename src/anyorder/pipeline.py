@@ -224,7 +224,7 @@ def _positive(n: int) -> int:
 
 def _seeds(generator: int | Sequence[int] | torch.Generator, n: int) -> list[int]:
     if isinstance(generator, torch.Generator):
-        return torch.randint(2**62, (n,), generator=generator, device=generator.device).tolist()
+        return torch.randint(2**31, (n,), generator=generator, device=generator.device).tolist()
     if isinstance(generator, int):
         return [generator + i for i in range(n)]
     if len(generator) != n:

@@ -1,0 +1,52 @@
+# Every target does its own set-up: `make quickstart` and `make test` work as the first command in a clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+SMOKE := data.max_train=300 data.max_test=120 tokenizer.train.steps=20 features.train.steps=20 \
+	raster.train.steps=20 any-order.train.steps=20 random.train.steps=10 ordered.train.steps=10 orders.limit=64 \
+	samples-raster.n=64 samples-random.n=64 samples-ordered.n=64 \
+	eval-raster.nll_images=32 eval-random.nll_images=32 eval-ordered.nll_images=32
+
+.PHONY: quickstart test lint format smoke bench coverage hooks clean
+
+quickstart: $(VENV)/.installed  ## the whole method on procedural sunsets, with a report
+	$(BIN)/anyorder quickstart
+
+test: $(VENV)/.installed-dev  ## all tests that need neither a GPU, nor weights, nor more than 5 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+lint: $(VENV)/.installed-dev  ## style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+smoke: $(VENV)/.installed  ## every stage of the quickstart, at toy size
+	rm -rf runs/smoke
+	$(BIN)/anyorder quickstart out=runs/smoke $(SMOKE)
+
+bench: $(VENV)/.installed
+	$(BIN)/anyorder bench
+
+coverage: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+hooks: $(VENV)/.installed-dev  ## check style and types before every commit
+	git config core.hooksPath .hooks
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "anyorder needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@begin=$$(date +%s); $(PYTHON) -m venv $(VENV) && $(INSTALL) -e . && echo "installed in $$(($$(date +%s) - begin)) s"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(INSTALL) -e '.[dev,log]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -1,0 +1,102 @@
+import pytest
+import torch
+from conftest import GRID, incremental, seeded, transformer
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from anyorder.decode import sample
+from anyorder.guidance import GuidanceConfig, Guided
+from anyorder.logits import Streams
+from anyorder.orders import random_orders
+
+MODEL = transformer(num_classes=3)
+LABELS = torch.tensor([2, 0, 1])
+TOKENS = torch.randint(5, (3, 6), generator=seeded(0))
+ORDER = random_orders(3, GRID, seeded(0))
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+SCHEDULES = ("constant", "linear", "power-cosine")
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def forward(config: GuidanceConfig) -> torch.Tensor:
+    return Guided(MODEL, config).forward(TOKENS, LABELS, ORDER)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_scale_one_is_the_conditional_model(schedule):
+    assert_close(forward(GuidanceConfig(1.0, schedule)), MODEL(TOKENS, LABELS, ORDER), **CLOSE)
+
+
+def test_scale_zero_is_the_unconditional_model():
+    assert_close(forward(GuidanceConfig(0.0)), MODEL(TOKENS, None, ORDER), **CLOSE)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("scale", [-1.0, 0.5, 3.0])
+def test_logits_are_a_linear_combination(schedule, scale):
+    config = GuidanceConfig(scale, schedule)
+    c, u = MODEL(TOKENS, LABELS, ORDER), MODEL(TOKENS, None, ORDER)
+    assert not torch.allclose(c, u)
+    scales = torch.tensor([config.at(step / 6) for step in range(6)])[:, None]
+    assert_close(forward(config), scales * c + (1 - scales) * u, **CLOSE)
+    assert_close(incremental(Guided(MODEL, config), TOKENS, LABELS, ORDER), forward(config), **CLOSE)
+
+
+def test_rows_without_a_label_are_not_guided():
+    config = GuidanceConfig(4.0)
+    mixed = Guided(MODEL, config).forward(TOKENS, torch.tensor([2, -1, 1]), ORDER)
+    assert_close(mixed[1], MODEL(TOKENS, None, ORDER)[1], **CLOSE)
+    assert_close(mixed[[0, 2]], forward(config)[[0, 2]], **CLOSE)
+
+
+def test_guided_samples():
+    plain, same, strong = (
+        sample(model, "entropy", Streams(range(3)), condition=LABELS)
+        for model in (MODEL, Guided(MODEL, GuidanceConfig()), Guided(MODEL, GuidanceConfig(5.0)))
+    )
+    assert torch.equal(plain.tokens, same.tokens)
+    assert not torch.equal(plain.tokens, strong.tokens)
+
+
+@given(
+    scale=st.floats(1, 20),
+    schedule=st.sampled_from(SCHEDULES),
+    power=st.floats(0.1, 10),
+    fractions=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_schedules_grow_from_one_to_the_scale(scale, schedule, power, fractions):
+    config = GuidanceConfig(scale, schedule, power)
+    assert config.at(0.0) == (scale if schedule == "constant" else 1)
+    assert config.at(1.0) == pytest.approx(scale)
+    early, late = sorted(fractions)
+    assert 1 <= config.at(early) <= config.at(late) + 1e-9
+    assert config.at(late) <= scale + 1e-9
+
+
+def test_schedules_in_closed_form():
+    assert GuidanceConfig(3.0, "linear").at(0.25) == 1.5
+    assert GuidanceConfig(3.0, "power-cosine", power=1.0).at(0.5) == pytest.approx(2)
+    assert GuidanceConfig(3.0, "power-cosine", power=2.0).at(0.5) == pytest.approx(1 + (1 - 0.5**0.5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"schedule": "cosine"}, "constant, linear or power-cosine, got 'cosine'"), ({"power": 0}, "power")],
+)
+def test_guidance_config_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GuidanceConfig(**settings)
+
+
+def test_guidance_needs_labels():
+    guided = Guided(MODEL, GuidanceConfig(2.0))
+    with pytest.raises(ValueError, match="guidance needs class labels"):
+        guided.forward(TOKENS, None, ORDER)
+    with pytest.raises(ValueError, match="guidance needs class labels"):
+        guided.start(3)

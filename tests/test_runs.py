@@ -1,0 +1,401 @@
+"""The stages on a tiny experiment: what they write, skip, resume and refuse."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from anyorder import Pipeline, cli
+from anyorder.artifacts import load_array, read_json, read_manifest
+from anyorder.contracts import Grid
+from anyorder.policies import PolicyConfig
+from anyorder.runs.config import parse
+from anyorder.runs.learn import OrdersStage, TrainStage
+from anyorder.runs.stages import STAGES, load_experiment
+from anyorder.runs.summary import report
+
+TINY_VQ = {
+    "channels": 8, "multipliers": [1, 1, 2], "groups": 1, "res_blocks": 1, "attention": False, "z_channels": 8,
+    "vocab_size": 16, "code_dim": 4, "codebook_update": "ema", "revive_after": 5,
+}  # fmt: skip
+TINY_MODEL = {"depth": 1, "width": 32, "heads": 2}
+STEPS = {"steps": 4, "batch_size": 8, "log_every": 2, "eval_every": 2, "save_every": 2}
+MADE = {"tokenizer": "tokenizer", "tokens": "tokens"}
+MEASURED = {"features": "features", "data": "data", "tokens": "tokens"}
+
+EXPERIMENT = {
+    "stages": {
+        "data": {"max_train": 48, "max_test": 24, "size": [16, 16]},
+        "tokenizer": {"data": "data", "model": TINY_VQ, "train": STEPS},
+        "features": {"data": "data", "channels": [8, 16], "train": STEPS},
+        "tokens": {"data": "data", "tokenizer": "tokenizer", "batch_size": 20},
+        "raster": {"stage": "train", "tokens": "tokens", "order": "raster", "random_share": 0.5,
+                   "random_share_end": 0.0, "model": TINY_MODEL, "train": STEPS},
+        "any": {"stage": "train", **MADE, "model": TINY_MODEL, "train": {**STEPS, "sample_every": 4}},
+        "orders": {"model": "any", "tokens": "tokens", "limit": 20, "batch_size": 8},
+        "ordered": {"stage": "train", "tokens": "tokens", "init": "any", "orders": "orders",
+                    "random_share": 0.2, "train": STEPS},
+        "drawn": {"stage": "sample", "model": "ordered", **MADE, "n": 10, "batch_size": 4},
+        "peeking": {"stage": "sample", "model": "ordered", **MADE, "n": 5,
+                    "policy": {"order": "token_likelihood"}, "guidance": {"scale": 2.0}, "bf16": False},
+        "eval-drawn": {"stage": "eval", "samples": "drawn", "model": "ordered", **MEASURED, "nll_images": 8},
+        "eval-peeking": {"stage": "eval", "samples": "peeking", "model": "ordered", **MEASURED},
+        "pipeline": {"model": "ordered", **MADE},
+    }
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({"out": str(folder / "tiny"), **EXPERIMENT}, sort_keys=False))
+    assert cli.main(["run", str(path)]) == 0
+    return path, folder / "tiny"
+
+
+def test_every_stage_leaves_a_manifest(experiment):
+    _, out = experiment
+    for name in EXPERIMENT["stages"]:
+        manifest = read_manifest(out / name)
+        assert manifest["seconds"] > 0
+        assert manifest["versions"]["torch"] == torch.__version__
+        assert set(manifest["files"]) == {
+            str(p.relative_to(out / name))
+            for p in (out / name).rglob("*")
+            if p.suffix in {".npy", ".safetensors", ".json"}
+            and p.name != "manifest.json"
+            and "checkpoints" not in p.parts
+        }
+
+
+def test_equal_training_tokens_are_counted_along_the_chain(experiment):
+    _, out = experiment
+    tokens = 4 * 8 * 16
+    assert read_manifest(out / "raster")["training_tokens"] == tokens
+    assert read_manifest(out / "ordered")["training_tokens"] == 2 * tokens
+    assert read_manifest(out / "ordered")["training_seconds"] > read_manifest(out / "any")["training_seconds"]
+
+
+def test_orders_are_permutations_of_the_images_they_cover(experiment):
+    _, out = experiment
+    orders = load_array(out / "orders" / "train.order.npy")
+    assert orders.shape == (20, 16)
+    assert (np.sort(orders, axis=1) == np.arange(16)).all()
+    assert len(read_manifest(out / "orders")["position_entropy"]) == 16
+    assert (out / "orders" / "mean_rank.png").stat().st_size > 0
+
+
+def test_samples_do_not_depend_on_the_batch_size(experiment, tmp_path):
+    path, out = experiment
+    again = load_experiment(path, ["drawn.batch_size=7", "drawn.bf16=false"]).stages["drawn"][1]
+    other = load_experiment(path, ["drawn.batch_size=3", "drawn.bf16=false"]).stages["drawn"][1]
+    from anyorder.runs.stages import execute
+
+    execute("sample", again, tmp_path / "a")
+    execute("sample", other, tmp_path / "b")
+    for name in ("tokens", "order", "labels"):
+        np.testing.assert_array_equal(
+            load_array(tmp_path / f"a/{name}.npy"), load_array(tmp_path / f"b/{name}.npy")
+        )
+
+
+def test_peeking_policies_have_no_likelihood(experiment):
+    _, out = experiment
+    assert read_json(out / "eval-peeking" / "metrics.json")["nll"] is None
+    blind = read_json(out / "eval-drawn" / "metrics.json")
+    assert 0 < blind["nll"] < 10
+    assert blind["bits_per_dim"] == pytest.approx(blind["nll"] * 16 / (3 * 16 * 16 * np.log(2)))
+    assert 0 <= blind["consistency"] <= 1
+
+
+def test_second_run_does_nothing_and_a_change_runs_what_depends_on_it(experiment, capsys):
+    path, out = experiment
+    before = {name: (out / name / "manifest.json").stat().st_mtime_ns for name in EXPERIMENT["stages"]}
+    assert cli.main(["run", str(path)]) == 0
+    assert before == {name: (out / name / "manifest.json").stat().st_mtime_ns for name in before}
+    capsys.readouterr()
+    assert cli.main(["run", str(path), "orders.limit=10", "--dry-run"]) == 0
+    plan = dict(reversed(line.rsplit(None, 1)) for line in capsys.readouterr().out.splitlines())
+    status = {name: plan[str(out / name)].startswith("to run") for name in before}
+    assert [name for name, to_run in status.items() if to_run] == [
+        "orders", "ordered", "drawn", "peeking", "eval-drawn", "eval-peeking", "pipeline",
+    ]  # fmt: skip
+
+
+def test_report_is_one_page_with_the_comparison(experiment, tmp_path):
+    _, out = experiment
+    page = (out / "report.html").read_text()
+    assert "token_likelihood" in page
+    assert "data:image/webp" in page
+    assert cli.main(["report", str(out), f"out={tmp_path}/r.html", "data_pictures=false"]) == 0
+    without = (tmp_path / "r.html").read_text()
+    assert "what the tokens keep" in page
+    assert "what the tokens keep" not in without
+    with pytest.raises(FileNotFoundError, match="no finished artifact"):
+        report([tmp_path / "nothing"], tmp_path / "r.html")
+
+
+def test_artifacts_that_do_not_belong_together_are_refused(experiment, tmp_path):
+    path, out = experiment
+    other = load_experiment(path, ["data.seed=1", f"out={tmp_path}/other"])
+    for name in ("data", "tokenizer", "tokens"):
+        kind, stage = other.stages[name]
+        from anyorder.runs.stages import execute
+
+        execute(kind, stage, tmp_path / "other" / name)
+    mixed = [f"tokens={tmp_path}/other/tokens", f"out={tmp_path}/mixed"]
+    assert cli.main(["orders", f"model={out}/any", *mixed]) == 2
+    assert cli.main(["train", f"init={out}/any", *mixed]) == 2
+    assert cli.main(["train", f"orders={out}/orders", *mixed]) == 2
+    assert cli.main(["sample", f"model={out}/any", f"tokenizer={out}/tokenizer", *mixed]) == 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "message"),
+    [
+        (TrainStage, {"tokens": "t", "order": "rastr"}, "order must be"),
+        (TrainStage, {"tokens": "t", "orders": "o", "order": "raster"}, "either"),
+        (TrainStage, {"tokens": "t", "random_share": 0.5}, "all orders are random"),
+        (TrainStage, {"tokens": "t", "order": "raster", "random_share": 1.5}, "random_share"),
+        (TrainStage, {"tokens": "t", "init": "m", "model": {"depth": 3}}, "its own architecture"),
+        (TrainStage, {"tokens": "t", "train": {"sample_every": 3}}, "tokenizer"),
+        (TrainStage, {"tokens": "t", "model": {"width": 10}}, "multiple"),
+        (OrdersStage, {"tokens": "t", "model": "m", "policy": {"order": "raster"}}, "policy.order"),
+        (
+            OrdersStage,
+            {"tokens": "t", "model": "m", "policy": {"ordr": "entropy"}},
+            "did you mean policy.order",
+        ),
+    ],
+)
+def test_bad_settings_are_refused_with_the_reason(stage, settings, message):
+    with pytest.raises(ValueError, match=message):
+        parse(stage, settings)
+
+
+def test_policies_of_fixed_orders_take_no_score_settings():
+    with pytest.raises(ValueError, match="belong to inferred orders"):
+        PolicyConfig(order="raster", temperature=1.0)
+    with pytest.raises(ValueError, match="unknown order"):
+        PolicyConfig(order="rastr")
+    assert PolicyConfig(order="margin", sign=-1, distance=0.5).label == "margin, sign -1, distance 0.5"
+
+
+# --- experiment files and the command line -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("stages: {dat: {}}", [], "did you mean 'data'"),
+        ("stags: {}", [], "did you mean 'stages'"),
+        ("stages: {data: {sorce: x}}", [], "did you mean source"),
+        ("stages: {data: {}}", ["dta.seed=1"], "did you mean 'data'"),
+        ("stages: {data: {}}", ["data.seed=x"], "expected int"),
+        ("stages: {tokens: {data: data}}", [], "required"),
+    ],
+)
+def test_unknown_names_get_a_suggestion(tmp_path, text, overrides, message, capsys):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_experiment(path, overrides)
+    assert cli.main(["run", str(path), *overrides]) == 2
+    assert "error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ([], 2, "usage"),
+        (["--help"], 0, "quickstart"),
+        (["--version"], 0, "anyorder 0."),
+        (["trian"], 2, "did you mean 'train'"),
+        (["train", "--fast"], 2, "unknown option --fast"),
+        (["train", "steps=3"], 2, "out=FOLDER"),
+        (["train", "out=x", "tokens=nowhere", "--dry-run"], 0, "tokens: nowhere"),
+        (["features", "train", "out=x", "data=nowhere", "--dry-run"], 0, "extractor: classifier"),
+        (["tokens", "out=x", "data=nowhere", "tokenizer=nowhere"], 2, "not a finished artifact"),
+        (["data", "--help"], 0, "source="),
+        (["run"], 2, "give an experiment file"),
+        (["run", "--help"], 0, "anyorder run"),
+        (["run", "nowhere.yaml"], 2, "nowhere.yaml"),
+        (["quickstart", "--dry-run", "out=nowhere"], 0, "to run"),
+        (["quickstart", "--help"], 0, "out=runs/quickstart"),
+        (["report"], 2, "run folders"),
+        (["report", "nowhere"], 2, "no finished artifact"),
+        (["report", "x", "colour=red"], 2, "data_pictures"),
+        (["report", "x", "--dry-run"], 0, "report of x"),
+        (["report", "--help"], 0, "RUN"),
+        (["bench", "--help"], 0, "batch_size"),
+        (["bench", "--dry-run"], 0, "repeats: 5"),
+        (["bench", "repeats=0"], 2, "must be >= 1"),
+    ],
+)
+def test_command_line(arguments, code, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == code
+    captured = capsys.readouterr()
+    assert said in captured.out + captured.err
+
+
+def test_exit_codes_of_a_full_disk_and_of_ctrl_c(tmp_path, monkeypatch, capsys):
+    def stop(error):
+        def run(*_):
+            raise error
+
+        return run
+
+    monkeypatch.setattr(cli, "_quickstart", stop(OSError(28, "No space left on device", "x.npy")))
+    assert cli.main(["quickstart"]) == 1
+    assert "free some space" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "_quickstart", stop(KeyboardInterrupt()))
+    assert cli.main(["quickstart"]) == 130
+    monkeypatch.setattr(cli, "_quickstart", stop(ValueError("bad")))
+    with pytest.raises(ValueError, match="bad"):
+        cli.main(["quickstart", "--traceback"])
+
+
+def test_bench_reports_shares_of_the_matmul_rate(tmp_path, capsys):
+    small = ["model.depth=1", "model.width=32", "model.heads=2", "grid=3,3", "vocab_size=8", "batch_size=2"]
+    assert cli.main(["bench", f"out={tmp_path}/b.json", "repeats=1", "images=2", *small]) == 0
+    rows = {row["workload"]: row for row in json.loads((tmp_path / "b.json").read_text())["rows"]}
+    assert rows["bf16 matmul"]["share of matmul (%)"] == pytest.approx(100)
+    assert {"training step", "teacher-forced scoring", "sampling, inferred order"} < set(rows)
+    assert all(row["seconds"] > 0 for row in rows.values())
+    assert "share of matmul" in capsys.readouterr().out
+
+
+def test_stage_help_lists_every_setting(capsys):
+    for name in STAGES:
+        assert cli.main([name, "--help"]) == 0
+        text = capsys.readouterr().out
+        fields = [field.name for field in dataclasses.fields(STAGES[name])]
+        assert all(f"{field}=" in text or f"{field}." in text for field in fields)
+
+
+# --- the Python interface ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipe(experiment):
+    return Pipeline.from_pretrained(experiment[1] / "pipeline")
+
+
+def test_pipeline_draws_what_it_says(pipe):
+    out = pipe(class_labels=["red", 1], guidance_scale=2.0, generator=3)
+    assert [image.size for image in out.images] == [(16, 16)] * 2
+    assert out.order.sort(1).values.tolist() == [list(range(16))] * 2
+    assert out.tokens.shape == out.log_prob.shape == (2, 16)
+    assert (out.log_prob <= 0).all()
+
+
+@pytest.mark.parametrize(
+    "order", ["raster", "random", "margin", torch.arange(16).flip(0), PolicyConfig("max_prob")]
+)
+def test_pipeline_takes_any_order(pipe, order):
+    out = pipe(num_images=2, order=order, generator=[7, 8])
+    alone = pipe(num_images=1, order=order, generator=8)
+    assert torch.equal(out.tokens[1:], alone.tokens)
+    if isinstance(order, torch.Tensor):
+        assert torch.equal(out.order, order.expand(2, -1))
+
+
+def test_pipeline_draws_on_other_grids(pipe):
+    out = pipe(num_images=1, grid=(3, 5), order="hilbert")
+    assert out.images[0].size == (20, 12)
+    assert pipe(num_images=1, grid=Grid(2, 2)).tokens.shape == (1, 4)
+
+
+def test_pipeline_streams_its_steps(pipe):
+    steps = list(pipe.stream(num_images=2, generator=torch.Generator().manual_seed(0)))
+    assert [step.index for step in steps] == list(range(16))
+    assert {step.total for step in steps} == {16}
+
+
+def test_pipeline_round_trip(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "p")
+    again = Pipeline.from_pretrained(tmp_path / "p")
+    assert again.classes == pipe.classes
+    assert again.policy == pipe.policy
+    assert torch.equal(again(num_images=2).tokens, pipe(num_images=2).tokens)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"class_labels": "purple"}, "unknown class"),
+        ({"class_labels": 99}, "lie in"),
+        ({"class_labels": [0, 1], "num_images": 3}, "2 labels for num_images=3"),
+        ({"num_images": 0}, "num_images"),
+        ({"num_images": 2, "generator": [1]}, "1 seeds for 2"),
+        ({"order": "rastr"}, "unknown order"),
+        ({"guidance_scale": 2.0}, "guidance needs class labels"),
+    ],
+)
+def test_pipeline_refuses_bad_input(pipe, call, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**call)
+
+
+def test_damaged_pipelines_are_named(pipe, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="no pipeline folder"):
+        Pipeline.from_pretrained(tmp_path)
+    pipe.save_pretrained(tmp_path / "p")
+    index = tmp_path / "p" / "pipeline.json"
+    index.write_text(index.read_text().replace('"format": 1', '"format": 9'))
+    with pytest.raises(ValueError, match="format 9"):
+        Pipeline.from_pretrained(tmp_path / "p")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
+        Pipeline.from_pretrained("nobody/nothing at all")
+    with pytest.raises(ValueError, match="16"):
+        Pipeline(pipe.model, type("T", (), {"vocab_size": 17})())
+
+
+def test_push_to_hub_uploads_the_folder(pipe, monkeypatch):
+    seen = {}
+
+    class Api:
+        def __init__(self, token):
+            seen["token"] = token
+
+        def create_repo(self, repo_id, private, exist_ok):
+            seen["repo"] = (repo_id, private, exist_ok)
+
+        def upload_folder(self, repo_id, folder_path):
+            seen["files"] = sorted(p.name for p in __import__("pathlib").Path(folder_path).rglob("*.*"))
+            return "address"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert pipe.push_to_hub("me/sunsets", token="t", private=True) == "address"
+    assert seen["repo"] == ("me/sunsets", True, True)
+    assert seen["files"].count("model.safetensors") == 2
+
+
+def test_killed_stages_go_on_after_their_last_batch(experiment, tmp_path):
+    """Orders, samples and tokens keep the rows on disk: here the files as a kill would leave them."""
+    from anyorder.runs.stages import execute
+
+    path, out = experiment
+    stage = load_experiment(path).stages["orders"][1]
+    execute("orders", stage, tmp_path / "o")
+    whole = load_array(tmp_path / "o" / "train.order.npy")
+    killed = tmp_path / "killed"
+    shutil.copytree(tmp_path / "o", killed)
+    manifest = read_json(killed / "manifest.json")
+    identity = {key: manifest[key] for key in ("stage", "config", "inputs")}
+    (killed / ".identity.json").write_text(json.dumps(identity))
+    (killed / "manifest.json").unlink()
+    for name in ("order", "log_prob", "seconds"):  # 13 whole rows and a torn one
+        array = np.load(killed / f"train.{name}.npy")
+        (killed / f"train.{name}.npy").unlink()
+        rows = array.tobytes()[: 13 * array[0].nbytes + 1]
+        (killed / f"train.{name}.npy.partial").write_bytes(b"\0" * 128 + rows)
+    execute("orders", stage, killed)
+    np.testing.assert_array_equal(load_array(killed / "train.order.npy"), whole)
