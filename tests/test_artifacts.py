@@ -236,6 +236,31 @@ def test_a_full_disk_keeps_the_rows_before(tmp_path):
         np.testing.assert_array_equal(load_array(tmp_path / f"{name}.npy"), expected[name])
 
 
+def test_finished_arrays_are_not_written_again(tmp_path):
+    writer = RowWriter(tmp_path, ARRAYS)
+    writer.append(**rows(3))
+    writer.close()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    again = RowWriter(tmp_path, ARRAYS)
+    assert again.rows == 3
+    again.close()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_kill_while_the_headers_are_written(tmp_path):
+    """One array has its final name, the other has not: the rows are written again, and agree."""
+    writer = RowWriter(tmp_path, ARRAYS)
+    writer.append(**rows(3))
+    writer.close()
+    (tmp_path / "labels.npy").rename(tmp_path / "labels.npy.partial")
+    again = RowWriter(tmp_path, ARRAYS)
+    assert again.rows == 0
+    again.append(**rows(2))
+    again.close()
+    for name, expected in rows(2).items():
+        np.testing.assert_array_equal(load_array(tmp_path / f"{name}.npy"), expected)
+
+
 def test_rows_must_fit(tmp_path):
     writer = RowWriter(tmp_path, ARRAYS)
     with pytest.raises(AssertionError, match="expected"):
@@ -335,6 +360,18 @@ def test_work_of_another_configuration_is_discarded(tmp_path):
     Artifact(tmp_path, "encode", {"seed": 2}, {})
     assert names(tmp_path) == [".identity.json", "checkpoints", "mine.txt"]
     assert names(tmp_path / "checkpoints") == []
+    assert RowWriter(tmp_path, ARRAYS).rows == 0
+
+
+def test_finished_arrays_of_another_configuration_are_discarded(tmp_path):
+    """They would pass for the rows of this one."""
+    Artifact(tmp_path, "encode", {"seed": 1}, {})
+    writer = RowWriter(tmp_path, ARRAYS)
+    writer.append(**rows(2))
+    writer.close()
+    Artifact(tmp_path, "encode", {"seed": 1}, {})
+    assert RowWriter(tmp_path, ARRAYS).rows == 2
+    Artifact(tmp_path, "encode", {"seed": 2}, {})
     assert RowWriter(tmp_path, ARRAYS).rows == 0
 
 

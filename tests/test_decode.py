@@ -6,12 +6,12 @@ from conftest import GRID, POLICIES, TabularModel, Watched, seeded, tabular, tra
 from torch import Tensor
 from torch.testing import assert_close
 
-from anyorder.contracts import Grid, OrderPolicy
+from anyorder.contracts import Grid, OrderPolicy, Progress
 from anyorder.decode import complete, drawn, extract_orders, generate, given, sample, trace
 from anyorder.likelihood import token_nll
 from anyorder.logits import SCORES, TOKEN_BLIND, Sampling, Streams
 from anyorder.orders import STATIC, permute, random_orders, static_order
-from anyorder.policies import InferredOrder
+from anyorder.policies import FixedOrder, InferredOrder
 
 MODEL = transformer(depth=1, num_classes=3)
 SMALL = transformer(vocab_size=3, grid=(2, 2))
@@ -77,6 +77,23 @@ def test_steps_describe_what_happened():
     assert torch.equal(result.order, torch.cat([s.positions for s in steps], dim=1))
     assert torch.equal(permute(result.tokens, result.order), torch.cat([s.tokens for s in steps], dim=1))
     assert torch.equal(result.log_prob, torch.cat([s.log_prob for s in steps], dim=1))
+
+
+def test_policies_are_told_where_the_loop_is():
+    seen = []
+
+    class Spy(FixedOrder):
+        def propose(self, progress: Progress) -> Tensor:
+            seen.append((progress.step, progress.last.tolist(), progress.revealed.sum(1).tolist()))
+            return super().propose(progress)
+
+    rule, streams = Spy(torch.arange(6), GRID, per_step=2), Streams(range(2))
+    list(generate(MODEL, rule, drawn(Sampling()), streams, condition=LABELS[:2]))
+    assert seen == [(0, [-1, -1], [0, 0]), (1, [1, 1], [2, 2]), (2, [3, 3], [4, 4])]
+    seen.clear()
+    known = (torch.tensor([[5, 2], [0, 1]]), torch.zeros(2, 2, dtype=torch.int64))
+    list(generate(MODEL, rule, drawn(Sampling()), streams, condition=LABELS[:2], known=known))
+    assert seen == [(0, [2, 1], [2, 2]), (1, [1, 3], [4, 4])]
 
 
 def test_the_best_token_at_temperature_zero():

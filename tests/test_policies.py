@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 from conftest import POLICIES, Watched, seeded, transformer
@@ -17,9 +15,9 @@ GRID = Grid(2, 3)
 MODEL = transformer(depth=1)
 
 
-def progress(revealed: Tensor, last: int = -1) -> Progress:
+def progress(revealed: Tensor, last: int = -1, grid: Grid = GRID) -> Progress:
     rows = len(revealed)
-    return Progress(GRID, revealed, torch.full((rows,), last), 0, Streams(range(rows)).gumbel(GRID.n))
+    return Progress(grid, revealed, torch.full((rows,), last), 0, Streams(range(rows)).gumbel(grid.n))
 
 
 def nothing(rows: int = 1) -> Tensor:
@@ -143,15 +141,32 @@ def test_location_temperature_draws_from_a_softmax():
     assert ((winners - expected) ** 2 / expected).sum() < 20.5  # chi-square, 5 degrees of freedom: p < 0.001
 
 
-@pytest.mark.parametrize(("to", "distances"), [("last", [1, 2, 1, math.sqrt(2)]), ("nearest", [1, 1, 1, 1])])
+@pytest.mark.parametrize(("to", "distances"), [("last", [2, 1, 1, 2]), ("nearest", [1, 1, 1, 2])])
 def test_distance_is_paid_in_nats(to, distances):
-    """Corners 0 (last) and 5 of a 2 x 3 grid are revealed; once distance is paid, the rest decides."""
+    """Patches 0 and 3 (last) of a 1 x 6 grid are revealed; once distance is paid, the rest decides."""
     rule = InferredOrder(distance=0.7, distance_to=to, per_step=4)
-    now = progress(torch.tensor([[True, False, False, False, False, True]]), last=0)
+    revealed = torch.tensor([[True, False, False, True, False, False]])
+    now = progress(revealed, last=3, grid=Grid(1, 6))
     candidates = rule.propose(now)
-    assert candidates.tolist() == [[1, 2, 3, 4]]
+    assert candidates.tolist() == [[1, 2, 4, 5]]
     rest = torch.tensor([[0.02, 0.04, 0.01, 0.03]])
     assert rule.select(now, candidates, 0.7 * torch.tensor([distances]) + rest).tolist() == [[1, 3, 0, 2]]
+
+
+def test_distance_is_euclidean():
+    rule = InferredOrder(distance=1.0, per_step=6)
+    now = progress(torch.tensor([[True] + [False] * 5]), last=0)
+    candidates = rule.propose(now)
+    nearest = candidates.gather(1, rule.select(now, candidates, torch.tensor([[0, 0, 0.1, 0, 0]])))
+    assert nearest.tolist() == [[3, 1, 4, 2, 5]]  # 0.9, 1, sqrt(2), 2, sqrt(5)
+
+
+def test_location_noise_belongs_to_positions():
+    rule = InferredOrder(temperature=1.0, per_step=2)
+    now = progress(torch.tensor([[True, False, True, False, False, False]] * 3))
+    candidates = rule.propose(now)
+    chosen = candidates.gather(1, rule.select(now, candidates, torch.zeros(3, 4)))
+    assert torch.equal(chosen, now.noise.masked_fill(now.revealed, -torch.inf).topk(2).indices)
 
 
 def test_distance_counts_from_the_first_reveal_on():

@@ -19,8 +19,8 @@ from anyorder.runs.stages import STAGES, load_experiment
 from anyorder.runs.summary import report
 
 TINY_VQ = {
-    "channels": 8, "multipliers": [1, 1, 2], "groups": 1, "res_blocks": 1, "attention": False, "z_channels": 8,
-    "vocab_size": 16, "code_dim": 4, "codebook_update": "ema", "revive_after": 5,
+    "channels": 8, "multipliers": [1, 1, 2], "groups": 1, "res_blocks": 1, "attention": False,
+    "z_channels": 8, "vocab_size": 16, "code_dim": 4, "codebook_update": "ema", "revive_after": 5,
 }  # fmt: skip
 TINY_MODEL = {"depth": 1, "width": 32, "heads": 2}
 STEPS = {"steps": 4, "batch_size": 8, "log_every": 2, "eval_every": 2, "save_every": 2}
@@ -91,7 +91,7 @@ def test_orders_are_permutations_of_the_images_they_cover(experiment):
 
 
 def test_samples_do_not_depend_on_the_batch_size(experiment, tmp_path):
-    path, out = experiment
+    path, _ = experiment
     again = load_experiment(path, ["drawn.batch_size=7", "drawn.bf16=false"]).stages["drawn"][1]
     other = load_experiment(path, ["drawn.batch_size=3", "drawn.bf16=false"]).stages["drawn"][1]
     from anyorder.runs.stages import execute
@@ -382,7 +382,7 @@ def test_killed_stages_go_on_after_their_last_batch(experiment, tmp_path):
     """Orders, samples and tokens keep the rows on disk: here the files as a kill would leave them."""
     from anyorder.runs.stages import execute
 
-    path, out = experiment
+    path, _ = experiment
     stage = load_experiment(path).stages["orders"][1]
     execute("orders", stage, tmp_path / "o")
     whole = load_array(tmp_path / "o" / "train.order.npy")

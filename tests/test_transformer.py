@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import GRID, incremental, seeded, transformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from anyorder.contracts import Grid
@@ -16,6 +16,7 @@ from anyorder.models.transformer import (
     Architecture,
     CoordinateEncoding,
     TransformerConfig,
+    rotate,
 )
 from anyorder.orders import random_orders, static_order
 
@@ -98,6 +99,35 @@ def test_relative_encoding_sees_displacements_only():
     assert_close(logits[2], logits[0], **CLOSE)
 
 
+def test_relative_encoding_is_evaluated_at_the_displacement():
+    class Coordinates(nn.Module):
+        def forward(self, coordinates: Tensor) -> Tensor:
+            return coordinates
+
+    model, grid = transformer(), Grid(3, 5)
+    model.following = Coordinates()
+    here, ahead = torch.meshgrid(torch.arange(grid.n), torch.arange(grid.n), indexing="ij")
+    at = grid.coordinates()
+    with torch.no_grad():
+        assert torch.equal(model._next(model._tables(grid), here, ahead), at[ahead] - at[here])
+
+
+def test_rotary_products_depend_on_displacements_only():
+    """Query and key of pairs that are equally far apart, in rows and in columns, have the same product."""
+    model, grid = transformer(rotary=True, width=32), Grid(4, 5)
+    here, ahead = (torch.randint(grid.n, (1, 300), generator=seeded(seed)) for seed in (0, 1))
+    rotation = model._rotation(model._tables(grid), here, ahead)
+    q, k = torch.randn(2, 16, generator=seeded(2))
+    products = (rotate(q, *rotation.queries) * rotate(k, *rotation.keys)).sum(-1).flatten()
+    gap = (grid.coordinates()[ahead] - grid.coordinates()[here])[0]
+    _, group = gap.unique(dim=0, return_inverse=True)
+    for which in range(int(group.max()) + 1):
+        assert products[group == which].std(correction=0) < 1e-5
+    assert products.std() > 0.1
+    condition = model._rotation(model._tables(grid), torch.full((1, 1), grid.n), ahead[:, :1])
+    assert torch.equal(rotate(k, *condition.keys).flatten(), k)  # the identity, not a zero vector
+
+
 # --- what the inputs tell
 
 
@@ -170,6 +200,19 @@ def test_token_dropout_hides_tokens_but_not_positions():
     assert 0.1 < float(same[:, 1:].float().mean()) < 0.9
     grad = train_step(transformer(token_dropout=0.5))[1]["token_embedding.weight"]
     assert grad[-1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("branch", ["attention.out", "mlp.down"])
+def test_dropout_acts_on_both_branches(branch):
+    """With the other branch silenced, two training passes still differ; two in eval mode do not."""
+    model = transformer(depth=1, dropout=0.5)
+    other = {"attention.out": "mlp.down", "mlp.down": "attention.out"}[branch]
+    model.blocks[0].get_submodule(other).weight.data.zero_()
+    with torch.no_grad():
+        torch.manual_seed(0)
+        for training in (True, False):
+            first, second = (model.train(training)(TOKENS, None, ORDER) for _ in range(2))
+            assert torch.equal(first, second) != training
 
 
 @pytest.mark.parametrize("rotary", [False, True])

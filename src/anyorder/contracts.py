@@ -127,8 +127,8 @@ class OrderPolicy(Protocol):
         """Candidate positions (B, M) int64, all of them open."""
         ...
 
-    def rate(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """How much each candidate wants to be next, (B, M) float32 in nats, from logits (B, M, V)."""
+    def rate(self, log_p: Tensor, tokens: Tensor) -> Tensor:
+        """How much each candidate wants to be next, (B, M) nats, from log-probabilities (B, M, V)."""
         ...
 
     def select(self, progress: Progress, candidates: Tensor, ratings: Tensor) -> Tensor:

@@ -16,17 +16,17 @@ from anyorder.logits import Sampling, Streams, draw, token_likelihood, truncate
 from anyorder.policies import make_policy, random_rows
 
 Content = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(positions (B, M), logits (B, M, V), uniform (B, M)) -> tokens (B, M)."""
+"""(positions (B, M), log-probabilities (B, M, V), uniform (B, M)) -> tokens (B, M)."""
 
 
 def drawn(sampling: Sampling) -> Content:
     """Content of generation: a token drawn from the model for each candidate."""
-    return lambda positions, logits, uniform: draw(truncate(logits, sampling), uniform)
+    return lambda positions, log_p, uniform: draw(truncate(log_p, sampling), uniform)
 
 
 def given(tokens: Tensor) -> Content:
     """Content of order extraction: the true tokens (B, N) of a training image."""
-    return lambda positions, logits, uniform: tokens.gather(1, positions)
+    return lambda positions, log_p, uniform: tokens.gather(1, positions)
 
 
 @torch.no_grad()
@@ -103,9 +103,9 @@ def _look(
     """What would be there, how likely, and how much it is wanted: three (B, M), chunk by chunk."""
     parts = []
     for positions in candidates.split(chunk, dim=1):
-        logits = model.score(state, positions)
-        tokens = content(positions, logits, uniform.gather(1, positions))
-        parts.append((tokens, token_likelihood(logits, tokens), policy.rate(logits, tokens)))
+        log_p = model.score(state, positions).float().log_softmax(-1)
+        tokens = content(positions, log_p, uniform.gather(1, positions))
+        parts.append((tokens, token_likelihood(log_p, tokens), policy.rate(log_p, tokens)))
     tokens, log_prob, ratings = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     return tokens, log_prob, ratings
 

@@ -38,7 +38,8 @@ def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
     logits = logits.float()
     if sampling.temperature == 0:
         return logits.masked_fill(logits < logits.amax(-1, keepdim=True), -torch.inf)
-    logits = logits / sampling.temperature
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         kept = logits.topk(sampling.top_k, -1).indices
         logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
@@ -65,10 +66,9 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         (...,) int64.
     """
-    cdf = logits.float().softmax(-1).cumsum(-1)
-    total = cdf[..., -1]
-    # Rounding may bring uniform * total up to total itself, beyond the last token that is possible.
-    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    # Integers add up exactly in any sequence; float sums waver on a GPU and would reach impossible tokens.
+    cdf = (logits.float().softmax(-1) * 2**30).int().cumsum(-1, dtype=torch.int32)
+    target = (uniform.double() * cdf[..., -1]).int()
     return torch.searchsorted(cdf, target[..., None], right=True).squeeze(-1)
 
 
@@ -99,30 +99,31 @@ class Streams:
         return part
 
 
-# --- confidence: how sure is the model of a position? (nats; larger is surer) -----------------------------
+# --- confidence: how sure is the model of a position? -----------------------------------------------------
+# Each maps normalised log-probabilities (..., V) and tokens (...) to (...) nats; larger is surer.
 
 
-def token_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
+def token_likelihood(log_p: Tensor, tokens: Tensor) -> Tensor:
     """log p(token), the paper's score (OAR, arXiv 2504.17069 v1, Sec. 3.3); peeks at the token."""
-    return logits.float().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    return log_p.gather(-1, tokens[..., None]).squeeze(-1)
 
 
-def max_prob(logits: Tensor, tokens: Tensor) -> Tensor:
+def max_prob(log_p: Tensor, tokens: Tensor) -> Tensor:
     """Log-probability of the most likely token."""
-    return logits.float().log_softmax(-1).amax(-1)
+    return log_p.amax(-1)
 
 
-def entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+def entropy(log_p: Tensor, tokens: Tensor) -> Tensor:
     """Negative entropy of the distribution: larger is surer, 0 is certain."""
-    log_p = logits.float().log_softmax(-1)
-    return torch.special.xlogy(log_p.exp(), log_p.exp()).sum(-1)
+    finite = log_p.clamp_min(torch.finfo(log_p.dtype).min)  # 0 log 0 = 0
+    return (log_p.exp() * finite).sum(-1)
 
 
-def margin(logits: Tensor, tokens: Tensor) -> Tensor:
+def margin(log_p: Tensor, tokens: Tensor) -> Tensor:
     """Log-ratio of the two most likely tokens; infinite if only one is possible."""
-    if logits.shape[-1] == 1:
-        return torch.full(logits.shape[:-1], torch.inf, device=logits.device)
-    first, second = logits.float().topk(2, -1).values.unbind(-1)
+    if log_p.shape[-1] == 1:
+        return torch.full(log_p.shape[:-1], torch.inf, device=log_p.device)
+    first, second = log_p.topk(2, -1).values.unbind(-1)
     return first - second
 
 

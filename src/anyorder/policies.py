@@ -43,7 +43,7 @@ class FixedOrder:
         k = min(self.per_step, int((~progress.revealed[0]).sum()))
         return waiting.topk(k, dim=1, largest=False, sorted=True).indices
 
-    def rate(self, logits: Tensor, tokens: Tensor) -> Tensor:
+    def rate(self, log_p: Tensor, tokens: Tensor) -> Tensor:
         """All candidates are wanted: zeros (B, M)."""
         return torch.zeros(tokens.shape, device=tokens.device)
 
@@ -100,9 +100,9 @@ class InferredOrder:
         rows, positions = (~progress.revealed).nonzero(as_tuple=True)
         return positions.reshape(int(rows.max()) + 1, -1)
 
-    def rate(self, logits: Tensor, tokens: Tensor) -> Tensor:
+    def rate(self, log_p: Tensor, tokens: Tensor) -> Tensor:
         """Confidence (B, M) in nats, larger is wanted more."""
-        return self.sign * SCORES[self.score](logits, tokens)
+        return self.sign * SCORES[self.score](log_p, tokens)
 
     def select(self, progress: Progress, candidates: Tensor, ratings: Tensor) -> Tensor:
         """The K best after location noise and distance prior, best first."""
