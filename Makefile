@@ -9,7 +9,7 @@ SMOKE := data.max_train=300 data.max_test=120 tokenizer.train.steps=20 features.
 	samples-raster.n=64 samples-random.n=64 samples-ordered.n=64 \
 	eval-raster.nll_images=32 eval-random.nll_images=32 eval-ordered.nll_images=32
 
-.PHONY: quickstart test lint format smoke bench coverage hooks clean
+.PHONY: quickstart test lint format smoke bench demo coverage hooks clean
 
 quickstart: $(VENV)/.installed  ## the whole method on procedural sunsets, with a report
 	$(BIN)/anyorder quickstart
@@ -33,6 +33,10 @@ smoke: $(VENV)/.installed  ## every stage of the quickstart, at toy size
 bench: $(VENV)/.installed
 	$(BIN)/anyorder bench
 
+demo: $(VENV)/.installed  ## watch the quickstart's model draw, in a browser
+	$(INSTALL) -e '.[demo]'
+	$(BIN)/anyorder demo pipeline=runs/quickstart/pipeline
+
 coverage: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
@@ -45,7 +49,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(INSTALL) -e '.[dev,log]'
+	$(INSTALL) -e '.[dev,log,demo]'
 	@touch $@
 
 clean:

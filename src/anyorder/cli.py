@@ -19,6 +19,7 @@ GROUPS = {
         "quickstart": "the whole method on procedural sunsets, in minutes, with a report",
         "run": "an experiment file: every stage that is not up to date, then a report",
         "report": "one HTML page about one or more run folders",
+        "demo": "watch pictures being drawn in their own order, in a browser",
     },
     "stages": {
         "data": "decode a folder, parquet files or a Hugging Face data set to one size",
@@ -98,6 +99,7 @@ def _dispatch(command: str, arguments: list[str]) -> int:
         "quickstart": _quickstart,
         "report": _report,
         "bench": _bench,
+        "demo": _demo,
     }
     if command == "features" and arguments[:1] == ["train"]:
         arguments = arguments[1:]
@@ -218,6 +220,26 @@ def _bench(arguments: list[str], dry_run: bool, asked_help: bool) -> None:
         print(_settings(config))
     else:
         bench(config, out)
+
+
+def _demo(arguments: list[str], dry_run: bool, asked_help: bool) -> None:
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as e:
+        raise ImportError(f"the demo needs a web server ({e}): pip install 'anyorder[demo]'") from e
+    from anyorder.demo.server import DemoConfig, serve
+    from anyorder.runs.config import describe, parse
+
+    if asked_help:
+        print(f"anyorder demo pipeline=FOLDER [key=value ...]\n\n{DemoConfig.__doc__}\n")
+        print(describe(DemoConfig))
+        return
+    config = parse(DemoConfig, {}, arguments)
+    if dry_run:
+        print(_settings(config))
+    else:
+        serve(config)
 
 
 if __name__ == "__main__":

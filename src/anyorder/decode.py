@@ -1,7 +1,7 @@
 """The one loop: score open positions, put a token on each, reveal some, repeat.
 
 Sampling in a given order, sampling with inferred locations, order extraction and completion are all
-`generate` with another policy and another source of content (OAR, arXiv 2504.17069 v1, Sec. 3.3 and 3.4).
+`generate` with another policy and another source of content (OAR, arXiv 2504.17069 v1, Sec. 3).
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def extract_orders(
     grid: Grid | None = None,
     chunk: int = 64,
 ) -> Trace:
-    """Recover the order in which the model itself would reveal each image (OAR v1, Sec. 3.4).
+    """Recover the order in which the model itself would reveal each image (OAR v1, Sec. 3).
 
     Args:
         model: any-order model.

@@ -16,7 +16,7 @@ def token_nll(
     order: Tensor,
     grid: Grid | None = None,
 ) -> Tensor:
-    """-log p(x[pi_i] | x[pi_<i], pi_<=i, c) of every step (OAR, arXiv 2504.17069 v1, Sec. 3.2).
+    """-log p(x[pi_i] | x[pi_<i], pi_<=i, c) of every step (OAR, arXiv 2504.17069 v1, Sec. 3).
 
     The mean over i is the training loss; the sum is the exact negative log-likelihood under that order.
 

@@ -104,7 +104,7 @@ class Streams:
 
 
 def token_likelihood(log_p: Tensor, tokens: Tensor) -> Tensor:
-    """log p(token), the paper's score (OAR, arXiv 2504.17069 v1, Sec. 3.3); peeks at the token."""
+    """log p(token), the paper's score (OAR, arXiv 2504.17069 v1, Sec. 3); peeks at the token."""
     return log_p.gather(-1, tokens[..., None]).squeeze(-1)
 
 

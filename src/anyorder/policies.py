@@ -56,7 +56,7 @@ class FixedOrder:
 class InferredOrder:
     """The model chooses: every open position is scored, the K that it is surest of are revealed.
 
-    With `score="token_likelihood"` this is the paper's rule (OAR, arXiv 2504.17069 v1, Sec. 3.3: the most
+    With `score="token_likelihood"` this is the paper's rule (OAR, arXiv 2504.17069 v1, Sec. 3: the most
     likely position-token pair), which looks at the drawn token and so changes the distribution that is
     sampled. The other scores are token-blind: p(x) stays a normalised autoregressive density.
     """

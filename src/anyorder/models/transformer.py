@@ -1,7 +1,7 @@
 """The any-order transformer: a decoder-only network whose every input says where the next patch is.
 
 The input of step i >= 1 is E[x[pi_{i-1}]] + A(pi_{i-1}) + R(pi_i - pi_{i-1}); the input of step 0 is
-condition + S(pi_0) (OAR, arXiv 2504.17069 v1, Sec. 3.2). A, R and S are functions of real 2-D coordinates
+condition + S(pi_0) (OAR, arXiv 2504.17069 v1, Sec. 3). A, R and S are functions of real 2-D coordinates
 in patches, not tables of a fixed grid: one model serves several resolutions and aspect ratios.
 
 Shapes: B images, T steps, M candidates, L cached steps, D width, H heads, V codebook size.
@@ -160,6 +160,7 @@ class Rotation:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary encoding: halves of the last dimension are real and imaginary parts."""
     re, im = x.chunk(2, -1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((re * cos - im * sin, re * sin + im * cos), dim=-1)
 
 
@@ -220,7 +221,7 @@ class State:
 
 
 class AnyOrderTransformer(nn.Module):
-    """p(x[pi_i] | x[pi_<i], pi_<=i, c) for any order pi (OAR, arXiv 2504.17069 v1, Sec. 3.2)."""
+    """p(x[pi_i] | x[pi_<i], pi_<=i, c) for any order pi (OAR, arXiv 2504.17069 v1, Sec. 3)."""
 
     def __init__(self, config: TransformerConfig):
         """Build from a configuration; weights come from the global random generator."""
