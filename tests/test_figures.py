@@ -213,7 +213,7 @@ def curves(monkeypatch, runs: list) -> list:
 def test_loss_curves_draw_what_is_logged(tmp_path, monkeypatch) -> None:
     a = write_log(
         tmp_path / "a.jsonl",
-        {"step": 1, "loss": 9.0, "images_per_second": 10.0},
+        {"step": 1, "loss": 9.0, "examples_per_second": 10.0},
         {"step": 2, "loss": 5.0},
         {"step": 2, "loss": 4.0},  # a resumed run repeats a step
         {"step": 2, "test_nll": 4.5},

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anyorder.contracts import AnyOrderModel, Grid, OrderPolicy, Progress, Step, Trace
 from anyorder.logits import Sampling, Streams, draw, token_likelihood, truncate
-from anyorder.policies import make_policy, random_rows
+from anyorder.policies import make_policy
 
 Content = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(positions (B, M), log-probabilities (B, M, V), uniform (B, M)) -> tokens (B, M)."""
@@ -219,8 +219,6 @@ def complete(
         )
     grid = grid or model.grid
     _check_length(tokens, grid)
-    if order == "random":
-        order = random_rows(grid, streams)
     counts = known.sum(1)
     result = Trace(tokens.clone(), torch.empty_like(tokens), torch.zeros(tokens.shape, device=tokens.device))
     for count in counts.unique().tolist():  # rows that know equally many positions run as one batch

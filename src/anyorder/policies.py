@@ -97,8 +97,7 @@ class InferredOrder:
 
     def propose(self, progress: Progress) -> Tensor:
         """All open positions (B, M), in raster order."""
-        rows, positions = (~progress.revealed).nonzero(as_tuple=True)
-        return positions.reshape(int(rows.max()) + 1, -1)
+        return (~progress.revealed).nonzero()[:, 1].reshape(len(progress.revealed), -1)
 
     def rate(self, log_p: Tensor, tokens: Tensor) -> Tensor:
         """Confidence (B, M) in nats, larger is wanted more."""

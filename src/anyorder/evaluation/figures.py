@@ -276,28 +276,37 @@ def drawing_animation(
         )
 
 
-def loss_curves(runs: Sequence[tuple[str, str | Path]], ylabel: str = "loss (nats per token)") -> Image.Image:
+def loss_curves(
+    runs: Sequence[tuple[str, str | Path]],
+    ylabel: str = "loss (nats per token)",
+    starts: Sequence[int] | None = None,
+) -> Image.Image:
     """Training loss (thin: as logged, thick: smoothed), test loss (dots) and speed of several runs.
 
     Args:
         runs: (name, path of its `metrics.jsonl`): lines with `step` and `loss`, some with `test_nll` or
-            `test_loss`, some with `images_per_second`. Where a resumed run repeats a step, the last counts.
+            `test_loss`, some with `examples_per_second`. Where a resumed run repeats a step, the last counts.
         ylabel: what the loss is, with its unit.
+        starts: steps that each run's model had behind it when the run began; 0 by default.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a line is not JSON, or a file holds no loss at all.
     """
-    logs = [(name, read_metrics(path)) for name, path in runs]
+    offsets = starts or [0] * len(runs)
+    logs = [
+        (name, [{**line, "step": line["step"] + start} for line in read_metrics(path)])
+        for (name, path), start in zip(runs, offsets, strict=True)
+    ]
     for (_, path), (_, log) in zip(runs, logs, strict=True):
         if not any("loss" in line for line in log):
             raise ValueError(f"{path} holds no losses yet: train for a while and draw again")
-    with_speed = any("images_per_second" in line for _, log in logs for line in log)
+    with_speed = any("examples_per_second" in line for _, log in logs for line in log)
     with _figure(9.2 if with_speed else 5.6, 3.4) as figure:
         panels = figure.subplots(1, 1 + with_speed, squeeze=False, width_ratios=[1.7, 1][: 1 + with_speed])[0]
         for i, (name, log) in enumerate(logs):
             _draw_run(panels, name, log, COLOURS[i % len(COLOURS)])
-        for axis, label in zip(panels, (ylabel, "images per second"), strict=False):
+        for axis, label in zip(panels, (ylabel, "examples per second"), strict=False):
             axis.set(xlabel="step", ylabel=label)
             axis.margins(x=0.02)
         if with_speed:
@@ -322,7 +331,7 @@ def _draw_run(panels: Sequence[Axes], name: str, log: list[dict[str, Any]], colo
             label = f"{name}, test"
             panels[0].plot(steps, values, "o--", color=colour, markersize=4, linewidth=0.8, label=label)
     if len(panels) > 1:
-        panels[1].plot(*_series(log, "images_per_second"), color=colour, linewidth=1.2)
+        panels[1].plot(*_series(log, "examples_per_second"), color=colour, linewidth=1.2)
 
 
 def _series(log: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:

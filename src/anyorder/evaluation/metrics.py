@@ -407,8 +407,8 @@ def _notes(extractor: FeatureExtractor, n: int, kid_subset_size: int) -> list[st
     notes = []
     if n <= extractor.dim:
         notes.append(
-            f"{extractor.metric} from {n} images in {extractor.dim} dimensions is strongly biased upwards"
+            f"{extractor.metric} from {n} images in {extractor.dim} dimensions is strongly biased upwards."
         )
     if n < kid_subset_size:
-        notes.append(f"KID subsets shrunk from {kid_subset_size} to {n} images")
+        notes.append(f"KID subsets shrunk from {kid_subset_size} to {n} images.")
     return notes

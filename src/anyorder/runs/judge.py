@@ -104,13 +104,15 @@ class SampleStage:
         rows.close()
 
     def _pictures(self, artifact: Artifact, tokens: TokenSet) -> None:
-        images = np.array(load_array(artifact.folder / "images.npy")[: 2 * SHOWN])
-        orders = load_array(artifact.folder / "order.npy")[: 2 * SHOWN].astype(np.int64)
-        figures.save_image(figures.image_grid(images, scale=2), artifact.folder / "grid.png")
-        panel = figures.order_panel(images[: SHOWN // 2], orders[: SHOWN // 2], tokens.grid)
+        """The first samples, as they come: a grid, half of them beside their orders, all being drawn."""
+        images = np.array(load_array(artifact.folder / "images.npy")[:SHOWN])
+        orders = load_array(artifact.folder / "order.npy")[:SHOWN].astype(np.int64)
+        figures.save_image(figures.image_grid(images, columns=4, scale=3), artifact.folder / "grid.png")
+        half = slice(SHOWN // 2)
+        panel = figures.order_panel(images[half], orders[half], tokens.grid, columns=2, scale=3)
         figures.save_image(panel, artifact.folder / "orders.png")
-        frames = figures.drawing_frames(lambda revealed: images[:SHOWN], orders[:SHOWN], tokens.grid)
-        figures.drawing_animation(artifact.folder / "drawing.webp", frames)
+        frames = figures.drawing_frames(lambda revealed: images, orders, tokens.grid)
+        figures.drawing_animation(artifact.folder / "drawing.webp", frames, columns=4, scale=3)
 
 
 @dataclass

@@ -126,7 +126,7 @@ def reconstructions(model: VQModel, images: ImageSet) -> Any:
     pixels = images.batch(np.arange(min(SHOWN, len(images))))[0].to(device())
     decoded = model.decode(model.encode(pixels), model.grid(pixels))
     both = np.concatenate((to_uint8(pixels), to_uint8(decoded)))
-    return figures.image_grid(both, columns=len(pixels))
+    return figures.image_grid(both, columns=len(pixels), scale=2)
 
 
 @dataclass

@@ -106,7 +106,9 @@ def comparison(evaluations: Found) -> Table:
     names = sorted({manifest["metrics"]["metric_name"] for _, manifest in evaluations})
     caption = f"Distance is {', '.join(names)} of generated images to the test split."
     shown = [{column: row[column] for column in columns} for row in rows]
-    return Table(columns, shown, caption, {name: COLUMNS[name] for name in measured})  # type: ignore[misc]
+    noise = {"KID x 1000"} if any(row["KID x 1000"] < 0 for row in rows) else set()
+    best = {name: COLUMNS[name] for name in measured if name not in noise}
+    return Table(columns, shown, caption, best)  # type: ignore[arg-type]
 
 
 def _comparison(evaluations: Found) -> list[Section]:
@@ -166,8 +168,18 @@ def _orders(orders: Found) -> list[Section]:
 def _tokenizer(tokenizers: Found, pictures: bool) -> list[Section]:
     if not tokenizers:
         return []
-    rows = [{"tokenizer": path.name, **m["test"], "parameters": m["parameters"]} for path, m in tokenizers]
-    items: list[Any] = [Table(list(rows[0]), rows, "Measured on the test split; PSNR in dB.")]
+    rows = [
+        {
+            "tokenizer": path.name,
+            "PSNR (dB)": m["test"]["psnr"],
+            "SSIM": m["test"]["ssim"],
+            "codebook usage (%)": 100 * m["test"]["codebook_usage"],
+            "codebook perplexity": m["test"]["codebook_perplexity"],
+            "parameters": m["parameters"],
+        }
+        for path, m in tokenizers
+    ]
+    items: list[Any] = [Table(list(rows[0]), rows, "Measured on the test split.")]
     if pictures:
         for path, _ in tokenizers:
             alt = "test images above their reconstructions"
@@ -180,7 +192,7 @@ def _tokenizer(tokenizers: Found, pictures: bool) -> list[Section]:
 def _training(trained: Found) -> list[Section]:
     if not trained:
         return []
-    logs = [(path.name, path / "metrics.jsonl") for path, _ in trained if (path / "metrics.jsonl").is_file()]
+    logs = [(path.name, path / "metrics.jsonl") for path, _ in trained]
     rows = [
         {
             "model": path.name,
@@ -195,8 +207,20 @@ def _training(trained: Found) -> list[Section]:
     caption = (
         "Test nats/token: under the order of training, random for models fine-tuned on extracted orders."
     )
-    curves = Figure(figures.loss_curves(logs), "Loss of the any-order models.", "loss curves")
+    picture = figures.loss_curves(logs, starts=[_steps_before(path, trained) for path, _ in trained])
+    curves = Figure(
+        picture, "Loss of the models; fine-tuning goes on where its start left off.", "loss curves"
+    )
     return [Section("Training", "", [Table(list(rows[0]), rows, caption), curves])]
+
+
+def _steps_before(path: Path, trained: Found) -> int:
+    """Steps behind the model that a training started from."""
+    own = dict(trained)[path]["inputs"].get("init")
+    for other, manifest in trained:
+        if manifest["fingerprint"] == own:
+            return manifest["config"]["train"]["steps"] + _steps_before(other, trained)
+    return 0
 
 
 def _costs(artifacts: dict[str, dict[str, Any]]) -> Section:
