@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 MANIFEST = "manifest.json"
+TIMES = "seconds.npy"
+"""Ending of arrays that hold times: they differ from run to run and do not count as content."""
 
 
 @contextlib.contextmanager
@@ -292,6 +294,7 @@ class Artifact:
             if path.is_file()
             and path.suffix in {".npy", ".safetensors", ".json"}
             and path.name not in {MANIFEST, ".identity.json"}
+            and not path.name.endswith(TIMES)  # content, not how long it took
             and "checkpoints" not in path.parts
         }
         manifest = {

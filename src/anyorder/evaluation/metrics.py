@@ -8,6 +8,7 @@ features, and tested against torchmetrics.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -114,7 +115,9 @@ class FeatureStatistics:
         """Write features and logits as safetensors, atomically, with the names of extractor and data."""
         tensors = {"features": self.features, "logits": self.logits}
         with atomic(path) as temporary:
-            save_file(tensors, temporary, metadata={"extractor": self.extractor, "data": self.data})
+            # One entry: safetensors writes several in no fixed order, and equal statistics are equal files.
+            source = json.dumps({"data": self.data, "extractor": self.extractor})
+            save_file(tensors, temporary, metadata={"source": source})
 
     @classmethod
     def load(cls, path: str | Path, extractor: str, data: str) -> FeatureStatistics:
@@ -130,7 +133,7 @@ class FeatureStatistics:
             )
         try:
             with safe_open(path, "pt") as file:
-                found = file.metadata() or {}
+                found = json.loads((file.metadata() or {}).get("source", "{}"))
                 features, logits = file.get_tensor("features"), file.get_tensor("logits")
         except SafetensorError as e:
             raise ValueError(f"{path} is damaged ({e}): delete it and compute it again") from e
