@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _message(e: Exception) -> str:
-    if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+    if isinstance(e, OSError) and (e.errno == errno.ENOSPC or "No space left" in str(e)):
         return f"the disk is full ({e}): free some space and run the same command again, it goes on from here"
     return str(e)
 
