@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anyorder.evaluation.report import Details, Figure, Gallery, Section, Table, format_value, write_report
+from anyorder.evaluation.report import (
+    Details,
+    Figure,
+    Gallery,
+    Section,
+    Table,
+    format_value,
+    write_markdown,
+    write_report,
+)
 
 DASH = "\u2013"
 VOID = {"meta", "img"}
@@ -225,3 +234,15 @@ def test_same_content_gives_the_same_bytes(tmp_path) -> None:
     full(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == first
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_markdown_holds_tables_and_texts(tmp_path) -> None:
+    table = Table(["name", "a|b"], [{"name": "x", "a|b": 1.5}, {"name": "y", "a|b": None}], "What it is.")
+    best = Table(["name", "n"], [{"name": "x", "n": 1}, {"name": "y", "n": 2}], best={"n": "max"})
+    sections = [Section("One", "Text.", [table, best]), Section("No tables", "Gone.", [])]
+    write_markdown(tmp_path / "r.md", "Title", sections)
+    assert (tmp_path / "r.md").read_text() == (
+        "# Title\n\n## One\n\nText.\n\n"
+        "| name | a\\|b |\n| --- | ---: |\n| x | 1.500 |\n| y | \u2013 |\n\nWhat it is.\n\n"
+        "| name | n |\n| --- | ---: |\n| x | 1 |\n| y | **2** |\n"
+    )

@@ -137,6 +137,8 @@ def test_report_is_one_page_with_the_comparison(experiment, tmp_path):
     without = (tmp_path / "r.html").read_text()
     assert "what the tokens keep" in page
     assert "what the tokens keep" not in without
+    assert cli.main(["report", str(out), f"out={tmp_path}/r.md"]) == 0
+    assert "| token_likelihood |" in (tmp_path / "r.md").read_text()
     with pytest.raises(FileNotFoundError, match="no finished artifact"):
         report([tmp_path / "nothing"], tmp_path / "r.html")
 

@@ -178,6 +178,7 @@ def _experiment(path: Path, overrides: list[str], dry_run: bool) -> None:
 def _report(arguments: list[str], dry_run: bool, asked_help: bool) -> None:
     if asked_help:
         print("anyorder report RUN... [out=RUN/report.html] [data_pictures=true]\n")
+        print("out=FILE.md writes the tables alone, as Markdown")
         print("data_pictures=false leaves out reconstructions, which are pictures of the data set itself")
         return
     folders = [Path(a) for a in arguments if "=" not in a]

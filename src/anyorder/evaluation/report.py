@@ -73,6 +73,13 @@ class Table:
         rows = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
         return "\n".join(rows)
 
+    def markdown(self) -> str:
+        """The table in Markdown, the best values bold."""
+        rows = [[f"**{c.text}**" if c.best else c.text for c in row] for row in self.cells()]
+        rule = ["---:" if numeric else "---" for numeric in self.numeric]
+        escaped = [[text.replace("|", "\\|") for text in row] for row in [list(self.columns), rule, *rows]]
+        return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
+
     @property
     def numeric(self) -> list[bool]:
         """Which columns hold a number; these are aligned right."""
@@ -208,3 +215,21 @@ def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> N
     )
     template = environment.get_template("report.html.j2")
     write_text(path, template.render(title=title, sections=sections, version=anyorder.__version__))
+
+
+def write_markdown(path: str | Path, title: str, sections: Sequence[Section]) -> None:
+    """Write the headings, texts and tables of a report as Markdown; pictures and details are left out.
+
+    Args:
+        path: the `.md` file.
+        title: of the page.
+        sections: its content; those without text and tables are skipped.
+    """
+    blocks = [f"# {title}"]
+    for section in sections:
+        tables = [item for item in section.items if isinstance(item, Table)]
+        if tables:
+            blocks += [f"## {section.title}", *section.paragraphs]
+            for table in tables:
+                blocks += [table.markdown(), *([table.caption] if table.caption else [])]
+    write_text(path, "\n\n".join(blocks) + "\n")

@@ -8,7 +8,7 @@ from typing import Any
 
 from anyorder.artifacts import MANIFEST, read_manifest
 from anyorder.evaluation import figures
-from anyorder.evaluation.report import Details, Figure, Gallery, Section, Table, write_report
+from anyorder.evaluation.report import Details, Figure, Gallery, Section, Table, write_markdown, write_report
 
 Found = list[tuple[Path, dict[str, Any]]]
 
@@ -47,11 +47,11 @@ def find_evaluations(folders: Sequence[Path]) -> Found:
 
 
 def report(folders: Sequence[Path], out: Path, *, data_pictures: bool = True) -> None:
-    """Write one self-contained page about the runs in `folders`.
+    """Write one self-contained page about the runs in `folders`, or its tables as Markdown.
 
     Args:
         folders: run folders; every finished artifact below them is told of.
-        out: the `.html` file.
+        out: the `.html` file, or an `.md` file.
         data_pictures: show reconstructions, which are pictures of the data set itself.
 
     Raises:
@@ -71,7 +71,8 @@ def report(folders: Sequence[Path], out: Path, *, data_pictures: bool = True) ->
         _costs(artifacts),
         Section("Manifests", "", [Details(f"{m['stage']}: {Path(p).name}", m) for p, m in artifacts.items()]),
     ]
-    write_report(out, f"anyorder: {', '.join(Path(f).name for f in folders)}", sections)
+    write = write_markdown if out.suffix == ".md" else write_report
+    write(out, f"anyorder: {', '.join(Path(f).name for f in folders)}", sections)
 
 
 def _stages(artifacts: dict[str, dict[str, Any]]) -> set[str]:
