@@ -21,7 +21,7 @@ COLUMNS = {
     "nats/token": "min",
     "bits/dim": "min",
     "consistency": "max",
-    "seconds/image": "min",
+    "s/image": "min",
 }
 """Measured columns of the comparison and which end is better."""
 
@@ -97,13 +97,13 @@ def comparison(evaluations: Found) -> Table:
                 "nats/token": m["nll"],
                 "bits/dim": m["bits_per_dim"],
                 "consistency": m.get("consistency"),
-                "seconds/image": m["seconds_per_image"],
+                "s/image": m["seconds_per_image"],
                 "training tokens": m["training_tokens"],
-                "training seconds": m["training_seconds"],
+                "training s": m["training_seconds"],
             }
         )
     measured = [name for name in COLUMNS if any(row[name] is not None for row in rows)]
-    columns = ["samples", "order", "token-blind", *measured, "training tokens", "training seconds"]
+    columns = ["samples", "order", "token-blind", *measured, "training tokens", "training s"]
     names = sorted({manifest["metrics"]["metric_name"] for _, manifest in evaluations})
     caption = f"Distance is {', '.join(names)} of generated images to the test split."
     shown = [{column: row[column] for column in columns} for row in rows]
@@ -201,7 +201,7 @@ def _training(trained: Found) -> list[Section]:
             "parameters": m["parameters"],
             "test nats/token": m["test_nll"],
             "training tokens": m["training_tokens"],
-            "training seconds": m["training_seconds"],
+            "training s": m["training_seconds"],
         }
         for path, m in trained
     ]
