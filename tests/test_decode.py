@@ -395,3 +395,32 @@ def test_known_tokens_come_first_in_the_loop():
     assert torch.equal(found.tokens.gather(1, prefix[0]), prefix[1])
     nll = token_nll(MODEL, found.tokens, LABELS[:2], found.order).detach()
     assert_close(-found.log_prob[:, 2:], nll[:, 2:], **STRICT)
+
+
+# --- where and what by different models
+
+
+def test_a_model_that_scores_for_itself_changes_nothing():
+    model = transformer()
+    seeds = range(3)
+    alone = sample(model, "entropy", Streams(seeds))
+    guided = sample(model, "entropy", Streams(seeds), scorer=model)
+    assert torch.equal(alone.tokens, guided.tokens)
+    assert torch.equal(alone.order, guided.order)
+    torch.testing.assert_close(alone.log_prob, guided.log_prob)
+
+
+def test_the_scorer_decides_where_and_the_drawer_what():
+    torch.manual_seed(1)
+    scorer, drawer = transformer(), transformer(depth=1)
+    made = sample(drawer, "margin", Streams(range(4)), scorer=scorer)
+    assert torch.equal(extract_orders(scorer, made.tokens, "margin").order, made.order)
+    found = extract_orders(drawer, made.tokens, "margin", scorer=scorer)
+    assert torch.equal(found.order, made.order)
+    torch.testing.assert_close(-found.log_prob, token_nll(drawer, made.tokens, None, made.order))
+
+
+def test_a_peeking_rule_cannot_be_scored_by_another_model():
+    model = transformer()
+    with pytest.raises(ValueError, match="leave scorer out"):
+        sample(model, "token_likelihood", Streams([0]), scorer=model)

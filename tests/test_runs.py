@@ -42,6 +42,9 @@ EXPERIMENT = {
         "drawn": {"stage": "sample", "model": "ordered", **MADE, "n": 10, "batch_size": 4},
         "peeking": {"stage": "sample", "model": "ordered", **MADE, "n": 5,
                     "policy": {"order": "token_likelihood"}, "guidance": {"scale": 2.0}, "bf16": False},
+        "guided-by-any": {"stage": "sample", "model": "ordered", "scorer": "any", **MADE, "n": 5},
+        "eval-guided-by-any": {"stage": "eval", "samples": "guided-by-any", "model": "ordered",
+                               "scorer": "any", **MEASURED, "nll_images": 8},
         "eval-drawn": {"stage": "eval", "samples": "drawn", "model": "ordered", **MEASURED, "nll_images": 8},
         "eval-peeking": {"stage": "eval", "samples": "peeking", "model": "ordered", **MEASURED},
         "pipeline": {"model": "ordered", **MADE},
@@ -124,8 +127,20 @@ def test_second_run_does_nothing_and_a_change_runs_what_depends_on_it(experiment
     plan = dict(reversed(line.rsplit(None, 1)) for line in capsys.readouterr().out.splitlines())
     status = {name: plan[str(out / name)].startswith("to run") for name in before}
     assert [name for name, to_run in status.items() if to_run] == [
-        "orders", "ordered", "drawn", "peeking", "eval-drawn", "eval-peeking", "pipeline",
+        "orders", "ordered", "drawn", "peeking", "guided-by-any", "eval-guided-by-any", "eval-drawn",
+        "eval-peeking", "pipeline",
     ]  # fmt: skip
+
+
+def test_a_scorer_of_its_own_is_part_of_the_evidence(experiment, tmp_path):
+    _, out = experiment
+    found = read_json(out / "eval-guided-by-any" / "metrics.json")
+    assert found["scorer"] == "any"
+    assert found["nll"] != read_json(out / "eval-drawn" / "metrics.json")["nll"]
+    assert "entropy by any" in (out / "report.html").read_text()
+    parts = [f"{role}={out / role}" for role in ("features", "data", "tokens")]
+    without = ["eval", f"samples={out}/guided-by-any", f"model={out}/ordered", *parts, f"out={tmp_path}/e"]
+    assert cli.main(without) == 2
 
 
 def test_report_is_one_page_with_the_comparison(experiment, tmp_path):

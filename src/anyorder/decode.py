@@ -29,6 +29,11 @@ def given(tokens: Tensor) -> Content:
     return lambda positions, log_p, uniform: tokens.gather(1, positions)
 
 
+def _blank(positions: Tensor, log_p: Tensor, uniform: Tensor) -> Tensor:
+    """No content: for token-blind ratings."""
+    return torch.zeros_like(positions)
+
+
 @torch.no_grad()
 def generate(
     model: AnyOrderModel,
@@ -39,6 +44,7 @@ def generate(
     condition: Tensor | None = None,
     grid: Grid | None = None,
     known: tuple[Tensor, Tensor] | None = None,
+    scorer: AnyOrderModel | None = None,
     chunk: int = 64,
 ) -> Iterator[Step]:
     """Reveal every open position, step by step; progress bars and animations read this stream.
@@ -47,22 +53,33 @@ def generate(
     Memory: the model's cache plus O(B * chunk * V) for logits.
 
     Args:
-        model: any-order model.
+        model: any-order model, the drawer: it decides what.
         policy: where to go.
         content: what to put there.
         streams: one random stream per image; its length is the batch size B.
         condition: (B,) int64 class labels, or None.
         grid: the grid to draw on; the model's own by default.
         known: positions (B, K) and tokens (B, K) that are given, revealed first.
+        scorer: the model that decides where, if it is not the drawer itself: for a drawer that was
+            fine-tuned on the scorer's orders. The drawer then evaluates the chosen positions only.
         chunk: candidates scored per call.
 
     Yields:
         Step: after each reveal.
+
+    Raises:
+        ValueError: a scorer of its own with a policy that looks at the drawn tokens.
     """
+    if scorer is not None and not policy.token_blind:
+        raise ValueError(
+            f"'{policy.name}' looks at the drawer's tokens, so no other model can score: leave scorer out, "
+            "or choose a token-blind order"
+        )
     grid = grid or model.grid
     device = streams.device
     batch = len(streams)
     state = model.start(batch, condition, grid)
+    guide = scorer.start(batch, condition, grid) if scorer is not None else None
     progress = Progress(
         grid=grid,
         revealed=torch.zeros(batch, grid.n, dtype=torch.bool, device=device),
@@ -72,6 +89,7 @@ def generate(
     )
     if known is not None and known[0].shape[1]:
         state = model.append(state, *known)
+        guide = scorer.append(guide, *known) if scorer is not None else None
         progress.revealed.scatter_(1, known[0], True)
         progress.last = known[0][:, -1]
     total = int((~progress.revealed[0]).sum())
@@ -79,12 +97,18 @@ def generate(
     while done < total:
         uniform, progress.noise = streams.uniform(grid.n), streams.gumbel(grid.n)
         candidates = policy.propose(progress)
-        tokens, log_prob, ratings = _look(model, state, policy, content, candidates, uniform, chunk)
-        chosen = policy.select(progress, candidates, ratings)
-        positions, tokens, log_prob = (x.gather(1, chosen) for x in (candidates, tokens, log_prob))
+        if scorer is None:
+            tokens, log_prob, ratings = _look(model, state, policy, content, candidates, uniform, chunk)
+            chosen = policy.select(progress, candidates, ratings)
+            positions, tokens, log_prob = (x.gather(1, chosen) for x in (candidates, tokens, log_prob))
+        else:
+            _, _, ratings = _look(scorer, guide, policy, _blank, candidates, uniform, chunk)
+            positions = candidates.gather(1, policy.select(progress, candidates, ratings))
+            tokens, log_prob, _ = _look(model, state, policy, content, positions, uniform, chunk)
         done += positions.shape[1]
         if done < total:  # after the last reveal nothing is scored any more
             state = model.append(state, positions, tokens)
+            guide = scorer.append(guide, positions, tokens) if scorer is not None else None
         progress.revealed.scatter_(1, positions, True)
         progress.last = positions[:, -1]
         progress.step += 1
@@ -127,6 +151,7 @@ def sample(
     condition: Tensor | None = None,
     grid: Grid | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    scorer: AnyOrderModel | None = None,
     chunk: int = 64,
 ) -> Trace:
     """Draw images in a fixed, random or inferred order.
@@ -138,11 +163,21 @@ def sample(
         condition: (B,) int64 class labels, or None.
         grid: the grid to draw on.
         sampling: temperature and truncation.
+        scorer: see `generate`.
         chunk: candidates scored per call.
     """
     policy = make_policy(order, grid or model.grid, streams)
     return trace(
-        generate(model, policy, drawn(sampling), streams, condition=condition, grid=grid, chunk=chunk)
+        generate(
+            model,
+            policy,
+            drawn(sampling),
+            streams,
+            condition=condition,
+            grid=grid,
+            scorer=scorer,
+            chunk=chunk,
+        )
     )
 
 
@@ -154,6 +189,7 @@ def extract_orders(
     *,
     condition: Tensor | None = None,
     grid: Grid | None = None,
+    scorer: AnyOrderModel | None = None,
     chunk: int = 64,
 ) -> Trace:
     """Recover the order in which the model itself would reveal each image (OAR v1, Sec. 3).
@@ -165,6 +201,7 @@ def extract_orders(
         streams: only needed for a location temperature; seeds 0..B-1 by default.
         condition: (B,) int64 class labels, or None.
         grid: the grid of `tokens`.
+        scorer: see `generate`; `log_prob` is still that of `model`.
         chunk: candidates scored per call; memory O(B * chunk * V).
 
     Returns:
@@ -177,7 +214,10 @@ def extract_orders(
     _check_length(tokens, grid)
     streams = streams or Streams(range(len(tokens)), tokens.device)
     policy = make_policy(order, grid, streams)
-    return trace(generate(model, policy, given(tokens), streams, condition=condition, grid=grid, chunk=chunk))
+    steps = generate(
+        model, policy, given(tokens), streams, condition=condition, grid=grid, scorer=scorer, chunk=chunk
+    )
+    return trace(steps)
 
 
 def _check_length(tokens: Tensor, grid: Grid) -> None:
@@ -195,6 +235,7 @@ def complete(
     condition: Tensor | None = None,
     grid: Grid | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    scorer: AnyOrderModel | None = None,
     chunk: int = 64,
 ) -> Trace:
     """Draw what is missing: in- and outpainting without retraining (OAR v2).
@@ -208,6 +249,7 @@ def complete(
         condition: (B,) int64 class labels, or None.
         grid: the grid of `tokens`.
         sampling: temperature and truncation.
+        scorer: see `generate`.
         chunk: candidates scored per call.
 
     Raises:
@@ -235,6 +277,7 @@ def complete(
             condition=None if condition is None else condition[rows],
             grid=grid,
             known=prefix,
+            scorer=scorer,
             chunk=chunk,
         )
         part = trace(steps, prefix)

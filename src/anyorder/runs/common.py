@@ -58,13 +58,13 @@ def training_facts(result: TrainResult) -> dict[str, Any]:
     }
 
 
-def require_made_from(folder: Path, role: str, other: Path) -> None:
+def require_made_from(folder: Path, role: str, other: Path | None) -> None:
     """Refuse artifacts that do not belong together.
 
     Raises:
-        ValueError: `folder` was made from another artifact in this role than `other`.
+        ValueError: `folder` was made from another artifact in this role than `other` (None: from any).
     """
-    got, wanted = read_manifest(folder)["inputs"].get(role), fingerprint(other)
+    got, wanted = read_manifest(folder)["inputs"].get(role), fingerprint(other) if other else None
     if got != wanted:
         raise ValueError(
             f"{folder} was made with {role} {got}, but {other} is {wanted}: "

@@ -29,11 +29,13 @@ from anyorder.runs.prepare import load_extractor, load_tokenizer
 class SampleStage:
     """Draw images with the class distribution of the test split."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("model", "tokenizer", "tokens")
+    inputs: ClassVar[tuple[str, ...]] = ("model", "tokenizer", "tokens", "scorer")
     model: Path
     tokenizer: Path
     tokens: Path
     """The cache the model was trained on, for its test labels."""
+    scorer: Path | None = None
+    """Model that decides where, if not the model itself: the one its orders were extracted with."""
     n: int = 1000
     """Number of images."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -54,7 +56,8 @@ class SampleStage:
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `{images,tokens,order,log_prob,labels,seconds}.npy` and pictures of the first samples."""
         tokens = TokenSet(self.tokens, "test")
-        require_made_from(self.model, "tokens", self.tokens)
+        for model in filter(None, (self.model, self.scorer)):
+            require_made_from(model, "tokens", self.tokens)
         check_tokenizer(tokens, artifact.identity["inputs"]["tokenizer"])
         shuffled = np.random.default_rng(self.seed).permutation(np.asarray(tokens.labels))
         self._draw(artifact, tokens, np.resize(shuffled, self.n))
@@ -74,6 +77,8 @@ class SampleStage:
         model, tokenizer = load_transformer(self.model), load_tokenizer(self.tokenizer)
         drawer: AnyOrderModel = model.to(torch.bfloat16) if self.bf16 else model
         drawer = Guided(drawer, self.guidance) if self.guidance.scale != 1 else drawer
+        scorer = load_transformer(self.scorer) if self.scorer else None
+        scorer = scorer.to(torch.bfloat16) if scorer is not None and self.bf16 else scorer
         h, w, n = tokens.grid.h * tokenizer.factor, tokens.grid.w * tokenizer.factor, tokens.grid.n
         names = {
             "images": ((h, w, 3), np.uint8),
@@ -90,7 +95,9 @@ class SampleStage:
                 streams = Streams([self.seed + int(row) for row in some], device())
                 condition = torch.from_numpy(labels[some]).to(device())
                 policy = self.policy.build(tokens.grid, streams)
-                made = sample(drawer, policy, streams, condition=condition, sampling=self.sampling)
+                made = sample(
+                    drawer, policy, streams, condition=condition, sampling=self.sampling, scorer=scorer
+                )
                 images = to_uint8(tokenizer.decode(made.tokens, tokens.grid))
                 rows.append(
                     images=images,
@@ -119,12 +126,14 @@ class SampleStage:
 class EvalStage:
     """Measure samples against the test split, and the model's likelihood under the same policy."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("samples", "model", "features", "data", "tokens")
+    inputs: ClassVar[tuple[str, ...]] = ("samples", "model", "features", "data", "tokens", "scorer")
     samples: Path
     model: Path
     features: Path
     data: Path
     tokens: Path
+    scorer: Path | None = None
+    """The scorer that the samples were drawn with, if any."""
     nll_images: int = 1000
     """Test images for the likelihood; 0 leaves it out."""
     batch_size: int = 64
@@ -137,6 +146,7 @@ class EvalStage:
         for folder, role in ((self.samples, "model"), (self.samples, "tokens"), (self.tokens, "data")):
             require_made_from(folder, role, getattr(self, role))
         require_made_from(self.features, "data", self.data)
+        require_made_from(self.samples, "scorer", self.scorer)
         extractor = load_extractor(self.features)
         reference = metrics.FeatureStatistics.load(
             self.features / "reference.safetensors", extractor.name, artifact.identity["inputs"]["data"]
@@ -146,6 +156,7 @@ class EvalStage:
         made, trained = read_manifest(self.samples), read_manifest(self.model)
         found |= {
             "policy": made["policy"],
+            "scorer": self.scorer.name if self.scorer else None,
             "token_blind": made["token_blind"],
             "seconds_per_image": made["seconds_per_image"],
             "training_tokens": trained["training_tokens"],
@@ -167,11 +178,13 @@ class EvalStage:
         if not (self.nll_images and policy.token_blind and policy.temperature == 0 and policy.per_step == 1):
             return {"nll": None, "bits_per_dim": None}
         test, model = TokenSet(self.tokens, "test"), load_transformer(self.model)
+        scorer = load_transformer(self.scorer) if self.scorer else None
         n, total = min(self.nll_images, len(test)), 0.0
         for rows in tqdm(list(slices(n, self.batch_size)), desc="likelihood", unit="batch"):
             batch, labels = (x.to(device()) for x in test.batch(rows))
             streams = Streams(rows.tolist(), device())
-            found = extract_orders(model, batch, policy.build(test.grid, streams), streams, condition=labels)
+            order = policy.build(test.grid, streams)
+            found = extract_orders(model, batch, order, streams, condition=labels, scorer=scorer)
             total -= float(found.log_prob.mean(1).sum())
         h, w = read_manifest(self.tokens)["image_size"]
         nll = total / n

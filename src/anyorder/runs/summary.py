@@ -87,7 +87,7 @@ def comparison(evaluations: Found) -> Table:
         rows.append(
             {
                 "samples": path.name.removeprefix("eval-"),
-                "order": m["policy"],
+                "order": f"{m['policy']} by {m['scorer']}" if m.get("scorer") else m["policy"],
                 "token-blind": m["token_blind"],
                 "distance": m.get("fid", m.get("fd")),
                 "KID x 1000": 1000 * m["kid"],
