@@ -12,6 +12,7 @@ import yaml
 from anyorder import Pipeline, cli
 from anyorder.artifacts import load_array, read_json, read_manifest
 from anyorder.contracts import Grid
+from anyorder.decode import extract_orders
 from anyorder.policies import PolicyConfig
 from anyorder.runs.config import parse
 from anyorder.runs.learn import OrdersStage, TrainStage
@@ -47,7 +48,7 @@ EXPERIMENT = {
                                "scorer": "any", **MEASURED, "nll_images": 8},
         "eval-drawn": {"stage": "eval", "samples": "drawn", "model": "ordered", **MEASURED, "nll_images": 8},
         "eval-peeking": {"stage": "eval", "samples": "peeking", "model": "ordered", **MEASURED},
-        "pipeline": {"model": "ordered", **MADE},
+        "pipeline": {"model": "ordered", "scorer": "any", **MADE},
     }
 }  # fmt: skip
 
@@ -336,11 +337,22 @@ def test_pipeline_streams_its_steps(pipe):
     assert {step.total for step in steps} == {16}
 
 
+def test_pipeline_scores_with_its_scorer(pipe):
+    tokens = pipe(num_images=2).tokens
+    alone = Pipeline(pipe.model, pipe.tokenizer, pipe.classes)
+    assert not torch.equal(pipe(num_images=2).order, alone(num_images=2).order)
+    order = extract_orders(pipe.scorer, tokens, "entropy").order
+    assert torch.equal(pipe(num_images=2).order, order)
+    peeking = {"num_images": 2, "order": "token_likelihood"}
+    assert torch.equal(pipe(**peeking).tokens, alone(**peeking).tokens)
+
+
 def test_pipeline_round_trip(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "p")
     again = Pipeline.from_pretrained(tmp_path / "p")
     assert again.classes == pipe.classes
     assert again.policy == pipe.policy
+    assert again.scorer is not None
     assert torch.equal(again(num_images=2).tokens, pipe(num_images=2).tokens)
 
 
@@ -393,7 +405,7 @@ def test_push_to_hub_uploads_the_folder(pipe, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     assert pipe.push_to_hub("me/sunsets", token="t", private=True) == "address"
     assert seen["repo"] == ("me/sunsets", True, True)
-    assert seen["files"].count("model.safetensors") == 2
+    assert seen["files"].count("model.safetensors") == 3
 
 
 def test_killed_stages_go_on_after_their_last_batch(experiment, tmp_path):

@@ -16,7 +16,7 @@ from anyorder.guidance import GuidanceConfig, Guided, Schedule
 from anyorder.logits import Sampling, Streams
 from anyorder.models.transformer import AnyOrderTransformer
 from anyorder.models.vq import VQModel
-from anyorder.policies import PolicyConfig, make_policy
+from anyorder.policies import InferredOrder, PolicyConfig, make_policy
 from anyorder.runs.common import device, to_uint8
 from anyorder.runs.pretrained import Parts, load_parts, save_parts
 
@@ -48,6 +48,7 @@ class Pipeline:
         tokenizer: VQModel,
         classes: Sequence[str] = (),
         policy: PolicyConfig | None = None,
+        scorer: AnyOrderTransformer | None = None,
     ):
         """Put parts together.
 
@@ -56,6 +57,7 @@ class Pipeline:
             tokenizer: the one whose tokens the model was trained on.
             classes: class names, for labels given by name.
             policy: the order to draw in unless told otherwise; lowest entropy first by default.
+            scorer: the model that decides where, for inferred token-blind orders; `model` itself by default.
 
         Raises:
             ValueError: the parts do not fit together.
@@ -69,6 +71,7 @@ class Pipeline:
         self.tokenizer = tokenizer.eval()
         self.classes = list(classes)
         self.policy = policy or PolicyConfig()
+        self.scorer = scorer.eval() if scorer is not None else None
 
     # --- to and from disk and hub --------------------------------------------------------------------
 
@@ -84,11 +87,11 @@ class Pipeline:
         if not folder.is_dir():
             folder = _download(str(path_or_hub_id))
         parts = load_parts(folder)
-        return cls(parts.model, parts.tokenizer, parts.classes, parts.policy).to(device())
+        return cls(parts.model, parts.tokenizer, parts.classes, parts.policy, parts.scorer).to(device())
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `from_pretrained` loads: safetensors and JSON."""
-        save_parts(folder, Parts(self.model, self.tokenizer, self.classes, self.policy))
+        save_parts(folder, Parts(self.model, self.tokenizer, self.classes, self.policy, self.scorer))
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
         """Upload the pipeline to the Hugging Face hub; returns the address of the commit."""
@@ -103,8 +106,10 @@ class Pipeline:
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
     def to(self, target: torch.device | str | torch.dtype) -> Pipeline:
-        """Move both networks to a device, or the any-order model to a dtype."""
+        """Move all networks to a device, or the any-order models to a dtype."""
         self.model.to(target)
+        if self.scorer is not None:
+            self.scorer.to(target)
         if not isinstance(target, torch.dtype):
             self.tokenizer.to(target)
         return self
@@ -177,7 +182,9 @@ class Pipeline:
         )
         condition = None if labels is None else torch.tensor(labels, device=where)
         content = drawn(sampling or Sampling())
-        return generate(model, policy, content, streams, condition=condition, grid=grid)
+        scored = isinstance(policy, InferredOrder) and policy.token_blind
+        scorer = self.scorer if scored else None
+        return generate(model, policy, content, streams, condition=condition, grid=grid, scorer=scorer)
 
     def decode(self, tokens: Tensor, grid: Grid | tuple[int, int] | None = None) -> list[Image.Image]:
         """Tokens (B, N) to Pillow images."""

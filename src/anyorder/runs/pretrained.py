@@ -26,14 +26,19 @@ class Parts:
     tokenizer: VQModel
     classes: list[str]
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    scorer: AnyOrderTransformer | None = None
+    """The model that decides where, if not the model itself."""
 
 
 def save_parts(folder: str | Path, parts: Parts) -> None:
-    """Write `pipeline.json`, `model/` and `tokenizer/`."""
+    """Write `pipeline.json`, `model/`, `tokenizer/` and, if there is one, `scorer/`."""
     folder = Path(folder)
+    if parts.scorer is not None:
+        save_model(folder / "scorer", parts.scorer, parts.scorer.config, "transformer")
     save_model(folder / "model", parts.model, parts.model.config, "transformer")
     save_model(folder / "tokenizer", parts.tokenizer, parts.tokenizer.config, "vq")
-    index = {"format": 1, "classes": parts.classes, "policy": dataclasses.asdict(parts.policy)}
+    policy = dataclasses.asdict(parts.policy)
+    index = {"format": 1, "classes": parts.classes, "policy": policy, "scorer": parts.scorer is not None}
     write_json(folder / INDEX, index)
 
 
@@ -54,30 +59,45 @@ def load_parts(folder: str | Path) -> Parts:
         raise ValueError(
             f"{folder / INDEX} has format {index.get('format')}, this version reads 1: update anyorder"
         )
-    model, tokenizer = load_model(folder / "model", "transformer"), load_model(folder / "tokenizer", "vq")
+    scorer = _transformer(folder / "scorer") if index["scorer"] else None
+    policy = PolicyConfig(**index["policy"])
+    return Parts(
+        _transformer(folder / "model"), _tokenizer(folder / "tokenizer"), index["classes"], policy, scorer
+    )
+
+
+def _transformer(folder: Path) -> AnyOrderTransformer:
+    model = load_model(folder, "transformer")
     assert isinstance(model, AnyOrderTransformer)
+    return model
+
+
+def _tokenizer(folder: Path) -> VQModel:
+    tokenizer = load_model(folder, "vq")
     assert isinstance(tokenizer, VQModel)
-    return Parts(model, tokenizer, index["classes"], PolicyConfig(**index["policy"]))
+    return tokenizer
 
 
 @dataclass
 class PipelineStage:
     """Put a trained model and its tokenizer into one folder that `Pipeline.from_pretrained` loads."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("model", "tokenizer", "tokens")
+    inputs: ClassVar[tuple[str, ...]] = ("model", "tokenizer", "tokens", "scorer")
     model: Path
     tokenizer: Path
     tokens: Path
+    scorer: Path | None = None
+    """Model that decides where, if not the model itself: the one its orders were extracted with."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The order that the pipeline draws in unless told otherwise."""
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write the folder."""
         tokens = TokenSet(self.tokens, "test")
-        require_made_from(self.model, "tokens", self.tokens)
+        for folder in filter(None, (self.model, self.scorer)):
+            require_made_from(folder, "tokens", self.tokens)
         check_tokenizer(tokens, artifact.identity["inputs"]["tokenizer"])
-        model, tokenizer = load_model(self.model, "transformer"), load_model(self.tokenizer, "vq")
-        assert isinstance(model, AnyOrderTransformer)
-        assert isinstance(tokenizer, VQModel)
-        save_parts(artifact.folder, Parts(model, tokenizer, tokens.classes, self.policy))
+        scorer = _transformer(self.scorer) if self.scorer else None
+        model, tokenizer = _transformer(self.model), _tokenizer(self.tokenizer)
+        save_parts(artifact.folder, Parts(model, tokenizer, tokens.classes, self.policy, scorer))
         return {"parameters": read_manifest(self.model)["parameters"]}
