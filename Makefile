@@ -4,10 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-SMOKE := data.max_train=300 data.max_test=120 tokenizer.train.steps=20 features.train.steps=20 \
-	raster.train.steps=20 any-order.train.steps=20 random.train.steps=10 ordered.train.steps=10 orders.limit=64 \
-	samples-raster.n=64 samples-random.n=64 samples-ordered.n=64 \
-	eval-raster.nll_images=32 eval-random.nll_images=32 eval-ordered.nll_images=32
+SMOKE := data.max_train=300 data.max_test=120 orders.limit=64 \
+	$(foreach stage,tokenizer features raster any-order random ordered,$(stage).train.steps=20 $(stage).train.warmup=5) \
+	$(foreach order,raster random ordered,samples-$(order).n=64 eval-$(order).nll_images=32)
 
 .PHONY: quickstart test lint format smoke bench demo coverage hooks clean
 
