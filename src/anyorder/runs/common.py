@@ -40,6 +40,11 @@ def slices(n: int, size: int, start: int = 0) -> Iterator[np.ndarray]:
         yield np.arange(begin, min(begin + size, n))
 
 
+def spread(limit: int, total: int) -> np.ndarray:
+    """At most `limit` row numbers, evenly over all: the first rows of a split may not be like the others."""
+    return np.linspace(0, total - 1, min(limit, total)).round().astype(np.int64)
+
+
 def fit(
     artifact: Artifact, model: nn.Module, loss: Any, examples: int, config: TrainConfig, **more: Any
 ) -> TrainResult:

@@ -20,7 +20,7 @@ from anyorder.evaluation import figures, metrics
 from anyorder.guidance import GuidanceConfig, Guided
 from anyorder.logits import Sampling, Streams
 from anyorder.policies import PolicyConfig
-from anyorder.runs.common import SHOWN, device, require_made_from, slices, to_uint8, uint8_batches
+from anyorder.runs.common import SHOWN, device, require_made_from, slices, spread, to_uint8, uint8_batches
 from anyorder.runs.learn import load_transformer
 from anyorder.runs.prepare import load_extractor, load_tokenizer
 
@@ -179,15 +179,16 @@ class EvalStage:
             return {"nll": None, "bits_per_dim": None}
         test, model = TokenSet(self.tokens, "test"), load_transformer(self.model)
         scorer = load_transformer(self.scorer) if self.scorer else None
-        n, total = min(self.nll_images, len(test)), 0.0
-        for rows in tqdm(list(slices(n, self.batch_size)), desc="likelihood", unit="batch"):
+        some, total = spread(self.nll_images, len(test)), 0.0
+        for part in tqdm(list(slices(len(some), self.batch_size)), desc="likelihood", unit="batch"):
+            rows = some[part]
             batch, labels = (x.to(device()) for x in test.batch(rows))
             streams = Streams(rows.tolist(), device())
             order = policy.build(test.grid, streams)
             found = extract_orders(model, batch, order, streams, condition=labels, scorer=scorer)
             total -= float(found.log_prob.mean(1).sum())
         h, w = read_manifest(self.tokens)["image_size"]
-        nll = total / n
+        n, nll = len(some), total / len(some)
         return {
             "nll": nll,
             "bits_per_dim": metrics.bits_per_dim(nll, test.grid.n, 3 * h * w),

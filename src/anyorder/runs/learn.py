@@ -24,7 +24,16 @@ from anyorder.models.transformer import AnyOrderTransformer, Architecture, Trans
 from anyorder.orders import STATIC, kendall, mean_jump, position_entropy, random_orders, static_order
 from anyorder.policies import PolicyConfig
 from anyorder.runs.checkpoint import load_model, save_model
-from anyorder.runs.common import SHOWN, device, fit, require_made_from, slices, to_uint8, training_facts
+from anyorder.runs.common import (
+    SHOWN,
+    device,
+    fit,
+    require_made_from,
+    slices,
+    spread,
+    to_uint8,
+    training_facts,
+)
 from anyorder.runs.prepare import load_tokenizer
 from anyorder.runs.trainer import TrainConfig
 
@@ -151,8 +160,9 @@ def load_transformer(folder: Path) -> AnyOrderTransformer:
 def exact_nll(model: nn.Module, test: TokenSet, order: str, limit: int) -> float:
     """Exact mean negative log-likelihood under a random or static order, nats per token, fp32."""
     generator, total = torch.Generator().manual_seed(0), 0.0
-    n = min(limit, len(test))
-    for rows in slices(n, 128):
+    some = spread(limit, len(test))
+    for part in slices(len(some), 128):
+        rows = some[part]
         batch, labels = (x.to(device()) for x in test.batch(rows))
         orders = (
             random_orders(len(rows), test.grid, generator)
@@ -160,7 +170,7 @@ def exact_nll(model: nn.Module, test: TokenSet, order: str, limit: int) -> float
             else static_order(order, test.grid).expand(len(rows), -1)
         )
         total += float(token_nll(model, batch, labels, orders.to(device())).mean(1).sum())  # type: ignore[arg-type]
-    return total / n
+    return total / len(some)
 
 
 def preview(model: nn.Module, tokenizer: Path, order: str) -> np.ndarray:

@@ -22,7 +22,7 @@ from anyorder.evaluation.features import Classifier, ClassifierConfig, Classifie
 from anyorder.models.losses import LossConfig, TokenizerLoss, codebook_usage
 from anyorder.models.vq import VQConfig, VQModel
 from anyorder.runs.checkpoint import load_model, save_model
-from anyorder.runs.common import SHOWN, device, fit, slices, to_uint8, training_facts, uint8_batches
+from anyorder.runs.common import SHOWN, device, fit, slices, spread, to_uint8, training_facts, uint8_batches
 from anyorder.runs.trainer import TrainConfig
 
 
@@ -108,10 +108,11 @@ class TokenizerStage:
 
 
 def measure_tokenizer(model: VQModel, images: ImageSet, limit: int) -> dict[str, float]:
-    """PSNR (dB), SSIM, codebook usage and perplexity over the first `limit` images."""
-    tokens, psnr, ssim, n = [], 0.0, 0.0, min(limit, len(images))
-    for rows in slices(n, 256):
-        pixels = images.batch(rows)[0].to(device())
+    """PSNR (dB), SSIM, codebook usage and perplexity over at most `limit` images."""
+    tokens, psnr, ssim, some = [], 0.0, 0.0, spread(limit, len(images))
+    n = len(some)
+    for part in slices(n, 256):
+        pixels = images.batch(some[part])[0].to(device())
         found = model.encode(pixels)
         decoded = model.decode(found, model.grid(pixels)).clamp(-1, 1)
         psnr += float(metrics.psnr(decoded, pixels).sum())
