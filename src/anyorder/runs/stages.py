@@ -53,8 +53,7 @@ def execute(name: str, stage: Any, out: Path) -> bool:
         ValueError, FileNotFoundError: bad configuration or inputs.
         OSError: the disk is full; what was finished is kept.
     """
-    settings = dataclasses.asdict(stage)
-    inputs = {role: path for role in stage.inputs if (path := settings.pop(role)) is not None}
+    settings, inputs = _split(stage)
     artifact = Artifact(out, name, settings, inputs)
     if artifact.current:
         log.info("%s is up to date", out)
@@ -63,6 +62,13 @@ def execute(name: str, stage: Any, out: Path) -> bool:
     facts = stage.run(artifact)
     artifact.finish(facts.pop("examples", None), facts.pop("seconds", None), **facts)
     return True
+
+
+def _split(stage: Any) -> tuple[dict[str, Any], dict[str, Path]]:
+    """What a stage is told, and the artifacts it reads by role: moving folders leaves them up to date."""
+    settings = dataclasses.asdict(stage)
+    given = {role: settings.pop(role) for role in stage.inputs}
+    return settings, {role: path for role, path in given.items() if path is not None}
 
 
 @dataclasses.dataclass
@@ -82,8 +88,7 @@ class Experiment:
         """One line per stage: what would be run (a stage is looked at only if its inputs are finished)."""
         lines, stale = [], set()
         for name, (kind, stage) in self.stages.items():
-            settings = dataclasses.asdict(stage)
-            inputs = {role: path for role in stage.inputs if (path := settings.pop(role)) is not None}
+            settings, inputs = _split(stage)
             ready = all((path / MANIFEST).is_file() and path not in stale for path in inputs.values())
             current = ready and Artifact.is_current(self.out / name, kind, settings, inputs)
             if not current:
