@@ -5,7 +5,6 @@ Heavy libraries are imported only by the command that needs them, so that `anyor
 
 from __future__ import annotations
 
-import difflib
 import errno
 import logging
 import sys
@@ -83,8 +82,9 @@ def _help() -> str:
 def _dispatch(command: str, arguments: list[str]) -> int:
     commands = [name for group in GROUPS.values() for name in group]
     if command not in commands:
-        close = difflib.get_close_matches(command, commands, n=1)
-        hint = f", did you mean '{close[0]}'?" if close else ""
+        from anyorder.runs.config import did_you_mean
+
+        hint = did_you_mean(command, commands)
         raise ValueError(f"unknown command '{command}'{hint} Commands: {', '.join(commands)}")
     dry_run = "--dry-run" in arguments
     arguments = [a for a in arguments if a != "--dry-run"]
@@ -196,12 +196,11 @@ def _report(arguments: list[str], dry_run: bool, asked_help: bool) -> None:
 
 
 def _write_report(folders: list[Path], out: Path, data_pictures: bool) -> None:
-    from anyorder.runs.summary import comparison, find_evaluations, report
+    from anyorder.runs.summary import report
 
-    report(folders, out, data_pictures=data_pictures)
-    evaluations = find_evaluations(folders)
-    if evaluations:
-        print(comparison(evaluations).text())
+    table = report(folders, out, data_pictures=data_pictures)
+    if table is not None:
+        print(table.text())
     print(f"report: {out}")
 
 

@@ -174,12 +174,7 @@ class Pipeline:
         model: AnyOrderModel = self.model
         if guidance_scale != 1:
             model = Guided(model, GuidanceConfig(guidance_scale, guidance_schedule))
-        order = self.policy if order is None else order
-        policy = (
-            order.build(grid, streams)
-            if isinstance(order, PolicyConfig)
-            else make_policy(order, grid, streams)
-        )
+        policy = make_policy(self.policy if order is None else order, grid, streams)
         condition = None if labels is None else torch.tensor(labels, device=where)
         content = drawn(sampling or Sampling())
         scored = isinstance(policy, InferredOrder) and policy.token_blind

@@ -136,13 +136,13 @@ def random_rows(grid: Grid, streams: Streams) -> Tensor:
 
 
 def make_policy(
-    order: str | Tensor | OrderPolicy, grid: Grid, streams: Streams, *, per_step: int = 1
+    order: str | Tensor | OrderPolicy | PolicyConfig, grid: Grid, streams: Streams, *, per_step: int = 1
 ) -> OrderPolicy:
     """A policy from what users write.
 
     Args:
         order: the name of a static order, "random", the name of a score (most certain first), an order
-            (N,) or (B, N), or a policy, which is returned as it is.
+            (N,) or (B, N), a `PolicyConfig`, or a policy, which is returned as it is.
         grid: the grid to cover.
         streams: random orders come from each image's own stream.
         per_step: positions per step, for names and tensors.
@@ -152,6 +152,8 @@ def make_policy(
     """
     if isinstance(order, Tensor):
         return FixedOrder(order, grid, per_step=per_step)
+    if isinstance(order, PolicyConfig):
+        return order.build(grid, streams)
     if not isinstance(order, str):
         return order
     if order == "random":

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from anyorder.artifacts import Artifact, fingerprint, read_manifest
+from anyorder.models.transformer import AnyOrderTransformer
+from anyorder.models.vq import VQModel
+from anyorder.runs.checkpoint import load_model
 from anyorder.runs.trainer import TrainConfig, TrainResult, train
 
 SHOWN = 16
@@ -34,15 +37,34 @@ def uint8_batches(images: np.ndarray, size: int = 256) -> Iterator[Tensor]:
         yield torch.from_numpy(np.array(images[rows])).permute(0, 3, 1, 2)
 
 
+def batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Row numbers, at most `size` at a time."""
+    for begin in range(0, len(rows), size):
+        yield rows[begin : begin + size]
+
+
 def slices(n: int, size: int, start: int = 0) -> Iterator[np.ndarray]:
     """Consecutive row numbers from `start` up to n, at most `size` at a time."""
-    for begin in range(start, n, size):
-        yield np.arange(begin, min(begin + size, n))
+    return batches(np.arange(start, n), size)
 
 
 def spread(limit: int, total: int) -> np.ndarray:
     """At most `limit` row numbers, evenly over all: the first rows of a split may not be like the others."""
     return np.linspace(0, total - 1, min(limit, total)).round().astype(np.int64)
+
+
+def load_transformer(folder: Path) -> AnyOrderTransformer:
+    """The any-order model of an artifact or pipeline, on the device, in evaluation mode."""
+    model = load_model(folder, "transformer").to(device())
+    assert isinstance(model, AnyOrderTransformer)
+    return model
+
+
+def load_tokenizer(folder: Path) -> VQModel:
+    """The tokenizer of an artifact or pipeline, on the device, in evaluation mode."""
+    model = load_model(folder, "vq").to(device())
+    assert isinstance(model, VQModel)
+    return model
 
 
 def fit(

@@ -19,7 +19,7 @@ import json
 import operator
 import textwrap
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -95,6 +95,12 @@ def describe(config_class: type) -> str:
         doc = _docs(setting.owner).get(key.rpartition(".")[2], "")
         lines += textwrap.wrap(doc, 100, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """The tail of an error message: the allowed name closest to an unknown one, or nothing."""
+    close = difflib.get_close_matches(name, list(allowed), n=1)
+    return f", did you mean '{close[0]}'?" if close else ""
 
 
 class _UniqueKeys(yaml.SafeLoader):

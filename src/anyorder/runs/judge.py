@@ -20,9 +20,19 @@ from anyorder.evaluation import figures, metrics
 from anyorder.guidance import GuidanceConfig, Guided
 from anyorder.logits import Sampling, Streams
 from anyorder.policies import PolicyConfig
-from anyorder.runs.common import SHOWN, device, require_made_from, slices, spread, to_uint8, uint8_batches
-from anyorder.runs.learn import load_transformer
-from anyorder.runs.prepare import load_extractor, load_tokenizer
+from anyorder.runs.common import (
+    SHOWN,
+    batches,
+    device,
+    load_tokenizer,
+    load_transformer,
+    require_made_from,
+    slices,
+    spread,
+    to_uint8,
+    uint8_batches,
+)
+from anyorder.runs.prepare import load_extractor
 
 
 @dataclass
@@ -180,8 +190,7 @@ class EvalStage:
         test, model = TokenSet(self.tokens, "test"), load_transformer(self.model)
         scorer = load_transformer(self.scorer) if self.scorer else None
         some, total = spread(self.nll_images, len(test)), 0.0
-        for part in tqdm(list(slices(len(some), self.batch_size)), desc="likelihood", unit="batch"):
-            rows = some[part]
+        for rows in tqdm(list(batches(some, self.batch_size)), desc="likelihood", unit="batch"):
             batch, labels = (x.to(device()) for x in test.batch(rows))
             streams = Streams(rows.tolist(), device())
             order = policy.build(test.grid, streams)

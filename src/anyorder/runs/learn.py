@@ -23,18 +23,20 @@ from anyorder.logits import SCORES, Streams
 from anyorder.models.transformer import AnyOrderTransformer, Architecture, TransformerConfig
 from anyorder.orders import STATIC, kendall, mean_jump, position_entropy, random_orders, static_order
 from anyorder.policies import PolicyConfig
-from anyorder.runs.checkpoint import load_model, save_model
+from anyorder.runs.checkpoint import save_model
 from anyorder.runs.common import (
     SHOWN,
+    batches,
     device,
     fit,
+    load_tokenizer,
+    load_transformer,
     require_made_from,
     slices,
     spread,
     to_uint8,
     training_facts,
 )
-from anyorder.runs.prepare import load_tokenizer
 from anyorder.runs.trainer import TrainConfig
 
 Orders = Callable[[np.ndarray, int, torch.Generator], Tensor]
@@ -149,20 +151,12 @@ class TrainStage:
         return orders
 
 
-def load_transformer(folder: Path) -> AnyOrderTransformer:
-    """The model of a train artifact, on the device, in evaluation mode."""
-    model = load_model(folder, "transformer").to(device())
-    assert isinstance(model, AnyOrderTransformer)
-    return model
-
-
 @torch.no_grad()
 def exact_nll(model: nn.Module, test: TokenSet, order: str, limit: int) -> float:
     """Exact mean negative log-likelihood under a random or static order, nats per token, fp32."""
     generator, total = torch.Generator().manual_seed(0), 0.0
     some = spread(limit, len(test))
-    for part in slices(len(some), 128):
-        rows = some[part]
+    for rows in batches(some, 128):
         batch, labels = (x.to(device()) for x in test.batch(rows))
         orders = (
             random_orders(len(rows), test.grid, generator)

@@ -22,7 +22,18 @@ from anyorder.evaluation.features import Classifier, ClassifierConfig, Classifie
 from anyorder.models.losses import LossConfig, TokenizerLoss, codebook_usage
 from anyorder.models.vq import VQConfig, VQModel
 from anyorder.runs.checkpoint import load_model, save_model
-from anyorder.runs.common import SHOWN, device, fit, slices, spread, to_uint8, training_facts, uint8_batches
+from anyorder.runs.common import (
+    SHOWN,
+    batches,
+    device,
+    fit,
+    load_tokenizer,
+    slices,
+    spread,
+    to_uint8,
+    training_facts,
+    uint8_batches,
+)
 from anyorder.runs.trainer import TrainConfig
 
 
@@ -111,8 +122,8 @@ def measure_tokenizer(model: VQModel, images: ImageSet, limit: int) -> dict[str,
     """PSNR (dB), SSIM, codebook usage and perplexity over at most `limit` images."""
     tokens, psnr, ssim, some = [], 0.0, 0.0, spread(limit, len(images))
     n = len(some)
-    for part in slices(n, 256):
-        pixels = images.batch(some[part])[0].to(device())
+    for rows in batches(some, 256):
+        pixels = images.batch(rows)[0].to(device())
         found = model.encode(pixels)
         decoded = model.decode(found, model.grid(pixels)).clamp(-1, 1)
         psnr += float(metrics.psnr(decoded, pixels).sum())
@@ -232,10 +243,3 @@ class TokensStage:
                 bar.update(len(some))
         rows.close()
         return len(images)
-
-
-def load_tokenizer(folder: Path) -> VQModel:
-    """The tokenizer of an artifact, on the device, in evaluation mode."""
-    model = load_model(folder, "vq").to(device())
-    assert isinstance(model, VQModel)
-    return model

@@ -12,8 +12,8 @@ from anyorder.data.caches import TokenSet, check_tokenizer
 from anyorder.models.transformer import AnyOrderTransformer
 from anyorder.models.vq import VQModel
 from anyorder.policies import PolicyConfig
-from anyorder.runs.checkpoint import load_model, save_model
-from anyorder.runs.common import require_made_from
+from anyorder.runs.checkpoint import save_model
+from anyorder.runs.common import load_tokenizer, load_transformer, require_made_from
 
 INDEX = "pipeline.json"
 
@@ -59,23 +59,15 @@ def load_parts(folder: str | Path) -> Parts:
         raise ValueError(
             f"{folder / INDEX} has format {index.get('format')}, this version reads 1: update anyorder"
         )
-    scorer = _transformer(folder / "scorer") if index["scorer"] else None
+    scorer = load_transformer(folder / "scorer") if index["scorer"] else None
     policy = PolicyConfig(**index["policy"])
     return Parts(
-        _transformer(folder / "model"), _tokenizer(folder / "tokenizer"), index["classes"], policy, scorer
+        load_transformer(folder / "model"),
+        load_tokenizer(folder / "tokenizer"),
+        index["classes"],
+        policy,
+        scorer,
     )
-
-
-def _transformer(folder: Path) -> AnyOrderTransformer:
-    model = load_model(folder, "transformer")
-    assert isinstance(model, AnyOrderTransformer)
-    return model
-
-
-def _tokenizer(folder: Path) -> VQModel:
-    tokenizer = load_model(folder, "vq")
-    assert isinstance(tokenizer, VQModel)
-    return tokenizer
 
 
 @dataclass
@@ -97,7 +89,7 @@ class PipelineStage:
         for folder in filter(None, (self.model, self.scorer)):
             require_made_from(folder, "tokens", self.tokens)
         check_tokenizer(tokens, artifact.identity["inputs"]["tokenizer"])
-        scorer = _transformer(self.scorer) if self.scorer else None
-        model, tokenizer = _transformer(self.model), _tokenizer(self.tokenizer)
+        scorer = load_transformer(self.scorer) if self.scorer else None
+        model, tokenizer = load_transformer(self.model), load_tokenizer(self.tokenizer)
         save_parts(artifact.folder, Parts(model, tokenizer, tokens.classes, self.policy, scorer))
         return {"parameters": read_manifest(self.model)["parameters"]}

@@ -10,14 +10,13 @@ A stage is a dataclass: its fields are its configuration, `inputs` names those t
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from anyorder.artifacts import MANIFEST, Artifact
-from anyorder.runs.config import load_yaml, parse
+from anyorder.runs.config import did_you_mean, load_yaml, parse
 from anyorder.runs.judge import EvalStage, SampleStage
 from anyorder.runs.learn import OrdersStage, TrainStage
 from anyorder.runs.prepare import DataStage, FeaturesStage, TokenizerStage, TokensStage
@@ -144,6 +143,5 @@ def _by_stage(overrides: Sequence[str], stages: Mapping[str, Any]) -> dict[str, 
 def _refuse_unknown(names: Any, allowed: Any, what: str) -> None:
     for name in names:
         if name not in allowed:
-            close = difflib.get_close_matches(name, list(allowed), n=1)
-            hint = f", did you mean '{close[0]}'?" if close else ""
+            hint = did_you_mean(name, allowed)
             raise ValueError(f"unknown {what}: '{name}'{hint} Allowed: {', '.join(allowed)}")

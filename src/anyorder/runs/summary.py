@@ -26,8 +26,8 @@ COLUMNS = {
 """Measured columns of the comparison and which end is better."""
 
 
-def find_artifacts(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Manifests by folder, of every finished artifact in the folders, oldest first.
+def find_artifacts(folders: Sequence[Path]) -> Found:
+    """Folder and manifest of every finished artifact in the folders, oldest first.
 
     Raises:
         FileNotFoundError: a folder that holds none.
@@ -38,15 +38,10 @@ def find_artifacts(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
         if not paths:
             raise FileNotFoundError(f"{folder} holds no finished artifact: run its experiment first")
         found |= {path.parent: read_manifest(path.parent) for path in paths}
-    return {str(path): manifest for path, manifest in found.items()}
+    return list(found.items())
 
 
-def find_evaluations(folders: Sequence[Path]) -> Found:
-    """The finished evaluations in the folders, oldest first."""
-    return [(Path(p), m) for p, m in find_artifacts(folders).items() if m["stage"] == "eval"]
-
-
-def report(folders: Sequence[Path], out: Path, *, data_pictures: bool = True) -> None:
+def report(folders: Sequence[Path], out: Path, *, data_pictures: bool = True) -> Table | None:
     """Write one self-contained page about the runs in `folders`, or its tables as Markdown.
 
     Args:
@@ -54,29 +49,30 @@ def report(folders: Sequence[Path], out: Path, *, data_pictures: bool = True) ->
         out: the `.html` file, or an `.md` file.
         data_pictures: show reconstructions, which are pictures of the data set itself.
 
+    Returns:
+        The comparison of all evaluated samples, None if there are none.
+
     Raises:
         FileNotFoundError: a folder without artifacts.
     """
     artifacts = find_artifacts(folders)
-    of = {
-        stage: [(Path(p), m) for p, m in artifacts.items() if m["stage"] == stage]
-        for stage in _stages(artifacts)
-    }
+
+    def of(stage: str) -> Found:
+        return [(path, manifest) for path, manifest in artifacts if manifest["stage"] == stage]
+
+    table = comparison(of("eval")) if of("eval") else None
     sections = [
-        *_comparison(of.get("eval", [])),
-        *_samples(of.get("sample", [])),
-        *_orders(of.get("orders", [])),
-        *_tokenizer(of.get("tokenizer", []), data_pictures),
-        *_training(of.get("train", [])),
+        *_comparison(of("eval"), table),
+        *_samples(of("sample")),
+        *_orders(of("orders")),
+        *_tokenizer(of("tokenizer"), data_pictures),
+        *_training(of("train")),
         _costs(artifacts),
-        Section("Manifests", "", [Details(f"{m['stage']}: {Path(p).name}", m) for p, m in artifacts.items()]),
+        Section("Manifests", "", [Details(f"{m['stage']}: {path.name}", m) for path, m in artifacts]),
     ]
     write = write_markdown if out.suffix == ".md" else write_report
     write(out, f"anyorder: {', '.join(Path(f).name for f in folders)}", sections)
-
-
-def _stages(artifacts: dict[str, dict[str, Any]]) -> set[str]:
-    return {manifest["stage"] for manifest in artifacts.values()}
+    return table
 
 
 def comparison(evaluations: Found) -> Table:
@@ -112,17 +108,15 @@ def comparison(evaluations: Found) -> Table:
     return Table(columns, shown, caption, best)  # type: ignore[arg-type]
 
 
-def _comparison(evaluations: Found) -> list[Section]:
-    if not evaluations:
+def _comparison(evaluations: Found, table: Table | None) -> list[Section]:
+    if table is None:
         return []
     text = (
         "The orders side by side. nats/token is the exact negative log-likelihood of test images under the "
         "order that the samples were drawn in; a policy that looks at the drawn token has none."
     )
     notes = sorted({note for _, manifest in evaluations for note in manifest["metrics"]["notes"]})
-    return [
-        Section("Raster, random and ordered generation", " ".join([text, *notes]), [comparison(evaluations)])
-    ]
+    return [Section("Raster, random and ordered generation", " ".join([text, *notes]), [table])]
 
 
 def _samples(samples: Found) -> list[Section]:
@@ -224,15 +218,15 @@ def _steps_before(path: Path, trained: Found) -> int:
     return 0
 
 
-def _costs(artifacts: dict[str, dict[str, Any]]) -> Section:
+def _costs(artifacts: Found) -> Section:
     rows = [
         {
-            "artifact": Path(path).name,
+            "artifact": path.name,
             "stage": m["stage"],
             "seconds": m["seconds"],
             "examples/s": m["examples_per_second"],
         }
-        for path, m in artifacts.items()
+        for path, m in artifacts
     ]
-    total = {"artifact": "all", "stage": "", "seconds": sum(m["seconds"] for m in artifacts.values())}
+    total = {"artifact": "all", "stage": "", "seconds": sum(m["seconds"] for _, m in artifacts)}
     return Section("Time", "", [Table(["artifact", "stage", "seconds", "examples/s"], [*rows, total])])
