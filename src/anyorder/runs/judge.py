@@ -32,6 +32,7 @@ from anyorder.runs.common import (
     to_uint8,
     uint8_batches,
 )
+from anyorder.runs.precision import fast_dtype
 from anyorder.runs.prepare import load_extractor
 
 
@@ -55,7 +56,7 @@ class SampleStage:
     batch_size: int = 64
     """Images per call; samples do not depend on it."""
     bf16: bool = True
-    """Sample in bfloat16."""
+    """Sample in bfloat16, where the hardware has it."""
     seed: int = 0
     """Image i is drawn from stream seed + i."""
 
@@ -85,10 +86,10 @@ class SampleStage:
     def _draw(self, artifact: Artifact, tokens: TokenSet, labels: np.ndarray) -> None:
         """Batch by batch; a killed run goes on after its last batch."""
         model, tokenizer = load_transformer(self.model), load_tokenizer(self.tokenizer)
-        drawer: AnyOrderModel = model.to(torch.bfloat16) if self.bf16 else model
+        drawer: AnyOrderModel = model.to(fast_dtype(device(), self.bf16))
         drawer = Guided(drawer, self.guidance) if self.guidance.scale != 1 else drawer
         scorer = load_transformer(self.scorer) if self.scorer else None
-        scorer = scorer.to(torch.bfloat16) if scorer is not None and self.bf16 else scorer
+        scorer = scorer.to(fast_dtype(device(), self.bf16)) if scorer is not None else None
         h, w, n = tokens.grid.h * tokenizer.factor, tokens.grid.w * tokenizer.factor, tokens.grid.n
         names = {
             "images": ((h, w, 3), np.uint8),

@@ -37,6 +37,7 @@ from anyorder.runs.common import (
     to_uint8,
     training_facts,
 )
+from anyorder.runs.precision import fast_dtype
 from anyorder.runs.trainer import TrainConfig
 
 Orders = Callable[[np.ndarray, int, torch.Generator], Tensor]
@@ -190,7 +191,7 @@ class OrdersStage:
     batch_size: int = 64
     """Images per call; memory grows with batch_size * N * depth * width."""
     bf16: bool = True
-    """Score in bfloat16."""
+    """Score in bfloat16, where the hardware has it."""
     seed: int = 0
     """Of the location temperature."""
 
@@ -229,7 +230,7 @@ class OrdersStage:
     def _extract(self, artifact: Artifact, tokens: TokenSet, n: int) -> None:
         """Go through the images; a killed run goes on after its last batch."""
         model = load_transformer(self.model)
-        model = model.to(torch.bfloat16) if self.bf16 else model
+        model = model.to(fast_dtype(device(), self.bf16))
         width = ((tokens.grid.n,), np.uint16), ((tokens.grid.n,), np.float32), ((), np.float32)
         rows = RowWriter(
             artifact.folder, dict(zip(("train.order", "train.log_prob", "train.seconds"), width, strict=True))

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from anyorder.artifacts import write_json, write_text
 from anyorder.runs.checkpoint import Checkpoints, load_state, write_tensors
+from anyorder.runs.precision import fast_dtype
 
 METRICS = "metrics.jsonl"
 
@@ -73,7 +74,7 @@ class TrainConfig:
     ema: float = 0.0
     """Decay of the moving average of weights, in [0, 1); 0 is off. It starts as (1 + step) / (10 + step)."""
     bf16: bool = True
-    """Compute the loss under bfloat16 autocast; weights and optimizer stay float32."""
+    """Compute the loss under bfloat16 autocast where the hardware has it; weights and optimizer stay float32."""
     compile: bool = False
     """Run the model through torch.compile."""
     seed: int = 0
@@ -211,6 +212,7 @@ class _Run:
     ):
         self.loss, self.examples, self.config = loss, examples, config
         self.folder, self.device = folder, device
+        self.bf16 = fast_dtype(device, config.bf16) == torch.bfloat16
         self.model = model.to(device).train()
         self.average = copy.deepcopy(model).requires_grad_(False).eval() if config.ema else model
         self.callable: Any = torch.compile(model) if config.compile else model
@@ -261,7 +263,7 @@ class _Run:
         for_torch, for_loss = _seeds(self.config.seed, self.step, micro)
         torch.manual_seed(for_torch)
         self.generator.manual_seed(for_loss)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             total, parts = self.loss(self.callable, self._indices(micro), self.step, self.generator)
         (total / self.config.accumulation).backward()
         assert "loss" not in parts, "the name 'loss' is taken by the loss itself"
