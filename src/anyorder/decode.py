@@ -6,14 +6,17 @@ Sampling in a given order, sampling with inferred locations, order extraction an
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from anyorder.contracts import AnyOrderModel, Grid, OrderPolicy, Progress, Step, Trace
-from anyorder.logits import Sampling, Streams, draw, token_likelihood, truncate
-from anyorder.policies import make_policy
+from anyorder.contracts import AnyOrderModel, Grid, LocatingModel, OrderPolicy, Progress, Step, Trace
+from anyorder.logits import Sampling, Streams, draw, entropy, token_likelihood, truncate
+from anyorder.policies import FixedOrder, InformativeOrder, make_policy
 
 Content = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(positions (B, M), log-probabilities (B, M, V), uniform (B, M)) -> tokens (B, M)."""
@@ -49,7 +52,8 @@ def generate(
 ) -> Iterator[Step]:
     """Reveal every open position, step by step; progress bars and animations read this stream.
 
-    Costs per image, N positions: a fixed order evaluates N candidates, an inferred one N (N + 1) / 2.
+    Costs per image, N positions: a fixed order and the location head evaluate N candidates, an inferred
+    order N (N + 1) / 2, expected information 1 + top times that.
     Memory: the model's cache plus O(B * chunk * V) for logits.
 
     Args:
@@ -61,20 +65,25 @@ def generate(
         grid: the grid to draw on; the model's own by default.
         known: positions (B, K) and tokens (B, K) that are given, revealed first.
         scorer: the model that decides where, if it is not the drawer itself: for a drawer that was
-            fine-tuned on the scorer's orders. The drawer then evaluates the chosen positions only.
+            fine-tuned on the scorer's orders. The drawer then evaluates the chosen positions only. A fixed
+            order needs none, and leaves it unused.
         chunk: candidates scored per call.
 
     Yields:
         Step: after each reveal.
 
     Raises:
-        ValueError: a scorer of its own with a policy that looks at the drawn tokens.
+        ValueError: a scorer of its own with a policy that looks at the drawn tokens, or a policy that asks a
+            location head of a model that has none.
     """
     if scorer is not None and not policy.token_blind:
         raise ValueError(
             f"'{policy.name}' looks at the drawer's tokens, so no other model can score: leave scorer out, "
             "or choose a token-blind order"
         )
+    scorer = None if isinstance(policy, FixedOrder) else scorer
+    if policy.located and not isinstance(scorer or model, LocatingModel):
+        raise ValueError(f"'{policy.name}' asks a location head: this model has none, choose another order")
     grid = grid or model.grid
     device = streams.device
     batch = len(streams)
@@ -96,6 +105,11 @@ def generate(
     done = 0
     while done < total:
         uniform, progress.noise = streams.uniform(grid.n), streams.gumbel(grid.n)
+        where_by, where_state = (model, state) if scorer is None else (scorer, guide)
+        if policy.located:
+            progress.where = where_by.locate(where_state, progress.revealed)  # type: ignore[attr-defined]
+        if isinstance(policy, InformativeOrder):
+            progress.uncertainty_after = partial(_uncertainty_after, where_by, where_state, progress, chunk)
         candidates = policy.propose(progress)
         if scorer is None:
             tokens, log_prob, ratings = _look(model, state, policy, content, candidates, uniform, chunk)
@@ -113,6 +127,21 @@ def generate(
         progress.last = positions[:, -1]
         progress.step += 1
         yield Step(progress.step - 1, total, positions, tokens, log_prob)
+
+
+def _uncertainty_after(
+    model: AnyOrderModel, state: Any, progress: Progress, chunk: int, position: Tensor
+) -> Tensor:
+    """Summed entropy (B,) nats of the open positions after the likeliest token is put on `position` (B,)."""
+    fork, position = copy.deepcopy(state), position[:, None]
+    token = model.score(fork, position).argmax(-1)
+    fork = model.append(fork, position, token)
+    others = (~progress.revealed.scatter(1, position, True)).nonzero()[:, 1].view(len(position), -1)
+    total = torch.zeros(len(position), device=position.device)
+    for some in others.split(chunk, dim=1):
+        log_p = model.score(fork, some).float().log_softmax(-1)
+        total -= entropy(log_p, some).sum(1)
+    return total
 
 
 def _look(
