@@ -144,8 +144,18 @@ class OrderPolicy(Protocol):
         ...
 
     @property
+    def rated(self) -> bool:
+        """True if `select` needs ratings: every candidate is scored to decide where."""
+        ...
+
+    @property
     def located(self) -> bool:
         """True if it reads `Progress.where`, which takes a `LocatingModel`."""
+        ...
+
+    @property
+    def sequential(self) -> bool:
+        """True if the selected positions are drawn one after another, False if in parallel."""
         ...
 
     def propose(self, progress: Progress) -> Tensor:
@@ -157,7 +167,7 @@ class OrderPolicy(Protocol):
         ...
 
     def select(self, progress: Progress, candidates: Tensor, ratings: Tensor) -> Tensor:
-        """Columns (B, K) int64 of `candidates` to reveal now, in sequence."""
+        """Columns (B, K) int64 of `candidates` to reveal now, in sequence; ratings are zeros if not `rated`."""
         ...
 
 

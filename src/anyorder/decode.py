@@ -52,8 +52,9 @@ def generate(
 ) -> Iterator[Step]:
     """Reveal every open position, step by step; progress bars and animations read this stream.
 
-    Costs per image, N positions: a fixed order and the location head evaluate N candidates, an inferred
-    order N (N + 1) / 2, expected information 1 + top times that.
+    Costs per image, N positions: a fixed order and the location head evaluate N candidates; an inferred
+    order N (N + 1) / (2 refresh) and, if it is decided before the tokens are drawn, N of the drawer;
+    expected information 1 + top times that.
     Memory: the model's cache plus O(B * chunk * V) for logits.
 
     Args:
@@ -105,28 +106,33 @@ def generate(
     done = 0
     while done < total:
         uniform, progress.noise = streams.uniform(grid.n), streams.gumbel(grid.n)
-        where_by, where_state = (model, state) if scorer is None else (scorer, guide)
+        by, its = (model, state) if scorer is None else (scorer, guide)
         if policy.located:
-            progress.where = where_by.locate(where_state, progress.revealed)  # type: ignore[attr-defined]
+            progress.where = by.locate(its, progress.revealed)  # type: ignore[attr-defined]
         if isinstance(policy, InformativeOrder):
-            progress.uncertainty_after = partial(_uncertainty_after, where_by, where_state, progress, chunk)
+            progress.uncertainty_after = partial(_uncertainty_after, by, its, progress, chunk)
         candidates = policy.propose(progress)
-        if scorer is None:
-            tokens, log_prob, ratings = _look(model, state, policy, content, candidates, uniform, chunk)
-            chosen = policy.select(progress, candidates, ratings)
-            positions, tokens, log_prob = (x.gather(1, chosen) for x in (candidates, tokens, log_prob))
-        else:
-            _, _, ratings = _look(scorer, guide, policy, _blank, candidates, uniform, chunk)
-            positions = candidates.gather(1, policy.select(progress, candidates, ratings))
-            tokens, log_prob, _ = _look(model, state, policy, content, positions, uniform, chunk)
-        done += positions.shape[1]
-        if done < total:  # after the last reveal nothing is scored any more
-            state = model.append(state, positions, tokens)
-            guide = scorer.append(guide, positions, tokens) if scorer is not None else None
-        progress.revealed.scatter_(1, positions, True)
-        progress.last = positions[:, -1]
-        progress.step += 1
-        yield Step(progress.step - 1, total, positions, tokens, log_prob)
+        ratings = torch.zeros(candidates.shape, device=device)
+        if policy.rated:
+            what = _blank if policy.token_blind else content
+            seen, likely, ratings = _look(by, its, policy, what, candidates, uniform, chunk)
+        chosen = policy.select(progress, candidates, ratings)
+        positions, written = candidates.gather(1, chosen), []
+        for some in positions.split(1 if policy.sequential else positions.shape[1], dim=1):
+            if policy.token_blind:  # where first, what afterwards
+                tokens, log_prob, _ = _look(model, state, policy, content, some, uniform, chunk)
+            else:
+                tokens, log_prob = seen.gather(1, chosen), likely.gather(1, chosen)
+            done += some.shape[1]
+            if done < total:  # after the last reveal nothing is scored any more
+                state = model.append(state, some, tokens)
+            written.append(tokens)
+            progress.revealed.scatter_(1, some, True)
+            progress.last = some[:, -1]
+            progress.step += 1
+            yield Step(progress.step - 1, total, some, tokens, log_prob)
+        if scorer is not None and done < total:
+            guide = scorer.append(guide, positions, torch.cat(written, dim=1))
 
 
 def _uncertainty_after(

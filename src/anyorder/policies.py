@@ -19,7 +19,9 @@ class FixedOrder:
     """Follows an order given beforehand, skipping positions that are known already."""
 
     token_blind = True
+    rated = False
     located = False
+    sequential = False
 
     def __init__(self, order: Tensor, grid: Grid, *, per_step: int = 1, name: str = "given"):
         """Take the order to follow.
@@ -77,6 +79,9 @@ class InferredOrder:
     location: float = 0.0
     """Weight of the location head's log-probability in the ratings. At 1, with the likelihood of the true
     token, extraction is the greedy E-step of hard EM on q(order, x)."""
+    refresh: int = 1
+    """Steps between two scorings: one scoring decides the next `refresh` positions, which are still drawn one
+    after another. Costs N (N + 1) / (2 refresh) evaluations."""
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:
@@ -89,7 +94,21 @@ class InferredOrder:
             raise ValueError(f"distance_to must be 'last' or 'nearest', got '{self.distance_to}'")
         if self.location < 0:
             raise ValueError(f"location must be >= 0, got {self.location}")
+        if self.refresh < 1:
+            raise ValueError(f"refresh must be >= 1, got {self.refresh}")
+        if self.refresh > 1 and (self.per_step > 1 or not self.token_blind):
+            raise ValueError("refresh > 1 needs per_step=1 and an order that is decided before the tokens")
         _at_least_one(self.per_step)
+
+    @property
+    def rated(self) -> bool:
+        """Every candidate is scored."""
+        return True
+
+    @property
+    def sequential(self) -> bool:
+        """Whether one scoring decides several positions."""
+        return self.refresh > 1
 
     @property
     def name(self) -> str:
@@ -123,7 +142,8 @@ class InferredOrder:
             ratings = ratings + self.temperature * progress.noise.gather(1, candidates)
         if self.distance:
             ratings = ratings - self.distance * _distance(progress, candidates, self.distance_to)
-        return ratings.topk(min(self.per_step, candidates.shape[1]), dim=1).indices
+        k = max(self.per_step, self.refresh)
+        return ratings.topk(min(k, candidates.shape[1]), dim=1).indices
 
 
 @dataclass(frozen=True)
@@ -143,8 +163,8 @@ class InformativeOrder(InferredOrder):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.score != "entropy" or self.per_step != 1:
-            raise ValueError("expected information takes score='entropy' and per_step=1")
+        if self.score != "entropy" or self.per_step != 1 or self.refresh != 1:
+            raise ValueError("expected information takes score='entropy', per_step=1 and refresh=1")
         if self.top < 1:
             raise ValueError(f"top must be >= 1, got {self.top}")
 
@@ -183,7 +203,9 @@ class LocatedOrder:
 
     name = "location"
     token_blind = True
+    rated = False
     located = True
+    sequential = False
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -293,6 +315,8 @@ class PolicyConfig:
     """Positions revealed in parallel, K."""
     location: float = 0.0
     """Of a score; weight of the location head's log-probability."""
+    refresh: int = 1
+    """Of a score; positions decided by one scoring, drawn one after another."""
 
     def __post_init__(self) -> None:
         if self.order not in ("random", *STATIC, *SCORES, *OWN):
@@ -300,7 +324,7 @@ class PolicyConfig:
         changed = {key for key, value in vars(self).items() if value != getattr(PolicyConfig, key)}
         if wrong := changed - self._settings():
             raise ValueError(
-                f"sign, temperature, distance and location belong to inferred orders ({', '.join(INFERRED)}; "
+                f"sign, temperature, distance, location and refresh belong to inferred orders ({', '.join(INFERRED)}; "
                 f"temperature to location, too), not to '{self.order}': remove {', '.join(sorted(wrong))}"
             )
         if self.order in (*SCORES, "information", "location"):
@@ -329,6 +353,7 @@ class PolicyConfig:
             distance_to=self.distance_to,
             per_step=self.per_step,
             location=self.location,
+            refresh=self.refresh,
         )
 
     @property
