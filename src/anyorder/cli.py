@@ -29,6 +29,7 @@ GROUPS = {
         "orders": "extract the order of every training image from the model's confidence",
         "sample": "draw images in a fixed, random or inferred order",
         "eval": "measure samples and the model's likelihood",
+        "compare": "two evaluations: differences with bootstrap intervals",
         "pipeline": "put model and tokenizer into one folder for Pipeline.from_pretrained",
     },
     "the machine": {"bench": "throughput as a share of the matmul rate measured in the same run"},
