@@ -168,13 +168,10 @@ def _intervals(match: Match) -> str:
         else f"{difference.low:+.4g} to {difference.high:+.4g}"
         for difference in match.compared
     ]
-    sides = [(match.surely_lower, "below"), (match.surely_higher, "above")]
-    certain = ", ".join(f"{side} zero in {count}" for count, side in sides if count)
-    of = _count(len(match.compared), "comparison")
-    verdict = (
-        f"which lies {certain} of {of}" if certain else f"which holds zero in {'all ' * (len(shown) > 1)}{of}"
-    )
-    return f"Bootstrap interval {'; '.join(shown)}, {verdict}."
+    n, lower, higher = len(shown), match.surely_lower, match.surely_higher
+    sides = ((lower, "below zero"), (higher, "above zero"), (n - lower - higher, "holding zero"))
+    found = ", ".join(f"{side} in {count}" for count, side in sides if count)
+    return f"Bootstrap interval{'s' * (n > 1)} {'; '.join(shown)}: {found} of {n}."
 
 
 def _diversity(match: Match) -> str:

@@ -119,11 +119,7 @@ def _samples(samples: Found) -> list[Section]:
         ("drawing.webp", "Drawing", "Pictures being drawn, each in its own order."),
     ]
     return [
-        Section(
-            title,
-            text,
-            [Gallery(shown)],
-        )
+        Section(title, text, [Gallery(shown)])
         for name, title, text in parts
         if (shown := _pictures(samples, name, title))
     ]
@@ -150,7 +146,9 @@ def _orders(orders: Found) -> list[Section]:
     text = (
         "Orders extracted from training images: when each patch is drawn on average, for all and per class."
     )
-    return [Section("Extracted orders", text, [Table(list(rows[0]), rows), Gallery(shown)])]
+    return [
+        Section("Extracted orders", text, [Table(list(rows[0]), rows), *([Gallery(shown)] if shown else [])])
+    ]
 
 
 def _tokenizer(tokenizers: Found, pictures: bool) -> list[Section]:
