@@ -172,6 +172,16 @@ def test_features_of_training_images_are_made_where_they_are_missing(experiment,
     assert again.n == 48
 
 
+def test_another_feature_network_replaces_the_features_of_the_first(experiment, tmp_path):
+    _, out = experiment
+    command = ["features", f"data={out}/data", f"out={tmp_path}/f", "channels=8", "train.batch_size=8"]
+    for steps in (1, 2):
+        assert cli.main([*command, f"train.steps={steps}"]) == 0
+        name = read_manifest(tmp_path / "f")["extractor"]
+        data = read_manifest(out / "data")["fingerprint"]
+        assert FeatureStatistics.load(tmp_path / "f" / "train.safetensors", name, data).n == 48
+
+
 def test_comparisons_hold_differences_with_intervals(experiment, tmp_path, capsys):
     _, out = experiment
     manifest = read_manifest(out / "compare")

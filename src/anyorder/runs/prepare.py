@@ -141,6 +141,8 @@ def reconstructions(model: VQModel, images: ImageSet) -> Any:
     return figures.image_grid(both, columns=len(pixels), scale=2)
 
 
+TRAINING = "train.safetensors"
+"""Features of training images in a features artifact, for the nearest one of a sample."""
 NEIGHBOURS = 50_000
 """At most this many training images may be the nearest one of a sample: 400 MB at 2,048 features."""
 
@@ -167,6 +169,7 @@ class FeaturesStage:
         batches = uint8_batches(test.images)
         reference = metrics.statistics(extractor, batches, test.fingerprint, "test features")
         reference.save(artifact.folder / "reference.safetensors")
+        (artifact.folder / TRAINING).unlink(missing_ok=True)  # of an earlier configuration
         training_features(artifact.folder, extractor, images)
         batches = uint8_batches(images.images[: len(test)])
         floor = metrics.statistics(extractor, batches, description="train features")
@@ -212,7 +215,7 @@ def training_features(
     folder: Path, extractor: ClassifierFeatures | Inception2015, images: ImageSet
 ) -> metrics.FeatureStatistics:
     """Features of (at most 50,000) training images, computed once and kept in the features artifact."""
-    path = folder / "train.safetensors"
+    path = folder / TRAINING
     if not path.is_file():
         rows = batches(spread(NEIGHBOURS, len(images)), 256)
         pixels = (torch.from_numpy(np.array(images.images[some])).permute(0, 3, 1, 2) for some in rows)
