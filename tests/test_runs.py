@@ -17,7 +17,8 @@ from anyorder.evaluation.metrics import FeatureStatistics, frechet_distance
 from anyorder.policies import PolicyConfig
 from anyorder.runs.compare import CompareStage
 from anyorder.runs.config import parse
-from anyorder.runs.learn import OrdersStage, TrainStage
+from anyorder.runs.extract import OrdersStage
+from anyorder.runs.learn import TrainStage
 from anyorder.runs.stages import STAGES, load_experiment
 from anyorder.runs.summary import report
 

@@ -361,6 +361,13 @@ class PolicyConfig:
         """Whether every open position is scored to decide where."""
         return self.order in INFERRED
 
+    def evaluations(self, n: int) -> int:
+        """Candidate evaluations per image of n positions: what deciding where costs the scorer."""
+        if not self.inferred:
+            return 0
+        scorings = sum(range(n, 0, -max(self.per_step, self.refresh)))
+        return scorings * (1 + InformativeOrder.top if self.order == "information" else 1)
+
     @property
     def deterministic(self) -> bool:
         """Whether an image determines its own order: with `token_blind`, p(x) is an exact density."""

@@ -113,6 +113,8 @@ class OrderSet:
     Attributes:
         orders: (n, N) uint16, a permutation of raster positions in every row.
         log_prob: (n, N) float32, nats, of each token in order steps when it was revealed.
+        test_orders: (m, N) int64 tensor, orders of m images spread evenly over the test split.
+        class_orders: (classes, N) int64 tensor, the mean order of each class.
         tokens: fingerprint of the token cache that the orders are for.
         policy: name of the policy that extracted them.
         fingerprint: of this cache.
@@ -140,6 +142,15 @@ class OrderSet:
         self.log_prob = load_array(path)
         if self.log_prob.shape != self.orders.shape:
             raise _damaged(path, f"got shape {self.log_prob.shape}, the orders have {self.orders.shape}")
+        self.test_orders = self._small("test.order.npy")
+        self.class_orders = self._small("class_order.npy")
+
+    def _small(self, name: str) -> Tensor:
+        """A short table of orders, (n, N) int64."""
+        table = np.array(load_array(self.folder / name)).astype(np.int64)
+        if table.shape[1:] != self.orders.shape[1:] or (np.sort(table) != np.arange(table.shape[-1])).any():
+            raise _damaged(self.folder / name, f"a row is no permutation of {self.orders.shape[1]} positions")
+        return torch.from_numpy(table)
 
     def __len__(self) -> int:
         return len(self.orders)
@@ -147,6 +158,10 @@ class OrderSet:
     def batch(self, indices: Indices) -> Tensor:
         """Orders (B, N) int64 of the given rows."""
         return torch.from_numpy(np.asarray(self.orders[np.asarray(indices)].astype(np.int64)))
+
+    def of_classes(self, labels: Tensor) -> Tensor:
+        """The mean order of each label's class, (B, N) int64."""
+        return self.class_orders[labels.cpu()]
 
 
 def check_tokenizer(tokens: TokenSet, tokenizer: str) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from anyorder.artifacts import Artifact, RowWriter, load_array, read_manifest, write_json
 from anyorder.contracts import AnyOrderModel
-from anyorder.data.caches import ImageSet, TokenSet, check_tokenizer
+from anyorder.data.caches import ImageSet, OrderSet, TokenSet, check_tokenizer
 from anyorder.data.sunsets import consistency
 from anyorder.decode import extract_orders, sample
 from anyorder.evaluation import figures, metrics
@@ -21,6 +23,7 @@ from anyorder.evaluation.classes import class_agreement
 from anyorder.evaluation.features import ClassifierFeatures
 from anyorder.evaluation.memorisation import closeness, copied_share, nearest_distance
 from anyorder.guidance import GuidanceConfig, Guided
+from anyorder.likelihood import joint_nll
 from anyorder.logits import Sampling, Streams
 from anyorder.policies import PolicyConfig
 from anyorder.runs.common import (
@@ -46,13 +49,15 @@ SAMPLES = "samples.safetensors"
 class SampleStage:
     """Draw images with the class distribution of the test split."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("model", "tokenizer", "tokens", "scorer")
+    inputs: ClassVar[tuple[str, ...]] = ("model", "tokenizer", "tokens", "scorer", "orders")
     model: Path
     tokenizer: Path
     tokens: Path
     """The cache the model was trained on, for its test labels."""
     scorer: Path | None = None
     """Model that decides where, if not the model itself: the one its orders were extracted with."""
+    orders: Path | None = None
+    """Order cache that holds the orders of the classes, for policy.order=class_mean."""
     n: int = 1000
     """Number of images."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -96,6 +101,7 @@ class SampleStage:
         drawer = Guided(drawer, self.guidance) if self.guidance.scale != 1 else drawer
         scorer = load_transformer(self.scorer) if self.scorer else None
         scorer = scorer.to(fast_dtype(device(), self.bf16)) if scorer is not None else None
+        own = _of_classes(self.orders)
         h, w, n = tokens.grid.h * tokenizer.factor, tokens.grid.w * tokenizer.factor, tokens.grid.n
         names = {
             "images": ((h, w, 3), np.uint8),
@@ -111,7 +117,7 @@ class SampleStage:
                 begin = time.perf_counter()
                 streams = Streams([self.seed + int(row) for row in some], device())
                 condition = torch.from_numpy(labels[some]).to(device())
-                policy = self.policy.build(tokens.grid, streams)
+                policy = self.policy.build(tokens.grid, streams, own(condition))
                 made = sample(
                     drawer, policy, streams, condition=condition, sampling=self.sampling, scorer=scorer
                 )
@@ -143,7 +149,9 @@ class SampleStage:
 class EvalStage:
     """Measure samples against the test split, and the model's likelihood under the same policy."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("samples", "model", "features", "data", "tokens", "scorer")
+    inputs: ClassVar[tuple[str, ...]] = (
+        "samples", "model", "features", "data", "tokens", "scorer", "orders"
+    )  # fmt: skip
     samples: Path
     model: Path
     features: Path
@@ -151,6 +159,8 @@ class EvalStage:
     tokens: Path
     scorer: Path | None = None
     """The scorer that the samples were drawn with, if any."""
+    orders: Path | None = None
+    """The order cache that the samples were drawn with, if any."""
     nll_images: int = 1000
     """Test images for the likelihood; 0 leaves it out."""
     batch_size: int = 64
@@ -163,7 +173,8 @@ class EvalStage:
         for folder, role in ((self.samples, "model"), (self.samples, "tokens"), (self.tokens, "data")):
             require_made_from(folder, role, getattr(self, role))
         require_made_from(self.features, "data", self.data)
-        require_made_from(self.samples, "scorer", self.scorer)
+        for role in ("scorer", "orders"):
+            require_made_from(self.samples, role, getattr(self, role))
         extractor = load_extractor(self.features)
         reference = metrics.FeatureStatistics.load(
             self.features / "reference.safetensors", extractor.name, artifact.identity["inputs"]["data"]
@@ -205,27 +216,45 @@ class EvalStage:
         }
 
     def _likelihood(self, made: dict[str, Any]) -> dict[str, Any]:
-        """Exact negative log-likelihood of test images under the policy the samples were drawn with.
+        """What test images cost under the policy that the samples were drawn with, nats per token.
 
-        Only token-blind policies without location noise define one: p(x) is then a product of the
-        model's conditionals along an order that every image determines by itself.
+        `nll`, exact: token-blind policies without location noise, and fixed and random orders. p(x) is then a
+        product of the model's conditionals along an order that the image determines, or that ignores it.
+        `bound` = `bound_tokens` + `bound_location`: samples of a location head. -log q(order, x) of one order
+        is an upper bound on -log p(x); the order is the greedy maximum of q.
         """
         policy = PolicyConfig(**made["config"]["policy"])
-        if not (self.nll_images and policy.token_blind and policy.temperature == 0 and policy.per_step == 1):
+        exact = policy.token_blind and (policy.deterministic or policy.order == "random")
+        located = policy.order == "location"
+        if not self.nll_images or policy.per_step != 1 or not (exact or located):
             return {"nll": None, "bits_per_dim": None}
         test, model = TokenSet(self.tokens, "test"), load_transformer(self.model)
         scorer = load_transformer(self.scorer) if self.scorer else None
-        some, total = spread(self.nll_images, len(test)), 0.0
+        own = _of_classes(self.orders)
+        some, total = spread(self.nll_images, len(test)), torch.zeros(2, dtype=torch.float64)
+        policy = policy if exact else PolicyConfig("token_likelihood", location=1.0)
         for rows in tqdm(list(batches(some, self.batch_size)), desc="likelihood", unit="batch"):
             batch, labels = (x.to(device()) for x in test.batch(rows))
             streams = Streams(rows.tolist(), device())
-            order = policy.build(test.grid, streams)
+            order = policy.build(test.grid, streams, own(labels))
             found = extract_orders(model, batch, order, streams, condition=labels, scorer=scorer)
-            total -= float(found.log_prob.mean(1).sum())
+            parts = [-found.log_prob]
+            if not exact:
+                with torch.no_grad():
+                    parts = list(joint_nll(model, batch, labels, found.order))
+            total[: len(parts)] += torch.stack([part.double().mean(1).sum().cpu() for part in parts])
         h, w = read_manifest(self.tokens)["image_size"]
-        n, nll = len(some), total / len(some)
-        return {
-            "nll": nll,
-            "bits_per_dim": metrics.bits_per_dim(nll, test.grid.n, 3 * h * w),
-            "nll_images": n,
-        }
+        content, where = (total / len(some)).tolist()
+        bits = metrics.bits_per_dim(content + where, test.grid.n, 3 * h * w)
+        if exact:
+            return {"nll": content, "bits_per_dim": bits, "nll_images": len(some)}
+        bound = {"bound": content + where, "bound_tokens": content, "bound_location": where}
+        return {"nll": None, "bits_per_dim": bits, **bound, "nll_images": len(some)}
+
+
+def _of_classes(orders: Path | None) -> Callable[[Tensor], Tensor | None]:
+    """Labels (B,) to the orders (B, N) of their classes, or to None where no order cache is given."""
+    if orders is None:
+        return lambda labels: None
+    cache = OrderSet(orders)
+    return lambda labels: cache.of_classes(labels).to(labels.device)

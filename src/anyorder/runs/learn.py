@@ -1,28 +1,26 @@
-"""Stages of the any-order model: train it on random orders, extract orders, fine-tune it on them."""
+"""The stage that trains the any-order model, on random orders, one fixed order, or extracted orders."""
 
 from __future__ import annotations
 
-import time
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from anyorder.artifacts import Artifact, RowWriter, load_array, read_manifest
+from anyorder.artifacts import Artifact, read_manifest
 from anyorder.contracts import Grid
 from anyorder.data.caches import OrderSet, TokenSet, check_tokenizer, check_tokens
-from anyorder.decode import extract_orders, sample
+from anyorder.decode import sample
 from anyorder.evaluation import figures
-from anyorder.likelihood import token_nll
-from anyorder.logits import SCORES, Streams
+from anyorder.likelihood import joint_nll, token_nll
+from anyorder.logits import Streams
 from anyorder.models.transformer import AnyOrderTransformer, Architecture, TransformerConfig
-from anyorder.orders import STATIC, kendall, mean_jump, position_entropy, random_orders, static_order
-from anyorder.policies import PolicyConfig
+from anyorder.orders import STATIC, inverse, random_orders, static_order
 from anyorder.runs.checkpoint import save_model
 from anyorder.runs.common import (
     SHOWN,
@@ -32,21 +30,28 @@ from anyorder.runs.common import (
     load_tokenizer,
     load_transformer,
     require_made_from,
-    slices,
     spread,
     to_uint8,
     training_facts,
 )
-from anyorder.runs.precision import fast_dtype
 from anyorder.runs.trainer import TrainConfig
 
-Orders = Callable[[np.ndarray, int, torch.Generator], Tensor]
-"""(rows (B,), step, generator) -> orders (B, N) int64: the only thing in which trainings differ."""
+Own = Callable[[np.ndarray], Tensor]
+"""Rows (B,) to the images' own orders (B, N) int64."""
+Orders = Callable[[np.ndarray, int, torch.Generator], tuple[Tensor, Tensor]]
+"""(rows (B,), step, generator) -> orders (B, N) int64, and whether each is the image's own (B,) bool: the only
+thing in which trainings differ."""
+WATCHED = 512
+"""Images that are measured during training."""
 
 
 @dataclass
 class TrainStage:
-    """Train the any-order model; with `orders`, fine-tune it on an order cache. The loss is the same."""
+    """Train the any-order model; with `orders`, fine-tune it on an order cache. The loss is the same.
+
+    With `model.location` the location head learns the images' own orders beside the tokens, and the loss is
+    the bound -log q(order, x) / N.
+    """
 
     inputs: ClassVar[tuple[str, ...]] = ("tokens", "orders", "init", "tokenizer")
     tokens: Path
@@ -54,12 +59,16 @@ class TrainStage:
     """random, or a static order (raster, hilbert, ...) for a model of that order alone."""
     orders: Path | None = None
     """Order cache to train on instead; only the images it covers are used."""
+    orders_as: Literal["own", "class_mean"] = "own"
+    """Each image's own order, or one order for each class: the ranking of its mean ranks (all images)."""
+    jitter: float = 0.0
+    """Steps of Gaussian noise on the ranks of own orders: a guard against memorising one order per image."""
     random_share: float = 0.0
     """With `orders` or a static order: share of images that get a random order all the same."""
     random_share_end: float | None = None
     """Anneal that share linearly to this value over the training."""
     init: Path | None = None
-    """Model to start from; it brings its own architecture."""
+    """Model to start from; it brings its own architecture, to which `model.location` may add a head."""
     tokenizer: Path | None = None
     """Only for pictures during training (train.sample_every)."""
     model: Architecture = field(default_factory=Architecture)
@@ -69,15 +78,21 @@ class TrainStage:
         for share in (self.random_share, self.random_share_end or 0.0):
             if not 0 <= share <= 1:
                 raise ValueError(f"random_share must lie in [0, 1], got {share}")
+        if self.jitter < 0:
+            raise ValueError(f"jitter must be >= 0 steps, got {self.jitter}")
         if self.order != "random" and self.order not in STATIC:
             raise ValueError(f"order must be random or one of {', '.join(STATIC)}, got '{self.order}'")
         if self.orders is not None and self.order != "random":
             raise ValueError(f"give either order={self.order} or orders={self.orders}, not both")
-        if self.order == "random" and self.orders is None and (self.random_share or self.random_share_end):
-            raise ValueError(
-                "random_share goes with orders=... or a static order: all orders are random here"
-            )
-        if self.init is not None and self.model != Architecture():
+        if self.order == "random" and self.orders is None:
+            own = ("random_share", "random_share_end", "jitter", "orders_as")
+            if any(getattr(self, key) != getattr(TrainStage, key) for key in own):
+                raise ValueError(
+                    f"{', '.join(own)} go with orders=... or a static order: all are random here"
+                )
+            if self.model.location:
+                raise ValueError("model.location needs orders to learn: give orders=... or a static order")
+        if self.init is not None and dataclasses.replace(self.model, location=False) != Architecture():
             raise ValueError("init=... brings its own architecture: remove the model.* settings")
         if bool(self.train.sample_every) != (self.tokenizer is not None):
             raise ValueError("pictures during training need both tokenizer=... and train.sample_every > 0")
@@ -86,15 +101,26 @@ class TrainStage:
         """Write the model and its log."""
         tokens, test = TokenSet(self.tokens), TokenSet(self.tokens, "test")
         model = self._model(tokens)
-        orders, examples = self._orders(tokens)
+        own, examples = self._own(tokens)
+        orders = self._mixed(own, tokens.grid)
 
         def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
             batch, labels = (x.to(device()) for x in tokens.batch(rows))
-            order = orders(rows, step, generator).to(device())
-            return token_nll(model, batch, labels, order).mean(), {}  # type: ignore[arg-type]
+            order, is_own = (x.to(device()) for x in orders(rows, step, generator))
+            if not model.config.location:  # type: ignore[union-attr]
+                return token_nll(model, batch, labels, order).mean(), {}  # type: ignore[arg-type]
+            content, where = joint_nll(model, batch, labels, order)  # type: ignore[arg-type]
+            where = where * is_own[:, None]  # a random order says nothing of where to go
+            return content.mean() + where.mean(), {"content": content.mean(), "location": where.mean()}
+
+        watched = [self._watched(tokens, own, examples), self._watched_test(test)]
 
         def evaluate(model: nn.Module, step: int) -> dict[str, float]:
-            return {"test_nll": exact_nll(model, test, self.order, limit=512)}
+            return {
+                f"{split}_{name}": value
+                for split, (some, rows, order) in zip(("train", "test"), watched, strict=True)
+                for name, value in exact_nll(model, some, rows, order).items()
+            }
 
         def picture(model: nn.Module, step: int) -> None:
             assert self.tokenizer is not None
@@ -106,14 +132,27 @@ class TrainStage:
         drawing = picture if self.tokenizer is not None else None
         result = fit(artifact, model, loss, examples, self.train, evaluate=evaluate, sample=drawing)
         save_model(artifact.folder, result.model, model.config, "transformer")
-        here = self.train.steps * self.train.batch_size * self.train.accumulation * tokens.grid.n
-        before = read_manifest(self.init) if self.init else {"training_tokens": 0, "training_seconds": 0.0}
+        here = result.examples * tokens.grid.n
+        before = self._before()
+        everything = np.arange(len(test))
         return {
-            "test_nll": exact_nll(result.model, test, self.order, limit=len(test)),
+            "test_nll": exact_nll(result.model, test, everything, self._general(test))["nll"],
+            **evaluate(result.model, result.steps),
             "training_tokens": here + before["training_tokens"],
             "training_seconds": result.seconds + before["training_seconds"],
             **training_facts(result),
         }
+
+    def _before(self) -> dict[str, Any]:
+        """What was trained before: the model to start from, or the one that the orders come from.
+
+        A model that starts anew on another one's orders counts that one's training as its own.
+        """
+        if self.init is not None:
+            return read_manifest(self.init)
+        if self.orders is not None:
+            return read_manifest(self.orders)["scorer"]
+        return {"training_tokens": 0, "training_seconds": 0.0}
 
     def _model(self, tokens: TokenSet) -> AnyOrderTransformer:
         torch.manual_seed(self.train.seed)
@@ -126,46 +165,92 @@ class TrainStage:
                 )
             )
         require_made_from(self.init, "tokens", self.tokens)
-        return load_transformer(self.init).train()
+        model = load_transformer(self.init)
+        if self.model.location and not model.config.location:
+            larger = AnyOrderTransformer(dataclasses.replace(model.config, location=True)).to(device())
+            larger.load_state_dict(model.state_dict(), strict=False)
+            model = larger
+        return model.train()
 
-    def _orders(self, tokens: TokenSet) -> tuple[Orders, int]:
-        """Where orders come from, and the number of images to train on."""
-        grid = tokens.grid
-        if self.orders is not None:
-            cache = OrderSet(self.orders)
-            check_tokens(cache, tokens)
-            return self._mixed(cache.batch, grid), len(cache)
-        if self.order == "random":
-            return lambda rows, step, generator: random_orders(len(rows), grid, generator), len(tokens)
-        fixed = static_order(self.order, grid)
-        return self._mixed(lambda rows: fixed.expand(len(rows), -1), grid), len(tokens)
+    def _own(self, tokens: TokenSet) -> tuple[Own | None, int]:
+        """The images' own orders (none: all are random), and the number of images to train on."""
+        if self.orders is None:
+            if self.order == "random":
+                return None, len(tokens)
+            fixed = static_order(self.order, tokens.grid)
+            return lambda rows: fixed.expand(len(rows), -1), len(tokens)
+        cache = OrderSet(self.orders)
+        check_tokens(cache, tokens)
+        if self.orders_as == "class_mean":
+            return lambda rows: cache.of_classes(tokens.batch(rows)[1]), len(tokens)
+        return cache.batch, len(cache)
 
-    def _mixed(self, own: Callable[[np.ndarray], Tensor], grid: Grid) -> Orders:
+    def _mixed(self, own: Own | None, grid: Grid) -> Orders:
         """An image's own order, or a random one with the probability of this step."""
         end = self.random_share if self.random_share_end is None else self.random_share_end
 
-        def orders(rows: np.ndarray, step: int, generator: torch.Generator) -> Tensor:
+        def orders(rows: np.ndarray, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            if own is None:
+                return random_orders(len(rows), grid, generator), torch.zeros(len(rows), dtype=torch.bool)
             share = self.random_share + (end - self.random_share) * (step - 1) / max(1, self.train.steps - 1)
             at_random = torch.rand(len(rows), 1, generator=generator) < share
-            return torch.where(at_random, random_orders(len(rows), grid, generator), own(rows))
+            mixed = torch.where(at_random, random_orders(len(rows), grid, generator), own(rows))
+            if self.jitter:
+                noise = torch.randn(mixed.shape, generator=generator)
+                mixed = (inverse(mixed) + self.jitter * noise).argsort(1)
+            return mixed, ~at_random[:, 0]
 
         return orders
 
+    # --- what is measured: the likelihood under the orders of training, on training and test images
+
+    def _watched(
+        self, tokens: TokenSet, own: Own | None, examples: int
+    ) -> tuple[TokenSet, np.ndarray, Tensor]:
+        rows = spread(WATCHED, examples)
+        return tokens, rows, own(rows) if own is not None else self._general(tokens, len(rows))
+
+    def _watched_test(self, test: TokenSet) -> tuple[TokenSet, np.ndarray, Tensor]:
+        rows = spread(WATCHED, len(test))
+        if self.orders is None:
+            return test, rows, self._general(test, len(rows))
+        cache = OrderSet(self.orders)
+        if self.orders_as == "class_mean":
+            return test, rows, cache.of_classes(test.batch(rows)[1])
+        return test, spread(len(cache.test_orders), len(test)), cache.test_orders
+
+    def _general(self, tokens: TokenSet, n: int | None = None) -> Tensor:
+        """The static order of training for n images, or random ones."""
+        n = n or len(tokens)
+        if self.order == "random":
+            return random_orders(n, tokens.grid, torch.Generator().manual_seed(0))
+        return static_order(self.order, tokens.grid).expand(n, -1)
+
 
 @torch.no_grad()
-def exact_nll(model: nn.Module, test: TokenSet, order: str, limit: int) -> float:
-    """Exact mean negative log-likelihood under a random or static order, nats per token, fp32."""
-    generator, total = torch.Generator().manual_seed(0), 0.0
-    some = spread(limit, len(test))
-    for rows in batches(some, 128):
-        batch, labels = (x.to(device()) for x in test.batch(rows))
-        orders = (
-            random_orders(len(rows), test.grid, generator)
-            if order == "random"
-            else static_order(order, test.grid).expand(len(rows), -1)
-        )
-        total += float(token_nll(model, batch, labels, orders.to(device())).mean(1).sum())  # type: ignore[arg-type]
-    return total / len(some)
+def exact_nll(model: nn.Module, tokens: TokenSet, rows: np.ndarray, orders: Tensor) -> dict[str, float]:
+    """Mean negative log-likelihood of some images along given orders, nats per token, float32.
+
+    Args:
+        model: any-order model.
+        tokens: the split.
+        rows: (n,) which images.
+        orders: (n, N) int64, their orders.
+
+    Returns:
+        nll, the tokens' part; with a location head also bound, which adds the location's.
+    """
+    totals = np.zeros(2)
+    for some in batches(np.arange(len(rows)), 128):
+        batch, labels = (x.to(device()) for x in tokens.batch(rows[some]))
+        order = orders[some].to(device())
+        if model.config.location:  # type: ignore[union-attr]
+            content, where = joint_nll(model, batch, labels, order)  # type: ignore[arg-type]
+            totals += [float(content.mean(1).sum()), float(where.mean(1).sum())]
+        else:
+            totals[0] += float(token_nll(model, batch, labels, order).mean(1).sum())  # type: ignore[arg-type]
+    content, where = totals / len(rows)
+    return {"nll": content} | ({"bound": content + where} if model.config.location else {})  # type: ignore[union-attr]
 
 
 def preview(model: nn.Module, tokenizer: Path, order: str) -> np.ndarray:
@@ -175,80 +260,3 @@ def preview(model: nn.Module, tokenizer: Path, order: str) -> np.ndarray:
     labels = torch.arange(SHOWN, device=device()) % max(1, model.config.num_classes)
     made = sample(model, order, streams, condition=labels)
     return to_uint8(load_tokenizer(tokenizer).decode(made.tokens, model.grid))
-
-
-@dataclass
-class OrdersStage:
-    """Extract the order in which the model itself would reveal each training image."""
-
-    inputs: ClassVar[tuple[str, ...]] = ("model", "tokens")
-    model: Path
-    tokens: Path
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    """Its order must be a score; entropy by default, token_likelihood is the paper's."""
-    limit: int | None = None
-    """Only the first images of the training split."""
-    batch_size: int = 64
-    """Images per call; memory grows with batch_size * N * depth * width."""
-    bf16: bool = True
-    """Score in bfloat16, where the hardware has it."""
-    seed: int = 0
-    """Of the location temperature."""
-
-    def __post_init__(self) -> None:
-        if self.policy.order not in SCORES:
-            raise ValueError(
-                f"policy.order must be one of {', '.join(SCORES)} to extract, got '{self.policy.order}'"
-            )
-
-    def run(self, artifact: Artifact) -> dict[str, Any]:
-        """Write `train.{order,log_prob,seconds}.npy` and the statistics of the orders."""
-        require_made_from(self.model, "tokens", self.tokens)
-        tokens = TokenSet(self.tokens)
-        n = min(self.limit or len(tokens), len(tokens))
-        self._extract(artifact, tokens, n)
-        orders = torch.from_numpy(load_array(artifact.folder / "train.order.npy").astype(np.int64))
-        labels = tokens.batch(np.arange(n))[1].numpy()
-        classes = tokens.classes or ["all"]
-        maps = figures.mean_rank_per_class(orders.numpy(), labels, classes, tokens.grid)
-        figures.save_image(maps, artifact.folder / "mean_rank.png")
-        raster = static_order("raster", tokens.grid)
-        return {
-            "rows": n,
-            "examples": n,
-            "seconds": float(load_array(artifact.folder / "train.seconds.npy").sum()),
-            "tokens": artifact.identity["inputs"]["tokens"],
-            "policy": self.policy.label,
-            "token_blind": self.policy.token_blind,
-            "mean_log_prob": float(load_array(artifact.folder / "train.log_prob.npy").mean()),
-            "kendall_with_raster": float(kendall(orders[:2000], raster).mean()),
-            "mean_jump": mean_jump(orders, tokens.grid),
-            "position_entropy": [round(h, 4) for h in position_entropy(orders).tolist()],
-            "device": str(device()),
-        }
-
-    def _extract(self, artifact: Artifact, tokens: TokenSet, n: int) -> None:
-        """Go through the images; a killed run goes on after its last batch."""
-        model = load_transformer(self.model)
-        model = model.to(fast_dtype(device(), self.bf16))
-        width = ((tokens.grid.n,), np.uint16), ((tokens.grid.n,), np.float32), ((), np.float32)
-        rows = RowWriter(
-            artifact.folder, dict(zip(("train.order", "train.log_prob", "train.seconds"), width, strict=True))
-        )
-        with tqdm(total=n, initial=rows.rows, desc="orders", unit="image") as bar:
-            for some in slices(n, self.batch_size, rows.rows):
-                begin = time.perf_counter()
-                batch, labels = (x.to(device()) for x in tokens.batch(some))
-                streams = Streams([self.seed + int(row) for row in some], device())
-                policy = self.policy.build(tokens.grid, streams)
-                found = extract_orders(model, batch, policy, streams, condition=labels)
-                seconds = np.full(len(some), (time.perf_counter() - begin) / len(some))
-                rows.append(
-                    **{
-                        "train.order": found.order.cpu().numpy(),
-                        "train.log_prob": found.log_prob.cpu().numpy(),
-                        "train.seconds": seconds,
-                    }
-                )
-                bar.update(len(some))
-        rows.close()

@@ -18,8 +18,9 @@ from typing import Any
 from anyorder.artifacts import MANIFEST, Artifact
 from anyorder.runs.compare import CompareStage
 from anyorder.runs.config import did_you_mean, load_yaml, parse
+from anyorder.runs.extract import OrdersStage
 from anyorder.runs.judge import EvalStage, SampleStage
-from anyorder.runs.learn import OrdersStage, TrainStage
+from anyorder.runs.learn import TrainStage
 from anyorder.runs.prepare import DataStage, FeaturesStage, TokenizerStage, TokensStage
 from anyorder.runs.pretrained import PipelineStage
 from anyorder.runs.seeds import SEED, expand
