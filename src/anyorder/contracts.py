@@ -103,7 +103,7 @@ class LocatingModel(AnyOrderModel, Protocol):
     def joint(
         self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Logits (B, N, V) as of `forward`, and log q(position) (B, N, N) [step, position], -inf if revealed."""
+        """Logits (B, N, V) as of `forward`; log q(position) (B, N, N) [step, position], -inf if revealed."""
         ...
 
     def locate(self, state: Any, revealed: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class Progress:
     where: Tensor | None = None
     """(B, N) float32, the model's log q(next position), for policies that are `located`."""
     uncertainty_after: Callable[[Tensor], Tensor] | None = None
-    """Positions (B,) to (B,) nats: the summed entropy of the other open positions once that one is revealed."""
+    """Positions (B,) to (B,) nats: summed entropy of the other open positions once that one is revealed."""
 
 
 class OrderPolicy(Protocol):
@@ -167,7 +167,7 @@ class OrderPolicy(Protocol):
         ...
 
     def select(self, progress: Progress, candidates: Tensor, ratings: Tensor) -> Tensor:
-        """Columns (B, K) int64 of `candidates` to reveal now, in sequence; ratings are zeros if not `rated`."""
+        """Columns (B, K) int64 of `candidates` to reveal now, in sequence; ratings are 0 if not `rated`."""
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -153,7 +153,7 @@ class InformativeOrder(InferredOrder):
     The gain of a position is the fall in the summed entropy of all other open positions when its most
     likely token is revealed, looked up one step ahead for the `top` positions that the ratings put first
     (the least certain: no position can tell more than its own entropy). Costs `top` further scorings of all
-    open positions per step. The looked-up token is the model's, never the drawn one: the order is token-blind.
+    open positions per step. The looked-up token is the model's, not the drawn one: the order is token-blind.
     """
 
     sign: Literal[1, -1] = -1
@@ -191,13 +191,13 @@ class InformativeOrder(InferredOrder):
 
 @dataclass(frozen=True)
 class LocatedOrder:
-    """The location head chooses: no candidate is scored to decide where, so it costs what a fixed order costs.
+    """The location head chooses: no candidate is scored to decide where; it costs what a fixed order does.
 
     At temperature 1 (order, x) is drawn ancestrally from q(order, x).
     """
 
     temperature: float = 1.0
-    """Gumbel noise of this scale on log q(position): 1 draws from the head, 0 takes its most likely position."""
+    """Gumbel noise of this scale on log q(position): 1 draws from the head, 0 takes its likeliest."""
     per_step: int = 1
     """Positions revealed in parallel, K, without replacement."""
 
@@ -304,7 +304,7 @@ class PolicyConfig:
     """random, a static order (raster, hilbert, ...), a score (entropy, max_prob, margin, ...), information
     (expected information), location (the location head), or class_mean (one order for each class)."""
     sign: Literal[1, -1] | None = None
-    """Of a score; 1: most certain first (the default); -1: least certain first. Of information: short list."""
+    """Of a score; 1: most certain first (the default); -1: least. Of information: which are looked up."""
     temperature: float | None = None
     """Of an inferred order; Gumbel noise of this scale (nats): 0 by default, 1 for the location head."""
     distance: float = 0.0
@@ -324,8 +324,9 @@ class PolicyConfig:
         changed = {key for key, value in vars(self).items() if value != getattr(PolicyConfig, key)}
         if wrong := changed - self._settings():
             raise ValueError(
-                f"sign, temperature, distance, location and refresh belong to inferred orders ({', '.join(INFERRED)}; "
-                f"temperature to location, too), not to '{self.order}': remove {', '.join(sorted(wrong))}"
+                "sign, temperature, distance, location and refresh belong to inferred orders "
+                f"({', '.join(INFERRED)}; temperature to location, too), not to '{self.order}': "
+                f"remove {', '.join(sorted(wrong))}"
             )
         if self.order in (*SCORES, "information", "location"):
             self._rule()
@@ -340,7 +341,7 @@ class PolicyConfig:
 
     def _rule(self) -> OrderPolicy:
         """The policy of an inferred order."""
-        given = {"sign": self.sign, "temperature": self.temperature}
+        given: dict[str, Any] = {"sign": self.sign, "temperature": self.temperature}
         given = {key: value for key, value in given.items() if value is not None}
         if self.order == "location":
             return LocatedOrder(**given, per_step=self.per_step)

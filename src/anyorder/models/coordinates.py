@@ -1,4 +1,4 @@
-"""Learned functions of real 2-D coordinates, and the table of a grid's displacements they are evaluated on."""
+"""Learned functions of real 2-D coordinates, and the displacements within a grid."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class LocationHead(nn.Module):
 
 
 def neighbourhood(revealed: Tensor, grid: Grid) -> Tensor:
-    """Which cells of the 3 x 3 window around each position are revealed, (..., N) bool to (..., N, 9) float32.
+    """Which cells of the 3 x 3 window around each position are revealed: (..., N) bool to (..., N, 9) float.
 
     Cells beyond the border count as open.
     """

@@ -51,7 +51,7 @@ class OrdersStage:
             raise ValueError(f"test_limit must be >= 1, got {self.test_limit}")
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
-        """Write `{train,test}.{order,log_prob,seconds}.npy`, `class_order.npy` and statistics of the orders."""
+        """Write `{train,test}.{order,log_prob,seconds}.npy`, `class_order.npy` and statistics of orders."""
         require_made_from(self.model, "tokens", self.tokens)
         tokens, test = TokenSet(self.tokens), TokenSet(self.tokens, "test")
         n = min(self.limit or len(tokens), len(tokens))
@@ -115,10 +115,6 @@ def class_orders(orders: np.ndarray, labels: np.ndarray, classes: int) -> np.nda
         (classes, N) uint16.
     """
     rank = inverse(torch.from_numpy(orders)).double()
-    means = torch.stack(
-        [
-            rank[torch.from_numpy(labels == c)].mean(0) if (labels == c).any() else rank.mean(0)
-            for c in range(classes)
-        ]
-    )
+    members = [torch.from_numpy(labels == c) for c in range(classes)]
+    means = torch.stack([(rank[some] if some.any() else rank).mean(0) for some in members])
     return means.argsort(dim=1, stable=True).numpy().astype(np.uint16)

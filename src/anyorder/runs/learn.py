@@ -39,8 +39,10 @@ from anyorder.runs.trainer import TrainConfig
 Own = Callable[[np.ndarray], Tensor]
 """Rows (B,) to the images' own orders (B, N) int64."""
 Orders = Callable[[np.ndarray, int, torch.Generator], tuple[Tensor, Tensor]]
-"""(rows (B,), step, generator) -> orders (B, N) int64, and whether each is the image's own (B,) bool: the only
-thing in which trainings differ."""
+"""(rows (B,), step, generator) -> orders (B, N) int64, and whether each is the image's own (B,) bool: the
+only thing in which trainings differ."""
+Watched = tuple[TokenSet, np.ndarray, Tensor]
+"""A split, which of its images (n,), and their orders (n, N) int64."""
 WATCHED = 512
 """Images that are measured during training."""
 
@@ -88,7 +90,7 @@ class TrainStage:
             own = ("random_share", "random_share_end", "jitter", "orders_as")
             if any(getattr(self, key) != getattr(TrainStage, key) for key in own):
                 raise ValueError(
-                    f"{', '.join(own)} go with orders=... or a static order: all are random here"
+                    f"{', '.join(own)} go with orders=... or a static order: all orders are random here"
                 )
             if self.model.location:
                 raise ValueError("model.location needs orders to learn: give orders=... or a static order")
@@ -204,13 +206,11 @@ class TrainStage:
 
     # --- what is measured: the likelihood under the orders of training, on training and test images
 
-    def _watched(
-        self, tokens: TokenSet, own: Own | None, examples: int
-    ) -> tuple[TokenSet, np.ndarray, Tensor]:
+    def _watched(self, tokens: TokenSet, own: Own | None, examples: int) -> Watched:
         rows = spread(WATCHED, examples)
         return tokens, rows, own(rows) if own is not None else self._general(tokens, len(rows))
 
-    def _watched_test(self, test: TokenSet) -> tuple[TokenSet, np.ndarray, Tensor]:
+    def _watched_test(self, test: TokenSet) -> Watched:
         rows = spread(WATCHED, len(test))
         if self.orders is None:
             return test, rows, self._general(test, len(rows))
