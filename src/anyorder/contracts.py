@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,22 @@ class AnyOrderModel(Protocol):
         Never recomputes what `score` has already computed for the first of the positions.
         """
         ...
+
+
+class TokenizerNetwork(nn.Module, Tokenizer):
+    """A tokenizer with weights, as folders and pipelines hold it."""
+
+    config: Any
+    """The dataclass instance that it was built from."""
+
+
+class AnyOrderNetwork(nn.Module, AnyOrderModel):
+    """An any-order model with weights, as folders and pipelines hold it."""
+
+    config: Any
+    """The dataclass instance that it was built from."""
+    num_classes: int
+    """Number of class labels; 0 is unconditional."""
 
 
 @dataclass

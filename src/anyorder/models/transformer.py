@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anyorder.contracts import Grid
+from anyorder.contracts import AnyOrderNetwork, Grid
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys, values, each (B, H, T, D / H), to outputs of the same shape."""
@@ -220,7 +220,7 @@ class State:
     """Positions (B, M), keys and values (depth, B, H, M, D / H) of the candidates scored since `append`."""
 
 
-class AnyOrderTransformer(nn.Module):
+class AnyOrderTransformer(AnyOrderNetwork):
     """p(x[pi_i] | x[pi_<i], pi_<=i, c) for any order pi (OAR, arXiv 2504.17069 v1, Sec. 3)."""
 
     def __init__(self, config: TransformerConfig):
@@ -228,6 +228,7 @@ class AnyOrderTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.vocab_size = config.vocab_size
+        self.num_classes = config.num_classes
         self.grid = Grid(*config.grid)
         width = config.width
         self.token_embedding = nn.Embedding(config.vocab_size + 1, width)  # the last row hides a token
