@@ -7,7 +7,7 @@ read. Scoring any number of positions is therefore one call that writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,15 +22,35 @@ from anyorder.adapters.layers import (
     PublishedModel,
     causal,
     check_shapes,
+    count,
+    heads_of,
     merge_heads,
     norm,
     rotate,
+    shape_of,
     split_heads,
 )
 from anyorder.contracts import Grid
 
 Read = Callable[[Tensor], Tensor]
 """Queries (B, H, M, D / H) to what they read, of the same shape."""
+
+
+def config_of(tensors: Mapping[str, Tensor], grid: tuple[int, int], heads: int) -> GPTConfig:
+    """The configuration of an ARPG file; `heads` 0 means the published ones.
+
+    Raises:
+        ValueError: a tensor that tells it is missing or of another rank.
+    """
+    vocab_size, width = shape_of(tensors, "head.weight")
+    return GPTConfig(
+        depth=2 * count(tensors, "layers.self_dec."),
+        width=width,
+        heads=heads or heads_of(width),
+        vocab_size=vocab_size,
+        grid=grid,
+        num_classes=shape_of(tensors, "embeddings.weight")[0] - vocab_size - 3,
+    )
 
 
 class SelfAttention(nn.Module):

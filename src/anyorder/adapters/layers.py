@@ -8,8 +8,9 @@ Shapes: B images, T inputs, M candidates, L cached inputs, D width, H heads, V c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class GPTConfig:
     ones; ARPG: tokens see all), which was not so in training; matters only with several per step."""
 
     def __post_init__(self) -> None:
-        self.grid = tuple(self.grid)
+        self.grid = (self.grid[0], self.grid[1])
         for name in ("depth", "width", "heads", "vocab_size", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
@@ -53,6 +54,37 @@ class GPTConfig:
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
         Grid(*self.grid)
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str, rank: int = 2) -> tuple[int, ...]:
+    """The shape of a tensor that a configuration is read off.
+
+    Raises:
+        ValueError: it is missing, or has another number of dimensions.
+    """
+    if name not in tensors:
+        raise ValueError(f"missing {name}")
+    if tensors[name].ndim != rank:
+        raise ValueError(f"{name} is {tuple(tensors[name].shape)}, expected {rank} dimensions")
+    return tuple(tensors[name].shape)
+
+
+def count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """How many blocks `prefix`0, `prefix`1, ... there are: the largest number and one."""
+    numbers = [name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)]
+    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+
+
+def heads_of(width: int) -> int:
+    """H, which no tensor tells: heads are 64 wide, in LlamaGen-3B (D = 3200) 100.
+
+    Raises:
+        ValueError: not a published width.
+    """
+    head_width = 100 if width == 3200 else 64
+    if width % head_width:
+        raise ValueError(f"width {width} is no multiple of {head_width}: say how many heads, heads=...")
+    return width // head_width
 
 
 class PublishedModel(AnyOrderNetwork):
@@ -87,7 +119,8 @@ class PublishedModel(AnyOrderNetwork):
     def _check_labels(self, batch_size: int, condition: Tensor | None) -> None:
         if condition is None:
             return
-        if condition.shape != (batch_size,) or bool(((condition < -1) | (condition >= self.num_classes)).any()):
+        wrong = (condition < -1) | (condition >= self.num_classes)
+        if condition.shape != (batch_size,) or bool(wrong.any()):
             raise ValueError(
                 f"labels must have shape ({batch_size},) and lie in [0, {self.num_classes}) (-1 for none), "
                 f"got shape {tuple(condition.shape)} with values {condition.unique().tolist()[:8]}"
@@ -172,7 +205,12 @@ def rotation_table(grid: Grid, head_width: int, device: torch.device | str | Non
 
 
 def rotate(x: Tensor, factors: Tensor) -> Tensor:
-    """Multiply neighbours (x0, x1), (x2, x3), ... of (B, H, T, D / H), as complex numbers, by (B, T, D / H / 2)."""
+    """Rotary encoding: neighbours (x0, x1), (x2, x3), ... are real and imaginary parts.
+
+    Args:
+        x: (B, H, T, D / H).
+        factors: (B, T, D / H / 2) complex64, rows of `rotation_table`.
+    """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * factors[:, None]).flatten(-2).to(x.dtype)
 
@@ -194,11 +232,13 @@ class Cache:
     values: Tensor
     length: int
 
-    def extend(self, joint: bool = False) -> Iterable[Attend]:
-        """Per layer: new inputs see the cache and, causally or (`joint`) all, one another; they are written."""
-        begin = self.length
-        for keys, values in zip(self.keys, self.values, strict=True):
-            yield lambda q, k, v, keys=keys, values=values: _extend(q, k, v, keys, values, begin, joint)
+    def extend(self, joint: bool = False) -> list[Attend]:
+        """One attention per layer: new inputs see the cache and, causally or all, one another.
+
+        Their keys and values are written; `length` is for the caller to raise, after the last layer.
+        """
+        layers = zip(self.keys, self.values, strict=True)
+        return [partial(_extend, keys, values, self.length, joint) for keys, values in layers]
 
     def write(self, keys: Tensor, values: Tensor) -> None:
         """Put one more input (depth, B, H, D / H) of every layer into the cache."""
@@ -207,9 +247,7 @@ class Cache:
         self.length += 1
 
 
-def _extend(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, begin: int, joint: bool
-) -> Tensor:
+def _extend(keys: Tensor, values: Tensor, begin: int, joint: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     end = begin + k.shape[2]
     keys[:, :, begin:end], values[:, :, begin:end] = k, v
     seen = torch.ones(q.shape[2], end, dtype=torch.bool, device=q.device)

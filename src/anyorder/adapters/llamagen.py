@@ -21,12 +21,53 @@ from anyorder.adapters.layers import (
     PublishedModel,
     causal,
     check_shapes,
+    count,
+    heads_of,
     merge_heads,
     norm,
     rotate,
+    shape_of,
     split_heads,
 )
 from anyorder.contracts import Grid
+from anyorder.models.vq import VQConfig
+
+
+def gpt_config(tensors: Mapping[str, Tensor], grid: tuple[int, int], heads: int) -> GPTConfig:
+    """The configuration of a GPT or RandAR file; `heads` 0 means the published ones.
+
+    Raises:
+        ValueError: a tensor that tells it is missing or of another rank.
+    """
+    vocab_size, width = shape_of(tensors, "tok_embeddings.weight")
+    return GPTConfig(
+        depth=count(tensors, "layers."),
+        width=width,
+        heads=heads or heads_of(width),
+        vocab_size=vocab_size,
+        grid=grid,
+        num_classes=shape_of(tensors, "cls_embedding.embedding_table.weight")[0] - 1,
+    )
+
+
+def vq_config(tensors: Mapping[str, Tensor]) -> VQConfig:
+    """The configuration of a VQ-16 or VQ-8 file, for `models.vq.VQModel`.
+
+    Raises:
+        ValueError: a tensor that tells it is missing or of another rank.
+    """
+    channels = shape_of(tensors, "encoder.conv_in.weight", 4)[0]
+    levels = range(count(tensors, "encoder.conv_blocks."))
+    widths = [shape_of(tensors, f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4)[0] for i in levels]
+    vocab_size, code_dim = shape_of(tensors, "quantize.embedding.weight")
+    return VQConfig(
+        channels=channels,
+        multipliers=tuple(width // channels for width in widths),
+        res_blocks=count(tensors, "encoder.conv_blocks.0.res."),
+        z_channels=shape_of(tensors, "encoder.conv_out.weight", 4)[0],
+        vocab_size=vocab_size,
+        code_dim=code_dim,
+    )
 
 
 class Attention(nn.Module):
