@@ -165,21 +165,17 @@ def llamagen_gpt(root: Path) -> Iterator[bool]:
     model = ours(original, grid=(GRID.h, GRID.w))
     tokens, labels, orders = inputs(0)
     raster = orders["raster"]
-    for name, classes, condition in (("", labels, labels), (", no label", labels * 0 + CLASSES, None)):
-        theirs, _ = original(tokens[:, :-1], classes)
-        yield report(f"LlamaGen: logits, raster{name}", model(tokens, condition, raster), theirs)
-    yield report("LlamaGen: logits, raster, incremental", incremental(model, tokens, labels, raster), theirs_of(original, tokens, labels))  # fmt: skip
+    theirs, _ = original(tokens[:, :-1], labels)
+    yield report("LlamaGen: logits, raster", model(tokens, labels, raster), theirs)
+    yield report("LlamaGen: logits, raster, incremental", incremental(model, tokens, labels, raster), theirs)
+    theirs, _ = original(tokens[:, :-1], torch.full_like(labels, CLASSES))
+    yield report("LlamaGen: logits, raster, no label", model(tokens, None, raster), theirs)
     original.eval()
     for scale in (1.0, 2.0):
         guided = Guided(model, GuidanceConfig(scale)) if scale != 1 else model
         drawn = sampler.generate(original, labels, GRID.n, cfg_scale=scale, temperature=COLD)
         found = greedy(guided, labels, raster, [1] * GRID.n)
         yield report(f"LlamaGen: greedy tokens, guidance {scale:g}", found, drawn.long())
-
-
-def theirs_of(original: Any, tokens: Tensor, labels: Tensor) -> Tensor:
-    """Teacher-forced logits of LlamaGen's model."""
-    return original(tokens[:, :-1], labels)[0]
 
 
 def randar(root: Path) -> Iterator[bool]:

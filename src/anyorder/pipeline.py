@@ -121,7 +121,7 @@ class Pipeline:
         class_labels: int | str | Sequence[int | str] | None = None,
         num_images: int | None = None,
         order: str | Tensor | PolicyConfig | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | GuidanceConfig = 1.0,
         generator: int | Sequence[int] | torch.Generator = 0,
         *,
         guidance_schedule: Schedule = "constant",
@@ -136,7 +136,7 @@ class Pipeline:
             order: "random", a static order ("raster", "hilbert", ...), a score ("entropy", "max_prob",
                 "margin", "token_likelihood"), an order (N,) or (B, N), or a `PolicyConfig`; the
                 pipeline's own policy by default.
-            guidance_scale: 1 is none; more pulls images towards their class.
+            guidance_scale: 1 is none; more pulls images towards their class. A `GuidanceConfig` says all.
             generator: a seed (image i uses seed + i), one seed per image, or a `torch.Generator` that
                 the seeds are drawn from. An image depends on its own seed only.
             guidance_schedule: how the scale grows while the image is drawn.
@@ -159,7 +159,7 @@ class Pipeline:
         class_labels: int | str | Sequence[int | str] | None = None,
         num_images: int | None = None,
         order: str | Tensor | PolicyConfig | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | GuidanceConfig = 1.0,
         generator: int | Sequence[int] | torch.Generator = 0,
         *,
         guidance_schedule: Schedule = "constant",
@@ -172,8 +172,11 @@ class Pipeline:
         grid = self._grid(grid)
         streams = Streams(_seeds(generator, n), where)
         model: AnyOrderModel = self.model
-        if guidance_scale != 1:
-            model = Guided(model, GuidanceConfig(guidance_scale, guidance_schedule))
+        guidance = guidance_scale
+        if not isinstance(guidance, GuidanceConfig):
+            guidance = GuidanceConfig(guidance, guidance_schedule)
+        if guidance.scale != 1:
+            model = Guided(model, guidance)
         policy = make_policy(self.policy if order is None else order, grid, streams)
         condition = None if labels is None else torch.tensor(labels, device=where)
         content = drawn(sampling or Sampling())
