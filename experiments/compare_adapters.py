@@ -1,9 +1,10 @@
 """Are the adapters equal to the original programs? The same random weights, through both.
 
-    python experiments/compare_adapters.py --llamagen DIR --randar DIR --arpg DIR
+    python experiments/compare_adapters.py --llamagen DIR --randar DIR --arpg DIR [--large]
 
 DIR are checkouts of FoundationVision/LlamaGen, ziqipang/RandAR and hp-l33/ARPG, which are run as they are.
 Weights go through a file of the published kind and `anyorder.runs.convert`. Everything is float32 on the CPU.
+The GPTs are tiny, or with --large of size L, for which only teacher forcing of one image is compared.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,29 @@ from anyorder.guidance import GuidanceConfig, Guided
 from anyorder.orders import random_orders
 from anyorder.runs.convert import build
 
-GRID = Grid(6, 6)
-ROWS, CLASSES, CODES, WIDTH, DEPTH, HEADS = 4, 10, 50, 128, 4, 2
 NO_DROPOUT = {"token_dropout_p": 0.0, "attn_dropout_p": 0.0, "resid_dropout_p": 0.0, "ffn_dropout_p": 0.0}
-SIZES = {"dim": WIDTH, "n_layer": DEPTH, "n_head": HEADS, "vocab_size": CODES, "num_classes": CLASSES,
-         "block_size": GRID.n, **NO_DROPOUT}  # fmt: skip
+
+
+class Size(NamedTuple):
+    """Of the models and the batch."""
+
+    grid: Grid
+    rows: int
+    classes: int
+    codes: int
+    width: int
+    depth: int
+    heads: int
+
+    @property
+    def theirs(self) -> dict[str, Any]:
+        """As all three originals take it."""
+        return {"dim": self.width, "n_layer": self.depth, "n_head": self.heads, "vocab_size": self.codes,
+                "num_classes": self.classes, "block_size": self.grid.n, **NO_DROPOUT}  # fmt: skip
+
+
+TINY = Size(Grid(6, 6), rows=4, classes=10, codes=50, width=128, depth=4, heads=2)
+LARGE = Size(Grid(16, 16), rows=1, classes=1000, codes=16384, width=1024, depth=24, heads=16)
 COLD = 1e-5
 """The lowest temperature of the originals: with it they draw the most likely token."""
 
@@ -77,7 +96,7 @@ def randomise(module: nn.Module) -> None:
     """Weights large enough for varied predictions; the originals start with a head of zeros."""
     for parameter in module.parameters():
         noise = torch.randn_like(parameter)
-        parameter.data = 1 + 0.1 * noise if parameter.ndim == 1 else 0.08 * noise
+        parameter.data = 1 + 0.1 * noise if parameter.ndim == 1 else 0.9 / parameter.shape[-1] ** 0.5 * noise
 
 
 def ours(original: nn.Module, wrapper: str = "model", **settings: Any) -> Any:
@@ -102,13 +121,13 @@ def report(name: str, ours: Tensor, theirs: Tensor) -> bool:
     return error < 1e-4
 
 
-def inputs(seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def inputs(size: Size, seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Tokens, labels, and two kinds of orders."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(CODES, (ROWS, GRID.n), generator=generator)
-    labels = torch.randint(CLASSES, (ROWS,), generator=generator)
-    raster = torch.arange(GRID.n).expand(ROWS, -1).contiguous()
-    return tokens, labels, {"random order": random_orders(ROWS, GRID, generator), "raster": raster}
+    tokens = torch.randint(size.codes, (size.rows, size.grid.n), generator=generator)
+    labels = torch.randint(size.classes, (size.rows,), generator=generator)
+    raster = torch.arange(size.grid.n).expand(size.rows, -1).contiguous()
+    return tokens, labels, {"random order": random_orders(size.rows, size.grid, generator), "raster": raster}
 
 
 def incremental(model: AnyOrderModel, tokens: Tensor, labels: Tensor, order: Tensor) -> Tensor:
@@ -155,62 +174,66 @@ def arccos_steps(n: int, steps: int) -> list[int]:
     return [*sizes, n - sum(sizes)]
 
 
-def llamagen_gpt(root: Path) -> Iterator[bool]:
+def llamagen_gpt(root: Path, size: Size) -> Iterator[bool]:
     """Teacher forcing and greedy sampling of the raster model."""
     gpt = load(root / "autoregressive/models/gpt.py", "llamagen_gpt", root)
     sampler = load(root / "autoregressive/models/generate.py", "llamagen_generate")
     # Its null label exists only where labels are dropped, and its logits are right only in training mode.
-    original = gpt.Transformer(gpt.ModelArgs(**SIZES, class_dropout_prob=1e-12)).train()
+    original = gpt.Transformer(gpt.ModelArgs(**size.theirs, class_dropout_prob=1e-12)).train()
     randomise(original)
-    model = ours(original, grid=(GRID.h, GRID.w))
-    tokens, labels, orders = inputs(0)
+    model = ours(original, grid=(size.grid.h, size.grid.w))
+    tokens, labels, orders = inputs(size, 0)
     raster = orders["raster"]
     theirs, _ = original(tokens[:, :-1], labels)
     yield report("LlamaGen: logits, raster", model(tokens, labels, raster), theirs)
+    if size is LARGE:
+        return
     yield report("LlamaGen: logits, raster, incremental", incremental(model, tokens, labels, raster), theirs)
-    theirs, _ = original(tokens[:, :-1], torch.full_like(labels, CLASSES))
+    theirs, _ = original(tokens[:, :-1], torch.full_like(labels, size.classes))
     yield report("LlamaGen: logits, raster, no label", model(tokens, None, raster), theirs)
     original.eval()
     for scale in (1.0, 2.0):
         guided = Guided(model, GuidanceConfig(scale)) if scale != 1 else model
-        drawn = sampler.generate(original, labels, GRID.n, cfg_scale=scale, temperature=COLD)
-        found = greedy(guided, labels, raster, [1] * GRID.n)
+        drawn = sampler.generate(original, labels, size.grid.n, cfg_scale=scale, temperature=COLD)
+        found = greedy(guided, labels, raster, [1] * size.grid.n)
         yield report(f"LlamaGen: greedy tokens, guidance {scale:g}", found, drawn.long())
 
 
-def randar(root: Path) -> Iterator[bool]:
+def randar(root: Path, size: Size) -> Iterator[bool]:
     """Teacher forcing in any order, and parallel sampling with RandAR's schedule."""
     sys.path.insert(0, str(root))
     original = importlib.import_module("RandAR.model.randar_gpt").RandARTransformer(
-        **SIZES, class_dropout_prob=0.1, grad_checkpointing=False
+        **size.theirs, class_dropout_prob=0.1, grad_checkpointing=False
     )
     randomise(original.eval())
-    model = ours(original, grid=(GRID.h, GRID.w))
-    tokens, labels, orders = inputs(1)
+    model = ours(original, grid=(size.grid.h, size.grid.w))
+    tokens, labels, orders = inputs(size, 1)
     for name, order in orders.items():
         theirs, _, _ = original(tokens, labels, order, targets=tokens)
         yield report(f"RandAR: logits, {name}", model(tokens, labels, order), theirs)
+        if size is LARGE:
+            return
         found = incremental(model, tokens, labels, order)
         yield report(f"RandAR: logits, {name}, incremental", found, theirs)
-    order = orders["random order"]
+    order, n = orders["random order"], size.grid.n
     for steps, scale in ((-1, 1.0), (9, 1.0), (9, 4.0), (20, 4.0)):
         drawn = original.generate(labels, order, (1.0, scale), steps, temperature=COLD)
         original.remove_caches()
-        sizes = [1] * GRID.n if steps < 0 else cosine_steps(GRID.n, steps)
+        sizes = [1] * n if steps < 0 else cosine_steps(n, steps)
         plain = model if steps < 0 else joint(model)
         guided = Guided(plain, GuidanceConfig(scale, "linear")) if scale != 1 else plain
         name = f"RandAR: greedy tokens, {len(sizes)} steps, guidance {scale:g}"
         yield report(name, greedy(guided, labels, order, sizes), drawn)
 
 
-def arpg(root: Path) -> Iterator[bool]:
+def arpg(root: Path, size: Size) -> Iterator[bool]:
     """Teacher forcing in any order, and parallel sampling with ARPG's schedule."""
     stand_in_for_missing_packages()
     module = load(root / "models/arpg.py", "arpg_original")
-    original = module.Transformer(module.ModelArgs(**SIZES, class_dropout_prob=0.0))
+    original = module.Transformer(module.ModelArgs(**size.theirs, class_dropout_prob=0.0))
     randomise(original)
-    model = ours(original, "state_dict", grid=(GRID.h, GRID.w))
-    tokens, labels, orders = inputs(2)
+    model = ours(original, "state_dict", grid=(size.grid.h, size.grid.w))
+    tokens, labels, orders = inputs(size, 2)
     shuffle = module.batch_seq_shuffle
     original.train()  # in evaluation mode its forward pass is not causal
     for name, order in orders.items():
@@ -219,6 +242,8 @@ def arpg(root: Path) -> Iterator[bool]:
         )
         theirs, _ = original(tokens, labels.clone())
         yield report(f"ARPG: logits, {name}", model(tokens, labels, order), theirs)
+        if size is LARGE:
+            return
         found = incremental(model, tokens, labels, order)
         yield report(f"ARPG: logits, {name}, incremental", found, theirs)
     module.batch_seq_shuffle = shuffle
@@ -227,19 +252,18 @@ def arpg(root: Path) -> Iterator[bool]:
     for steps, scale in ((6, 1.0), (6, 4.0), (12, 4.0)):
         torch.manual_seed(3)
         drawn = original.generate(
-            labels.clone(), scale, "constant", temperature=COLD, seq_len=GRID.n, num_iter=steps
+            labels.clone(), scale, "constant", temperature=COLD, seq_len=size.grid.n, num_iter=steps
         )
         torch.manual_seed(3)
-        torch.rand(ROWS)  # which labels are dropped: none
-        order = torch.rand(GRID.n).argsort().expand(ROWS, -1)
-        sizes = arccos_steps(GRID.n, steps)
+        torch.rand(size.rows)  # which labels are dropped: none
+        order = torch.rand(size.grid.n).argsort().expand(size.rows, -1)
         guided = Guided(model, GuidanceConfig(scale))
         name = f"ARPG: greedy tokens, {steps} steps, guidance {scale:g}"
-        yield report(name, greedy(guided, labels, order, sizes), drawn)
+        yield report(name, greedy(guided, labels, order, arccos_steps(size.grid.n, steps)), drawn)
 
 
-def vq(root: Path) -> Iterator[bool]:
-    """Codes and pictures of LlamaGen's tokenizers, at their published size."""
+def vq(root: Path, size: Size) -> Iterator[bool]:
+    """Codes and pictures of LlamaGen's tokenizers, at their published size whatever `size` says."""
     module = load(root / "tokenizer/tokenizer_image/vq_model.py", "llamagen_vq")
     for name, factor in (("VQ-16", 16), ("VQ-8", 8)):
         original = module.VQ_models[name]().eval()
@@ -251,7 +275,7 @@ def vq(root: Path) -> Iterator[bool]:
         yield report(f"{name}: pictures", model.decode(codes, grid), pictures)
 
 
-def maskgit_vq(root: Path) -> Iterator[bool]:
+def maskgit_vq(root: Path, size: Size) -> Iterator[bool]:
     """Codes and pictures of MaskGIT's tokenizer as RandAR uses it, at its published size."""
     module = load(root / "RandAR/model/maskgit_tokenizer.py", "maskgit_original")
     original = module.MaskGITTokenizer().eval()
@@ -269,10 +293,13 @@ def main() -> int:
     checks = {"llamagen": (llamagen_gpt, vq), "randar": (randar, maskgit_vq), "arpg": (arpg,)}
     for name in checks:
         parser.add_argument(f"--{name}", type=Path, metavar="DIR", help="checkout of the original program")
-    given = {name: path for name, path in vars(parser.parse_args()).items() if path is not None}
+    parser.add_argument("--large", action="store_true", help="GPTs of size L, teacher forcing only")
+    arguments = vars(parser.parse_args())
+    size = LARGE if arguments.pop("large") else TINY
+    given = {name: path for name, path in arguments.items() if path is not None}
     torch.manual_seed(0)
     with torch.no_grad():
-        results = [ok for name, path in given.items() for check in checks[name] for ok in check(path)]
+        results = [ok for name, path in given.items() for check in checks[name] for ok in check(path, size)]
     print(f"{sum(results)} of {len(results)} comparisons hold (1e-4, or all tokens equal)")
     return 0 if results and all(results) else 1
 

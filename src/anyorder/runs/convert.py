@@ -22,7 +22,7 @@ from anyorder.models.vq import WINDOW
 from anyorder.policies import PolicyConfig
 from anyorder.runs.checkpoint import KINDS, kind_of, load_state, read_tensors, save_model
 from anyorder.runs.common import load_tokenizer
-from anyorder.runs.pretrained import Parts, save_parts
+from anyorder.runs.pretrained import INDEX, Parts, save_parts
 
 Kind = Literal["auto", "vq", "maskgit_vq", "randar", "llamagen", "arpg"]
 
@@ -76,16 +76,16 @@ def convert(config: ConvertConfig, out: Path) -> None:
     if Artifact.is_current(out, "convert", identity, {}):
         log.info("%s is up to date", out)
         return
-    settings = dataclasses.asdict(config)
     model = build(config.source, config.kind, config.grid, config.heads, config.joint_steps)
     parts = _parts(model, config) if config.tokenizer is not None else None
     artifact = Artifact(out, "convert", identity, {})
     if parts is None:
+        (out / INDEX).unlink(missing_ok=True)  # of an earlier conversion to a pipeline
         save_model(out, model, model.config, kind_of(model))
     else:
         save_parts(out, parts)
     parameters = sum(p.numel() for p in model.parameters())
-    artifact.finish(kind=kind_of(model), parameters=parameters, source=str(settings["source"]))
+    artifact.finish(kind=kind_of(model), parameters=parameters)
     log.info("%s: %s, %.1f million parameters", out, type(model).__name__, parameters / 1e6)
 
 
@@ -94,7 +94,7 @@ def _hashes(config: ConvertConfig) -> dict[str, str]:
     found = {}
     for role, path in (("source", config.source), ("tokenizer", config.tokenizer)):
         if path is not None:
-            found[role] = fingerprint(path) if path.is_dir() else sha256(path)
+            found[role] = fingerprint(path) if path.is_dir() else sha256(_existing(path))
     return found
 
 
@@ -171,6 +171,8 @@ def build(
 
 
 def _configure(kind: str, tensors: dict[str, Tensor], grid: tuple[int, int], heads: int) -> Any:
+    if MARKS[kind] not in tensors:
+        raise ValueError(f"missing {MARKS[kind]}")
     if kind == "vq":
         # Files may or may not hold the tokens that were used last in training.
         tensors.setdefault("quantize.codebook_used", torch.full((WINDOW,), -1.0))
@@ -203,9 +205,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: no such file.
         ValueError: damaged, or holding something else than tensors.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}: download it first")
-    stored: Any = read_tensors(path) if path.suffix == ".safetensors" else _unpickle(path)
+    stored: Any = read_tensors(path) if _existing(path).suffix == ".safetensors" else _unpickle(path)
     for wrapper in WRAPPERS:
         if isinstance(stored, Mapping) and isinstance(stored.get(wrapper), Mapping):
             stored = stored[wrapper]
@@ -214,6 +214,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} holds no weights: expected tensors by name, alone or under {', '.join(WRAPPERS)}"
         )
     return {name.removeprefix("_orig_mod.").removeprefix("module."): t for name, t in stored.items()}
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: download it first")
+    return path
 
 
 def _unpickle(path: Path) -> Any:

@@ -51,7 +51,8 @@ def load_parts(folder: str | Path) -> Parts:
     folder = Path(folder)
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(
-            f"{folder} is no pipeline folder (no {INDEX}); make one with stage 'pipeline'"
+            f"{folder} is no pipeline folder (no {INDEX}); make one with stage 'pipeline', "
+            "or from downloaded files with 'anyorder convert SOURCE DEST tokenizer=...'"
         )
     index = read_json(folder / INDEX)
     if index.get("format") != 1:
