@@ -141,16 +141,24 @@ def test_cost_of_a_fixed_order():
 
 @pytest.mark.parametrize("score", SCORES)
 def test_cost_of_an_inferred_order(score):
+    """Token-blind orders look at the chosen position a second time rather than draw for every candidate."""
     n = GRID.n
     pairs = n * (n + 1) // 2
-    assert evaluations(score) == (n, n - 1, pairs, pairs)
+    again = n if score in TOKEN_BLIND else 0
+    assert evaluations(score) == (n + again, n - 1, pairs + again, pairs + again)
     calls, appends, candidates, through = evaluations(score, chunk=2)
-    assert (calls, appends, candidates, through) == (3 + 3 + 2 + 2 + 1 + 1, n - 1, pairs, pairs)
+    assert (calls, appends) == (3 + 3 + 2 + 2 + 1 + 1 + again, n - 1)
+    assert (candidates, through) == (pairs + again, pairs + again)
+
+
+def test_cost_of_rare_scorings():
+    """One scoring decides 3 positions: 6 + 3 candidates, and each position is drawn by itself."""
+    assert evaluations(InferredOrder(refresh=3)) == (2 + 6, 5, 6 + 3 + 6, 6 + 3 + 6)
 
 
 def test_cost_of_parallel_decoding():
     """Of each 3 revealed together the first is not run again; after the last reveal nothing is run."""
-    assert evaluations(InferredOrder(per_step=3)) == (2, 1, 6 + 3, 6 + 3 + 2)
+    assert evaluations(InferredOrder(per_step=3)) == (2 + 2, 1, 6 + 3 + 6, 6 + 3 + 6 + 2)
 
 
 # --- order extraction

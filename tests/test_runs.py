@@ -13,7 +13,9 @@ from anyorder import Pipeline, cli
 from anyorder.artifacts import load_array, read_json, read_manifest
 from anyorder.contracts import Grid
 from anyorder.decode import extract_orders
+from anyorder.evaluation.metrics import FeatureStatistics, frechet_distance
 from anyorder.policies import PolicyConfig
+from anyorder.runs.compare import CompareStage
 from anyorder.runs.config import parse
 from anyorder.runs.learn import OrdersStage, TrainStage
 from anyorder.runs.stages import STAGES, load_experiment
@@ -48,6 +50,7 @@ EXPERIMENT = {
                                "scorer": "any", **MEASURED, "nll_images": 8},
         "eval-drawn": {"stage": "eval", "samples": "drawn", "model": "ordered", **MEASURED, "nll_images": 8},
         "eval-peeking": {"stage": "eval", "samples": "peeking", "model": "ordered", **MEASURED},
+        "compare": {"a": "eval-guided-by-any", "b": "eval-peeking", "features": "features", "resamples": 200},
         "pipeline": {"model": "ordered", "scorer": "any", **MADE},
     }
 }  # fmt: skip
@@ -118,6 +121,84 @@ def test_peeking_policies_have_no_likelihood(experiment):
     assert 0 <= blind["consistency"] <= 1
 
 
+def test_evaluations_keep_what_comparisons_need(experiment):
+    _, out = experiment
+    evaluation = read_manifest(out / "eval-drawn")
+    found, source = evaluation["metrics"], evaluation["inputs"]["samples"]
+    kept = FeatureStatistics.load(out / "eval-drawn" / "samples.safetensors", found["extractor"], source)
+    assert kept.n == 10
+    reference = FeatureStatistics.load(
+        out / "features" / "reference.safetensors", found["extractor"], evaluation["inputs"]["data"]
+    )
+    assert frechet_distance(reference.gaussian, kept.gaussian) == pytest.approx(found["fd"], rel=1e-6)
+
+
+def test_classes_and_copies_are_measured(experiment):
+    _, out = experiment
+    found = read_json(out / "eval-drawn" / "metrics.json")
+    shares = ("class_coverage", "class_agreement", "class_distance", "nearest_training_share", "token_copies")
+    assert all(0 <= found[name] <= 1 for name in (*shares, "token_copies_of_test"))
+    assert found["nearest_training_ratio"] > 0
+
+
+def test_copies_of_training_images_are_found_in_an_evaluation(experiment, tmp_path):
+    """Samples whose pixels and tokens are training images, in the place of drawn ones."""
+    from anyorder.runs.stages import execute
+
+    path, out = experiment
+    copied = tmp_path / "drawn"
+    shutil.copytree(out / "drawn", copied)
+    for name, source in (("images", "data/train.images"), ("tokens", "tokens/train.tokens")):
+        np.save(copied / f"{name}.npy", np.array(load_array(out / f"{source}.npy")[:10]))
+    stage = dataclasses.replace(load_experiment(path).stages["eval-drawn"][1], samples=copied)
+    execute("eval", stage, tmp_path / "eval")
+    found = read_json(tmp_path / "eval" / "metrics.json")
+    assert found["token_copies"] == found["nearest_training_share"] == 1
+    assert found["nearest_training_ratio"] < 1e-3
+
+
+def test_features_of_training_images_are_made_where_they_are_missing(experiment, tmp_path):
+    """Feature artifacts of older versions have none; their fingerprint stays."""
+    from anyorder.data.caches import ImageSet
+    from anyorder.runs.prepare import load_extractor, training_features
+
+    _, out = experiment
+    shutil.copytree(out / "features", tmp_path / "features")
+    (tmp_path / "features" / "train.safetensors").unlink()
+    extractor = load_extractor(tmp_path / "features")
+    again = training_features(tmp_path / "features", extractor, ImageSet(out / "data"))
+    first = training_features(out / "features", extractor, ImageSet(out / "data"))
+    torch.testing.assert_close(again.features, first.features)
+    assert again.n == 48
+
+
+def test_another_feature_network_replaces_the_features_of_the_first(experiment, tmp_path):
+    _, out = experiment
+    command = ["features", f"data={out}/data", f"out={tmp_path}/f", "channels=8", "train.batch_size=8"]
+    for steps in (1, 2):
+        assert cli.main([*command, f"train.steps={steps}"]) == 0
+        name = read_manifest(tmp_path / "f")["extractor"]
+        data = read_manifest(out / "data")["fingerprint"]
+        assert FeatureStatistics.load(tmp_path / "f" / "train.safetensors", name, data).n == 48
+
+
+def test_comparisons_hold_differences_with_intervals(experiment, tmp_path, capsys):
+    _, out = experiment
+    manifest = read_manifest(out / "compare")
+    assert (manifest["a"], manifest["b"], manifest["paired"]) == ("eval-guided-by-any", "eval-peeking", True)
+    assert set(manifest["metrics"]) == {"distance", "kid", "precision", "recall"}
+    distance, own = manifest["metrics"]["distance"], read_json(out / "eval-peeking" / "metrics.json")["fd"]
+    assert distance["b"] == pytest.approx(own, rel=1e-6)
+    assert distance["low"] < distance["difference"] < distance["high"]
+    assert read_json(out / "compare" / "comparison.json") == manifest["metrics"]
+    shutil.copytree(out / "eval-drawn", tmp_path / "old")
+    (tmp_path / "old" / "samples.safetensors").unlink()
+    command = ["compare", f"b={out}/eval-drawn", f"features={out}/features", f"out={tmp_path}/c"]
+    assert cli.main([*command, f"a={tmp_path}/old"]) == 2
+    assert "run eval again" in capsys.readouterr().err
+    assert cli.main([*command, f"a={out}/drawn"]) == 2
+
+
 def test_second_run_does_nothing_and_a_change_runs_what_depends_on_it(experiment, capsys):
     path, out = experiment
     before = {name: (out / name / "manifest.json").stat().st_mtime_ns for name in EXPERIMENT["stages"]}
@@ -129,7 +210,7 @@ def test_second_run_does_nothing_and_a_change_runs_what_depends_on_it(experiment
     status = {name: plan[str(out / name)].startswith("to run") for name in before}
     assert [name for name, to_run in status.items() if to_run] == [
         "orders", "ordered", "drawn", "peeking", "guided-by-any", "eval-guided-by-any", "eval-drawn",
-        "eval-peeking", "pipeline",
+        "eval-peeking", "compare", "pipeline",
     ]  # fmt: skip
 
 
@@ -184,6 +265,8 @@ def test_artifacts_that_do_not_belong_together_are_refused(experiment, tmp_path)
         (TrainStage, {"tokens": "t", "init": "m", "model": {"depth": 3}}, "its own architecture"),
         (TrainStage, {"tokens": "t", "train": {"sample_every": 3}}, "tokenizer"),
         (TrainStage, {"tokens": "t", "model": {"width": 10}}, "multiple"),
+        (CompareStage, {"a": "a", "b": "b", "features": "f", "resamples": 10}, ">= 200"),
+        (CompareStage, {"a": "a", "b": "b", "features": "f", "confidence": 95}, "confidence must lie"),
         (OrdersStage, {"tokens": "t", "model": "m", "policy": {"order": "raster"}}, "policy.order"),
         (
             OrdersStage,

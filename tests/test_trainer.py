@@ -441,7 +441,9 @@ def test_seeds_differ_between_uses_and_steps(tmp_path):
     assert len(set(seen)) == 2 * 2 * 5
 
 
-def test_bf16_autocast(tmp_path):
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bf16_autocast(tmp_path, monkeypatch, native, dtype):
+    monkeypatch.setattr("anyorder.runs.precision.native_bf16", lambda device: native)
     seen = []
 
     def loss(model, indices, step, generator):
@@ -449,7 +451,7 @@ def test_bf16_autocast(tmp_path):
         return squared_error(model, indices, step, generator)
 
     result = run(tmp_path, loss, steps=1, warmup=0, bf16=True, accumulation=1)
-    assert seen == [torch.bfloat16]
+    assert seen == [dtype]
     assert {p.dtype for p in result.model.parameters()} == {torch.float32}
 
 

@@ -11,10 +11,10 @@ from anyorder.contracts import Grid
 from anyorder.decode import sample
 from anyorder.likelihood import token_nll
 from anyorder.logits import Streams
+from anyorder.models.coordinates import CoordinateEncoding
 from anyorder.models.transformer import (
     AnyOrderTransformer,
     Architecture,
-    CoordinateEncoding,
     TransformerConfig,
     rotate,
 )

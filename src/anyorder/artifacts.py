@@ -14,6 +14,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -302,6 +303,7 @@ class Artifact:
             "fingerprint": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16],
             "files": files,
             "versions": versions(),
+            "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "seconds": round(seconds, 3),
             "examples_per_second": round(examples / seconds, 3) if examples and seconds > 0 else None,
             **facts,

@@ -29,6 +29,7 @@ GROUPS = {
         "orders": "extract the order of every training image from the model's confidence",
         "sample": "draw images in a fixed, random or inferred order",
         "eval": "measure samples and the model's likelihood",
+        "compare": "two evaluations: differences with bootstrap intervals",
         "pipeline": "put model and tokenizer into one folder for Pipeline.from_pretrained",
     },
     "published models": {"convert": "downloaded weights of LlamaGen, RandAR, ARPG, MaskGIT-VQ to a folder"},
@@ -179,8 +180,9 @@ def _experiment(path: Path, overrides: list[str], dry_run: bool) -> None:
 
 def _report(arguments: list[str], dry_run: bool, asked_help: bool) -> None:
     if asked_help:
-        print("anyorder report RUN... [out=RUN/report.html] [data_pictures=true]\n")
-        print("out=FILE.md writes the tables alone, as Markdown")
+        print("anyorder report RUN... [out=RUN/report.html] [data_pictures=true] [manifests=FOLDER]\n")
+        print("out=FILE.md writes conclusions and tables alone, as Markdown; manifests are enough for that")
+        print("manifests=FOLDER copies manifests and training logs there, for the records")
         print("data_pictures=false leaves out reconstructions, which are pictures of the data set itself")
         return
     folders = [Path(a) for a in arguments if "=" not in a]
@@ -188,13 +190,19 @@ def _report(arguments: list[str], dry_run: bool, asked_help: bool) -> None:
         raise ValueError("give one or more run folders, for example runs/quickstart")
     out, rest = _out(arguments, str(folders[0] / "report.html"))
     settings = dict(a.split("=", 1) for a in rest if "=" in a)
-    pictures = settings.pop("data_pictures", "true").lower()
+    pictures, records = settings.pop("data_pictures", "true").lower(), settings.pop("manifests", None)
     if settings or pictures not in ("true", "false"):
-        raise ValueError(f"report takes out=FILE and data_pictures=true|false, got {' '.join(rest)}")
+        raise ValueError(
+            f"report takes out=FILE, data_pictures=true|false and manifests=FOLDER, got {' '.join(rest)}"
+        )
     if dry_run:
         print(f"report of {', '.join(map(str, folders))} -> {out}")
-    else:
-        _write_report(folders, out, data_pictures=pictures == "true")
+        return
+    if records:
+        from anyorder.runs.records import copy_records
+
+        print(f"manifests: {len(copy_records(folders, Path(records)))} in {records}")
+    _write_report(folders, out, data_pictures=pictures == "true")
 
 
 def _write_report(folders: list[Path], out: Path, data_pictures: bool) -> None:

@@ -12,6 +12,7 @@ Factorisation (OAR, arXiv 2504.17069, Sec. 3): log p(x | pi, c) = sum_i log p(x[
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -95,6 +96,21 @@ class AnyOrderModel(Protocol):
         ...
 
 
+@runtime_checkable
+class LocatingModel(AnyOrderModel, Protocol):
+    """A model that says where to go, too: q(order, x) = prod q(position) q(token | position)."""
+
+    def joint(
+        self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, N, V) as of `forward`, and log q(position) (B, N, N) [step, position], -inf if revealed."""
+        ...
+
+    def locate(self, state: Any, revealed: Tensor) -> Tensor:
+        """Log q(next position), (B, N) float32 nats, -inf where `revealed` (B, N) bool; state unchanged."""
+        ...
+
+
 class TokenizerNetwork(nn.Module, Tokenizer):
     """A tokenizer with weights, as folders and pipelines hold it."""
 
@@ -124,6 +140,10 @@ class Progress:
     """How many reveals the loop has made."""
     noise: Tensor
     """(B, N) float32, one standard Gumbel number per position for this step, from each row's generator."""
+    where: Tensor | None = None
+    """(B, N) float32, the model's log q(next position), for policies that are `located`."""
+    uncertainty_after: Callable[[Tensor], Tensor] | None = None
+    """Positions (B,) to (B,) nats: the summed entropy of the other open positions once that one is revealed."""
 
 
 class OrderPolicy(Protocol):
@@ -139,6 +159,21 @@ class OrderPolicy(Protocol):
         """True if the choice ignores the candidate tokens; only then is p(x) a normalised density."""
         ...
 
+    @property
+    def rated(self) -> bool:
+        """True if `select` needs ratings: every candidate is scored to decide where."""
+        ...
+
+    @property
+    def located(self) -> bool:
+        """True if it reads `Progress.where`, which takes a `LocatingModel`."""
+        ...
+
+    @property
+    def sequential(self) -> bool:
+        """True if the selected positions are drawn one after another, False if in parallel."""
+        ...
+
     def propose(self, progress: Progress) -> Tensor:
         """Candidate positions (B, M) int64, all of them open."""
         ...
@@ -148,7 +183,7 @@ class OrderPolicy(Protocol):
         ...
 
     def select(self, progress: Progress, candidates: Tensor, ratings: Tensor) -> Tensor:
-        """Columns (B, K) int64 of `candidates` to reveal now, in sequence."""
+        """Columns (B, K) int64 of `candidates` to reveal now, in sequence; ratings are zeros if not `rated`."""
         ...
 
 

@@ -6,15 +6,18 @@ Sampling in a given order, sampling with inferred locations, order extraction an
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from anyorder.contracts import AnyOrderModel, Grid, OrderPolicy, Progress, Step, Trace
+from anyorder.contracts import AnyOrderModel, Grid, LocatingModel, OrderPolicy, Progress, Step, Trace
 from anyorder.guidance import for_locations
-from anyorder.logits import Sampling, Streams, draw, token_likelihood, truncate
-from anyorder.policies import make_policy
+from anyorder.logits import Sampling, Streams, draw, entropy, token_likelihood, truncate
+from anyorder.policies import FixedOrder, InformativeOrder, make_policy
 
 Content = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(positions (B, M), log-probabilities (B, M, V), uniform (B, M)) -> tokens (B, M)."""
@@ -50,7 +53,9 @@ def generate(
 ) -> Iterator[Step]:
     """Reveal every open position, step by step; progress bars and animations read this stream.
 
-    Costs per image, N positions: a fixed order evaluates N candidates, an inferred one N (N + 1) / 2.
+    Costs per image, N positions: a fixed order and the location head evaluate N candidates; an inferred
+    order N (N + 1) / (2 refresh) and, if it is decided before the tokens are drawn, N of the drawer;
+    expected information 1 + top times that.
     Memory: the model's cache plus O(B * chunk * V) for logits.
 
     Args:
@@ -62,20 +67,25 @@ def generate(
         grid: the grid to draw on; the model's own by default.
         known: positions (B, K) and tokens (B, K) that are given, revealed first.
         scorer: the model that decides where, if it is not the drawer itself: for a drawer that was
-            fine-tuned on the scorer's orders. The drawer then evaluates the chosen positions only.
+            fine-tuned on the scorer's orders. The drawer then evaluates the chosen positions only. A fixed
+            order needs none, and leaves it unused.
         chunk: candidates scored per call.
 
     Yields:
         Step: after each reveal.
 
     Raises:
-        ValueError: a scorer of its own with a policy that looks at the drawn tokens.
+        ValueError: a scorer of its own with a policy that looks at the drawn tokens, or a policy that asks a
+            location head of a model that has none.
     """
     if scorer is not None and not policy.token_blind:
         raise ValueError(
             f"'{policy.name}' looks at the drawer's tokens, so no other model can score: leave scorer out, "
             "or choose a token-blind order"
         )
+    scorer = None if isinstance(policy, FixedOrder) else scorer
+    if policy.located and not isinstance(scorer or model, LocatingModel):
+        raise ValueError(f"'{policy.name}' asks a location head: this model has none, choose another order")
     grid = grid or model.grid
     device = streams.device
     batch = len(streams)
@@ -97,23 +107,48 @@ def generate(
     done = 0
     while done < total:
         uniform, progress.noise = streams.uniform(grid.n), streams.gumbel(grid.n)
+        by, its = (model, state) if scorer is None else (scorer, guide)
+        if policy.located:
+            progress.where = by.locate(its, progress.revealed)  # type: ignore[attr-defined]
+        if isinstance(policy, InformativeOrder):
+            progress.uncertainty_after = partial(_uncertainty_after, by, its, progress, chunk)
         candidates = policy.propose(progress)
-        if scorer is None:
-            tokens, log_prob, ratings = _look(model, state, policy, content, candidates, uniform, chunk)
-            chosen = policy.select(progress, candidates, ratings)
-            positions, tokens, log_prob = (x.gather(1, chosen) for x in (candidates, tokens, log_prob))
-        else:
-            _, _, ratings = _look(scorer, guide, policy, _blank, candidates, uniform, chunk)
-            positions = candidates.gather(1, policy.select(progress, candidates, ratings))
-            tokens, log_prob, _ = _look(model, state, policy, content, positions, uniform, chunk)
-        done += positions.shape[1]
-        if done < total:  # after the last reveal nothing is scored any more
-            state = model.append(state, positions, tokens)
-            guide = scorer.append(guide, positions, tokens) if scorer is not None else None
-        progress.revealed.scatter_(1, positions, True)
-        progress.last = positions[:, -1]
-        progress.step += 1
-        yield Step(progress.step - 1, total, positions, tokens, log_prob)
+        ratings = torch.zeros(candidates.shape, device=device)
+        if policy.rated:
+            what = _blank if policy.token_blind else content
+            seen, likely, ratings = _look(by, its, policy, what, candidates, uniform, chunk)
+        chosen = policy.select(progress, candidates, ratings)
+        positions, written = candidates.gather(1, chosen), []
+        for some in positions.split(1 if policy.sequential else positions.shape[1], dim=1):
+            if policy.token_blind:  # where first, what afterwards
+                tokens, log_prob, _ = _look(model, state, policy, content, some, uniform, chunk)
+            else:
+                tokens, log_prob = seen.gather(1, chosen), likely.gather(1, chosen)
+            done += some.shape[1]
+            if done < total:  # after the last reveal nothing is scored any more
+                state = model.append(state, some, tokens)
+            written.append(tokens)
+            progress.revealed.scatter_(1, some, True)
+            progress.last = some[:, -1]
+            progress.step += 1
+            yield Step(progress.step - 1, total, some, tokens, log_prob)
+        if scorer is not None and done < total:
+            guide = scorer.append(guide, positions, torch.cat(written, dim=1))
+
+
+def _uncertainty_after(
+    model: AnyOrderModel, state: Any, progress: Progress, chunk: int, position: Tensor
+) -> Tensor:
+    """Summed entropy (B,) nats of the open positions after the likeliest token is put on `position` (B,)."""
+    fork, position = copy.deepcopy(state), position[:, None]
+    token = model.score(fork, position).argmax(-1)
+    fork = model.append(fork, position, token)
+    others = (~progress.revealed.scatter(1, position, True)).nonzero()[:, 1].view(len(position), -1)
+    total = torch.zeros(len(position), device=position.device)
+    for some in others.split(chunk, dim=1):
+        log_p = model.score(fork, some).float().log_softmax(-1)
+        total -= entropy(log_p, some).sum(1)
+    return total
 
 
 def _look(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from anyorder.contracts import AnyOrderModel, Grid
+from anyorder.contracts import AnyOrderModel, Grid, LocatingModel
 
 Schedule = Literal["constant", "linear", "power-cosine"]
 
@@ -111,6 +111,16 @@ class Guided:
         """Both halves see the same tokens."""
         inner = self.model.append(state.inner, positions.repeat(2, 1), tokens.repeat(2, 1))
         return GuidedState(inner, state.revealed + positions.shape[1], state.n)
+
+    def locate(self, state: GuidedState, revealed: Tensor) -> Tensor:
+        """Where the conditional half would go, (B, N) nats; guidance is for content only.
+
+        Raises:
+            ValueError: the wrapped model has no location head.
+        """
+        if not isinstance(self.model, LocatingModel):
+            raise ValueError("the guided model has no location head: choose another order")
+        return self.model.locate(state.inner, revealed.repeat(2, 1)).chunk(2)[0]
 
     @staticmethod
     def _both(condition: Tensor | None) -> Tensor:

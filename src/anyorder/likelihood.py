@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyorder.contracts import AnyOrderModel, Grid
+from anyorder.contracts import AnyOrderModel, Grid, LocatingModel
 from anyorder.orders import permute
 
 
@@ -30,6 +30,34 @@ def token_nll(
     Returns:
         (B, N) float32, nats, in order steps.
     """
-    logits = model.forward(tokens, condition, order, grid).float().flatten(0, 1)
+    return _surprise(model.forward(tokens, condition, order, grid), tokens, order)
+
+
+def joint_nll(
+    model: LocatingModel,
+    tokens: Tensor,
+    condition: Tensor | None,
+    order: Tensor,
+    grid: Grid | None = None,
+) -> tuple[Tensor, Tensor]:
+    """-log q(token | position) and -log q(position) of every step, q(order, x) being the product of both.
+
+    Their sum over all steps is -log q(order, x), an upper bound on -log p(x) for whatever order.
+
+    Args:
+        model: any-order model with a location head.
+        tokens: (B, N) int64 in raster order.
+        condition: (B,) int64 labels, or None.
+        order: (B, N) int64.
+        grid: the grid of `tokens`, where it is not the model's own.
+
+    Returns:
+        Two (B, N) float32, nats, in order steps: content and location.
+    """
+    logits, where = model.joint(tokens, condition, order, grid)
+    return _surprise(logits, tokens, order), -where.gather(-1, order[..., None]).squeeze(-1)
+
+
+def _surprise(logits: Tensor, tokens: Tensor, order: Tensor) -> Tensor:
     target = permute(tokens, order)
-    return F.cross_entropy(logits, target.flatten(), reduction="none").view_as(target)
+    return F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none").view_as(target)

@@ -290,15 +290,20 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 2048) 
 
 def _coverage(points: Tensor, queries: Tensor, k: int, chunk: int) -> float:
     """Share of the queries that lie within the k-th neighbour's distance of any of the points."""
+    radius = manifold_radius(points, k, chunk)
+    inside = [(torch.cdist(part, points) <= radius).any(1) for part in queries.split(chunk)]
+    return float(torch.cat(inside).double().mean())
+
+
+def manifold_radius(points: Tensor, k: int, chunk: int = 2048) -> Tensor:
+    """Distance (n,) of each of the points (n, dim) to its k-th nearest other point."""
     radii = []
     for begin in range(0, len(points), chunk):
         distances = torch.cdist(points[begin : begin + chunk], points)
         own = torch.arange(len(distances))
         distances[own, begin + own] = math.inf
         radii.append(distances.kthvalue(k, dim=1).values)
-    radius = torch.cat(radii)
-    inside = [(torch.cdist(part, points) <= radius).any(1) for part in queries.split(chunk)]
-    return float(torch.cat(inside).double().mean())
+    return torch.cat(radii)
 
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:

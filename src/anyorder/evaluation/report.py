@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, ClassVar, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -24,6 +25,23 @@ from anyorder.artifacts import write_text
 
 MISSING = "\u2013"
 """An en dash: what a cell without a value shows."""
+
+
+class Spread(float):
+    """The mean of several values, shown with their sample standard deviation.
+
+    Attributes:
+        deviation: sample standard deviation, 0 for a single value.
+    """
+
+    deviation: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Mean and deviation of one or more values."""
+        result = cls(mean(values))
+        result.deviation = stdev(values) if len(values) > 1 else 0.0
+        return result
 
 
 @dataclass(frozen=True)
@@ -100,7 +118,10 @@ def _is_number(value: Any) -> bool:
 
 
 def format_value(value: Any) -> str:
-    """Four significant digits, thousands separated, yes or no, and a dash where a value is missing."""
+    """Four significant digits, thousands separated, yes or no, and a dash where a value is missing.
+
+    A `Spread` is shown as mean ± deviation, to the mean's decimals.
+    """
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None or (isinstance(value, Real) and math.isnan(value)):
@@ -110,6 +131,9 @@ def format_value(value: Any) -> str:
     if not isinstance(value, Real) or not math.isfinite(value):
         return str(value)
     decimals = 3 - math.floor(math.log10(abs(value))) if value else 0
+    if isinstance(value, Spread):
+        places = min(max(0, decimals), 7)
+        return f"{float(value):,.{places}f} \u00b1 {value.deviation:,.{places}f}"
     return f"{float(value):.2e}" if decimals > 7 else f"{float(value):,.{max(0, decimals)}f}"
 
 

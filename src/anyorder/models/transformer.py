@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from anyorder.contracts import AnyOrderNetwork, Grid
+from anyorder.models.coordinates import CoordinateEncoding, displacement_index, displacements
+from anyorder.models.location import LocationHead, revealed_before
+from anyorder.orders import inverse
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys, values, each (B, H, T, D / H), to outputs of the same shape."""
@@ -49,6 +52,8 @@ class Architecture:
     """Share of input tokens hidden in training (their position stays)."""
     label_dropout: float = 0.1
     """Share of labels replaced by the null label in training, for guidance."""
+    location: bool = False
+    """A head that says where to go next, besides what is there: order and content as one model."""
     checkpointing: bool = False
     """Recompute blocks in the backward pass: memory O(depth) less, time about a third more."""
 
@@ -87,26 +92,6 @@ class TransformerConfig(Architecture):
                 f"vocab_size must be >= 1 and num_classes >= 0, got {self.vocab_size} and {self.num_classes}"
             )
         Grid(*self.grid)
-
-
-class CoordinateEncoding(nn.Module):
-    """A learned function of real 2-D coordinates: sin-cos features, then a small network."""
-
-    frequencies: Tensor
-
-    def __init__(self, width: int, features: int = 32, longest: float = 256.0):
-        """Use `features` wavelengths per axis, from 2 to `longest` patches, geometrically."""
-        super().__init__()
-        wavelengths = torch.logspace(math.log10(2.0), math.log10(longest), features)
-        self.register_buffer("frequencies", 2 * math.pi / wavelengths, persistent=False)
-        self.hidden = nn.Linear(4 * features, width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, coordinates: Tensor) -> Tensor:
-        """Coordinates (..., 2) in patches to encodings (..., D)."""
-        angles = (coordinates[..., None] * self.frequencies).flatten(-2)
-        features = torch.cat((angles.sin(), angles.cos()), dim=-1)
-        return self.out(F.silu(self.hidden(features.to(self.hidden.weight.dtype))))
 
 
 @dataclass
@@ -216,8 +201,25 @@ class State:
     """(B, D): condition or last token with its position; only the next position is missing."""
     last: Tensor
     """(B,) int64: position of the last token, N for the condition."""
-    scored: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    """Positions (B, M), keys and values (depth, B, H, M, D / H) of the candidates scored since `append`."""
+    hidden: Tensor
+    """(B, D): what the last token was predicted from; the condition before the first."""
+    content: Tensor
+    """(B, D): embedding of the last token, without its position."""
+    scored: list[Scored] = field(default_factory=list)
+    """The candidates scored since `append`."""
+
+
+@dataclass
+class Scored:
+    """What `append` need not compute again."""
+
+    positions: Tensor
+    """(B, M) int64."""
+    keys: Tensor
+    """(depth, B, H, M, D / H)"""
+    values: Tensor
+    hidden: Tensor
+    """(B, M, D)"""
 
 
 class AnyOrderTransformer(AnyOrderNetwork):
@@ -239,6 +241,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.head = nn.Linear(width, config.vocab_size, bias=False)
+        self.location = LocationHead(width) if config.location else None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -258,11 +261,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
     def _tables(self, grid: Grid) -> PositionTables:
         """Evaluate A, S, R and the rotations on a grid: O(N) small-network evaluations."""
         at = grid.coordinates(self.head.weight.device)
-        if self.config.next_position == "relative":
-            spread = Grid(2 * grid.h - 1, 2 * grid.w - 1).coordinates(at.device)
-            target = spread - torch.tensor([grid.h - 1.0, grid.w - 1.0], device=at.device)
-        else:
-            target = at
+        target = displacements(grid, at.device) if self.config.next_position == "relative" else at
         cos, sin = self._rotations(at) if self.config.rotary else (None, None)
         return PositionTables(
             grid=grid,
@@ -290,11 +289,8 @@ class AnyOrderTransformer(AnyOrderNetwork):
         """R(next - last) for last in [0, N), (B, T, D)."""
         if tables.following is None:
             return 0.0
-        index = positions
-        if self.config.next_position == "relative":
-            h, w = tables.grid.h, tables.grid.w
-            down = positions // w - last // w + h - 1
-            index = down * (2 * w - 1) + positions % w - last % w + w - 1
+        relative = self.config.next_position == "relative"
+        index = displacement_index(tables.grid, last, positions) if relative else positions
         return F.embedding(index, tables.following)
 
     def _rotation(self, tables: PositionTables, last: Tensor, positions: Tensor) -> Rotation | None:
@@ -345,6 +341,39 @@ class AnyOrderTransformer(AnyOrderNetwork):
         Raises:
             ValueError: shapes that do not fit the grid.
         """
+        return self.head(self._hidden(tokens, self._condition(len(tokens), condition), order, grid))
+
+    def joint(
+        self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Teacher-forced content and location: q(order, x) = prod q(position) q(token | position).
+
+        Args:
+            tokens: (B, N) int64 in raster order, in [0, V).
+            condition: (B,) int64 labels, -1 for none, or None.
+            order: (B, N) int64.
+            grid: the grid of `tokens`, where it is not the one of training.
+
+        Returns:
+            Logits (B, N, V) as of `forward`, and log-probabilities (B, N, N) float32 of every position to be
+            the one of step i, -inf where it is revealed already.
+
+        Raises:
+            ValueError: the model has no location head, or shapes that do not fit the grid.
+        """
+        grid = grid or self.grid
+        start = self._condition(len(tokens), condition)
+        hidden = self._hidden(tokens, start, order, grid)
+        before, current = self._before(order, grid), order[:, :-1]
+        content = torch.cat(
+            (self._nothing(start)[:, None], self.token_embedding(tokens.gather(1, current))), 1
+        )
+        behind = torch.cat((start[:, None].to(hidden.dtype), hidden[:, :-1]), dim=1)
+        revealed = revealed_before(inverse(order))
+        return self.head(hidden), self._located(behind, content, before, revealed, grid)
+
+    def _hidden(self, tokens: Tensor, condition: Tensor, order: Tensor, grid: Grid | None) -> Tensor:
+        """Hidden states (B, N, D) that the tokens of each step are predicted from; condition is embedded."""
         grid = grid or self.grid
         if tokens.shape[1:] != (grid.n,) or order.shape != tokens.shape:
             raise ValueError(
@@ -357,17 +386,32 @@ class AnyOrderTransformer(AnyOrderNetwork):
         if self.training and self.config.token_dropout:
             hidden = torch.rand(seen.shape, device=seen.device) < self.config.token_dropout
             seen = torch.where(hidden, self.vocab_size, seen)
-        start = self._start(tables, self._condition(len(tokens), condition), order[:, :1])
+        start = self._start(tables, condition, order[:, :1])
         x = self._content(tables, seen, current) + self._next(tables, current, order[:, 1:])
         x = torch.cat((start, x), dim=1)
-        before = torch.cat((torch.full_like(order[:, :1], grid.n), current), dim=1)
-        rotation = self._rotation(tables, before, order)
+        rotation = self._rotation(tables, self._before(order, grid), order)
         for block in self.blocks:
             if self.config.checkpointing and self.training:
                 x = checkpoint(block, x, rotation, causal, use_reentrant=False)
             else:
                 x = block(x, rotation, causal)
-        return self.head(self.norm(x))
+        return self.norm(x)
+
+    @staticmethod
+    def _before(order: Tensor, grid: Grid) -> Tensor:
+        """Position of the last token before each step, (B, N) int64; N before the first."""
+        return torch.cat((torch.full_like(order[:, :1], grid.n), order[:, :-1]), dim=1)
+
+    def _nothing(self, like: Tensor) -> Tensor:
+        """Embedding of no token, (B, D)."""
+        return self.token_embedding.weight[-1].expand_as(like)
+
+    def _located(self, hidden: Tensor, content: Tensor, last: Tensor, revealed: Tensor, grid: Grid) -> Tensor:
+        if self.location is None:
+            raise ValueError(
+                "this model has no location head: train one with location=true, or choose another order"
+            )
+        return self.location(hidden, content, last, revealed, grid)
 
     def _start(self, tables: PositionTables, condition: Tensor, positions: Tensor) -> Tensor:
         """condition + S(position), (B, M, D)."""
@@ -390,13 +434,16 @@ class AnyOrderTransformer(AnyOrderNetwork):
             dtype = torch.get_autocast_dtype(device.type)
         heads = self.config.heads
         shape = (self.config.depth, batch_size, heads, grid.n, self.config.width // heads)
+        start = self._condition(batch_size, condition)
         return State(
             tables=self._tables(grid),
             keys=torch.empty(shape, device=device, dtype=dtype),
             values=torch.empty(shape, device=device, dtype=dtype),
             length=0,
-            pending=self._condition(batch_size, condition),
+            pending=start,
             last=torch.full((batch_size,), grid.n, device=device),
+            hidden=start,
+            content=self._nothing(start),
         )
 
     def _inputs(self, state: State, positions: Tensor) -> Tensor:
@@ -417,8 +464,20 @@ class AnyOrderTransformer(AnyOrderNetwork):
         attend = SharedPrefix(state)
         for block in self.blocks:
             x = block(x, rotation, attend)
-        state.scored.append((positions, torch.stack(attend.new_keys), torch.stack(attend.new_values)))
-        return self.head(self.norm(x))
+        x = self.norm(x)
+        keys, values = torch.stack(attend.new_keys), torch.stack(attend.new_values)
+        state.scored.append(Scored(positions, keys, values, x))
+        return self.head(x)
+
+    def locate(self, state: State, revealed: Tensor) -> Tensor:
+        """Log-probability of each position to be next, (B, N) float32 nats; -inf where `revealed` (B, N).
+
+        Raises:
+            ValueError: the model has no location head.
+        """
+        hidden, content = state.hidden[:, None].to(state.content.dtype), state.content[:, None]
+        grid = state.tables.grid
+        return self._located(hidden, content, state.last[:, None], revealed[:, None], grid)[:, 0]
 
     def append(self, state: State, positions: Tensor, tokens: Tensor) -> State:
         """Reveal tokens (B, K) at positions (B, K), in that sequence.
@@ -427,8 +486,9 @@ class AnyOrderTransformer(AnyOrderNetwork):
         lead to the others run as one causal block.
         """
         first = self._recall(state, positions[:, 0])
+        hidden = state.hidden
         if first is not None:
-            keys, values = first
+            keys, values, hidden = first
             state.keys[:, :, :, state.length] = keys
             state.values[:, :, :, state.length] = values
             length = state.length + 1
@@ -447,6 +507,8 @@ class AnyOrderTransformer(AnyOrderNetwork):
             for block in self.blocks:
                 x = block(x, rotation, attend)
             length += x.shape[1]
+            hidden = self.norm(x[:, -1])
+        content = self.token_embedding(tokens[:, -1])
         return State(
             tables=state.tables,
             keys=state.keys,
@@ -454,24 +516,34 @@ class AnyOrderTransformer(AnyOrderNetwork):
             length=length,
             pending=self._content(state.tables, tokens[:, -1:], positions[:, -1:])[:, 0],
             last=positions[:, -1],
+            hidden=hidden,
+            content=content,
         )
 
     @staticmethod
-    def _recall(state: State, position: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Keys and values (depth, B, H, D / H) of a position (B,) that has been scored, or None."""
-        rows = torch.arange(len(position), device=position.device)
-        found, keys, values = torch.zeros_like(position, dtype=torch.bool), None, None
-        for positions, some_keys, some_values in state.scored:
-            match = positions == position[:, None]
-            column, hit = match.int().argmax(1), match.any(1)
-            k, v = some_keys[:, rows, :, column], some_values[:, rows, :, column]  # (B, depth, H, D / H)
-            mine = hit[:, None, None, None]
-            keys = k if keys is None else torch.where(mine, k, keys)
-            values = v if values is None else torch.where(mine, v, values)
-            found |= hit
-        if keys is None or values is None or not bool(found.all()):
+    def _recall(state: State, position: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Keys, values (depth, B, H, D / H) and hidden state (B, D) of a scored position (B,), or None."""
+        if not state.scored:
             return None
-        return keys.transpose(0, 1), values.transpose(0, 1)
+        rows = torch.arange(len(position), device=position.device)
+        match = torch.cat([some.positions for some in state.scored], dim=1) == position[:, None]
+        if not bool(match.any(1).all()):
+            return None
+        column = match.int().argmax(1)
+        found: list[Tensor] = []
+        for some in state.scored:  # the candidates came in chunks, and each row has its own in one of them
+            m = some.positions.shape[1]
+            here, index = (column >= 0) & (column < m), column.clamp(0, m - 1)
+            parts = [
+                some.keys[:, rows, :, index].transpose(0, 1),
+                some.values[:, rows, :, index].transpose(0, 1),
+                some.hidden[rows, index],
+            ]
+            masks = [here[:, None, None], here[:, None, None], here[:, None]]
+            found = [torch.where(*x) for x in zip(masks, parts, found, strict=True)] if found else parts
+            column = column - m
+        keys, values, hidden = found
+        return keys, values, hidden
 
 
 class SharedPrefix:

@@ -13,10 +13,13 @@ from tqdm import tqdm
 
 from anyorder.artifacts import Artifact, RowWriter, load_array, read_manifest, write_json
 from anyorder.contracts import AnyOrderModel
-from anyorder.data.caches import TokenSet, check_tokenizer
+from anyorder.data.caches import ImageSet, TokenSet, check_tokenizer
 from anyorder.data.sunsets import consistency
 from anyorder.decode import extract_orders, sample
 from anyorder.evaluation import figures, metrics
+from anyorder.evaluation.classes import class_agreement
+from anyorder.evaluation.features import ClassifierFeatures
+from anyorder.evaluation.memorisation import closeness, copied_share, nearest_distance
 from anyorder.guidance import GuidanceConfig, Guided
 from anyorder.logits import Sampling, Streams
 from anyorder.policies import PolicyConfig
@@ -33,7 +36,10 @@ from anyorder.runs.common import (
     uint8_batches,
 )
 from anyorder.runs.precision import fast_dtype
-from anyorder.runs.prepare import load_extractor
+from anyorder.runs.prepare import load_extractor, training_features
+
+SAMPLES = "samples.safetensors"
+"""Features and logits of the samples in an eval artifact, so that comparisons need no second pass."""
 
 
 @dataclass
@@ -153,7 +159,7 @@ class EvalStage:
     """Images in each of KID's subsets."""
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
-        """Write `metrics.json`."""
+        """Write `metrics.json`, and `samples.safetensors`: features and logits of the samples."""
         for folder, role in ((self.samples, "model"), (self.samples, "tokens"), (self.tokens, "data")):
             require_made_from(folder, role, getattr(self, role))
         require_made_from(self.features, "data", self.data)
@@ -162,8 +168,10 @@ class EvalStage:
         reference = metrics.FeatureStatistics.load(
             self.features / "reference.safetensors", extractor.name, artifact.identity["inputs"]["data"]
         )
-        images = load_array(self.samples / "images.npy")
-        found = metrics.evaluate(extractor, reference, uint8_batches(images), self.kid_subset_size)
+        images, source = load_array(self.samples / "images.npy"), artifact.identity["inputs"]["samples"]
+        drawn = metrics.statistics(extractor, uint8_batches(images), source, "generated images")
+        drawn.save(artifact.folder / SAMPLES)
+        found = metrics.evaluate(extractor, reference, drawn, self.kid_subset_size)
         made, trained = read_manifest(self.samples), read_manifest(self.model)
         found |= {
             "policy": made["policy"],
@@ -173,11 +181,28 @@ class EvalStage:
             "training_tokens": trained["training_tokens"],
             "training_seconds": trained["training_seconds"],
             **self._likelihood(made),
+            **self._memorisation(extractor, reference, drawn),
         }
+        if isinstance(extractor, ClassifierFeatures):
+            labels = torch.from_numpy(np.array(load_array(self.samples / "labels.npy")))
+            found |= class_agreement(reference.logits, drawn.logits, labels)._asdict()
         if read_manifest(self.data)["config"]["source"] == "sunsets":
             found["consistency"] = consistency(np.array(images))
         write_json(artifact.folder / "metrics.json", found)
         return {"examples": len(images), "metrics": found, "device": str(device())}
+
+    def _memorisation(
+        self, extractor: Any, test: metrics.FeatureStatistics, drawn: metrics.FeatureStatistics
+    ) -> dict[str, float]:
+        """Are samples nearer to training images than test images are, or their very tokens?"""
+        training = training_features(self.features, extractor, ImageSet(self.data)).features
+        of_samples, of_test = (nearest_distance(some.features, training) for some in (drawn, test))
+        known, unseen = (TokenSet(self.tokens, split).tokens for split in ("train", "test"))
+        return {
+            **closeness(of_samples, of_test)._asdict(),
+            "token_copies": copied_share(load_array(self.samples / "tokens.npy"), known),
+            "token_copies_of_test": copied_share(unseen, known),
+        }
 
     def _likelihood(self, made: dict[str, Any]) -> dict[str, Any]:
         """Exact negative log-likelihood of test images under the policy the samples were drawn with.

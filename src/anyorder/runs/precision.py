@@ -1,4 +1,4 @@
-"""Whether bfloat16 pays: where the hardware has no bf16 arithmetic, emulating it costs far more than float32."""
+"""Whether bfloat16 pays: where the hardware has no bf16 arithmetic, emulating it costs more than float32."""
 
 from __future__ import annotations
 

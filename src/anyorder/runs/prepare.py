@@ -141,6 +141,12 @@ def reconstructions(model: VQModel, images: ImageSet) -> Any:
     return figures.image_grid(both, columns=len(pixels), scale=2)
 
 
+TRAINING = "train.safetensors"
+"""Features of training images in a features artifact, for the nearest one of a sample."""
+NEIGHBOURS = 50_000
+"""At most this many training images may be the nearest one of a sample: 400 MB at 2,048 features."""
+
+
 @dataclass
 class FeaturesStage:
     """The feature space of FD, and the reference statistics of the test split in it."""
@@ -155,7 +161,7 @@ class FeaturesStage:
     """Training of the classifier."""
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
-        """Write the classifier and `reference.safetensors`; say how far real images are from real images."""
+        """Write the classifier and `{reference,train}.safetensors`; say how far real images are from real."""
         images, test = ImageSet(self.data), ImageSet(self.data, "test")
         facts = self._train(artifact, images, test) if self.extractor == "classifier" else {}
         write_json(artifact.folder / "extractor.json", {"extractor": self.extractor})
@@ -163,6 +169,8 @@ class FeaturesStage:
         batches = uint8_batches(test.images)
         reference = metrics.statistics(extractor, batches, test.fingerprint, "test features")
         reference.save(artifact.folder / "reference.safetensors")
+        (artifact.folder / TRAINING).unlink(missing_ok=True)  # of an earlier configuration
+        training_features(artifact.folder, extractor, images)
         batches = uint8_batches(images.images[: len(test)])
         floor = metrics.statistics(extractor, batches, description="train features")
         return {
@@ -201,6 +209,18 @@ def load_extractor(folder: Path) -> ClassifierFeatures | Inception2015:
     model = load_model(folder, "classifier").to(device())
     assert isinstance(model, Classifier)
     return ClassifierFeatures(model)
+
+
+def training_features(
+    folder: Path, extractor: ClassifierFeatures | Inception2015, images: ImageSet
+) -> metrics.FeatureStatistics:
+    """Features of (at most 50,000) training images, computed once and kept in the features artifact."""
+    path = folder / TRAINING
+    if not path.is_file():
+        rows = batches(spread(NEIGHBOURS, len(images)), 256)
+        pixels = (torch.from_numpy(np.array(images.images[some])).permute(0, 3, 1, 2) for some in rows)
+        metrics.statistics(extractor, pixels, images.fingerprint, "training features").save(path)
+    return metrics.FeatureStatistics.load(path, extractor.name, images.fingerprint)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The pipeline, in the paper's order: every stage reads artifacts and writes one.
 
     data -> tokenizer -> tokens -> train (random orders) -> orders -> train (extracted orders)
-         -> features                                     -> sample -> eval -> report
+         -> features                                     -> sample -> eval -> compare
 
 A stage is a dataclass: its fields are its configuration, `inputs` names those that are artifacts, and
 `run` does the work. `execute` skips a stage whose artifact is up to date and resumes one that was killed.
@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from anyorder.artifacts import MANIFEST, Artifact
+from anyorder.runs.compare import CompareStage
 from anyorder.runs.config import did_you_mean, load_yaml, parse
 from anyorder.runs.judge import EvalStage, SampleStage
 from anyorder.runs.learn import OrdersStage, TrainStage
 from anyorder.runs.prepare import DataStage, FeaturesStage, TokenizerStage, TokensStage
 from anyorder.runs.pretrained import PipelineStage
+from anyorder.runs.seeds import SEED, expand
 
 log = logging.getLogger("anyorder")
 
@@ -33,6 +35,7 @@ STAGES: dict[str, Any] = {
     "orders": OrdersStage,
     "sample": SampleStage,
     "eval": EvalStage,
+    "compare": CompareStage,
     "pipeline": PipelineStage,
 }
 
@@ -101,18 +104,24 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
     The file holds `out` (a folder) and `stages`: artifact name -> settings, in sequence. The setting
     `stage` says what kind of stage it is where the name does not. Inputs name earlier artifacts of the
-    file, or are paths.
+    file, or are paths. A stage whose name holds `{seed}` is made once for each of `seeds`; overrides name
+    all of these (`raster-s{seed}.train.steps=10`) or one (`raster-s0.train.steps=10`).
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: unknown stage or setting (with a suggestion), or a bad value; the stage is named.
     """
     values = load_yaml(path)
-    _refuse_unknown(values, ("out", "stages"), f"setting in {path}")
-    by_stage = _by_stage(overrides, values.setdefault("stages", {}))
+    _refuse_unknown(values, ("out", "seeds", "stages"), f"setting in {path}")
+    seeds, templates = values.get("seeds", []), values.get("stages") or {}
+    try:
+        expanded = expand(templates, seeds)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+    by_stage = _by_stage(overrides, list(templates), list(expanded), seeds)
     out = Path(by_stage.pop("out", [values.get("out", f"runs/{Path(path).stem}")])[0])
     stages: dict[str, tuple[str, Any]] = {}
-    for name, settings in values["stages"].items():
+    for name, settings in expanded.items():
         settings = dict(settings or {})
         kind = settings.pop("stage", name)
         _refuse_unknown([kind], STAGES, f"stage of '{name}' in {path}")
@@ -126,18 +135,28 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     return Experiment(out, stages)
 
 
-def _by_stage(overrides: Sequence[str], stages: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Overrides by the stage they name; `out=` stands alone."""
-    found: dict[str, list[str]] = {}
+def _by_stage(
+    overrides: Sequence[str], templates: list[str], names: list[str], seeds: Sequence[int]
+) -> dict[str, list[str]]:
+    """Overrides by the stage they name; `out=` stands alone, templates stand for the stages made from them.
+
+    What is said of one seed wins over what is said of all, in whatever sequence.
+    """
+    for_all: dict[str, list[str]] = {}
+    for_one: dict[str, list[str]] = {}
     for override in overrides:
         key, _, value = override.partition("=")
         if key == "out":
-            found["out"] = [value]
+            for_one["out"] = [value]
             continue
         stage, _, rest = override.partition(".")
-        _refuse_unknown([stage if rest else key], stages, f"stage in override '{override}'")
-        found.setdefault(stage, []).append(rest)
-    return found
+        stage, rest = (stage, rest) if rest else (key, "")
+        _refuse_unknown([stage], dict.fromkeys([*templates, *names]), f"stage in override '{override}'")
+        for seed in seeds if SEED in stage else []:
+            for_all.setdefault(stage.replace(SEED, str(seed)), []).append(rest.replace(SEED, str(seed)))
+        if SEED not in stage:
+            for_one.setdefault(stage, []).append(rest)
+    return {name: for_all.get(name, []) + for_one.get(name, []) for name in for_all | for_one}
 
 
 def _refuse_unknown(names: Any, allowed: Any, what: str) -> None:

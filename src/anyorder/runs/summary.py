@@ -6,51 +6,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anyorder.artifacts import MANIFEST, read_manifest
 from anyorder.evaluation import figures
 from anyorder.evaluation.report import Details, Figure, Gallery, Section, Table, write_markdown, write_report
-
-Found = list[tuple[Path, dict[str, Any]]]
-
-COLUMNS = {
-    "distance": "min",
-    "KID x 1000": "min",
-    "precision": "max",
-    "recall": "max",
-    "IS": "max",
-    "nats/token": "min",
-    "bits/dim": "min",
-    "consistency": "max",
-    "s/image": "min",
-}
-"""Measured columns of the comparison and which end is better."""
-
-
-def find_artifacts(folders: Sequence[Path]) -> Found:
-    """Folder and manifest of every finished artifact in the folders, oldest first.
-
-    Raises:
-        FileNotFoundError: a folder that holds none.
-    """
-    found: dict[Path, dict[str, Any]] = {}
-    for folder in folders:
-        paths = sorted(Path(folder).rglob(MANIFEST), key=lambda path: path.stat().st_mtime)
-        if not paths:
-            raise FileNotFoundError(f"{folder} holds no finished artifact: run its experiment first")
-        found |= {path.parent: read_manifest(path.parent) for path in paths}
-    return list(found.items())
+from anyorder.runs.conclusions import conclusions
+from anyorder.runs.records import LOG, Found, find_artifacts
+from anyorder.runs.variants import (
+    Evaluation,
+    Variant,
+    difference_table,
+    group,
+    read_differences,
+    read_evaluations,
+    tables,
+)
 
 
 def report(folders: Sequence[Path], out: Path, *, data_pictures: bool = True) -> Table | None:
     """Write one self-contained page about the runs in `folders`, or its tables as Markdown.
 
     Args:
-        folders: run folders; every finished artifact below them is told of.
+        folders: run folders; every finished artifact below them is told of. Copies of the manifests will do:
+            what they have no picture for is left out.
         out: the `.html` file, or an `.md` file.
         data_pictures: show reconstructions, which are pictures of the data set itself.
 
     Returns:
-        The comparison of all evaluated samples, None if there are none.
+        Quality of all evaluated samples, over seeds where there are seeds; None if there are none.
 
     Raises:
         FileNotFoundError: a folder without artifacts.
@@ -60,9 +41,12 @@ def report(folders: Sequence[Path], out: Path, *, data_pictures: bool = True) ->
     def of(stage: str) -> Found:
         return [(path, manifest) for path, manifest in artifacts if manifest["stage"] == stage]
 
-    table = comparison(of("eval")) if of("eval") else None
+    evaluations = read_evaluations(artifacts)
+    variants = group(evaluations)
     sections = [
-        *_comparison(of("eval"), table),
+        *_conclusions(variants, artifacts),
+        *_quality(evaluations, variants),
+        *_intervals(artifacts),
         *_samples(of("sample")),
         *_orders(of("orders")),
         *_tokenizer(of("tokenizer"), data_pictures),
@@ -72,51 +56,58 @@ def report(folders: Sequence[Path], out: Path, *, data_pictures: bool = True) ->
     ]
     write = write_markdown if out.suffix == ".md" else write_report
     write(out, f"anyorder: {', '.join(Path(f).name for f in folders)}", sections)
-    return table
+    shown = variants if len(variants) < len(evaluations) else evaluations
+    return tables([each.row() for each in shown], _metric_name(evaluations))[0] if evaluations else None
 
 
-def comparison(evaluations: Found) -> Table:
-    """Quality, likelihood and cost of every evaluated set of samples."""
-    rows = []
-    for path, manifest in evaluations:
-        m = manifest["metrics"]
-        rows.append(
-            {
-                "samples": path.name.removeprefix("eval-"),
-                "order": f"{m['policy']} by {m['scorer']}" if m.get("scorer") else m["policy"],
-                "token-blind": m["token_blind"],
-                "distance": m.get("fid", m.get("fd")),
-                "KID x 1000": 1000 * m["kid"],
-                "precision": m["precision"],
-                "recall": m["recall"],
-                "IS": m["inception_score"],
-                "nats/token": m["nll"],
-                "bits/dim": m["bits_per_dim"],
-                "consistency": m.get("consistency"),
-                "s/image": m["seconds_per_image"],
-                "training tokens": m["training_tokens"],
-                "training s": m["training_seconds"],
-            }
-        )
-    measured = [name for name in COLUMNS if any(row[name] is not None for row in rows)]
-    columns = ["samples", "order", "token-blind", *measured, "training tokens", "training s"]
-    names = sorted({manifest["metrics"]["metric_name"] for _, manifest in evaluations})
-    caption = f"Distance is {', '.join(names)} of generated images to the test split."
-    shown = [{column: row[column] for column in columns} for row in rows]
-    noise = {"KID x 1000"} if any(row["KID x 1000"] < 0 for row in rows) else set()
-    best = {name: COLUMNS[name] for name in measured if name not in noise}
-    return Table(columns, shown, caption, best)  # type: ignore[arg-type]
+def _conclusions(variants: Sequence[Variant], artifacts: Found) -> list[Section]:
+    """One section for each run: distances in one feature space compare with nothing else."""
+    by_run: dict[Path, list[Variant]] = {}
+    for variant in variants:
+        by_run.setdefault(variant.evaluations[0].path.parent, []).append(variant)
+    differences = read_differences(artifacts)
+    return [
+        conclusions(own, differences, "Conclusions" if len(by_run) == 1 else f"Conclusions: {run.name}")
+        for run, own in by_run.items()
+    ]
 
 
-def _comparison(evaluations: Found, table: Table | None) -> list[Section]:
-    if table is None:
+def _metric_name(evaluations: Sequence[Evaluation]) -> str:
+    return ", ".join(sorted({evaluation.metrics["metric_name"] for evaluation in evaluations}))
+
+
+def _quality(evaluations: Sequence[Evaluation], variants: Sequence[Variant]) -> list[Section]:
+    """The orders side by side: mean and spread over seeds where there are seeds, and every run."""
+    if not evaluations:
         return []
     text = (
-        "The orders side by side. nats/token is the exact negative log-likelihood of test images under the "
-        "order that the samples were drawn in; a policy that looks at the drawn token has none."
+        "nats/token (exact) is the negative log-likelihood of test images under the order that the samples "
+        "were drawn in. nats/token (bound) is an upper bound on it, for locations that are drawn themselves: "
+        "what tokens cost and what locations cost. A policy that looks at the drawn token has neither."
     )
-    notes = sorted({note for _, manifest in evaluations for note in manifest["metrics"]["notes"]})
-    return [Section("Raster, random and ordered generation", " ".join([text, *notes]), [table])]
+    notes = sorted({note for evaluation in evaluations for note in evaluation.metrics["notes"]})
+    name, sections = _metric_name(evaluations), []
+    if len(variants) < len(evaluations):
+        spread = "Mean ± sample standard deviation over seeds."
+        averaged = tables([variant.row() for variant in variants], name)
+        sections.append(Section("Orders, over seeds", " ".join([spread, text, *notes]), averaged))
+        text, notes = "The same, run by run.", []
+    single = tables([evaluation.row() for evaluation in evaluations], name)
+    return [*sections, Section("Raster, random and ordered generation", " ".join([text, *notes]), single)]
+
+
+def _intervals(artifacts: Found) -> list[Section]:
+    table = difference_table(artifacts)
+    return [Section("Differences", "", [table])] if table is not None else []
+
+
+def _pictures(found: Found, name: str, title: str, caption: str | None = None) -> list[Figure]:
+    """The pictures of this name that are there: records of a run may be manifests alone."""
+    there = [path for path, _ in found if (path / name).is_file()]
+    return [
+        Figure(path / name, path.name if caption is None else caption, f"{title}: {path.name}")
+        for path in there
+    ]
 
 
 def _samples(samples: Found) -> list[Section]:
@@ -128,12 +119,9 @@ def _samples(samples: Found) -> list[Section]:
         ("drawing.webp", "Drawing", "Pictures being drawn, each in its own order."),
     ]
     return [
-        Section(
-            title,
-            text,
-            [Gallery([Figure(path / name, path.name, f"{title}: {path.name}") for path, _ in samples])],
-        )
+        Section(title, text, [Gallery(shown)])
         for name, title, text in parts
+        if (shown := _pictures(samples, name, title))
     ]
 
 
@@ -149,15 +137,18 @@ def _orders(orders: Found) -> list[Section]:
             "mean jump (patches)": m["mean_jump"],
             "first step entropy (nats)": m["position_entropy"][0],
             "nats/token": -m["mean_log_prob"],
+            "extraction evaluations": m.get("extraction_evaluations"),
             "seconds": m["seconds"],
         }
         for path, m in orders
     ]
-    shown = [Figure(path / "mean_rank.png", path.name, f"mean rank of {path.name}") for path, _ in orders]
+    shown = _pictures(orders, "mean_rank.png", "mean rank")
     text = (
         "Orders extracted from training images: when each patch is drawn on average, for all and per class."
     )
-    return [Section("Extracted orders", text, [Table(list(rows[0]), rows), Gallery(shown)])]
+    return [
+        Section("Extracted orders", text, [Table(list(rows[0]), rows), *([Gallery(shown)] if shown else [])])
+    ]
 
 
 def _tokenizer(tokenizers: Found, pictures: bool) -> list[Section]:
@@ -176,18 +167,19 @@ def _tokenizer(tokenizers: Found, pictures: bool) -> list[Section]:
     ]
     items: list[Any] = [Table(list(rows[0]), rows, "Measured on the test split.")]
     if pictures:
-        for path, _ in tokenizers:
-            alt = "test images above their reconstructions"
-            items.append(
-                Figure(path / "reconstructions.png", "Test images, and what the tokens keep of them.", alt)
-            )
+        alt, caption = (
+            "test images above their reconstructions",
+            "Test images, and what the tokens keep of them.",
+        )
+        items += _pictures(tokenizers, "reconstructions.png", alt, caption)
     return [Section("Tokenizer", "", items)]
 
 
 def _training(trained: Found) -> list[Section]:
     if not trained:
         return []
-    logs = [(path.name, path / "metrics.jsonl") for path, _ in trained]
+    logs = [(path.name, path / LOG) for path, _ in trained if (path / LOG).is_file()]
+    starts = [_steps_before(path, trained) for path, _ in trained if (path / LOG).is_file()]
     rows = [
         {
             "model": path.name,
@@ -202,11 +194,11 @@ def _training(trained: Found) -> list[Section]:
     caption = (
         "Test nats/token: under the order of training, random for models fine-tuned on extracted orders."
     )
-    picture = figures.loss_curves(logs, starts=[_steps_before(path, trained) for path, _ in trained])
-    curves = Figure(
-        picture, "Loss of the models; fine-tuning goes on where its start left off.", "loss curves"
-    )
-    return [Section("Training", "", [Table(list(rows[0]), rows, caption), curves])]
+    items: list[Any] = [Table(list(rows[0]), rows, caption)]
+    if logs:
+        text = "Loss of the models; fine-tuning goes on where its start left off."
+        items.append(Figure(figures.loss_curves(logs, starts=starts), text, "loss curves"))
+    return [Section("Training", "", items)]
 
 
 def _steps_before(path: Path, trained: Found) -> int:

@@ -74,7 +74,7 @@ class TrainConfig:
     ema: float = 0.0
     """Decay of the moving average of weights, in [0, 1); 0 is off. It starts as (1 + step) / (10 + step)."""
     bf16: bool = True
-    """Compute the loss under bfloat16 autocast where the hardware has it; weights and optimizer stay float32."""
+    """Compute the loss under bfloat16 autocast where the hardware has it; weights stay float32."""
     compile: bool = False
     """Run the model through torch.compile."""
     seed: int = 0

@@ -1,0 +1,207 @@
+"""How sure is a difference? Two sets of generated images against one reference, resampled many times.
+
+The generated images are drawn again with replacement (Efron 1979), as *counts*: how often each image is in
+a resample. Every metric is computed from counts, features are never copied. The reference and the models
+stay as they are: an interval tells of the draw of samples, not of the luck of a training.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from anyorder.evaluation.metrics import FeatureStatistics, Gaussian, manifold_radius
+
+
+class Difference(NamedTuple):
+    """A metric of two sets, and the interval of a - b; relative to b where b is above zero, else None."""
+
+    a: float
+    b: float
+    difference: float
+    low: float
+    high: float
+    relative: float | None
+    relative_low: float | None
+    relative_high: float | None
+
+    @property
+    def reversed(self) -> Difference:
+        """The same of b - a."""
+
+        def inverse(ratio: float | None) -> float | None:
+            return None if ratio is None or ratio <= -1 else 1 / (1 + ratio) - 1
+
+        ratios = inverse(self.relative), inverse(self.relative_high), inverse(self.relative_low)
+        return Difference(self.b, self.a, -self.difference, -self.high, -self.low, *ratios)
+
+
+def compare(
+    real: FeatureStatistics,
+    a: FeatureStatistics,
+    b: FeatureStatistics,
+    resamples: int = 400,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Difference]:
+    """Differences a - b of Fréchet distance, KID, precision and recall, with bootstrap intervals.
+
+    Sets of one size are resampled together, image by image: they are drawn with the same labels and
+    random streams, whose share in the noise cancels.
+
+    Args:
+        real: the reference.
+        a: one set of generated images.
+        b: the other.
+        resamples: how often the sets are drawn again, at least 2.
+        confidence: of the intervals, in (0, 1).
+        seed: of the draws.
+
+    Returns:
+        `distance`, `kid` (of all images, not of subsets), `precision` and `recall`.
+
+    Raises:
+        ValueError: `resamples` or `confidence` out of range, or features of different extractors.
+    """
+    if resamples < 2 or not 0 < confidence < 1:
+        raise ValueError(
+            f"resamples must be >= 2 and confidence lie in (0, 1), got {resamples} and {confidence}"
+        )
+    if len({real.extractor, a.extractor, b.extractor}) > 1:
+        raise ValueError(
+            f"the features are by '{real.extractor}', '{a.extractor}' and '{b.extractor}': "
+            "evaluate both sets with one extractor"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    draws = draw_counts(a.n, resamples, generator)
+    others = draws if a.n == b.n else draw_counts(b.n, resamples, generator)
+    of_a, of_b = _metrics(real, a, draws), _metrics(real, b, others)
+    return {name: _difference(of_a[name], of_b[name], confidence) for name in of_a}
+
+
+def draw_counts(n: int, resamples: int, generator: torch.Generator) -> Tensor:
+    """How often each of n images is drawn, (1 + resamples, n) float64; row 0 is the set itself."""
+    rows = torch.randint(n, (resamples, n), generator=generator)
+    drawn = torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(
+        1, rows, torch.ones(rows.shape).double()
+    )
+    return torch.cat([torch.ones(1, n, dtype=torch.float64), drawn])
+
+
+def _metrics(real: FeatureStatistics, fake: FeatureStatistics, counts: Tensor) -> dict[str, Tensor]:
+    """Each metric (1 + resamples,) float64."""
+    precision, recall = precision_recall_of_counts(real.features, fake.features, counts)
+    return {
+        "distance": frechet_of_counts(real.gaussian, fake.features, counts),
+        "kid": kernel_of_counts(real.features, fake.features, counts),
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def _difference(a: Tensor, b: Tensor, confidence: float) -> Difference:
+    low, high = _interval(a - b, confidence)
+    ratios: tuple[Any, Any, Any] = (None, None, None)
+    if (b > 0).all():
+        ratio = a / b - 1
+        ratios = float(ratio[0]), *_interval(ratio, confidence)
+    return Difference(float(a[0]), float(b[0]), float(a[0] - b[0]), low, high, *ratios)
+
+
+def _interval(values: Tensor, confidence: float) -> tuple[float, float]:
+    """Quantiles of the resamples, moved so that their mean is the estimate (row 0).
+
+    Resamples hold images twice and miss others: alone that raises distances and lowers recall. The question
+    is how an estimate from n images varies, not what n images less than n different ones would give.
+    """
+    estimate, drawn = values[0], values[1:]
+    tail = (1 - confidence) / 2
+    quantiles = drawn.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    low, high = (quantiles - drawn.mean() + estimate).tolist()
+    return low, high
+
+
+def frechet_of_counts(real: Gaussian, fake: Tensor, counts: Tensor) -> Tensor:
+    """Squared Fréchet distance of every resample, (R,) float64; compare `metrics.frechet_distance`.
+
+    Args:
+        real: moments of the reference.
+        fake: features (n, dim).
+        counts: (R, n) float64, rows that sum to n.
+    """
+    values, vectors = torch.linalg.eigh(real.covariance)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    x = fake.double() - real.mean
+    y, n = x @ root, fake.shape[0]  # the covariance of y is A^1/2 B A^1/2
+    means, squares = counts @ x / n, counts @ x.square().sum(1)
+    traces = (squares - n * means.square().sum(1)) / (n - 1)
+    crosses = torch.stack([_root_trace(y, row) for row in counts])
+    return (means.square().sum(1) + real.covariance.trace() + traces - 2 * crosses).clamp(min=0)
+
+
+def _root_trace(y: Tensor, counts: Tensor) -> Tensor:
+    """Trace of the square root of the covariance of the resample."""
+    n, there = len(y), counts > 0
+    y, weights = y[there], counts[there]
+    mean = weights @ y / n
+    covariance = ((y * weights[:, None]).T @ y - n * torch.outer(mean, mean)) / (n - 1)
+    return torch.linalg.eigvalsh(covariance).clamp(min=0).sqrt().sum()
+
+
+def kernel_of_counts(real: Tensor, fake: Tensor, counts: Tensor, chunk: int = 1024) -> Tensor:
+    """Unbiased squared MMD (KID's kernel) of every resample, (R,) float64.
+
+    Pairs of an image with itself, and with its own copies in the resample, are left out.
+
+    Args:
+        real: features (m, dim).
+        fake: features (n, dim).
+        counts: (R, n) float64, rows that sum to n.
+        chunk: rows of the kernel matrix held at once; does not change the result.
+    """
+    real, fake = real.double(), fake.double()
+    n, m, copies = len(fake), len(real), counts.square()
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / real.shape[1] + 1) ** 3
+
+    within = (
+        sum(kernel(part, real).sum() for part in real.split(chunk)) - ((real.square().mean(1) + 1) ** 3).sum()
+    )
+    pairs = torch.zeros(len(counts), dtype=torch.float64)
+    between = torch.empty(n, dtype=torch.float64)
+    for begin in range(0, n, chunk):
+        rows = slice(begin, begin + chunk)
+        pairs += ((kernel(fake[rows], fake) @ counts.T).T * counts[:, rows]).sum(1)
+        between[rows] = kernel(fake[rows], real).mean(1)
+    itself = (fake.square().mean(1) + 1) ** 3
+    among = (pairs - copies @ itself) / (n * n - copies.sum(1))
+    return within / (m * (m - 1)) + among - 2 * (counts @ between) / n
+
+
+def precision_recall_of_counts(
+    real: Tensor, fake: Tensor, counts: Tensor, k: int = 3, chunk: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Precision and recall of every resample, (R,) float64 each; compare `metrics.precision_recall`.
+
+    The balls of the generated manifold keep their radii; a resample decides which of them exist.
+
+    Args:
+        real: features (m, dim), m > k.
+        fake: features (n, dim), n > k.
+        counts: (R, n) float64, rows that sum to n.
+        k: neighbours.
+        chunk: rows of the distance matrix held at once; does not change the result.
+    """
+    centre = real.double().mean(0)
+    real, fake = real.double() - centre, fake.double() - centre
+    radius = manifold_radius(real, k, chunk)
+    fits = torch.cat([(torch.cdist(part, real) <= radius).any(1) for part in fake.split(chunk)])
+    radius, there = manifold_radius(fake, k, chunk), (counts > 0).float().T
+    hits = torch.zeros(len(counts), dtype=torch.float64)
+    for part in real.split(chunk):
+        inside = (torch.cdist(part, fake) <= radius).float()
+        hits += (inside @ there > 0).sum(0)
+    return counts @ fits.double() / len(fake), hits / len(real)

@@ -1,0 +1,51 @@
+"""What a classifier of the data's own labels says of generated images: which classes, and the right ones?"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ClassAgreement(NamedTuple):
+    """Shares in [0, 1]."""
+
+    class_coverage: float
+    """Share of the classes predicted for the test split that are also predicted for a sample."""
+    class_agreement: float
+    """Share of samples that are assigned to the class they were conditioned on."""
+    class_distance: float
+    """Total-variation distance of the predicted classes of samples and test split; 0: the same shares."""
+
+
+def class_agreement(test: Tensor, samples: Tensor, labels: Tensor) -> ClassAgreement:
+    """Compare the predicted classes of samples with those of the test split.
+
+    Both sides are *predictions*, so that the classifier's own mistakes are in both.
+
+    Args:
+        test: logits (n, classes) of test images.
+        samples: logits (m, classes) of generated images.
+        labels: (m,) int64, the classes that the samples were conditioned on.
+
+    Raises:
+        ValueError: a set is empty, or the sizes do not agree.
+    """
+    if not len(test) or not len(samples) or len(labels) != len(samples):
+        raise ValueError(
+            f"got {len(test)} test images, {len(samples)} samples and {len(labels)} labels: "
+            "give at least one image of each, and a label for every sample"
+        )
+    predicted = samples.argmax(1)
+    real, fake = _shares(test.argmax(1), test.shape[1]), _shares(predicted, test.shape[1])
+    return ClassAgreement(
+        class_coverage=float((fake[real > 0] > 0).double().mean()),
+        class_agreement=float((predicted == labels).double().mean()),
+        class_distance=float((real - fake).abs().sum() / 2),
+    )
+
+
+def _shares(predicted: Tensor, classes: int) -> Tensor:
+    """Share (classes,) float64 of each class among the predictions (n,)."""
+    return torch.bincount(predicted, minlength=classes).double() / len(predicted)

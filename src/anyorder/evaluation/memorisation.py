@@ -1,0 +1,59 @@
+"""Are generated images copies of training images? Distances to the nearest one, and equal tokens.
+
+Test images are the yardstick: they were not trained on, so whatever they are to the training images, a
+sample may be too. Data sets hold near duplicates; a distance or a share says nothing on its own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Closeness(NamedTuple):
+    """How near samples come to training images, as compared with test images."""
+
+    nearest_training_ratio: float
+    """Median distance of samples to their nearest training image over that of test images; copies: 0."""
+    nearest_training_share: float
+    """Share of samples nearer to a training image than all but 1 % of test images are; expect 0.01."""
+
+
+def nearest_distance(queries: Tensor, points: Tensor, chunk: int = 512) -> Tensor:
+    """Euclidean distance (m,) float32 of each query to the nearest of the points.
+
+    Args:
+        queries: features (m, dim) float32.
+        points: features (n, dim) float32, n >= 1.
+        chunk: rows of the distance matrix held at once; does not change the result.
+    """
+    centre = points.mean(0)
+    points = points - centre
+    found = []
+    for part in (queries - centre).split(chunk):
+        # Products cancel where two points are close: they are good enough to find the nearest one only.
+        nearest = torch.cdist(part, points).argmin(1)
+        found.append((part - points[nearest]).norm(dim=1))
+    return torch.cat(found)
+
+
+def closeness(samples: Tensor, test: Tensor) -> Closeness:
+    """Compare the distances of samples (m,) and test images (n,) to their nearest training images."""
+    return Closeness(
+        nearest_training_ratio=float(samples.median() / test.median()),
+        nearest_training_share=float((samples < test.double().quantile(0.01)).double().mean()),
+    )
+
+
+def copied_share(tokens: np.ndarray, training: np.ndarray, chunk: int = 4096) -> float:
+    """Share of the rows of `tokens` (m, N) that equal a row of `training` (n, N), both integers."""
+    wanted = [row.tobytes() for row in np.asarray(tokens, dtype=np.int32)]
+    distinct = set(wanted)
+    copies: set[bytes] = set()
+    for begin in range(0, len(training), chunk):  # read piece by piece: a cache may exceed the memory
+        rows = np.asarray(training[begin : begin + chunk], dtype=np.int32)
+        copies |= distinct.intersection(row.tobytes() for row in rows)
+    return sum(row in copies for row in wanted) / len(wanted)

@@ -1,0 +1,75 @@
+"""The location head: one-step location and content, the first future work of OAR (arXiv 2504.17069 v1).
+
+After token x_t was drawn from hidden state h_t at position pi_t, the head gives p(pi_{t+1} | everything so
+far) without another evaluation of the transformer. With it, q(order, x) = prod q(position) q(token |
+position) is an autoregressive model that is sampled ancestrally, and -log q(order, x) of any one order is an
+upper bound on -log p(x).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anyorder.contracts import Grid
+from anyorder.models.coordinates import CoordinateEncoding, displacement_index, displacements
+
+NEIGHBOURS = 9
+"""Cells of a 3 x 3 window: the candidate itself, which is always open, and its eight neighbours."""
+
+
+class LocationHead(nn.Module):
+    """Score of position p: q . (K(p) + R(p - pi_t) + C(which neighbours of p are revealed)) / sqrt(d).
+
+    q is a small network of (h_t, E[x_t]); K and R are functions of coordinates, so any grid will do.
+    """
+
+    def __init__(self, width: int, key_width: int = 64):
+        """For hidden states of `width`; scores are products of `key_width` numbers."""
+        super().__init__()
+        self.query = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, key_width))
+        self.absolute = CoordinateEncoding(key_width)
+        self.relative = CoordinateEncoding(key_width)
+        self.context = nn.Linear(NEIGHBOURS, key_width, bias=False)
+
+    def forward(self, hidden: Tensor, content: Tensor, last: Tensor, revealed: Tensor, grid: Grid) -> Tensor:
+        """Log-probability of each position to be next, (B, T, N) float32 nats; -inf where it is revealed.
+
+        Args:
+            hidden: (B, T, D), what the last token was drawn from; the condition before the first.
+            content: (B, T, D), embedding of the last token.
+            last: (B, T) int64, its position, N before the first.
+            revealed: (B, T, N) bool, at least one position open.
+            grid: the grid of the positions.
+
+        Costs O(T N d) per image, beside O(L D^2) of the transformer's L layers.
+        """
+        query = self.query(torch.cat((hidden, content), dim=-1))
+        score = query @ self.absolute(grid.coordinates(query.device)).T
+        score = score + self._from_last(query, last, grid)
+        around = neighbourhood(revealed, grid).to(query.dtype)
+        score = score + (around @ (query @ self.context.weight)[..., None]).squeeze(-1)
+        score = score.float() * query.shape[-1] ** -0.5
+        return score.masked_fill(revealed, -torch.inf).log_softmax(-1)
+
+    def _from_last(self, query: Tensor, last: Tensor, grid: Grid) -> Tensor:
+        """q . R(p - last), (B, T, N); zero where there is no last position."""
+        table = query @ self.relative(displacements(grid, query.device)).T
+        everywhere = torch.arange(grid.n, device=query.device)
+        index = displacement_index(grid, last.clamp(max=grid.n - 1)[..., None], everywhere)
+        return table.gather(-1, index).masked_fill((last == grid.n)[..., None], 0)
+
+
+def neighbourhood(revealed: Tensor, grid: Grid) -> Tensor:
+    """Which cells of the 3 x 3 window around each position are revealed, (..., N) bool to (..., N, 9) float32.
+
+    Cells beyond the border count as open.
+    """
+    maps = revealed.reshape(-1, 1, grid.h, grid.w).float()
+    return F.unfold(maps, 3, padding=1).mT.reshape(*revealed.shape, NEIGHBOURS)
+
+
+def revealed_before(rank: Tensor) -> Tensor:
+    """Positions that are revealed before each step, (B, N, N) bool [step, position], from `rank` (B, N)."""
+    return rank[:, None, :] < torch.arange(rank.shape[1], device=rank.device)[:, None]
