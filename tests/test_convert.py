@@ -162,9 +162,10 @@ def test_files_that_are_no_model(tmp_path):
     torch.save({"model": {"step": 3}}, path)
     with pytest.raises(ValueError, match="holds no weights: expected tensors by name"):
         build(path)
-    path.write_bytes(b"<html>not found</html>")
-    with pytest.raises(ValueError, match="cannot be read as weights"):
-        build(path)
+    for damaged in (b"", b"<html>not found</html>", b"\x80\x02t\xd4", b"\x80\x02R\xfd"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="cannot be read as weights"):
+            build(path)
     broken = tmp_path / "a.safetensors"
     broken.write_bytes(b"no")
     with pytest.raises(ValueError, match="damaged"):

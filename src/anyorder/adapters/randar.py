@@ -129,15 +129,20 @@ def _interleave(queries: Tensor, tokens: Tensor) -> Tensor:
 
 def _recall(state: State, position: Tensor) -> tuple[Tensor, Tensor] | None:
     """Keys and values (depth, B, H, D / H) of the query of a position (B,), if every row has scored it."""
-    if not state.scored:
-        return None
-    positions, keys, values = (
-        torch.cat(parts, dim) for parts, dim in zip(zip(*state.scored, strict=True), (1, 3, 3), strict=True)
-    )
-    match = positions == position[:, None]
-    if not bool(match.any(1).all()):
-        return None
     rows = torch.arange(len(position), device=position.device)
-    column = match.int().argmax(1)
-    # Indexing moves the batch to the front: (B, depth, H, D / H).
-    return keys[:, rows, :, column].transpose(0, 1), values[:, rows, :, column].transpose(0, 1)
+    found = torch.zeros_like(position, dtype=torch.bool)
+    kept: tuple[Tensor, ...] = ()
+    for positions, *cached in state.scored:
+        match = positions == position[:, None]
+        here, column = match.any(1), match.int().argmax(1)
+        # Indexing moves the batch to the front: (B, depth, H, D / H).
+        mine = tuple(each[:, rows, :, column] for each in cached)
+        kept = tuple(
+            torch.where(here[:, None, None, None], new, old)
+            for new, old in zip(mine, kept or mine, strict=True)
+        )
+        found |= here
+    if not bool(found.all()):
+        return None
+    keys, values = (each.transpose(0, 1) for each in kept)
+    return keys, values

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import importlib
 import logging
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,6 +226,8 @@ def _unpickle(path: Path) -> Any:
         # Training programs store their arguments beside the weights; a Namespace is as harmless as a dict.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as e:
+    except OSError:
+        raise
+    except Exception as e:  # a damaged pickle may fail in any way
         reason = str(e).strip().partition("\n")[0]
         raise ValueError(f"{path} cannot be read as weights: {reason}") from e
