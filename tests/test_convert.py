@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from anyorder.models.vq import VQConfig, VQModel
 from anyorder.policies import PolicyConfig
 from anyorder.runs.checkpoint import kind_of, load_model, save_model
 from anyorder.runs.convert import MARKS, ConvertConfig, build, convert
-from anyorder.runs.published import MASKGIT_VQ
+from anyorder.runs.published import MASKGIT_VQ, VQ16
 from anyorder.runs.published import PUBLISHED as ON_THE_HUB
 
 FAMILIES = {**PUBLISHED, "llamagen": LlamaGen}
@@ -340,3 +341,18 @@ def test_the_command_imports_torch_only_when_it_runs():
     code = "import sys; from anyorder import cli; cli.main([]); print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip().endswith("False")
+
+
+# --- the published files themselves -----------------------------------------------------------------------
+
+WEIGHTS = Path(os.environ.get("ANYORDER_WEIGHTS", "no folder"))
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("file", [*ON_THE_HUB, VQ16, MASKGIT_VQ], ids=lambda file: file.name)
+def test_published_files_load(file):
+    """Set ANYORDER_WEIGHTS to the folder that they were downloaded to."""
+    if not (WEIGHTS / file.name).is_file():
+        pytest.skip(f"{file.name} is not in {WEIGHTS}: set ANYORDER_WEIGHTS")
+    model = build(WEIGHTS / file.name)
+    assert all(bool(tensor.isfinite().all()) for tensor in model.parameters())
