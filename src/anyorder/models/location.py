@@ -33,7 +33,9 @@ class LocationHead(nn.Module):
         self.relative = CoordinateEncoding(key_width)
         self.context = nn.Linear(NEIGHBOURS, key_width, bias=False)
 
-    def forward(self, hidden: Tensor, content: Tensor, last: Tensor, revealed: Tensor, grid: Grid) -> Tensor:
+    def forward(
+        self, hidden: Tensor, content: Tensor, last: Tensor, revealed: Tensor, grid: Grid
+    ) -> Tensor:
         """Log-probability of each position to be next, (B, T, N) float32 nats; -inf where it is revealed.
 
         Args:

@@ -365,9 +365,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         start = self._condition(len(tokens), condition)
         hidden = self._hidden(tokens, start, order, grid)
         before, current = self._before(order, grid), order[:, :-1]
-        content = torch.cat(
-            (self._nothing(start)[:, None], self.token_embedding(tokens.gather(1, current))), 1
-        )
+        content = torch.cat((self._nothing(start)[:, None], self.token_embedding(tokens.gather(1, current))), 1)
         behind = torch.cat((start[:, None].to(hidden.dtype), hidden[:, :-1]), dim=1)
         revealed = revealed_before(inverse(order))
         return self.head(hidden), self._located(behind, content, before, revealed, grid)
@@ -406,7 +404,9 @@ class AnyOrderTransformer(AnyOrderNetwork):
         """Embedding of no token, (B, D)."""
         return self.token_embedding.weight[-1].expand_as(like)
 
-    def _located(self, hidden: Tensor, content: Tensor, last: Tensor, revealed: Tensor, grid: Grid) -> Tensor:
+    def _located(
+        self, hidden: Tensor, content: Tensor, last: Tensor, revealed: Tensor, grid: Grid
+    ) -> Tensor:
         if self.location is None:
             raise ValueError(
                 "this model has no location head: train one with location=true, or choose another order"
