@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anyorder.contracts import AnyOrderModel, Grid, OrderPolicy
+from anyorder.adapters.arpg import ARPG
+from anyorder.adapters.layers import GPTConfig
+from anyorder.adapters.randar import RandAR
+from anyorder.contracts import AnyOrderModel, AnyOrderNetwork, Grid, OrderPolicy
 from anyorder.guidance import GuidanceConfig, Guided
 from anyorder.logits import SCORES, Streams
 from anyorder.models.transformer import AnyOrderTransformer, TransformerConfig
@@ -23,6 +26,7 @@ from anyorder.orders import STATIC
 from anyorder.policies import InferredOrder, make_policy
 
 GRID = Grid(2, 3)
+TINY = {"depth": 2, "width": 16, "heads": 2, "vocab_size": 5, "grid": (GRID.h, GRID.w)}
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,21 @@ def seeded(seed: int) -> torch.Generator:
 
 def transformer(seed: int = 0, **changes: Any) -> AnyOrderTransformer:
     """A tiny transformer whose weights are large enough for confident, varied predictions."""
-    sizes = {"depth": 2, "width": 16, "heads": 2, "vocab_size": 5, "grid": (GRID.h, GRID.w)}
+    return _confident(lambda: AnyOrderTransformer(TransformerConfig(**{**TINY, **changes})), seed, 0.3)
+
+
+def published(model_class: type[AnyOrderNetwork], seed: int = 0, **changes: Any) -> Any:
+    """A tiny model of a published family."""
+    config = GPTConfig(**{**TINY, "num_classes": 3, "label_dropout": 0.3, **changes})
+    return _confident(lambda: model_class(config), seed, 0.1)  # type: ignore[call-arg]
+
+
+def _confident(build: Callable[[], nn.Module], seed: int, noise: float) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AnyOrderTransformer(TransformerConfig(**{**sizes, **changes}))
+        model = build()
         for parameter in model.parameters():
-            parameter.data.add_(0.3 * torch.randn_like(parameter))
+            parameter.data.add_(noise * torch.randn_like(parameter))
     return model.eval()
 
 
@@ -175,6 +188,12 @@ MODELS: dict[str, Case] = {name: _transformer_case(changes) for name, changes in
 for schedule in ("constant", "linear", "power-cosine"):
     MODELS[f"guided,{schedule}"] = Case(
         lambda schedule=schedule: Guided(transformer(num_classes=3), GuidanceConfig(2.5, schedule)), 3
+    )
+PUBLISHED: dict[str, type[AnyOrderNetwork]] = {"randar": RandAR, "arpg": ARPG}
+for name, model_class in PUBLISHED.items():
+    MODELS[name] = Case(lambda model_class=model_class: published(model_class), 3)
+    MODELS[f"guided,{name}"] = Case(
+        lambda model_class=model_class: Guided(published(model_class), GuidanceConfig(2.5, "linear")), 3
     )
 MODELS["tabular"] = Case(lambda: tabular(3, GRID))
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from conftest import GRID, incremental, seeded, transformer
+from conftest import GRID, Watched, incremental, seeded, transformer
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from anyorder.decode import sample
+from anyorder.decode import extract_orders, sample
 from anyorder.guidance import GuidanceConfig, Guided
 from anyorder.logits import Streams
 from anyorder.orders import random_orders
@@ -85,9 +85,61 @@ def test_schedules_in_closed_form():
     assert GuidanceConfig(3.0, "power-cosine", power=2.0).at(0.5) == pytest.approx(1 + (1 - 0.5**0.5))
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_guidance_acts_in_its_interval_only(schedule):
+    """A closed interval: steps 2, 3 and 4 of 6 are guided, as they are without an interval."""
+    config = GuidanceConfig(3.0, schedule, interval=(2 / 6, 4 / 6))
+    everywhere, nowhere = forward(GuidanceConfig(3.0, schedule)), MODEL(TOKENS, LABELS, ORDER)
+    assert_close(forward(config)[:, 2:5], everywhere[:, 2:5], **CLOSE)
+    assert_close(forward(config)[:, [0, 1, 5]], nowhere[:, [0, 1, 5]], **CLOSE)
+    assert not torch.allclose(everywhere[:, 5], nowhere[:, 5])
+    assert_close(incremental(Guided(MODEL, config), TOKENS, LABELS, ORDER), forward(config), **CLOSE)
+
+
+def by(order, config):
+    return sample(Guided(MODEL, config), order, Streams(range(3)), condition=LABELS)
+
+
+def test_unguided_locations_are_those_of_the_conditional_model():
+    """Given what was drawn, the conditional model would have gone the same way."""
+    plain = sample(MODEL, "entropy", Streams(range(3)), condition=LABELS)
+    guided, unguided = (
+        by("entropy", GuidanceConfig(6.0, locations=locations)) for locations in ("guided", "unguided")
+    )
+    assert torch.equal(unguided.order[:, 0], plain.order[:, 0])
+    assert not torch.equal(unguided.order, guided.order)
+    again = extract_orders(MODEL, unguided.tokens, "entropy", condition=LABELS)
+    assert torch.equal(again.order, unguided.order)
+
+
+def test_unguided_locations_cost_no_further_call():
+    calls = []
+    for locations in ("guided", "unguided"):
+        watched = Watched(MODEL)
+        config = GuidanceConfig(2.0, locations=locations)
+        sample(Guided(watched, config), "entropy", Streams(range(3)), condition=LABELS)
+        calls.append((watched.calls, watched.candidates))
+    assert calls[0] == calls[1]
+
+
+def test_unguided_locations_leave_content_guided():
+    """In a given order, where there is nothing to infer, the setting changes nothing."""
+    guided, unguided = (
+        by(ORDER, GuidanceConfig(6.0, locations=locations)) for locations in ("guided", "unguided")
+    )
+    assert torch.equal(guided.tokens, unguided.tokens)
+    assert torch.equal(guided.log_prob, unguided.log_prob)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"schedule": "cosine"}, "constant, linear or power-cosine, got 'cosine'"), ({"power": 0}, "power")],
+    [
+        ({"schedule": "cosine"}, "constant, linear or power-cosine, got 'cosine'"),
+        ({"power": 0}, "power"),
+        ({"interval": (0.5, 0.2)}, "two rising shares in .0, 1., got 0.5 and 0.2"),
+        ({"interval": (0.0, 1.5)}, "interval"),
+        ({"locations": "both"}, "guided or unguided, got 'both'"),
+    ],
 )
 def test_guidance_config_refuses(settings, message):
     with pytest.raises(ValueError, match=message):

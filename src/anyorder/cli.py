@@ -32,6 +32,7 @@ GROUPS = {
         "compare": "two evaluations: differences with bootstrap intervals",
         "pipeline": "put model and tokenizer into one folder for Pipeline.from_pretrained",
     },
+    "published models": {"convert": "downloaded weights of LlamaGen, RandAR, ARPG, MaskGIT-VQ to a folder"},
     "the machine": {"bench": "throughput as a share of the matmul rate measured in the same run"},
 }
 USAGE = """usage: anyorder COMMAND [key=value ...] [--dry-run] [--traceback]
@@ -101,6 +102,7 @@ def _dispatch(command: str, arguments: list[str]) -> int:
         "report": _report,
         "bench": _bench,
         "demo": _demo,
+        "convert": _convert,
     }
     if command == "features" and arguments[:1] == ["train"]:
         arguments = arguments[1:]
@@ -248,6 +250,28 @@ def _demo(arguments: list[str], dry_run: bool, asked_help: bool) -> None:
         print(_settings(config))
     else:
         serve(config)
+
+
+def _convert(arguments: list[str], dry_run: bool, asked_help: bool) -> None:
+    from anyorder.runs.config import describe, parse
+    from anyorder.runs.convert import ConvertConfig, convert
+
+    if asked_help:
+        print(f"anyorder convert SOURCE DEST [key=value ...]\n\n{ConvertConfig.__doc__}\n")
+        print(describe(ConvertConfig))
+        return
+    paths = [a for a in arguments if "=" not in a]
+    if len(paths) != 2:
+        raise ValueError(
+            f"give the downloaded file and the folder to write, got {' '.join(paths) or 'neither'}: "
+            "anyorder convert SOURCE DEST [key=value ...]"
+        )
+    settings = [a for a in arguments if "=" in a]
+    config = parse(ConvertConfig, {"source": paths[0]}, settings)
+    if dry_run:
+        print(f"anyorder convert {paths[0]} -> {paths[1]}\n{_settings(config)}")
+    else:
+        convert(config, Path(paths[1]))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,22 @@ class LocatingModel(AnyOrderModel, Protocol):
     def locate(self, state: Any, revealed: Tensor) -> Tensor:
         """Log q(next position), (B, N) float32 nats, -inf where `revealed` (B, N) bool; state unchanged."""
         ...
+
+
+class TokenizerNetwork(nn.Module, Tokenizer):
+    """A tokenizer with weights, as folders and pipelines hold it."""
+
+    config: Any
+    """The dataclass instance that it was built from."""
+
+
+class AnyOrderNetwork(nn.Module, AnyOrderModel):
+    """An any-order model with weights, as folders and pipelines hold it."""
+
+    config: Any
+    """The dataclass instance that it was built from."""
+    num_classes: int
+    """Number of class labels; 0 is unconditional."""
 
 
 @dataclass

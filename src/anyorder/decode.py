@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from anyorder.contracts import AnyOrderModel, Grid, LocatingModel, OrderPolicy, Progress, Step, Trace
+from anyorder.guidance import for_locations
 from anyorder.logits import Sampling, Streams, draw, entropy, token_likelihood, truncate
 from anyorder.policies import FixedOrder, InformativeOrder, make_policy
 
@@ -164,7 +165,9 @@ def _look(
     for positions in candidates.split(chunk, dim=1):
         log_p = model.score(state, positions).float().log_softmax(-1)
         tokens = content(positions, log_p, uniform.gather(1, positions))
-        parts.append((tokens, token_likelihood(log_p, tokens), policy.rate(log_p, tokens)))
+        parts.append(
+            (tokens, token_likelihood(log_p, tokens), policy.rate(for_locations(state, log_p), tokens))
+        )
     tokens, log_prob, ratings = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     return tokens, log_prob, ratings
 

@@ -24,8 +24,17 @@ class GuidanceConfig:
     """Constant, or growing from 1 to the scale: linearly, or by a power-cosine."""
     power: float = 2.75
     """Exponent of the power-cosine schedule; larger waits longer."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Shares of the image between which guidance acts, both included; outside of them the scale is 1."""
+    locations: Literal["guided", "unguided"] = "guided"
+    """Inferred orders rate positions by the guided distribution, or by the conditional one alone."""
 
     def __post_init__(self) -> None:
+        begin, end = self.interval
+        if not 0 <= begin <= end <= 1:
+            raise ValueError(f"interval must be two rising shares in [0, 1], got {begin:g} and {end:g}")
+        if self.locations not in ("guided", "unguided"):
+            raise ValueError(f"locations must be guided or unguided, got '{self.locations}'")
         if self.schedule not in ("constant", "linear", "power-cosine"):
             raise ValueError(f"schedule must be constant, linear or power-cosine, got '{self.schedule}'")
         if self.power <= 0:
@@ -33,6 +42,8 @@ class GuidanceConfig:
 
     def at(self, fraction: float) -> float:
         """The scale when this share (0 to 1) of the image is revealed."""
+        if not self.interval[0] <= fraction <= self.interval[1]:
+            return 1.0
         ramp = {
             "constant": 1.0,
             "linear": fraction,
@@ -48,6 +59,19 @@ class GuidedState:
     inner: Any
     revealed: int
     n: int
+    unguided: Tensor | None = None
+    """(B, M, V) conditional logits of the last call of `score`, where locations are to be unguided."""
+
+
+def for_locations(state: Any, log_p: Tensor) -> Tensor:
+    """What positions are rated by: `log_p` (B, M, V), unless guidance is to keep out of it.
+
+    Args:
+        state: of any model, after `score`.
+        log_p: log-probabilities of the logits that `score` returned.
+    """
+    unguided = getattr(state, "unguided", None)
+    return log_p if unguided is None else unguided.float().log_softmax(-1)
 
 
 class Guided:
@@ -79,6 +103,8 @@ class Guided:
     def score(self, state: GuidedState, positions: Tensor) -> Tensor:
         """Guided logits (B, M, V)."""
         logits = self.model.score(state.inner, positions.repeat(2, 1))
+        if self.config.locations == "unguided":
+            state.unguided = logits.chunk(2)[0]
         return self._mix(logits, self.config.at(state.revealed / state.n))
 
     def append(self, state: GuidedState, positions: Tensor, tokens: Tensor) -> GuidedState:

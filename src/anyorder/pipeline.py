@@ -10,12 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from anyorder.contracts import AnyOrderModel, Grid, Step
+from anyorder.contracts import AnyOrderModel, AnyOrderNetwork, Grid, Step, TokenizerNetwork
 from anyorder.decode import drawn, generate, trace
 from anyorder.guidance import GuidanceConfig, Guided, Schedule
 from anyorder.logits import Sampling, Streams
-from anyorder.models.transformer import AnyOrderTransformer
-from anyorder.models.vq import VQModel
 from anyorder.policies import InferredOrder, PolicyConfig, make_policy
 from anyorder.runs.common import device, to_uint8
 from anyorder.runs.pretrained import Parts, load_parts, save_parts
@@ -44,11 +42,11 @@ class Pipeline:
 
     def __init__(
         self,
-        model: AnyOrderTransformer,
-        tokenizer: VQModel,
+        model: AnyOrderNetwork,
+        tokenizer: TokenizerNetwork,
         classes: Sequence[str] = (),
         policy: PolicyConfig | None = None,
-        scorer: AnyOrderTransformer | None = None,
+        scorer: AnyOrderNetwork | None = None,
     ):
         """Put parts together.
 
@@ -79,14 +77,16 @@ class Pipeline:
     def from_pretrained(cls, path_or_hub_id: str | Path) -> Pipeline:
         """Load a pipeline folder, or download one from the Hugging Face hub.
 
+        Args:
+            path_or_hub_id: a folder, the id of a repository that holds one, or a published model by its
+                file ("hp-l33/ARPG/arpg_300m.pt"; see docs/adapters.md) with its tokenizer.
+
         Raises:
             FileNotFoundError: neither a folder nor a reachable hub id.
-            ValueError: the folder is damaged.
+            ValueError: the folder is damaged, or a known repository has no such file.
         """
         folder = Path(path_or_hub_id)
-        if not folder.is_dir():
-            folder = _download(str(path_or_hub_id))
-        parts = load_parts(folder)
+        parts = load_parts(folder) if folder.is_dir() else _download(str(path_or_hub_id))
         return cls(parts.model, parts.tokenizer, parts.classes, parts.policy, parts.scorer).to(device())
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -121,7 +121,7 @@ class Pipeline:
         class_labels: int | str | Sequence[int | str] | None = None,
         num_images: int | None = None,
         order: str | Tensor | PolicyConfig | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | GuidanceConfig = 1.0,
         generator: int | Sequence[int] | torch.Generator = 0,
         *,
         guidance_schedule: Schedule = "constant",
@@ -136,7 +136,7 @@ class Pipeline:
             order: "random", a static order ("raster", "hilbert", ...), a score ("entropy", "max_prob",
                 "margin", "token_likelihood"), an order (N,) or (B, N), or a `PolicyConfig`; the
                 pipeline's own policy by default.
-            guidance_scale: 1 is none; more pulls images towards their class.
+            guidance_scale: 1 is none; more pulls images towards their class. A `GuidanceConfig` says all.
             generator: a seed (image i uses seed + i), one seed per image, or a `torch.Generator` that
                 the seeds are drawn from. An image depends on its own seed only.
             guidance_schedule: how the scale grows while the image is drawn.
@@ -159,7 +159,7 @@ class Pipeline:
         class_labels: int | str | Sequence[int | str] | None = None,
         num_images: int | None = None,
         order: str | Tensor | PolicyConfig | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | GuidanceConfig = 1.0,
         generator: int | Sequence[int] | torch.Generator = 0,
         *,
         guidance_schedule: Schedule = "constant",
@@ -168,12 +168,15 @@ class Pipeline:
     ) -> Iterator[Step]:
         """The same as a call, step by step: for progress bars, animations and web pages."""
         labels, n = self._labels(class_labels, num_images)
-        where = self.model.head.weight.device
+        where = next(self.model.parameters()).device
         grid = self._grid(grid)
         streams = Streams(_seeds(generator, n), where)
         model: AnyOrderModel = self.model
-        if guidance_scale != 1:
-            model = Guided(model, GuidanceConfig(guidance_scale, guidance_schedule))
+        guidance = guidance_scale
+        if not isinstance(guidance, GuidanceConfig):
+            guidance = GuidanceConfig(guidance, guidance_schedule)
+        if guidance.scale != 1:
+            model = Guided(model, guidance)
         policy = make_policy(self.policy if order is None else order, grid, streams)
         condition = None if labels is None else torch.tensor(labels, device=where)
         content = drawn(sampling or Sampling())
@@ -213,8 +216,8 @@ class Pipeline:
                     f"unknown class '{label}': choose one of {', '.join(self.classes) or 'none'}"
                 )
             return self.classes.index(label)
-        if not 0 <= label < self.model.config.num_classes:
-            raise ValueError(f"class labels lie in [0, {self.model.config.num_classes}), got {label}")
+        if not 0 <= label < self.model.num_classes:
+            raise ValueError(f"class labels lie in [0, {self.model.num_classes}), got {label}")
         return label
 
 
@@ -234,13 +237,19 @@ def _seeds(generator: int | Sequence[int] | torch.Generator, n: int) -> list[int
     return [int(seed) for seed in generator]
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str) -> Parts:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    from anyorder.runs.published import find, load_published
+
+    published = find(hub_id)
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
+        if published is not None:
+            return load_published(published)
+        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         raise FileNotFoundError(
             f"'{hub_id}' is neither a folder nor a hub id that can be reached: {e}"
         ) from e
+    return load_parts(folder)

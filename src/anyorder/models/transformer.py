@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anyorder.contracts import Grid
+from anyorder.contracts import AnyOrderNetwork, Grid
 from anyorder.models.coordinates import CoordinateEncoding, displacement_index, displacements
 from anyorder.models.location import LocationHead, revealed_before
 from anyorder.orders import inverse
@@ -222,7 +222,7 @@ class Scored:
     """(B, M, D)"""
 
 
-class AnyOrderTransformer(nn.Module):
+class AnyOrderTransformer(AnyOrderNetwork):
     """p(x[pi_i] | x[pi_<i], pi_<=i, c) for any order pi (OAR, arXiv 2504.17069 v1, Sec. 3)."""
 
     def __init__(self, config: TransformerConfig):
@@ -230,6 +230,7 @@ class AnyOrderTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.vocab_size = config.vocab_size
+        self.num_classes = config.num_classes
         self.grid = Grid(*config.grid)
         width = config.width
         self.token_embedding = nn.Embedding(config.vocab_size + 1, width)  # the last row hides a token

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anyorder.contracts import Grid
+from anyorder.contracts import Grid, TokenizerNetwork
 
 WINDOW = 65536
 """Tokens remembered in `quantize.codebook_used`; the length is that of the published files."""
@@ -101,7 +101,7 @@ class VQOutput:
     """float32 scalar; zero where the codebook follows a moving average."""
 
 
-class VQModel(nn.Module):
+class VQModel(TokenizerNetwork):
     """Images to tokens and back; a `contracts.Tokenizer`."""
 
     def __init__(self, config: VQConfig):

@@ -24,11 +24,28 @@ STATE, FACTS = "state.safetensors", "facts.json"
 KINDS = {
     "vq": ("anyorder.models.vq", "VQModel", "VQConfig"),
     "transformer": ("anyorder.models.transformer", "AnyOrderTransformer", "TransformerConfig"),
+    "maskgit_vq": ("anyorder.adapters.maskgit_vq", "MaskGITVQ", "MaskGITVQConfig"),
+    "llamagen": ("anyorder.adapters.llamagen", "LlamaGen", "GPTConfig"),
+    "randar": ("anyorder.adapters.randar", "RandAR", "GPTConfig"),
+    "arpg": ("anyorder.adapters.arpg", "ARPG", "GPTConfig"),
     "classifier": ("anyorder.evaluation.features", "Classifier", "ClassifierConfig"),
 }
 """Kind of a saved model -> module, model class, configuration class; imported when one is loaded."""
 
 log = logging.getLogger("anyorder")
+
+
+def kind_of(model: nn.Module) -> str:
+    """The kind that a model is saved as.
+
+    Raises:
+        ValueError: it is none of `KINDS`.
+    """
+    name = (type(model).__module__, type(model).__name__)
+    for kind, (module, model_class, _) in KINDS.items():
+        if name == (module, model_class):
+            return kind
+    raise ValueError(f"{name[1]} cannot be saved: allowed are {', '.join(KINDS)}")
 
 
 def save_model(folder: str | Path, model: nn.Module, config: Any, kind: str) -> None:

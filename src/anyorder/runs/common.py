@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from anyorder.artifacts import Artifact, fingerprint, read_manifest
+from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork
 from anyorder.models.transformer import AnyOrderTransformer
-from anyorder.models.vq import VQModel
 from anyorder.runs.checkpoint import load_model
 from anyorder.runs.trainer import TrainConfig, TrainResult, train
 
@@ -60,10 +60,27 @@ def load_transformer(folder: Path) -> AnyOrderTransformer:
     return model
 
 
-def load_tokenizer(folder: Path) -> VQModel:
-    """The tokenizer of an artifact or pipeline, on the device, in evaluation mode."""
-    model = load_model(folder, "vq").to(device())
-    assert isinstance(model, VQModel)
+def load_any_order(folder: Path) -> AnyOrderNetwork:
+    """The any-order model of an artifact or pipeline, our own or a published one, like `load_transformer`.
+
+    Raises:
+        ValueError: another kind of model.
+    """
+    model = load_model(folder).to(device())
+    if not isinstance(model, AnyOrderNetwork):
+        raise ValueError(f"{folder} holds a {type(model).__name__}, expected an any-order model")
+    return model
+
+
+def load_tokenizer(folder: Path) -> TokenizerNetwork:
+    """The tokenizer of an artifact or pipeline, on the device, in evaluation mode.
+
+    Raises:
+        ValueError: another kind of model.
+    """
+    model = load_model(folder).to(device())
+    if not isinstance(model, TokenizerNetwork):
+        raise ValueError(f"{folder} holds a {type(model).__name__}, expected a tokenizer")
     return model
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from anyorder.artifacts import Artifact, RowWriter, read_json, write_json
-from anyorder.contracts import Grid
+from anyorder.contracts import Grid, TokenizerNetwork
 from anyorder.data.caches import ImageSet
 from anyorder.data.images import ingest
 from anyorder.data.sources import open_source
@@ -249,7 +249,7 @@ class TokensStage:
             "data": artifact.identity["inputs"]["data"],
         }
 
-    def _encode(self, model: VQModel, split: str, artifact: Artifact) -> int:
+    def _encode(self, model: TokenizerNetwork, split: str, artifact: Artifact) -> int:
         """Encode one split, going on where a killed run stopped; the number of images."""
         images = ImageSet(self.data, split)
         n = Grid(*(side // model.factor for side in images.size)).n

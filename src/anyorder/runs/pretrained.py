@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from anyorder.artifacts import Artifact, read_json, read_manifest, write_json
+from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork
 from anyorder.data.caches import TokenSet, check_tokenizer
-from anyorder.models.transformer import AnyOrderTransformer
-from anyorder.models.vq import VQModel
 from anyorder.policies import PolicyConfig
-from anyorder.runs.checkpoint import save_model
-from anyorder.runs.common import load_tokenizer, load_transformer, require_made_from
+from anyorder.runs.checkpoint import kind_of, save_model
+from anyorder.runs.common import load_any_order, load_tokenizer, require_made_from
 
 INDEX = "pipeline.json"
 
@@ -22,11 +21,11 @@ INDEX = "pipeline.json"
 class Parts:
     """What a pipeline is made of."""
 
-    model: AnyOrderTransformer
-    tokenizer: VQModel
+    model: AnyOrderNetwork
+    tokenizer: TokenizerNetwork
     classes: list[str]
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    scorer: AnyOrderTransformer | None = None
+    scorer: AnyOrderNetwork | None = None
     """The model that decides where, if not the model itself."""
 
 
@@ -34,9 +33,9 @@ def save_parts(folder: str | Path, parts: Parts) -> None:
     """Write `pipeline.json`, `model/`, `tokenizer/` and, if there is one, `scorer/`."""
     folder = Path(folder)
     if parts.scorer is not None:
-        save_model(folder / "scorer", parts.scorer, parts.scorer.config, "transformer")
-    save_model(folder / "model", parts.model, parts.model.config, "transformer")
-    save_model(folder / "tokenizer", parts.tokenizer, parts.tokenizer.config, "vq")
+        save_model(folder / "scorer", parts.scorer, parts.scorer.config, kind_of(parts.scorer))
+    save_model(folder / "model", parts.model, parts.model.config, kind_of(parts.model))
+    save_model(folder / "tokenizer", parts.tokenizer, parts.tokenizer.config, kind_of(parts.tokenizer))
     policy = dataclasses.asdict(parts.policy)
     index = {"format": 1, "classes": parts.classes, "policy": policy, "scorer": parts.scorer is not None}
     write_json(folder / INDEX, index)
@@ -52,17 +51,18 @@ def load_parts(folder: str | Path) -> Parts:
     folder = Path(folder)
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(
-            f"{folder} is no pipeline folder (no {INDEX}); make one with stage 'pipeline'"
+            f"{folder} is no pipeline folder (no {INDEX}); make one with stage 'pipeline', "
+            "or from downloaded files with 'anyorder convert SOURCE DEST tokenizer=...'"
         )
     index = read_json(folder / INDEX)
     if index.get("format") != 1:
         raise ValueError(
             f"{folder / INDEX} has format {index.get('format')}, this version reads 1: update anyorder"
         )
-    scorer = load_transformer(folder / "scorer") if index["scorer"] else None
+    scorer = load_any_order(folder / "scorer") if index["scorer"] else None
     policy = PolicyConfig(**index["policy"])
     return Parts(
-        load_transformer(folder / "model"),
+        load_any_order(folder / "model"),
         load_tokenizer(folder / "tokenizer"),
         index["classes"],
         policy,
@@ -89,7 +89,7 @@ class PipelineStage:
         for folder in filter(None, (self.model, self.scorer)):
             require_made_from(folder, "tokens", self.tokens)
         check_tokenizer(tokens, artifact.identity["inputs"]["tokenizer"])
-        scorer = load_transformer(self.scorer) if self.scorer else None
-        model, tokenizer = load_transformer(self.model), load_tokenizer(self.tokenizer)
+        scorer = load_any_order(self.scorer) if self.scorer else None
+        model, tokenizer = load_any_order(self.model), load_tokenizer(self.tokenizer)
         save_parts(artifact.folder, Parts(model, tokenizer, tokens.classes, self.policy, scorer))
         return {"parameters": read_manifest(self.model)["parameters"]}

@@ -1,0 +1,223 @@
+"""ARPG (arXiv 2503.10568): queries that carry nothing but a position read what was revealed, in one pass.
+
+A causal self-decoder turns [class, x_1, x_2, ...] into one set of keys and values; the queries of a
+cross-decoder, all of them the mask embedding, are rotated by the position that they ask about and only
+read. Scoring any number of positions is therefore one call that writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anyorder.adapters.layers import (
+    Attend,
+    Cache,
+    FeedForward,
+    GPTConfig,
+    PublishedModel,
+    causal,
+    check_shapes,
+    count,
+    heads_of,
+    merge_heads,
+    norm,
+    rotate,
+    shape_of,
+    split_heads,
+)
+from anyorder.contracts import Grid
+
+Read = Callable[[Tensor], Tensor]
+"""Queries (B, H, M, D / H) to what they read, of the same shape."""
+
+
+def config_of(tensors: Mapping[str, Tensor], grid: tuple[int, int], heads: int) -> GPTConfig:
+    """The configuration of an ARPG file; `heads` 0 means the published ones.
+
+    Raises:
+        ValueError: a tensor that tells it is missing or of another rank.
+    """
+    vocab_size, width = shape_of(tensors, "head.weight")
+    return GPTConfig(
+        depth=2 * count(tensors, "layers.self_dec."),
+        width=width,
+        heads=heads or heads_of(width),
+        vocab_size=vocab_size,
+        grid=grid,
+        num_classes=shape_of(tensors, "embeddings.weight")[0] - vocab_size - 3,
+    )
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; who sees whom is an argument, never `self.training`."""
+
+    def __init__(self, width: int, heads: int):
+        """No biases."""
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v, self.proj = (nn.Linear(width, width, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor, factors: Tensor, attend: Attend) -> Tensor:
+        """Inputs (B, T, D) and their rotations (B, T, D / H / 2) to outputs (B, T, D)."""
+        q, k, v = (split_heads(project(x), self.heads) for project in (self.to_q, self.to_k, self.to_v))
+        return self.proj(merge_heads(attend(rotate(q, factors), rotate(k, factors), v)))
+
+
+class CrossAttention(nn.Module):
+    """Queries read keys and values that all layers share."""
+
+    def __init__(self, width: int, heads: int):
+        """No biases."""
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.proj = (nn.Linear(width, width, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor, factors: Tensor, read: Read) -> Tensor:
+        """Queries (B, M, D) and the rotations (B, M, D / H / 2) of their targets to outputs (B, M, D)."""
+        return self.proj(merge_heads(read(rotate(split_heads(self.to_q(x), self.heads), factors))))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block of either decoder."""
+
+    def __init__(self, attention: nn.Module, width: int):
+        """The given attention, and SwiGLU."""
+        super().__init__()
+        self.attn = attention
+        self.ffn = FeedForward(width)
+        self.attn_norm = norm(width)
+        self.ffn_norm = norm(width)
+
+    def forward(self, x: Tensor, factors: Tensor, attend: Attend | Read) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        x = x + self.attn(self.attn_norm(x), factors, attend)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class TwoDecoders(nn.Module):
+    """The self-decoder that remembers and the cross-decoder that reads, under their published names."""
+
+    def __init__(self, config: GPTConfig):
+        """Half of the depth for each."""
+        super().__init__()
+        width, heads, half = config.width, config.heads, config.depth // 2
+        self.heads = heads
+        self.self_dec = nn.ModuleList(Block(SelfAttention(width, heads), width) for _ in range(half))
+        self.cross_dec = nn.ModuleList(Block(CrossAttention(width, heads), width) for _ in range(half))
+        self.norm = norm(width)
+        self.to_k, self.to_v = (nn.Linear(width, width, bias=False) for _ in range(2))
+
+    def remember(self, x: Tensor, factors: Tensor, attends: Iterable[Attend]) -> tuple[Tensor, Tensor]:
+        """Inputs (B, T, D) to the keys and values (B, H, T, D / H) that queries read."""
+        for block, attend in zip(self.self_dec, attends, strict=True):
+            x = block(x, factors, attend)
+        x = self.norm(x)
+        return rotate(split_heads(self.to_k(x), self.heads), factors), split_heads(self.to_v(x), self.heads)
+
+    def ask(self, x: Tensor, factors: Tensor, read: Read) -> Tensor:
+        """Queries (B, M, D) to outputs (B, M, D)."""
+        for block in self.cross_dec:
+            x = block(x, factors, read)
+        return x
+
+
+@dataclass
+class State:
+    """What has been revealed so far."""
+
+    cache: Cache
+    """Of the self-decoder: class token and revealed tokens."""
+    keys: Tensor
+    """(B, H, N + 1, D / H), read by queries; as many are valid as in `cache`."""
+    values: Tensor
+    rotations: Tensor
+    """(N + 1, D / H / 2) complex64."""
+
+
+class ARPG(PublishedModel):
+    """p(x[pi_i] | x[pi_<i], pi_<=i, c) for any order pi.
+
+    Rows of `embeddings`: V codes, the mask, the classes, the null class, and one that is not used here.
+    """
+
+    def __init__(self, config: GPTConfig):
+        """Build from a configuration; weights come from the global random generator.
+
+        Raises:
+            ValueError: an odd depth.
+        """
+        super().__init__(config)
+        if config.depth % 2:
+            raise ValueError(f"depth must be even, half for each decoder, got {config.depth}")
+        self.embeddings = nn.Embedding(config.vocab_size + config.num_classes + 3, config.width)
+        self.layers = TwoDecoders(config)
+        self.norm = norm(config.width)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+
+    def _class_token(self, batch_size: int, condition: Tensor | None) -> Tensor:
+        """(B, 1, D)."""
+        return self.embeddings(self._labels(batch_size, condition) + self.vocab_size + 1)[:, None]
+
+    def _ask(self, factors: Tensor, read: Read) -> Tensor:
+        """Logits (B, M, V) of the positions with the rotations (B, M, D / H / 2)."""
+        queries = self.embeddings.weight[self.vocab_size].expand(*factors.shape[:2], -1)
+        return self.head(self.norm(self.layers.ask(queries, factors, read)))
+
+    def forward(
+        self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
+    ) -> Tensor:
+        """Teacher-forced logits (B, N, V) in order steps.
+
+        Args:
+            tokens: (B, N) int64 in raster order.
+            condition: (B,) int64 labels, -1 for none, or None.
+            order: (B, N) int64.
+            grid: the grid of `tokens`, where it is not the one of training.
+
+        Raises:
+            ValueError: shapes that do not fit the grid.
+        """
+        grid = grid or self.grid
+        check_shapes(tokens, order, grid)
+        rotations = self._rotations(grid)
+        seen = order[:, :-1]
+        label = self._class_token(len(tokens), condition)
+        x = torch.cat((label, self.embeddings(tokens.gather(1, seen))), dim=1)
+        factors = rotations[torch.cat((torch.full_like(order[:, :1], grid.n), seen), dim=1)]
+        k, v = self.layers.remember(x, factors, [causal] * len(self.layers.self_dec))
+        return self._ask(rotations[order], lambda q: causal(q, k, v))
+
+    def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> State:
+        """A cache of O(depth * B * N * D) that holds the class token.
+
+        Raises:
+            ValueError: labels out of range.
+        """
+        grid = grid or self.grid
+        self._check_labels(batch_size, condition)
+        cache = self._empty_cache(len(self.layers.self_dec), batch_size, grid.n + 1)
+        keys, values = torch.empty_like(cache.keys[0]), torch.empty_like(cache.values[0])
+        state = State(cache, keys, values, self._rotations(grid))
+        return self._remember(state, self._class_token(batch_size, condition), state.rotations[None, -1:])
+
+    def score(self, state: State, positions: Tensor) -> Tensor:
+        """Logits (B, M, V) of candidate positions (B, M): O(M L) attention, nothing is written."""
+        k, v = state.keys[:, :, : state.cache.length], state.values[:, :, : state.cache.length]
+        return self._ask(state.rotations[positions], lambda q: F.scaled_dot_product_attention(q, k, v))
+
+    def append(self, state: State, positions: Tensor, tokens: Tensor) -> State:
+        """Reveal tokens (B, K) at positions (B, K), as one causal block."""
+        return self._remember(state, self.embeddings(tokens), state.rotations[positions])
+
+    def _remember(self, state: State, x: Tensor, factors: Tensor) -> State:
+        """Run inputs (B, T, D) behind the cache and write them into it, in place."""
+        k, v = self.layers.remember(x, factors, state.cache.extend(self.config.joint_steps))
+        new = slice(state.cache.length, state.cache.length + x.shape[1])
+        state.keys[:, :, new], state.values[:, :, new] = k, v
+        state.cache.length += x.shape[1]
+        return state

@@ -1,0 +1,285 @@
+"""What the published GPT families share: norms, feed-forward, 2-D rotary encoding, caches.
+
+LlamaGen (arXiv 2406.06525), RandAR (arXiv 2412.01827) and ARPG (arXiv 2503.10568) are Llama-like: no biases,
+RMSNorm, SwiGLU, rotary positions. Modules bear the names of the published state dicts.
+
+Shapes: B images, T inputs, M candidates, L cached inputs, D width, H heads, V codebook size, N positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anyorder.contracts import AnyOrderNetwork, Grid
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys, values, each (B, H, T, D / H), to outputs of the same shape."""
+
+
+@dataclass
+class GPTConfig:
+    """Size of a published model; the defaults are those of the L models at 256 x 256 pixels."""
+
+    depth: int = 24
+    """Number of blocks, of both decoders together where there are two."""
+    width: int = 1024
+    """D."""
+    heads: int = 16
+    """H; the head width D / H, 64 in the published models, must be divisible by 4."""
+    vocab_size: int = 16384
+    """V, the tokenizer's codebook size."""
+    grid: tuple[int, int] = (16, 16)
+    """Rows and columns of patches in training."""
+    num_classes: int = 1000
+    """Number of class labels."""
+    label_dropout: float = 0.1
+    """Share of labels replaced by the null label in training, for guidance."""
+    joint_steps: bool = False
+    """Positions of one step see one another as in the published sampler (RandAR: queries see the earlier
+    ones; ARPG: tokens see all), which was not so in training; matters only with several per step."""
+
+    def __post_init__(self) -> None:
+        self.grid = (self.grid[0], self.grid[1])
+        for name in ("depth", "width", "heads", "vocab_size", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.width % (4 * self.heads):
+            raise ValueError(f"width must be a multiple of 4 * heads = {4 * self.heads}, got {self.width}")
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
+        Grid(*self.grid)
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str, rank: int = 2) -> tuple[int, ...]:
+    """The shape of a tensor that a configuration is read off.
+
+    Raises:
+        ValueError: it is missing, or has another number of dimensions.
+    """
+    if name not in tensors:
+        raise ValueError(f"missing {name}")
+    if tensors[name].ndim != rank:
+        raise ValueError(f"{name} is {tuple(tensors[name].shape)}, expected {rank} dimensions")
+    return tuple(tensors[name].shape)
+
+
+def count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """How many blocks `prefix`0, `prefix`1, ... there are: the largest number and one."""
+    numbers = [name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)]
+    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+
+
+def heads_of(width: int) -> int:
+    """H, which no tensor tells: heads are 64 wide, in LlamaGen-3B (D = 3200) 100.
+
+    Raises:
+        ValueError: not a published width.
+    """
+    head_width = 100 if width == 3200 else 64
+    if width % head_width:
+        raise ValueError(f"width {width} is no multiple of {head_width}: say how many heads, heads=...")
+    return width // head_width
+
+
+class PublishedModel(AnyOrderNetwork):
+    """What the adapters have in common: labels, rotations, checks."""
+
+    config: GPTConfig
+
+    def __init__(self, config: GPTConfig):
+        """Take over what the contract asks for."""
+        super().__init__()
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.num_classes = config.num_classes
+        self.grid = Grid(*config.grid)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def _labels(self, batch_size: int, condition: Tensor | None) -> Tensor:
+        """Labels (B,) int64 in [0, num_classes]; None and -1 become `num_classes`, the null label."""
+        null = self.num_classes
+        if condition is None:
+            return torch.full((batch_size,), null, device=self.device)
+        condition = torch.where(condition < 0, null, condition)
+        if self.training and self.config.label_dropout:
+            hidden = torch.rand(condition.shape, device=self.device) < self.config.label_dropout
+            condition = torch.where(hidden, null, condition)
+        return condition
+
+    def _check_labels(self, batch_size: int, condition: Tensor | None) -> None:
+        if condition is None:
+            return
+        wrong = (condition < -1) | (condition >= self.num_classes)
+        if condition.shape != (batch_size,) or bool(wrong.any()):
+            raise ValueError(
+                f"labels must have shape ({batch_size},) and lie in [0, {self.num_classes}) (-1 for none), "
+                f"got shape {tuple(condition.shape)} with values {condition.unique().tolist()[:8]}"
+            )
+
+    def _rotations(self, grid: Grid) -> Tensor:
+        """The table of `rotation_table`, on the device of the weights."""
+        return rotation_table(grid, self.config.width // self.config.heads, self.device)
+
+    def _empty_cache(self, depth: int, batch_size: int, length: int) -> Cache:
+        """O(depth * B * L * D) for `length` inputs, in the dtype that the layers compute in."""
+        dtype = next(self.parameters()).dtype
+        if torch.is_autocast_enabled(self.device.type):
+            dtype = torch.get_autocast_dtype(self.device.type)
+        heads = self.config.heads
+        shape = (depth, batch_size, heads, length, self.config.width // heads)
+        keys, values = (torch.empty(shape, device=self.device, dtype=dtype) for _ in range(2))
+        return Cache(keys, values, 0)
+
+
+def check_shapes(tokens: Tensor, order: Tensor, grid: Grid) -> None:
+    """Refuse tokens and orders that do not fill the grid.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if tokens.shape[1:] != (grid.n,) or order.shape != tokens.shape:
+        raise ValueError(
+            f"a {grid.h} x {grid.w} grid needs tokens and order of shape (B, {grid.n}), "
+            f"got {tuple(tokens.shape)} and {tuple(order.shape)}"
+        )
+
+
+# --- layers -----------------------------------------------------------------------------------------------
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x); hidden width 8/3 D, rounded up to 256."""
+
+    def __init__(self, width: int):
+        """No biases."""
+        super().__init__()
+        hidden = -(-int(8 * width / 3) // 256) * 256
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+def norm(width: int) -> nn.RMSNorm:
+    """The norm of all three families."""
+    return nn.RMSNorm(width, eps=1e-5)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, T, D) to (B, H, T, D / H)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, T, D / H) to (B, T, D)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+# --- positions --------------------------------------------------------------------------------------------
+
+
+def rotation_table(grid: Grid, head_width: int, device: torch.device | str | None = None) -> Tensor:
+    """Rotary factors e^(i angle) of every position, (N + 1, D / H / 2) complex64, base 10000.
+
+    The first half of the angles turns with the row, the second with the column. Row N is for the class
+    token and *zero*, as published: its queries and keys vanish, so others see it through its value alone.
+    """
+    quarter = head_width // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, device=device) / quarter)
+    angles = (grid.coordinates(device)[:, :, None] * frequencies).flatten(1)
+    table = torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((table, torch.zeros_like(table[:1])))
+
+
+def rotate(x: Tensor, factors: Tensor) -> Tensor:
+    """Rotary encoding: neighbours (x0, x1), (x2, x3), ... are real and imaginary parts.
+
+    Args:
+        x: (B, H, T, D / H).
+        factors: (B, T, D / H / 2) complex64, rows of `rotation_table`.
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * factors[:, None]).flatten(-2).to(x.dtype)
+
+
+# --- who sees whom ----------------------------------------------------------------------------------------
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each input sees itself and the earlier ones."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@dataclass
+class Cache:
+    """Keys and values of the inputs so far, preallocated and written in place."""
+
+    keys: Tensor
+    """(depth, B, H, L, D / H); the first `length` inputs are valid."""
+    values: Tensor
+    length: int
+
+    def extend(self, joint: bool = False) -> list[Attend]:
+        """One attention per layer: new inputs see the cache and, causally or all, one another.
+
+        Their keys and values are written; `length` is for the caller to raise, after the last layer.
+        """
+        layers = zip(self.keys, self.values, strict=True)
+        return [partial(_extend, keys, values, self.length, joint) for keys, values in layers]
+
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """Put one more input (depth, B, H, D / H) of every layer into the cache."""
+        self.keys[:, :, :, self.length] = keys
+        self.values[:, :, :, self.length] = values
+        self.length += 1
+
+
+def _extend(keys: Tensor, values: Tensor, begin: int, joint: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    end = begin + k.shape[2]
+    keys[:, :, begin:end], values[:, :, begin:end] = k, v
+    seen = torch.ones(q.shape[2], end, dtype=torch.bool, device=q.device)
+    mask = seen if joint else seen.tril(begin)
+    return F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], attn_mask=mask)
+
+
+class Candidates:
+    """Attention of queries that see the cache and themselves but not one another, and write nothing.
+
+    Collects their keys and values, layer by layer. With `joint`, they see the earlier queries as well.
+    """
+
+    def __init__(self, cache: Cache, joint: bool = False):
+        """Start at the first layer."""
+        self.cache = cache
+        self.joint = joint
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, H, M, D / H) each."""
+        layer, length = len(self.keys), self.cache.length
+        self.keys.append(k)
+        self.values.append(v)
+        before, content = self.cache.keys[layer, :, :, :length], self.cache.values[layer, :, :, :length]
+        if self.joint:
+            mask = torch.ones(q.shape[2], length + k.shape[2], dtype=torch.bool, device=q.device).tril(length)
+            k, v = torch.cat((before, k), dim=2), torch.cat((content, v), dim=2)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        # One score per candidate for itself beside those of the shared prefix: no mask, no repeated cache.
+        own = (q * k).sum(-1, keepdim=True)
+        scores = torch.cat((q @ before.transpose(-1, -2), own), dim=-1).float() * q.shape[-1] ** -0.5
+        weights = scores.softmax(-1).to(v.dtype)
+        return weights[..., :-1] @ content + weights[..., -1:] * v

@@ -1,0 +1,148 @@
+"""RandAR (arXiv 2412.01827): a query token before each image token says which position comes next.
+
+The sequence is [class, p_1, x_1, p_2, x_2, ...] with p_i the query of the i-th position of the order and x_i
+its token; logits are read off the queries. All queries are one learned vector, rotated by their position
+before the first layer, and queries and keys are rotated again in every layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from anyorder.adapters.layers import (
+    Cache,
+    Candidates,
+    GPTConfig,
+    causal,
+    check_shapes,
+    merge_heads,
+    rotate,
+    split_heads,
+)
+from anyorder.adapters.llamagen import GPT
+from anyorder.contracts import Grid
+
+
+@dataclass
+class State:
+    """What has been revealed so far."""
+
+    cache: Cache
+    """Class token, then query and token of each revealed position."""
+    rotations: Tensor
+    """(N + 1, D / H / 2) complex64."""
+    scored: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    """Positions (B, M), keys and values (depth, B, H, M, D / H) of the queries scored since `append`."""
+
+
+class RandAR(GPT):
+    """p(x[pi_i] | x[pi_<i], pi_<=i, c) for any order pi."""
+
+    def __init__(self, config: GPTConfig):
+        """Build from a configuration; weights come from the global random generator."""
+        super().__init__(config)
+        self.pos_instruct_embeddings = nn.Parameter(0.02 * torch.randn(1, config.width))
+
+    def _queries(self, factors: Tensor) -> Tensor:
+        """Query tokens (B, M, D) of positions with the rotations (B, M, D / H / 2)."""
+        x = self.pos_instruct_embeddings.expand(*factors.shape[:2], -1)
+        return merge_heads(rotate(split_heads(x, self.config.heads), factors))
+
+    def forward(
+        self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
+    ) -> Tensor:
+        """Teacher-forced logits (B, N, V) in order steps.
+
+        Args:
+            tokens: (B, N) int64 in raster order.
+            condition: (B,) int64 labels, -1 for none, or None.
+            order: (B, N) int64.
+            grid: the grid of `tokens`, where it is not the one of training.
+
+        Raises:
+            ValueError: shapes that do not fit the grid.
+        """
+        grid = grid or self.grid
+        check_shapes(tokens, order, grid)
+        rotations = self._rotations(grid)
+        factors = rotations[order]
+        label = self.cls_embedding(self._labels(len(tokens), condition))
+        seen = self.tok_embeddings(tokens.gather(1, order))
+        # The token of the last step is seen by nobody.
+        x = torch.cat((label, _interleave(self._queries(factors), seen)[:, :-1]), dim=1)
+        factors = torch.cat((rotations[-1:].expand(len(order), 1, -1), _interleave(factors, factors)), dim=1)
+        for layer in self.layers:
+            x = layer(x, factors[:, :-1], causal)
+        return self._logits(x[:, 1::2])
+
+    def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> State:
+        """A cache of O(2 * depth * B * N * D) that holds the class token.
+
+        Raises:
+            ValueError: labels out of range.
+        """
+        grid = grid or self.grid
+        self._check_labels(batch_size, condition)
+        cache = self._empty_cache(len(self.layers), batch_size, 2 * grid.n + 1)
+        rotations = self._rotations(grid)
+        self._extend(cache, self.cls_embedding(self._labels(batch_size, condition)), rotations[None, -1:])
+        return State(cache, rotations)
+
+    def score(self, state: State, positions: Tensor) -> Tensor:
+        """Logits (B, M, V) of candidate positions (B, M): their queries see what is revealed and themselves.
+
+        Keys and values of the queries are kept in the state, so that `append` need not run them.
+        """
+        factors = state.rotations[positions]
+        x, joint = self._queries(factors), self.config.joint_steps
+        attend = Candidates(state.cache, joint)
+        for layer in self.layers:
+            x = layer(x, factors, attend)
+        kept = slice(1) if joint else slice(None)  # a query that saw others is of no use without them
+        keys, values = (torch.stack(found)[:, :, :, kept] for found in (attend.keys, attend.values))
+        state.scored.append((positions[:, kept], keys, values))
+        return self._logits(x)
+
+    def append(self, state: State, positions: Tensor, tokens: Tensor) -> State:
+        """Reveal tokens (B, K) at positions (B, K): query and token of each, as one causal block.
+
+        The query of the first position is taken from `score` where it was scored.
+        """
+        factors = state.rotations[positions]
+        x = _interleave(self._queries(factors), self.tok_embeddings(tokens))
+        factors = _interleave(factors, factors)
+        first = _recall(state, positions[:, 0])
+        if first is not None:
+            state.cache.write(*first)
+            x, factors = x[:, 1:], factors[:, 1:]
+        self._extend(state.cache, x, factors)
+        return State(state.cache, state.rotations)
+
+
+def _interleave(queries: Tensor, tokens: Tensor) -> Tensor:
+    """(B, K, ...) and (B, K, ...) to (B, 2K, ...): the first of each, then the second of each, ..."""
+    return torch.stack((queries, tokens), dim=2).flatten(1, 2)
+
+
+def _recall(state: State, position: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Keys and values (depth, B, H, D / H) of the query of a position (B,), if every row has scored it."""
+    rows = torch.arange(len(position), device=position.device)
+    found = torch.zeros_like(position, dtype=torch.bool)
+    kept: tuple[Tensor, ...] = ()
+    for positions, *cached in state.scored:
+        match = positions == position[:, None]
+        here, column = match.any(1), match.int().argmax(1)
+        # Indexing moves the batch to the front: (B, depth, H, D / H).
+        mine = tuple(each[:, rows, :, column] for each in cached)
+        kept = tuple(
+            torch.where(here[:, None, None, None], new, old)
+            for new, old in zip(mine, kept or mine, strict=True)
+        )
+        found |= here
+    if not bool(found.all()):
+        return None
+    keys, values = (each.transpose(0, 1) for each in kept)
+    return keys, values
