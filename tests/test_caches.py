@@ -52,7 +52,12 @@ def tokens(tmp_path):
 
 def order_arrays(n=N):
     order = np.stack([rng(i).permutation(GRID.n) for i in range(n)]).astype(np.uint16)
-    return {"train.order": order, "train.log_prob": -rng().random((n, GRID.n)).astype(np.float32)}
+    return {
+        "train.order": order,
+        "train.log_prob": -rng().random((n, GRID.n)).astype(np.float32),
+        "test.order": order[:2],
+        "class_order": order[1:3],
+    }
 
 
 def write_orders(folder, tokens, arrays=None, rows=N):
@@ -102,6 +107,8 @@ def test_order_set(tmp_path, tokens):
     assert batch.dtype == torch.int64
     assert torch.equal(batch.sort(dim=1).values, torch.arange(GRID.n).expand(2, -1))
     assert orders.log_prob.dtype == np.float32
+    assert torch.equal(orders.test_orders, orders.batch([0, 1]))
+    assert torch.equal(orders.of_classes(torch.tensor([1, 0, 1])), orders.batch([2, 1, 2]))
 
 
 def test_matching_caches_pass(tmp_path, tokens):
