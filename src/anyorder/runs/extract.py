@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from anyorder.artifacts import Artifact, RowWriter, load_array, read_manifest, save_array
 from anyorder.data.caches import TokenSet
+from anyorder.data.sunsets import sun_first
 from anyorder.decode import extract_orders
 from anyorder.evaluation import figures
 from anyorder.logits import Streams
@@ -27,9 +28,11 @@ from anyorder.runs.precision import fast_dtype
 class OrdersStage:
     """Extract the order in which the model itself would reveal each training image."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("model", "tokens")
+    inputs: ClassVar[tuple[str, ...]] = ("model", "tokens", "data")
     model: Path
     tokens: Path
+    data: Path | None = None
+    """The sunsets behind the tokens: to tell how often the sun is drawn before the clouds that it colours."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """An inferred order, or the location head's; entropy by default, token_likelihood is the paper's."""
     limit: int | None = None
@@ -65,6 +68,7 @@ class OrdersStage:
         maps = figures.mean_rank_per_class(orders.numpy(), labels, classes, tokens.grid)
         figures.save_image(maps, artifact.folder / "mean_rank.png")
         trained = read_manifest(self.model)
+        known = {} if self.data is None else {"sun_first": self._sun_first(orders, tokens)}
         raster = static_order("raster", tokens.grid)
         return {
             "rows": n,
@@ -80,7 +84,17 @@ class OrdersStage:
             "mean_jump": mean_jump(orders, tokens.grid),
             "position_entropy": [round(h, 4) for h in position_entropy(orders).tolist()],
             "device": str(device()),
+            **known,
         }
+
+    def _sun_first(self, orders: torch.Tensor, tokens: TokenSet) -> float:
+        assert self.data is not None
+        require_made_from(self.tokens, "data", self.data)
+        if "causes" not in read_manifest(self.data):
+            raise ValueError(f"{self.data} holds no sunsets: leave data out, it is only for their causes")
+        causes = np.array(load_array(self.data / "train.causes.npy")[: len(orders)])
+        size = read_manifest(self.tokens)["image_size"]
+        return sun_first(orders.numpy(), causes, tokens.grid, (size[0], size[1]))
 
     def _extract(
         self, artifact: Artifact, model: AnyOrderTransformer, tokens: TokenSet, images: np.ndarray

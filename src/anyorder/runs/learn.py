@@ -152,10 +152,9 @@ class TrainStage:
         save_model(artifact.folder, result.model, model.config, "transformer")
         here = result.examples * tokens.grid.n
         before = self._before()
-        everything = np.arange(len(test))
         return {
-            "test_nll": exact_nll(result.model, test, everything, self._general(test))["nll"],
             **evaluate(result.model, result.steps),
+            **self._general_nll(result.model, test),
             "training_tokens": here + before["training_tokens"],
             "training_seconds": result.seconds + before["training_seconds"],
             **training_facts(result),
@@ -228,6 +227,16 @@ class TrainStage:
 
     # --- what is measured: the likelihood under the orders of training, on training and test images
 
+    def _general_nll(self, model: nn.Module, test: TokenSet) -> dict[str, float]:
+        """Under the order of training on the whole split; for extracted orders, under random ones."""
+        rows = spread(len(test) if self._has_no_own else WATCHED, len(test))
+        name = "test_nll" if self._has_no_own else "any_order_nll"
+        return {name: exact_nll(model, test, rows, self._general(test, len(rows)))["nll"]}
+
+    @property
+    def _has_no_own(self) -> bool:
+        return self.orders is None and self.online is None
+
     def _watched(self, tokens: TokenSet, own: Own | None, examples: int) -> Watched:
         rows = spread(WATCHED, examples)
         return tokens, rows, own(rows) if own is not None else self._general(tokens, len(rows))
@@ -241,9 +250,8 @@ class TrainStage:
             return test, rows, cache.of_classes(test.batch(rows)[1])
         return test, spread(len(cache.test_orders), len(test)), cache.test_orders
 
-    def _general(self, tokens: TokenSet, n: int | None = None) -> Tensor:
+    def _general(self, tokens: TokenSet, n: int) -> Tensor:
         """The static order of training for n images, or random ones."""
-        n = n or len(tokens)
         if self.order == "random":
             return random_orders(n, tokens.grid, torch.Generator().manual_seed(0))
         return static_order(self.order, tokens.grid).expand(n, -1)

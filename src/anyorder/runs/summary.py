@@ -49,6 +49,7 @@ def report(folders: Sequence[Path], out: Path, *, data_pictures: bool = True) ->
         *_intervals(artifacts),
         *_samples(of("sample")),
         *_orders(of("orders")),
+        *_rounds(of("iterate")),
         *_tokenizer(of("tokenizer"), data_pictures),
         *_training(of("train")),
         _costs(artifacts),
@@ -137,11 +138,13 @@ def _orders(orders: Found) -> list[Section]:
             "mean jump (patches)": m["mean_jump"],
             "first step entropy (nats)": m["position_entropy"][0],
             "nats/token": -m["mean_log_prob"],
+            "sun before cloud": m.get("sun_first"),
             "extraction evaluations": m.get("extraction_evaluations"),
             "seconds": m["seconds"],
         }
         for path, m in orders
     ]
+    rows = _without_empty(rows)
     shown = _pictures(orders, "mean_rank.png", "mean rank")
     text = (
         "Orders extracted from training images: when each patch is drawn on average, for all and per class."
@@ -149,6 +152,38 @@ def _orders(orders: Found) -> list[Section]:
     return [
         Section("Extracted orders", text, [Table(list(rows[0]), rows), *([Gallery(shown)] if shown else [])])
     ]
+
+
+def _without_empty(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without the columns that none of them has a value for."""
+    return [{k: v for k, v in row.items() if any(other[k] is not None for other in rows)} for row in rows]
+
+
+def _rounds(iterated: Found) -> list[Section]:
+    if not iterated:
+        return []
+    rows = [
+        {
+            "run": path.name,
+            "round": number,
+            "E-step": facts["policy"],
+            "random share": facts["random_share"],
+            "train bound": facts["train_bound"],
+            "test bound": facts["test_bound"],
+            "gap": facts["gap"],
+            "training tokens": facts["training_tokens"],
+            "extraction evaluations": facts["extraction_evaluations"],
+        }
+        for path, m in iterated
+        for number, facts in enumerate(m["rounds"], start=1)
+    ]
+    text = (
+        "Hard EM on q(order, x): orders are extracted with the model of the round before, then content and "
+        "location are fine-tuned on them. The bound is -log q(order, x) in nats per token, which is never "
+        "below -log p(x)."
+    )
+    table = Table(list(rows[0]), rows, best={"test bound": "min"})
+    return [Section("Rounds of extraction and fine-tuning", text, [table])]
 
 
 def _tokenizer(tokenizers: Found, pictures: bool) -> list[Section]:
@@ -185,14 +220,19 @@ def _training(trained: Found) -> list[Section]:
             "model": path.name,
             "orders": "extracted" if "orders" in m["inputs"] else m["config"]["order"],
             "parameters": m["parameters"],
+            "train nats/token": m.get("train_nll"),
             "test nats/token": m["test_nll"],
+            "test bound": m.get("test_bound"),
+            "under random orders": m.get("any_order_nll"),
             "training tokens": m["training_tokens"],
             "training s": m["training_seconds"],
         }
         for path, m in trained
     ]
+    rows = _without_empty(rows)
     caption = (
-        "Test nats/token: under the order of training, random for models fine-tuned on extracted orders."
+        "Nats/token of the tokens, under the orders of training and under random ones; the bound adds what "
+        "the location head pays for the order."
     )
     items: list[Any] = [Table(list(rows[0]), rows, caption)]
     if logs:
