@@ -17,7 +17,7 @@ from torch import Tensor
 from anyorder.contracts import AnyOrderModel, Grid, LocatingModel, OrderPolicy, Progress, Step, Trace
 from anyorder.guidance import for_locations
 from anyorder.logits import Sampling, Streams, draw, entropy, token_likelihood, truncate
-from anyorder.policies import FixedOrder, InformativeOrder, make_policy
+from anyorder.policies import FixedOrder, InformativeOrder, PolicyConfig, make_policy
 
 Content = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(positions (B, M), log-probabilities (B, M, V), uniform (B, M)) -> tokens (B, M)."""
@@ -267,7 +267,7 @@ def complete(
     model: AnyOrderModel,
     tokens: Tensor,
     known: Tensor,
-    order: str | Tensor | OrderPolicy,
+    order: str | Tensor | OrderPolicy | PolicyConfig,
     streams: Streams,
     *,
     condition: Tensor | None = None,
