@@ -32,6 +32,7 @@ GROUPS = {
         "compare": "two evaluations: differences with bootstrap intervals",
         "pipeline": "put model and tokenizer into one folder for Pipeline.from_pretrained",
     },
+    "pictures": {"complete": "draw parts of a picture: inpainting, outpainting, variations"},
     "published models": {"convert": "downloaded weights of LlamaGen, RandAR, ARPG, MaskGIT-VQ to a folder"},
     "the machine": {"bench": "throughput as a share of the matmul rate measured in the same run"},
 }
@@ -102,6 +103,7 @@ def _dispatch(command: str, arguments: list[str]) -> int:
         "report": _report,
         "bench": _bench,
         "demo": _demo,
+        "complete": _complete,
         "convert": _convert,
     }
     if command == "features" and arguments[:1] == ["train"]:
@@ -250,6 +252,24 @@ def _demo(arguments: list[str], dry_run: bool, asked_help: bool) -> None:
         print(_settings(config))
     else:
         serve(config)
+
+
+def _complete(arguments: list[str], dry_run: bool, asked_help: bool) -> None:
+    from anyorder.complete import CompleteConfig, complete_file
+    from anyorder.runs.config import describe, parse
+
+    if asked_help:
+        print("anyorder complete pipeline=FOLDER image=FILE out=FOLDER [key=value ...]\n")
+        print(f"{CompleteConfig.__doc__}\n")
+        print(describe(CompleteConfig))
+        return
+    out, settings = _out(arguments)
+    config = parse(CompleteConfig, {}, settings)
+    if dry_run:
+        print(f"anyorder complete -> {out}\n{_settings(config)}")
+        return
+    for path in complete_file(config, out):
+        print(path)
 
 
 def _convert(arguments: list[str], dry_run: bool, asked_help: bool) -> None:
