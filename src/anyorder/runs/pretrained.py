@@ -12,7 +12,7 @@ from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork
 from anyorder.data.caches import TokenSet, check_tokenizer
 from anyorder.policies import PolicyConfig
 from anyorder.runs.checkpoint import kind_of, save_model
-from anyorder.runs.common import load_any_order, load_tokenizer, require_made_from
+from anyorder.runs.common import load_any_order, load_tokenizer, require_trained_on
 
 INDEX = "pipeline.json"
 
@@ -87,7 +87,7 @@ class PipelineStage:
         """Write the folder."""
         tokens = TokenSet(self.tokens, "test")
         for folder in filter(None, (self.model, self.scorer)):
-            require_made_from(folder, "tokens", self.tokens)
+            require_trained_on(folder, tokens)
         check_tokenizer(tokens, artifact.identity["inputs"]["tokenizer"])
         scorer = load_any_order(self.scorer) if self.scorer else None
         model, tokenizer = load_any_order(self.model), load_tokenizer(self.tokenizer)
