@@ -30,6 +30,7 @@ GROUPS = {
         "sample": "draw images in a fixed, random or inferred order",
         "eval": "measure samples and the model's likelihood",
         "compare": "two evaluations: differences with bootstrap intervals",
+        "completion": "draw holes of test images, and measure them against what was there",
         "pipeline": "put model and tokenizer into one folder for Pipeline.from_pretrained",
     },
     "pictures": {"complete": "draw parts of a picture: inpainting, outpainting, variations"},

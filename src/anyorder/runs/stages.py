@@ -16,6 +16,7 @@ from typing import Any
 
 from anyorder.artifacts import MANIFEST, Artifact
 from anyorder.runs.compare import CompareStage
+from anyorder.runs.completion import CompletionStage
 from anyorder.runs.config import did_you_mean, load_yaml, parse
 from anyorder.runs.execute import execute, split
 from anyorder.runs.extract import OrdersStage
@@ -37,6 +38,7 @@ STAGES: dict[str, Any] = {
     "sample": SampleStage,
     "eval": EvalStage,
     "compare": CompareStage,
+    "completion": CompletionStage,
     "pipeline": PipelineStage,
 }
 
