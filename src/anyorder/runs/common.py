@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from anyorder.artifacts import Artifact, fingerprint, read_json, read_manifest
 from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork
 from anyorder.data.caches import TokenSet
-from anyorder.models.transformer import AnyOrderTransformer
 from anyorder.runs.checkpoint import CONFIG, load_model
 from anyorder.runs.trainer import TrainConfig, TrainResult, train
 
@@ -57,15 +56,8 @@ def spread(limit: int, total: int) -> np.ndarray:
     return np.linspace(0, total - 1, min(limit, total)).round().astype(np.int64)
 
 
-def load_transformer(folder: Path) -> AnyOrderTransformer:
-    """The any-order model of an artifact or pipeline, on the device, in evaluation mode."""
-    model = load_model(folder, "transformer").to(device())
-    assert isinstance(model, AnyOrderTransformer)
-    return model
-
-
 def load_any_order(folder: Path) -> AnyOrderNetwork:
-    """The any-order model of an artifact or pipeline, our own or a published one, like `load_transformer`.
+    """The any-order model of an artifact or pipeline, our own or a published one, on the device.
 
     Raises:
         ValueError: another kind of model.
@@ -133,8 +125,13 @@ def is_converted(folder: Path) -> bool:
     return read_manifest(folder)["stage"] == "convert"
 
 
-def require_trained_on(folder: Path, tokens: TokenSet) -> None:
+def require_trained_on(folder: Path, tokens: TokenSet, *, adapted: bool = False) -> None:
     """Refuse a model for tokens that it was not trained on; a converted one must have their codebook's size.
+
+    Args:
+        folder: of the model.
+        tokens: the tokens it is used with.
+        adapted: a converted model is to get their classes; else it is said where labels must be left out.
 
     Raises:
         ValueError: it was made from other tokens, or has another number of them.
@@ -147,7 +144,7 @@ def require_trained_on(folder: Path, tokens: TokenSet) -> None:
             f"{folder} knows {config['vocab_size']} tokens, {tokens.folder} has {tokens.vocab_size}: "
             "tokenize the images with the tokenizer that belongs to the model"
         )
-    if config["num_classes"] != len(tokens.classes):
+    if config["num_classes"] != len(tokens.classes) and not adapted:
         log.warning(
             "%s has %d classes, %s has %d: labels are left out",
             folder, config["num_classes"], tokens.folder, len(tokens.classes),
