@@ -186,6 +186,14 @@ def test_bad_input_is_refused_with_the_reason(ours, call, message):
         ours.complete(**{"image": pictures(), **call})
 
 
+def test_large_pictures_from_coarse_to_fine(pipe):
+    out = pipe.coarse_to_fine("dog", 2, order="random", guidance_scale=1.5, factor=2)
+    assert [image.size for image in out.images] == [(24, 16)] * 2
+    assert out.tokens.shape == (2, 24)
+    alone = pipe.coarse_to_fine("dog", order="random", guidance_scale=1.5, generator=1)
+    assert torch.equal(alone.tokens[0], out.tokens[1])
+
+
 # --- the parts
 
 

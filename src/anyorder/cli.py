@@ -31,6 +31,7 @@ GROUPS = {
         "eval": "measure samples and the model's likelihood",
         "compare": "two evaluations: differences with bootstrap intervals",
         "completion": "draw holes of test images, and measure them against what was there",
+        "grid": "likelihood and samples on a grid that the model was not trained on",
         "pipeline": "put model and tokenizer into one folder for Pipeline.from_pretrained",
     },
     "pictures": {"complete": "draw parts of a picture: inpainting, outpainting, variations"},

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from anyorder.contracts import AnyOrderModel, AnyOrderNetwork, Grid, Step, TokenizerNetwork
-from anyorder.decode import drawn, generate, trace
+from anyorder.decode import drawn, generate, sample_coarse_to_fine, trace
 from anyorder.guidance import GuidanceConfig, Guided, Schedule
 from anyorder.logits import Sampling, Streams
 from anyorder.policies import INFERRED, InferredOrder, PolicyConfig, make_policy
@@ -252,6 +252,44 @@ class Pipeline:
                 streams, filling=Filling(margin, feather), **settings,
             )  # fmt: skip
         return _output(made)
+
+    def coarse_to_fine(
+        self,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        num_images: int | None = None,
+        order: str | PolicyConfig | None = None,
+        guidance_scale: float | GuidanceConfig = 1.0,
+        generator: int | Sequence[int] | torch.Generator = 0,
+        *,
+        factor: int = 2,
+        guidance_schedule: Schedule = "constant",
+        sampling: Sampling | None = None,
+    ) -> PipelineOutput:
+        """Draw images `factor` times as high and wide as those of training; see `sample_coarse_to_fine`.
+
+        Args:
+            class_labels: as of a call.
+            num_images: as of a call.
+            order: the name of an order, or a `PolicyConfig`.
+            guidance_scale: as of a call.
+            generator: as of a call.
+            factor: >= 2.
+            guidance_schedule: as of a call.
+            sampling: temperature, top-k, top-p, min-p.
+
+        Raises:
+            ValueError: as of a call, or a factor below 2.
+        """
+        labels, n = self._labels(class_labels, num_images)
+        chosen = self.policy if order is None else order
+        streams = Streams(_seeds(generator, n), self._device)
+        model = self._drawer(guidance_scale, guidance_schedule)
+        made = sample_coarse_to_fine(
+            model, chosen, streams, factor,
+            condition=self._condition(labels), sampling=sampling or Sampling(), scorer=self._scorer(chosen),
+        )  # fmt: skip
+        grid = Grid(factor * self.model.grid.h, factor * self.model.grid.w)
+        return PipelineOutput(self.decode(made.tokens, grid), made.order, made.tokens, made.log_prob)
 
     @property
     def _device(self) -> torch.device:

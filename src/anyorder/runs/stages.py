@@ -20,6 +20,7 @@ from anyorder.runs.completion import CompletionStage
 from anyorder.runs.config import did_you_mean, load_yaml, parse
 from anyorder.runs.execute import execute, split
 from anyorder.runs.extract import OrdersStage
+from anyorder.runs.grids import GridStage
 from anyorder.runs.iterate import IterateStage
 from anyorder.runs.judge import EvalStage, SampleStage
 from anyorder.runs.learn import TrainStage
@@ -39,6 +40,7 @@ STAGES: dict[str, Any] = {
     "eval": EvalStage,
     "compare": CompareStage,
     "completion": CompletionStage,
+    "grid": GridStage,
     "pipeline": PipelineStage,
 }
 

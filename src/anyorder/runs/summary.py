@@ -58,6 +58,7 @@ def report(folders: Sequence[Path], out: Path, *, data_pictures: bool = True) ->
         *_intervals(artifacts),
         *_samples(of("sample")),
         *_completions(of("completion"), data_pictures),
+        *_other_grids(of("grid"), data_pictures),
         *_orders(of("orders")),
         *_tokenizer(of("tokenizer"), data_pictures),
         *_training(of("train")),
@@ -165,6 +166,28 @@ def _completion_table(completions: Found) -> Table:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lower: dict[str, Any] = {c: "min" for c in columns if c in ("fd", "fid", "hole_mse", "hole_nll")}
     return Table(columns, rows, best=lower | {"hole_psnr": "max"})
+
+
+def _other_grids(grids: Found, pictures: bool) -> list[Section]:
+    if not grids:
+        return []
+    rows = [
+        {
+            "model": path.name,
+            "next position": m["next_position"],
+            "trained on": "{} x {}".format(*m["grids"]["own"]),
+            "grid": "{} x {}".format(*m["grids"]["other"]),
+            "nats/token there": Spread.of(m["metrics"]["other"]["seeds"]),
+            "where trained": Spread.of(m["metrics"]["own"]["seeds"]),
+        }
+        for path, m in grids
+    ]
+    text = (
+        "Exact negative log-likelihood of test images in random orders; mean ± deviation over draws of these."
+    )
+    shown = _pictures(grids, "grid.png", "On other grids") if pictures else []
+    galleries = [Gallery(shown)] if shown else []
+    return [Section("On other grids", text, [Table(list(rows[0]), rows), *galleries])]
 
 
 def _orders(orders: Found) -> list[Section]:
