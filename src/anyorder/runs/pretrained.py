@@ -16,7 +16,7 @@ from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork
 from anyorder.data.caches import OrderSet, TokenSet, check_tokenizer
 from anyorder.policies import PolicyConfig
 from anyorder.runs.checkpoint import kind_of, save_model
-from anyorder.runs.common import load_any_order, load_tokenizer, require_made_from
+from anyorder.runs.common import load_any_order, load_tokenizer, require_trained_on
 
 INDEX, CLASS_ORDERS = "pipeline.json", "class_order.npy"
 
@@ -36,7 +36,7 @@ class Parts:
 
 
 def save_parts(folder: str | Path, parts: Parts) -> None:
-    """Write `pipeline.json`, `model/`, `tokenizer/` and, if there are any, `scorer/` and `class_order.npy`."""
+    """Write `pipeline.json`, `model/`, `tokenizer/`, and `scorer/` and `class_order.npy` if there are any."""
     folder = Path(folder)
     if parts.class_orders is not None:
         save_array(folder / CLASS_ORDERS, parts.class_orders.numpy().astype(np.uint16))
@@ -102,7 +102,7 @@ class PipelineStage:
         """Write the folder."""
         tokens = TokenSet(self.tokens, "test")
         for folder in filter(None, (self.model, self.scorer)):
-            require_made_from(folder, "tokens", self.tokens)
+            require_trained_on(folder, tokens)
         check_tokenizer(tokens, artifact.identity["inputs"]["tokenizer"])
         scorer = load_any_order(self.scorer) if self.scorer else None
         model, tokenizer = load_any_order(self.model), load_tokenizer(self.tokenizer)

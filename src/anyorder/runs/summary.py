@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from anyorder.evaluation import figures
-from anyorder.evaluation.report import Details, Figure, Gallery, Section, Table, write_markdown, write_report
+from anyorder.evaluation.report import (
+    Details,
+    Figure,
+    Gallery,
+    Section,
+    Spread,
+    Table,
+    write_markdown,
+    write_report,
+)
 from anyorder.runs.conclusions import conclusions
 from anyorder.runs.records import LOG, Found, find_artifacts
 from anyorder.runs.variants import (
@@ -48,6 +57,8 @@ def report(folders: Sequence[Path], out: Path, *, data_pictures: bool = True) ->
         *_quality(evaluations, variants),
         *_intervals(artifacts),
         *_samples(of("sample")),
+        *_completions(of("completion"), data_pictures),
+        *_other_grids(of("grid"), data_pictures),
         *_orders(of("orders")),
         *_rounds(of("iterate")),
         *_tokenizer(of("tokenizer"), data_pictures),
@@ -124,6 +135,60 @@ def _samples(samples: Found) -> list[Section]:
         for name, title, text in parts
         if (shown := _pictures(samples, name, title))
     ]
+
+
+def _completions(completions: Found, pictures: bool) -> list[Section]:
+    if not completions:
+        return []
+    text = (
+        "Holes in test images, drawn given the rest. FD or FID: between completed and true images. Inside "
+        "the hole: hole_mse (pixels in [0, 1]), hole_psnr (dB), and for token-blind policies hole_nll (nats "
+        "per true token). Mean ± sample standard deviation over seeds."
+    )
+    masks = dict.fromkeys(m["config"]["mask"] for _, m in completions)
+    tables = [_completion_table([f for f in completions if f[1]["config"]["mask"] == mask]) for mask in masks]
+    shown = _pictures(completions, "grid.png", "Completion") if pictures else []
+    caption = "Each row: the true image, its hole, completions from several seeds."
+    galleries = [Section("Completions", caption, [Gallery(shown)])] if shown else []
+    return [Section("Completion", text, tables), *galleries]
+
+
+def _completion_table(completions: Found) -> Table:
+    """Completions of one hole, side by side."""
+    rows = [
+        {
+            "completion": path.name,
+            "mask": m["config"]["mask"],
+            "policy": m["policy"],
+            **{name: Spread.of(found["seeds"]) for name, found in m["metrics"].items()},
+        }
+        for path, m in completions
+    ]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lower: dict[str, Any] = {c: "min" for c in columns if c in ("fd", "fid", "hole_mse", "hole_nll")}
+    return Table(columns, rows, best=lower | {"hole_psnr": "max"})
+
+
+def _other_grids(grids: Found, pictures: bool) -> list[Section]:
+    if not grids:
+        return []
+    rows = [
+        {
+            "model": path.name,
+            "next position": m["next_position"],
+            "trained on": "{} x {}".format(*m["grids"]["own"]),
+            "grid": "{} x {}".format(*m["grids"]["other"]),
+            "nats/token there": Spread.of(m["metrics"]["other"]["seeds"]),
+            "where trained": Spread.of(m["metrics"]["own"]["seeds"]),
+        }
+        for path, m in grids
+    ]
+    text = (
+        "Exact negative log-likelihood of test images in random orders; mean ± deviation over draws of these."
+    )
+    shown = _pictures(grids, "grid.png", "On other grids") if pictures else []
+    galleries = [Gallery(shown)] if shown else []
+    return [Section("On other grids", text, [Table(list(rows[0]), rows), *galleries])]
 
 
 def _orders(orders: Found) -> list[Section]:
