@@ -218,6 +218,21 @@ def _identity(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str | 
     }
 
 
+def _same(stored: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    """Whether a manifest has this identity; a setting that its version did not know yet counts as off."""
+    return all(stored[key] == identity[key] for key in ("stage", "inputs")) and _agree(
+        stored["config"], identity["config"]
+    )
+
+
+def _agree(old: Any, new: Any) -> bool:
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return old == new
+    return old.keys() <= new.keys() and all(
+        _agree(old[key], value) if key in old else not value for key, value in new.items()
+    )
+
+
 class Artifact:
     """The folder of one stage: is it up to date, may it be resumed, and its manifest when done.
 
@@ -252,7 +267,7 @@ class Artifact:
                 )
         self.current = self.is_current(folder, stage, config, inputs)
         if not self.current:
-            resumed = begun.is_file() and read_json(begun) == self.identity
+            resumed = begun.is_file() and _same(read_json(begun), self.identity)
             if not resumed and (begun.is_file() or done.is_file()):  # never touch a folder of somebody else
                 self._discard()
             write_json(begun, self.identity)
@@ -265,8 +280,7 @@ class Artifact:
         done = Path(folder) / MANIFEST
         if not done.is_file():
             return False
-        manifest = read_json(done)
-        return all(manifest[key] == value for key, value in _identity(stage, config, inputs).items())
+        return _same(read_json(done), _identity(stage, config, inputs))
 
     def _discard(self) -> None:
         """Remove what an earlier configuration left; only files that stages write are touched."""
