@@ -31,7 +31,7 @@ TINY = {"depth": 2, "width": 16, "heads": 2, "vocab_size": 5, "grid": (GRID.h, G
 
 @dataclass(frozen=True)
 class Case:
-    """How to build a model, how many classes its condition takes (0: none), and sizes of its other columns."""
+    """How to build a model, how many classes its condition takes (0: none), sizes of its other columns."""
 
     build: Callable[[], AnyOrderModel]
     classes: int = 0

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from anyorder.contracts import AnyOrderModel, AnyOrderNetwork, Grid, Step, TokenizerNetwork
+from anyorder.data.text import Vocabulary, index_of
 from anyorder.decode import drawn, generate, trace
 from anyorder.guidance import GuidanceConfig, Guided, Schedule
 from anyorder.logits import Sampling, Streams
@@ -47,6 +49,7 @@ class Pipeline:
         classes: Sequence[str] = (),
         policy: PolicyConfig | None = None,
         scorer: AnyOrderNetwork | None = None,
+        vocabulary: Vocabulary | None = None,
     ):
         """Put parts together.
 
@@ -56,6 +59,7 @@ class Pipeline:
             classes: class names, for labels given by name.
             policy: the order to draw in unless told otherwise; lowest entropy first by default.
             scorer: the model that decides where, for inferred token-blind orders; `model` itself by default.
+            vocabulary: what pictures may be asked to be besides their class, if the model takes more.
 
         Raises:
             ValueError: the parts do not fit together.
@@ -70,6 +74,7 @@ class Pipeline:
         self.classes = list(classes)
         self.policy = policy or PolicyConfig()
         self.scorer = scorer.eval() if scorer is not None else None
+        self.vocabulary = vocabulary or Vocabulary(self.classes)
 
     # --- to and from disk and hub --------------------------------------------------------------------
 
@@ -87,11 +92,13 @@ class Pipeline:
         """
         folder = Path(path_or_hub_id)
         parts = load_parts(folder) if folder.is_dir() else _download(str(path_or_hub_id))
-        return cls(parts.model, parts.tokenizer, parts.classes, parts.policy, parts.scorer).to(device())
+        rest = (parts.classes, parts.policy, parts.scorer, parts.vocabulary)
+        return cls(parts.model, parts.tokenizer, *rest).to(device())
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `from_pretrained` loads: safetensors and JSON."""
-        save_parts(folder, Parts(self.model, self.tokenizer, self.classes, self.policy, self.scorer))
+        more = self.vocabulary if self.vocabulary.attributes or self.vocabulary.length else None
+        save_parts(folder, Parts(self.model, self.tokenizer, self.classes, self.policy, self.scorer, more))
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
         """Upload the pipeline to the Hugging Face hub; returns the address of the commit."""
@@ -127,29 +134,35 @@ class Pipeline:
         guidance_schedule: Schedule = "constant",
         sampling: Sampling | None = None,
         grid: Grid | tuple[int, int] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        attributes: Mapping[str, str | Sequence[str]] | None = None,
     ) -> PipelineOutput:
         """Draw images.
 
         Args:
             class_labels: one label or one per image, by index or name; None draws unconditionally.
-            num_images: how many; the number of labels by default.
+            num_images: how many; the number of labels, prompts or values of an attribute by default.
             order: "random", a static order ("raster", "hilbert", ...), a score ("entropy", "max_prob",
                 "margin", "token_likelihood"), an order (N,) or (B, N), or a `PolicyConfig`; the
                 pipeline's own policy by default.
-            guidance_scale: 1 is none; more pulls images towards their class. A `GuidanceConfig` says all.
+            guidance_scale: 1 is none; more pulls images towards what they are asked to be. A `GuidanceConfig`
+                says all.
             generator: a seed (image i uses seed + i), one seed per image, or a `torch.Generator` that
                 the seeds are drawn from. An image depends on its own seed only.
             guidance_schedule: how the scale grows while the image is drawn.
             sampling: temperature, top-k, top-p, min-p.
             grid: rows and columns of patches, where it is not the grid of training.
+            prompt: a text, or one per image, for a model that was trained with captions; "" is none.
+            attributes: values by name, {"baseColour": "Red"}, one or one per image, for a model that was
+                trained with attributes.
 
         Raises:
-            ValueError: unknown label or order, or numbers that do not fit together.
+            ValueError: unknown label, attribute or order, or numbers that do not fit together.
         """
-        labels, n = self._labels(class_labels, num_images)
         steps = self.stream(
-            labels, n, order, guidance_scale, generator,
+            class_labels, num_images, order, guidance_scale, generator,
             guidance_schedule=guidance_schedule, sampling=sampling, grid=grid,
+            prompt=prompt, attributes=attributes,
         )  # fmt: skip
         made = trace(steps)
         return PipelineOutput(self.decode(made.tokens, grid), made.order, made.tokens, made.log_prob)
@@ -165,9 +178,11 @@ class Pipeline:
         guidance_schedule: Schedule = "constant",
         sampling: Sampling | None = None,
         grid: Grid | tuple[int, int] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        attributes: Mapping[str, str | Sequence[str]] | None = None,
     ) -> Iterator[Step]:
         """The same as a call, step by step: for progress bars, animations and web pages."""
-        labels, n = self._labels(class_labels, num_images)
+        condition, n = self._condition(class_labels, prompt, attributes or {}, num_images)
         where = next(self.model.parameters()).device
         grid = self._grid(grid)
         streams = Streams(_seeds(generator, n), where)
@@ -178,7 +193,7 @@ class Pipeline:
         if guidance.scale != 1:
             model = Guided(model, guidance)
         policy = make_policy(self.policy if order is None else order, grid, streams)
-        condition = None if labels is None else torch.tensor(labels, device=where)
+        condition = None if condition is None else condition.to(where)
         content = drawn(sampling or Sampling())
         scored = isinstance(policy, InferredOrder) and policy.token_blind
         scorer = self.scorer if scored else None
@@ -194,31 +209,40 @@ class Pipeline:
             return self.model.grid
         return grid if isinstance(grid, Grid) else Grid(*grid)
 
-    def _labels(
-        self, labels: int | str | Sequence[int | str] | None, n: int | None
-    ) -> tuple[list[int] | None, int]:
-        """Labels as indices, one per image, and the number of images."""
-        if labels is None:
-            return None, _positive(1 if n is None else n)
-        several = [labels] if isinstance(labels, int | str) else list(labels)
-        if len(several) == 1 and n is not None:
-            several *= _positive(n)
-        if n is not None and len(several) != n:
-            raise ValueError(
-                f"got {len(several)} labels for num_images={n}: give one label, or one per image"
-            )
-        return [self._label(label) for label in several], _positive(len(several))
+    def _condition(
+        self,
+        labels: int | str | Sequence[int | str] | None,
+        prompt: str | Sequence[str] | None,
+        attributes: Mapping[str, str | Sequence[str]],
+        n: int | None,
+    ) -> tuple[Tensor | None, int]:
+        """What each image is asked to be, and the number of images."""
+        named = {name: f"values of {name}" for name in attributes}
+        given = {"labels": labels, "prompts": prompt, **{named[name]: attributes[name] for name in named}}
+        lists = {name: _listed(value) for name, value in given.items() if value is not None}
+        if n is None:
+            n = max(map(len, lists.values()), default=1)
+        _positive(n)
+        for name, values in lists.items():
+            if len(values) not in (1, n):
+                raise ValueError(f"got {len(values)} {name} for num_images={n}: give one, or one per image")
+            lists[name] = values * n if len(values) == 1 else values
+        codes = [self._label(label) for label in lists["labels"]] if labels is not None else None
+        if prompt is None and not attributes:
+            return (None if codes is None else torch.tensor(codes)), n
+        asked = {name: lists[named[name]] for name in attributes}
+        return self.vocabulary.condition(n, codes, asked, lists.get("prompts")), n
 
     def _label(self, label: int | str) -> int:
         if isinstance(label, str):
-            if label not in self.classes:
-                raise ValueError(
-                    f"unknown class '{label}': choose one of {', '.join(self.classes) or 'none'}"
-                )
-            return self.classes.index(label)
+            return index_of(label, self.classes, "class")
         if not 0 <= label < self.model.num_classes:
             raise ValueError(f"class labels lie in [0, {self.model.num_classes}), got {label}")
         return label
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value] if isinstance(value, int | str) else list(value)
 
 
 def _positive(n: int) -> int:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from anyorder.artifacts import Artifact, read_json, read_manifest, write_json
+from anyorder.artifacts import Artifact, read_json, read_manifest, write_json, write_text
 from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork
-from anyorder.data.caches import TokenSet, check_tokenizer
+from anyorder.data.caches import TEXT, TokenSet, check_tokenizer
+from anyorder.data.text import CaptionTokenizer, Vocabulary
 from anyorder.policies import PolicyConfig
 from anyorder.runs.checkpoint import kind_of, save_model
 from anyorder.runs.common import load_any_order, load_tokenizer, require_made_from
@@ -27,10 +28,12 @@ class Parts:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     scorer: AnyOrderNetwork | None = None
     """The model that decides where, if not the model itself."""
+    vocabulary: Vocabulary | None = None
+    """What pictures may be asked to be besides their class, where the model takes more than that."""
 
 
 def save_parts(folder: str | Path, parts: Parts) -> None:
-    """Write `pipeline.json`, `model/`, `tokenizer/` and, if there is one, `scorer/`."""
+    """Write `pipeline.json`, `model/`, `tokenizer/`, and `scorer/` and `text.json` if there are any."""
     folder = Path(folder)
     if parts.scorer is not None:
         save_model(folder / "scorer", parts.scorer, parts.scorer.config, kind_of(parts.scorer))
@@ -38,6 +41,10 @@ def save_parts(folder: str | Path, parts: Parts) -> None:
     save_model(folder / "tokenizer", parts.tokenizer, parts.tokenizer.config, kind_of(parts.tokenizer))
     policy = dataclasses.asdict(parts.policy)
     index = {"format": 1, "classes": parts.classes, "policy": policy, "scorer": parts.scorer is not None}
+    if parts.vocabulary is not None:
+        index |= {"attributes": parts.vocabulary.attributes, "text_length": parts.vocabulary.length}
+        if parts.vocabulary.captions is not None:
+            write_text(folder / TEXT, parts.vocabulary.captions.definition)
     write_json(folder / INDEX, index)
 
 
@@ -67,7 +74,15 @@ def load_parts(folder: str | Path) -> Parts:
         index["classes"],
         policy,
         scorer,
+        _vocabulary(folder, index),
     )
+
+
+def _vocabulary(folder: Path, index: dict[str, Any]) -> Vocabulary | None:
+    if "attributes" not in index:
+        return None
+    captions = CaptionTokenizer((folder / TEXT).read_text("utf-8")) if index["text_length"] else None
+    return Vocabulary(index["classes"], index["attributes"], captions, index["text_length"])
 
 
 @dataclass
@@ -91,5 +106,6 @@ class PipelineStage:
         check_tokenizer(tokens, artifact.identity["inputs"]["tokenizer"])
         scorer = load_any_order(self.scorer) if self.scorer else None
         model, tokenizer = load_any_order(self.model), load_tokenizer(self.tokenizer)
-        save_parts(artifact.folder, Parts(model, tokenizer, tokens.classes, self.policy, scorer))
+        vocabulary = tokens.vocabulary if tokens.further.shape[1] else None
+        save_parts(artifact.folder, Parts(model, tokenizer, tokens.classes, self.policy, scorer, vocabulary))
         return {"parameters": read_manifest(self.model)["parameters"]}
