@@ -142,7 +142,9 @@ def test_vocabulary_gives_conditions_by_name():
 
 
 def test_unknown_names_get_a_suggestion():
-    with pytest.raises(ValueError, match="unknown colour 'Rad', did you mean 'Red'.*choose one of Blue, Red"):
+    with pytest.raises(
+        ValueError, match=r"unknown colour 'Rad', did you mean 'Red'.*choose one of Blue, Red"
+    ):
         index_of("Rad", ["Blue", "Red"], "colour")
     with pytest.raises(ValueError, match="did you mean 'RED'"):
         index_of("red", ["RED"], "colour")
@@ -315,7 +317,7 @@ def test_agreement_with_attributes_is_measured(experiment):
 
 def test_pictures_of_the_asked_colour_agree(experiment, tmp_path):
     """Test images in the place of samples: the asked colour is theirs, or never is."""
-    path, out = experiment
+    _, out = experiment
     images, tokens = ImageSet(out / "data", "test"), TokenSet(out / "tokens", "test")
     for shift, share in ((0, 1), (1, 0)):
         samples, target = tmp_path / f"samples-{shift}", tmp_path / f"eval-{shift}"
@@ -348,6 +350,7 @@ def test_agreement_in_closed_form():
         (["sample", "hide=[color]", "n=3"], "did you mean 'colour'"),
         (["tokens", "text.length=0"], "length >= 1"),
         (["features", "label=color", "train.steps=2"], "did you mean 'colour'"),
+        (["features", "label=colour", "extractor=inception"], "set extractor=classifier"),
         (["eval", "samples={out}/prompted"], "drawn for prompts"),
         (["eval", "samples={out}/drawn", "attribute_features={out}/features"], "unknown attribute"),
     ],
@@ -363,8 +366,7 @@ def test_stages_refuse(experiment, tmp_path, capsys, command, message):
 
 
 def test_the_experiment_is_up_to_date(experiment, capsys):
-    path, out = experiment
-    assert cli.main(["run", str(path), "--dry-run"]) == 0
+    assert cli.main(["run", str(experiment[0]), "--dry-run"]) == 0
     assert "to run" not in capsys.readouterr().out
 
 

@@ -98,8 +98,8 @@ def prompt_grid(rows: Sequence[np.ndarray], prompts: Sequence[str], scale: int =
     font, strips, line = ImageFont.load_default(12), [], 18
     for images, prompt in zip(rows, prompts, strict=True):
         row = image_grid(images, columns=len(images), scale=scale)
-        strip = Image.new("RGB", (max(row.width, math.ceil(font.getlength(prompt)) + 8), row.height + line))
-        strip.paste("white", (0, 0, *strip.size))
+        width = max(row.width, math.ceil(font.getlength(prompt)) + 8)
+        strip = Image.new("RGB", (width, row.height + line), "white")
         strip.paste(row, (0, line))
         ImageDraw.Draw(strip).text((2, 2), prompt, "black", font)
         strips.append(strip)

@@ -55,8 +55,8 @@ class Architecture:
     label_dropout: float = 0.1
     """Share of images whose condition is hidden in training, for guidance."""
     part_dropout: float | None = None
-    """Share of classes, of each attribute and of captions hidden on their own in training, so that any of
-    them may be left out; as `label_dropout` by default. For conditions of several parts."""
+    """Share of classes, of each attribute and of captions hidden on their own in training, besides, so that
+    any of them may be left out; 0.3 by default. For conditions of several parts."""
     location: bool = False
     """A head that says where to go next, besides what is there: order and content as one model."""
     checkpointing: bool = False
@@ -335,9 +335,8 @@ class AnyOrderTransformer(AnyOrderNetwork):
             values = condition.reshape(batch_size, -1)
             values = F.pad(values, (0, width - values.shape[1]), value=-1)
             if self.training and (classes or self.prefix is not None):
-                everything, each = self.config.label_dropout, self.config.part_dropout
-                each = everything if each is None else each
-                values = hide(values, len(self.config.attributes), everything, each)
+                each = 0.3 if self.config.part_dropout is None else self.config.part_dropout
+                values = hide(values, len(self.config.attributes), self.config.label_dropout, each)
         label = values[:, 0].where((values[:, 0] >= 0) & (classes > 0), classes)
         prefix = self.prefix(values[:, 1:]) if self.prefix is not None else None
         start = self.condition_embedding(label)

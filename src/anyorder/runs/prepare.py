@@ -171,6 +171,10 @@ class FeaturesStage:
     train: TrainConfig = field(default_factory=TrainConfig)
     """Training of the classifier."""
 
+    def __post_init__(self) -> None:
+        if self.label is not None and self.extractor != "classifier":
+            raise ValueError(f"label={self.label} is what a classifier learns: set extractor=classifier")
+
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write the classifier and `{reference,train}.safetensors`; say how far real images are from real."""
         images, test = ImageSet(self.data), ImageSet(self.data, "test")
