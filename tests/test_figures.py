@@ -55,7 +55,8 @@ def test_prompts_stand_above_their_rows() -> None:
     grid = np.asarray(figures.prompt_grid(rows, ["a", "a rather long prompt that needs more room"], scale=1))
     tops = [int(np.argwhere((grid == value).all(-1))[0, 0]) for value in (50, 100)]
     assert tops[1] - tops[0] > 4 + 12
-    assert (grid[: tops[0]].min() < 50) and (grid[tops[0] + 8 : tops[1]].min() < 50)  # text above each
+    assert grid[: tops[0]].min() < 50  # text above each
+    assert grid[tops[0] + 8 : tops[1]].min() < 50
     assert grid.shape[1] > 200
 
 
