@@ -329,16 +329,6 @@ def test_an_artifact_is_current_for_its_own_configuration_and_inputs(tmp_path):
     assert MANIFEST not in names(out)
 
 
-def test_a_setting_that_came_with_a_later_version_is_off(tmp_path):
-    """Artifacts of older versions stay up to date as long as nobody uses what is new."""
-    Artifact(tmp_path, "train", {"model": {"depth": 2}}, {}).finish()
-    for new in (None, False, 0, "", []):
-        later = {"model": {"depth": 2, "new": new}, "new": new}
-        assert Artifact.is_current(tmp_path, "train", later, {})
-    for model in ({"depth": 2, "new": 0.1}, {"depth": 3}, {}, None):
-        assert not Artifact.is_current(tmp_path, "train", {"model": model}, {})
-
-
 def test_another_configuration_makes_an_artifact_stale(tmp_path):
     finished(tmp_path, config=1)
     stale = Artifact(tmp_path, "encode", {"seed": 2}, {})

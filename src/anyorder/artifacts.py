@@ -210,27 +210,23 @@ def load_array(path: str | Path) -> np.ndarray:
         raise ValueError(f"{path} is damaged ({e}); delete its folder and run the stage again") from e
 
 
+def _completed(then: Any, defaults: Any) -> Any:
+    """A recorded configuration with the defaults of settings that did not exist then.
+
+    A new setting's default is what was done before it existed, so it does not make an artifact stale.
+    """
+    if not isinstance(then, dict) or not isinstance(defaults, dict):
+        return then
+    missing = {key: value for key, value in defaults.items() if key not in then}
+    return {key: _completed(value, defaults.get(key)) for key, value in then.items()} | missing
+
+
 def _identity(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str | Path]) -> dict[str, Any]:
     return {
         "stage": stage,
         "config": json.loads(json.dumps(config, default=_jsonable)),
         "inputs": {role: fingerprint(path) for role, path in inputs.items()},
     }
-
-
-def _same(stored: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
-    """Whether a manifest has this identity; a setting that its version did not know yet counts as off."""
-    return all(stored[key] == identity[key] for key in ("stage", "inputs")) and _agree(
-        stored["config"], identity["config"]
-    )
-
-
-def _agree(old: Any, new: Any) -> bool:
-    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
-        return old == new
-    return old.keys() <= new.keys() and all(
-        _agree(old[key], value) if key in old else not value for key, value in new.items()
-    )
 
 
 class Artifact:
@@ -242,7 +238,12 @@ class Artifact:
     """
 
     def __init__(
-        self, folder: str | Path, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str | Path]
+        self,
+        folder: str | Path,
+        stage: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, str | Path],
+        defaults: Mapping[str, Any] | None = None,
     ):
         """Open `folder` for `stage`; work begun under another configuration is discarded.
 
@@ -251,6 +252,7 @@ class Artifact:
             stage: name of the stage, for the manifest.
             config: resolved configuration, JSON-able; decides with `inputs` whether the folder is current.
             inputs: folders of the input artifacts by role.
+            defaults: of the settings, for artifacts that are older than some of them.
 
         Raises:
             FileNotFoundError: an input is not a finished artifact.
@@ -265,34 +267,36 @@ class Artifact:
                 raise ValueError(
                     f"{folder} holds the artifact of stage '{other}', not '{stage}': choose another out="
                 )
-        self.current = self.is_current(folder, stage, config, inputs)
+        self.current = self.is_current(folder, stage, config, inputs, defaults)
         if not self.current:
-            resumed = begun.is_file() and _same(read_json(begun), self.identity)
+            resumed = begun.is_file() and read_json(begun) == self.identity
             if not resumed and (begun.is_file() or done.is_file()):  # never touch a folder of somebody else
                 self._discard()
             write_json(begun, self.identity)
 
     @staticmethod
     def is_current(
-        folder: str | Path, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str | Path]
+        folder: str | Path,
+        stage: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, str | Path],
+        defaults: Mapping[str, Any] | None = None,
     ) -> bool:
         """Whether `folder` is finished with this very configuration and these inputs; writes nothing."""
         done = Path(folder) / MANIFEST
         if not done.is_file():
             return False
-        return _same(read_json(done), _identity(stage, config, inputs))
+        manifest, known = read_json(done), json.loads(json.dumps(defaults or {}, default=_jsonable))
+        then = {**manifest, "config": _completed(manifest["config"], known)}
+        return all(then[key] == value for key, value in _identity(stage, config, inputs).items())
 
     def _discard(self) -> None:
         """Remove what an earlier configuration left; only files that stages write are touched."""
-        (self.folder / MANIFEST).unlink(missing_ok=True)
-        for pattern in ("*.partial", "*.npy"):
+        for pattern in (MANIFEST, ".identity.json", "*.partial", "*.npy", "metrics.jsonl"):
             for path in sorted(self.folder.rglob(pattern)):
                 path.unlink()
-        checkpoints = self.folder / "checkpoints"
-        if checkpoints.is_dir():
-            for path in sorted(checkpoints.rglob("*"), reverse=True):
-                path.rmdir() if path.is_dir() else path.unlink()
-        (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+        for path in sorted(self.folder.rglob("checkpoints/**/*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
 
     def finish(self, examples: int | None = None, seconds: float | None = None, **facts: Any) -> None:
         """Write the manifest: from now on the artifact is finished.

@@ -54,9 +54,9 @@ class Architecture:
     """Share of input tokens hidden in training (their position stays)."""
     label_dropout: float = 0.1
     """Share of images whose condition is hidden in training, for guidance."""
-    part_dropout: float | None = None
+    part_dropout: float = 0.3
     """Share of classes, of each attribute and of captions hidden on their own in training, besides, so that
-    any of them may be left out; 0.3 by default. For conditions of several parts."""
+    any of them may be left out; for conditions of several parts."""
     location: bool = False
     """A head that says where to go next, besides what is there: order and content as one model."""
     checkpointing: bool = False
@@ -68,11 +68,9 @@ class Architecture:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.width % (4 * self.heads):
             raise ValueError(f"width must be a multiple of 4 * heads = {4 * self.heads}, got {self.width}")
-        for name in ("dropout", "token_dropout", "label_dropout"):
+        for name in ("dropout", "token_dropout", "label_dropout", "part_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if self.part_dropout is not None and not 0 <= self.part_dropout < 1:
-            raise ValueError(f"part_dropout must lie in [0, 1), got {self.part_dropout}")
         if self.next_position not in ("relative", "absolute", "none"):
             raise ValueError(f"next_position must be relative, absolute or none, got '{self.next_position}'")
         if self.current_position not in ("absolute", "none"):
@@ -335,8 +333,8 @@ class AnyOrderTransformer(AnyOrderNetwork):
             values = condition.reshape(batch_size, -1)
             values = F.pad(values, (0, width - values.shape[1]), value=-1)
             if self.training and (classes or self.prefix is not None):
-                each = 0.3 if self.config.part_dropout is None else self.config.part_dropout
-                values = hide(values, len(self.config.attributes), self.config.label_dropout, each)
+                dropout = (self.config.label_dropout, self.config.part_dropout)
+                values = hide(values, len(self.config.attributes), *dropout)
         label = values[:, 0].where((values[:, 0] >= 0) & (classes > 0), classes)
         prefix = self.prefix(values[:, 1:]) if self.prefix is not None else None
         start = self.condition_embedding(label)

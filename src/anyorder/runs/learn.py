@@ -21,6 +21,7 @@ from anyorder.likelihood import joint_nll, token_nll
 from anyorder.logits import Streams
 from anyorder.models.transformer import AnyOrderTransformer, Architecture, TransformerConfig
 from anyorder.orders import STATIC, inverse, random_orders, static_order
+from anyorder.policies import INFERRED, PolicyConfig
 from anyorder.runs.checkpoint import save_model
 from anyorder.runs.common import (
     SHOWN,
@@ -34,6 +35,7 @@ from anyorder.runs.common import (
     to_uint8,
     training_facts,
 )
+from anyorder.runs.online import OnlineOrders
 from anyorder.runs.trainer import TrainConfig
 
 Own = Callable[[np.ndarray], Tensor]
@@ -63,6 +65,10 @@ class TrainStage:
     """Order cache to train on instead; only the images it covers are used."""
     orders_as: Literal["own", "class_mean"] = "own"
     """Each image's own order, or one order for each class: the ranking of its mean ranks (all images)."""
+    online: PolicyConfig | None = None
+    """Instead of `orders`: extract them while training, by the moving average of the weights."""
+    online_every: int = 1
+    """With `online`: epochs between two extractions of an image's order."""
     jitter: float = 0.0
     """Steps of Gaussian noise on the ranks of own orders: a guard against memorising one order per image."""
     random_share: float = 0.0
@@ -86,7 +92,13 @@ class TrainStage:
             raise ValueError(f"order must be random or one of {', '.join(STATIC)}, got '{self.order}'")
         if self.orders is not None and self.order != "random":
             raise ValueError(f"give either order={self.order} or orders={self.orders}, not both")
-        if self.order == "random" and self.orders is None:
+        if self.online is not None and (self.orders is not None or self.order != "random"):
+            raise ValueError("online extracts the orders itself: give it, or orders=..., or order=...")
+        if self.online is not None and self.online.order not in (*INFERRED, "location"):
+            raise ValueError(f"online.order must be an inferred order, got '{self.online.order}'")
+        if self.online_every < 1:
+            raise ValueError(f"online_every must be >= 1 epoch, got {self.online_every}")
+        if self.order == "random" and self.orders is None and self.online is None:
             own = ("random_share", "random_share_end", "jitter", "orders_as")
             if any(getattr(self, key) != getattr(TrainStage, key) for key in own):
                 raise ValueError(
@@ -103,8 +115,9 @@ class TrainStage:
         """Write the model and its log."""
         tokens, test = TokenSet(self.tokens), TokenSet(self.tokens, "test")
         model = self._model(tokens)
-        own, examples = self._own(tokens)
-        orders = self._mixed(own, tokens.grid)
+        fixed, examples = self._own(tokens)
+        online = self._online(artifact, tokens)
+        orders = self._mixed(online or _known(fixed, tokens.grid), tokens.grid)
 
         def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
             batch, labels = (x.to(device()) for x in tokens.batch(rows))
@@ -115,7 +128,7 @@ class TrainStage:
             where = where * is_own[:, None]  # a random order says nothing of where to go
             return content.mean() + where.mean(), {"content": content.mean(), "location": where.mean()}
 
-        watched = [self._watched(tokens, own, examples), self._watched_test(test)]
+        watched = [self._watched(tokens, fixed, examples), self._watched_test(test)]
 
         def evaluate(model: nn.Module, step: int) -> dict[str, float]:
             return {
@@ -132,7 +145,10 @@ class TrainStage:
         if self.tokenizer is not None:
             check_tokenizer(tokens, artifact.identity["inputs"]["tokenizer"])
         drawing = picture if self.tokenizer is not None else None
-        result = fit(artifact, model, loss, examples, self.train, evaluate=evaluate, sample=drawing)
+        ready = online.watch if online is not None else None
+        result = fit(
+            artifact, model, loss, examples, self.train, evaluate=evaluate, sample=drawing, ready=ready
+        )
         save_model(artifact.folder, result.model, model.config, "transformer")
         here = result.examples * tokens.grid.n
         before = self._before()
@@ -193,20 +209,26 @@ class TrainStage:
             return lambda rows: cache.of_classes(tokens.batch(rows)[1]), len(tokens)
         return cache.batch, len(cache)
 
-    def _mixed(self, own: Own | None, grid: Grid) -> Orders:
-        """An image's own order, or a random one with the probability of this step."""
+    def _online(self, artifact: Artifact, tokens: TokenSet) -> OnlineOrders | None:
+        if self.online is None:
+            return None
+        warm = self.init is not None
+        per_step = self.train.batch_size * self.train.accumulation
+        return OnlineOrders(artifact.folder, tokens, self.online, self.online_every, per_step, warm=warm)
+
+    def _mixed(self, own: Orders, grid: Grid) -> Orders:
+        """An image's own order with some jitter, or a random one with the probability of this step."""
         end = self.random_share if self.random_share_end is None else self.random_share_end
 
         def orders(rows: np.ndarray, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            if own is None:
-                return random_orders(len(rows), grid, generator), torch.zeros(len(rows), dtype=torch.bool)
             share = self.random_share + (end - self.random_share) * (step - 1) / max(1, self.train.steps - 1)
             at_random = torch.rand(len(rows), 1, generator=generator) < share
-            mixed = torch.where(at_random, random_orders(len(rows), grid, generator), own(rows))
+            strangers = random_orders(len(rows), grid, generator)
+            order, is_own = own(rows, step, generator)
             if self.jitter:
-                noise = torch.randn(mixed.shape, generator=generator)
-                mixed = (inverse(mixed) + self.jitter * noise).argsort(1)
-            return mixed, ~at_random[:, 0]
+                noise = torch.randn(order.shape, generator=generator)
+                order = (inverse(order) + self.jitter * noise).argsort(1)
+            return torch.where(at_random, strangers, order), is_own & ~at_random[:, 0]
 
         return orders
 
@@ -231,6 +253,16 @@ class TrainStage:
         if self.order == "random":
             return random_orders(n, tokens.grid, torch.Generator().manual_seed(0))
         return static_order(self.order, tokens.grid).expand(n, -1)
+
+
+def _known(own: Own | None, grid: Grid) -> Orders:
+    """Orders known beforehand; random ones where there are none."""
+
+    def orders(rows: np.ndarray, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        is_own = torch.full((len(rows),), own is not None)
+        return (own(rows) if own is not None else random_orders(len(rows), grid, generator)), is_own
+
+    return orders
 
 
 @torch.no_grad()

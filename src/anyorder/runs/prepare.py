@@ -255,7 +255,7 @@ class TokensStage:
     tokenizer: Path
     batch_size: int = 256
     """Images per call."""
-    text: TextConfig | None = None
+    text: TextConfig = field(default_factory=TextConfig)
     """How captions become tokens, where the data have captions."""
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
@@ -287,16 +287,15 @@ class TokensStage:
                 save_array(artifact.folder / f"{images.split}.attributes.npy", images.attribute_values())
         captions = [images.captions() for images in sets]
         if captions[0] is None:
-            if self.text is not None:
+            if self.text != TextConfig():
                 raise ValueError(f"{self.data} has no captions: leave out text.*, or run data with captions=")
             return facts
-        text = self.text or TextConfig()
-        tokenizer = CaptionTokenizer.train(captions[0], text.vocab_size)
+        tokenizer = CaptionTokenizer.train(captions[0], self.text.vocab_size)
         write_text(artifact.folder / TEXT, tokenizer.definition)
         for images, some in zip(sets, captions, strict=True):
-            tokens = tokenizer.encode(some or [], text.length).astype(np.int32)
+            tokens = tokenizer.encode(some or [], self.text.length).astype(np.int32)
             save_array(artifact.folder / f"{images.split}.captions.npy", tokens)
-        return facts | {"text": {"vocab_size": tokenizer.vocab_size, "length": text.length}}
+        return facts | {"text": {"vocab_size": tokenizer.vocab_size, "length": self.text.length}}
 
     def _encode(self, model: TokenizerNetwork, split: str, artifact: Artifact) -> int:
         """Encode one split, going on where a killed run stopped; the number of images."""

@@ -10,7 +10,6 @@ A stage is a dataclass: its fields are its configuration, `inputs` names those t
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,14 @@ from typing import Any
 from anyorder.artifacts import MANIFEST, Artifact
 from anyorder.runs.compare import CompareStage
 from anyorder.runs.config import did_you_mean, load_yaml, parse
+from anyorder.runs.execute import execute, split
 from anyorder.runs.extract import OrdersStage
+from anyorder.runs.iterate import IterateStage
 from anyorder.runs.judge import EvalStage, SampleStage
 from anyorder.runs.learn import TrainStage
 from anyorder.runs.prepare import DataStage, FeaturesStage, TokenizerStage, TokensStage
 from anyorder.runs.pretrained import PipelineStage
 from anyorder.runs.seeds import SEED, expand
-
-log = logging.getLogger("anyorder")
 
 STAGES: dict[str, Any] = {
     "data": DataStage,
@@ -34,44 +33,12 @@ STAGES: dict[str, Any] = {
     "tokens": TokensStage,
     "train": TrainStage,
     "orders": OrdersStage,
+    "iterate": IterateStage,
     "sample": SampleStage,
     "eval": EvalStage,
     "compare": CompareStage,
     "pipeline": PipelineStage,
 }
-
-
-def execute(name: str, stage: Any, out: Path) -> bool:
-    """Run one stage unless its artifact is up to date.
-
-    Args:
-        name: key of `STAGES`.
-        stage: its configuration.
-        out: folder of the artifact.
-
-    Returns:
-        Whether anything was done.
-
-    Raises:
-        ValueError, FileNotFoundError: bad configuration or inputs.
-        OSError: the disk is full; what was finished is kept.
-    """
-    settings, inputs = _split(stage)
-    artifact = Artifact(out, name, settings, inputs)
-    if artifact.current:
-        log.info("%s is up to date", out)
-        return False
-    log.info("%s -> %s", name, out)
-    facts = stage.run(artifact)
-    artifact.finish(facts.pop("examples", None), facts.pop("seconds", None), **facts)
-    return True
-
-
-def _split(stage: Any) -> tuple[dict[str, Any], dict[str, Path]]:
-    """What a stage is told, and the artifacts it reads by role: moving folders leaves them up to date."""
-    settings = dataclasses.asdict(stage)
-    given = {role: settings.pop(role) for role in stage.inputs}
-    return settings, {role: path for role, path in given.items() if path is not None}
 
 
 @dataclasses.dataclass
@@ -91,9 +58,9 @@ class Experiment:
         """One line per stage: what would be run (a stage is looked at only if its inputs are finished)."""
         lines, stale = [], set()
         for name, (kind, stage) in self.stages.items():
-            settings, inputs = _split(stage)
+            settings, inputs, defaults = split(stage)
             ready = all((path / MANIFEST).is_file() and path not in stale for path in inputs.values())
-            current = ready and Artifact.is_current(self.out / name, kind, settings, inputs)
+            current = ready and Artifact.is_current(self.out / name, kind, settings, inputs, defaults)
             if not current:
                 stale.add(self.out / name)
             lines.append(f"{'up to date' if current else 'to run':10}  {kind:9}  {self.out / name}")

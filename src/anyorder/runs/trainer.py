@@ -87,6 +87,10 @@ class TrainConfig:
     """Steps between checkpoints; the last step always has one."""
     sample_every: int = 0
     """Steps between samples; 0 is never."""
+    patience: int = 0
+    """Evaluations without a new best `watch` after which to stop, with the best weights; 0 is off."""
+    watch: str = "test_nll"
+    """Evaluated value that `patience` watches; smaller is better."""
     keep: int = 2
     """Checkpoints kept."""
     tensorboard: bool = False
@@ -95,20 +99,22 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("seed", "eval_every", "sample_every", "weight_decay", "clip"):
+        for name in ("seed", "eval_every", "sample_every", "weight_decay", "clip", "patience"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("beta1", "beta2", "ema"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._require("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite")
         self._require("warmup", 0 <= self.warmup <= self.steps, f"in [0, steps = {self.steps}]")
         self._require("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "in [0, 1]")
+        if self.patience and not self.eval_every:
+            raise ValueError("patience needs evaluations: give eval_every > 0")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
             raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
 
 
-_BESIDE = {"compile", "log_every", "eval_every", "save_every", "sample_every", "keep", "tensorboard"}
+_BESIDE = {"compile", "log_every", "save_every", "sample_every", "keep", "tensorboard"}
 """Settings that may change between two parts of a run, for they do not change where it leads."""
 
 
@@ -117,7 +123,7 @@ class TrainResult:
     """What a finished run leaves."""
 
     model: nn.Module
-    """The trained model, with averaged weights if `ema` is on; in evaluation mode."""
+    """The trained model, averaged if `ema` is on, the best evaluated one with `patience`; evaluating."""
     seconds: float
     """Time spent on training steps, over all resumptions, without evaluations and checkpoints."""
     steps: int
@@ -139,6 +145,7 @@ def train(
     evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None = None,
     sample: Callable[[nn.Module, int], None] | None = None,
     extra: nn.Module | None = None,
+    ready: Callable[[nn.Module], None] | None = None,
 ) -> TrainResult:
     """Train `model`, or go on from the last checkpoint in `folder`; at once if that is the last step.
 
@@ -159,6 +166,8 @@ def train(
         sample: (model, step), as `evaluate` but for its side effects.
         extra: parameters of the loss itself, such as a discriminator: moved, optimised, clipped on their own
             and checkpointed, but not averaged. `loss` holds it and keeps the two gradients apart.
+        ready: handed the averaged model (the model itself without `ema`) before the first step, for losses
+            that look at it; it is updated in place after every step.
 
     Raises:
         KeyboardInterrupt: stopped by a signal, after the checkpoint is written.
@@ -171,6 +180,8 @@ def train(
         raise ValueError(f"no examples to train on: got examples={examples}")
     run = _Run(model, loss, examples, config, Path(folder), torch.device(device), extra)
     run.resume()
+    if ready:
+        ready(run.average)
     per_step = config.batch_size * config.accumulation
     with (
         _Log(run.folder, run.step, config.tensorboard) as log,
@@ -179,7 +190,7 @@ def train(
             total=config.steps * per_step, initial=run.step * per_step, unit="example", unit_scale=True
         ) as bar,
     ):
-        while run.step < config.steps and not stopped:
+        while run.step < config.steps and not stopped and not run.exhausted:
             run.update()
             bar.update(per_step)
             if run.due(config.log_every):
@@ -194,7 +205,7 @@ def train(
         if stopped:
             run.save()
             raise KeyboardInterrupt(f"stopped after step {run.step} of {config.steps}; run again to go on")
-    return TrainResult(run.average.eval(), run.seconds, run.step, run.step * per_step, run.metrics)
+    return TrainResult(run.best.eval(), run.seconds, run.step, run.step * per_step, run.metrics)
 
 
 class _Run:
@@ -216,8 +227,12 @@ class _Run:
         self.model = model.to(device).train()
         self.average = copy.deepcopy(model).requires_grad_(False).eval() if config.ema else model
         self.callable: Any = torch.compile(model) if config.compile else model
+        self.best = copy.deepcopy(self.average) if config.patience else self.average
+        self.watched: list[float] = []
+        """Values of `watch`, oldest first."""
         self.trained = {"model": model} | ({"extra": extra.to(device).train()} if extra else {})
         self.modules = self.trained | ({"average": self.average} if config.ema else {})
+        self.modules |= {"best": self.best} if config.patience else {}
         self.optimizer = _adamw(self.trained.values(), config)
         self.generator = torch.Generator(device)
         self.checkpoints = Checkpoints(folder, config.keep)
@@ -322,7 +337,23 @@ class _Run:
     def evaluate(self, evaluate: Callable[[nn.Module, int], Mapping[str, float]]) -> dict[str, float]:
         line = {name: float(value) for name, value in self.look(evaluate).items()}
         self.metrics |= line
+        if self.config.patience:
+            self._judge(line)
         return line
+
+    def _judge(self, line: Mapping[str, float]) -> None:
+        """Keep the weights if they are the best so far."""
+        if self.config.watch not in line:
+            raise ValueError(f"watch={self.config.watch} is not evaluated: choose one of {', '.join(line)}")
+        self.watched.append(line[self.config.watch])
+        if self.watched[-1] <= min(self.watched):
+            self.best.load_state_dict(self.average.state_dict())
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the last `patience` evaluations brought no new best value."""
+        since = len(self.watched) - 1 - self.watched.index(min(self.watched)) if self.watched else 0
+        return 0 < self.config.patience <= since
 
     def save(self) -> None:
         """Write a checkpoint, unless this step has one.
@@ -342,6 +373,7 @@ class _Run:
                 "seconds": self.seconds,
                 "metrics": self.metrics,
                 "window": self.window,
+                "watched": self.watched,
             }
             self.checkpoints.save(self.step, tensors | self._weights(), facts)
         self.saved = self.step
@@ -363,6 +395,7 @@ class _Run:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.seconds, self.metrics, self.window = facts["seconds"], facts["metrics"], facts["window"]
+        self.watched = facts["watched"]
         self.mark = time.perf_counter()
 
     def _weights(self) -> dict[str, Tensor]:
@@ -370,7 +403,8 @@ class _Run:
 
     def _lasting_config(self) -> dict[str, Any]:
         config = dataclasses.asdict(self.config) | {"examples": self.examples}
-        return {name: value for name, value in config.items() if name not in _BESIDE}
+        beside = _BESIDE if self.config.patience else _BESIDE | {"eval_every"}
+        return {name: value for name, value in config.items() if name not in beside}
 
     def _require_same_config(self, other: Mapping[str, Any]) -> None:
         mine = self._lasting_config()
