@@ -45,7 +45,8 @@ def split(stage: Any) -> tuple[dict[str, Any], dict[str, Path], dict[str, Any]]:
     """
     settings = dataclasses.asdict(stage)
     given = {role: settings.pop(role) for role in stage.inputs}
-    return settings, {role: path for role, path in given.items() if path is not None}, _defaults(stage)
+    inputs = {role: path for role, path in given.items() if path is not None}
+    return settings, inputs, {key: value for key, value in _defaults(stage).items() if key in settings}
 
 
 def _defaults(stage: Any) -> dict[str, Any]:
