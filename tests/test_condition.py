@@ -146,8 +146,11 @@ def test_conditions_of_another_shape_are_refused():
     for wrong in (CONDITION[:2], torch.zeros(3, 8, dtype=torch.int64), CONDITION[None]):
         with pytest.raises(ValueError, match="labels must have shape"):
             transformer(**ALL).start(3, wrong)
-    with pytest.raises(ValueError, match=r"labels must have shape \(3,\)"):
-        transformer(num_classes=3).start(3, CONDITION)
+        with pytest.raises(ValueError, match="labels must have shape"):
+            logits(wrong)
+    for call in (lambda m: m.start(3, CONDITION), lambda m: m(TOKENS, CONDITION, ORDER)):
+        with pytest.raises(ValueError, match=r"labels must have shape \(3,\)"):
+            call(transformer(num_classes=3))
 
 
 @pytest.mark.parametrize(

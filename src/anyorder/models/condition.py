@@ -35,6 +35,7 @@ class Prefix(nn.Module):
         """Values (B, A + L) int64, -1 for nothing, to inputs (B, A + L, D)."""
         columns = condition.split([1] * len(self.attributes) + [len(self.sizes) - len(self.attributes)], 1)
         tables = [*self.attributes, *([self.text] if self.text is not None else [])]
+        # Without captions there is neither a table nor anything in the last columns.
         read = [_embed(table, values) for table, values in zip(tables, columns, strict=False)]
         return torch.cat(read, dim=1) + self.place.weight
 

@@ -323,37 +323,50 @@ class AnyOrderTransformer(AnyOrderNetwork):
             keys=(cos[last].transpose(1, 2), sin[last].transpose(1, 2)),
         )
 
-    def _condition(self, batch_size: int, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Embedding of the class (B, D), and the prefix (B, P, D); None and -1 are nothing."""
-        classes, device = self.config.num_classes, self.head.weight.device
-        width = 1 if self.prefix is None else 1 + len(self.prefix.sizes)
+    @property
+    def _sizes(self) -> list[int]:
+        """How many values each column of a condition has."""
+        return [max(self.config.num_classes, 1), *(self.prefix.sizes if self.prefix is not None else [])]
+
+    def _condition(
+        self, batch_size: int, condition: Tensor | None, check: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Embedding of the class (B, D), and the prefix (B, P, D); None and -1 are nothing.
+
+        Raises:
+            ValueError: a condition of another shape, or with `check`, which waits for the device, values that
+                are out of range.
+        """
+        sizes = self._sizes
         if condition is None:
-            values = torch.full((batch_size, width), -1, device=device)
+            values = torch.full((batch_size, len(sizes)), -1, device=self.head.weight.device)
         else:
-            values = condition.reshape(batch_size, -1)
-            values = F.pad(values, (0, width - values.shape[1]), value=-1)
-            if self.training and (classes or self.prefix is not None):
+            values = condition[:, None] if condition.ndim == 1 else condition
+            fits = condition.ndim == 1 or (condition.ndim == 2 and self.prefix is not None)
+            fits = fits and len(values) == batch_size and values.shape[1] <= len(sizes)
+            if fits and check:
+                limits = torch.tensor(sizes[: values.shape[1]], device=values.device)
+                fits = not bool(((values < -1) | (values >= limits)).any())
+            if not fits:
+                raise self._refusal(batch_size, condition)
+            values = F.pad(values, (0, len(sizes) - values.shape[1]), value=-1)
+            if self.training and (self.config.num_classes or self.prefix is not None):
                 dropout = (self.config.label_dropout, self.config.part_dropout)
                 values = hide(values, len(self.config.attributes), *dropout)
-        label = values[:, 0].where((values[:, 0] >= 0) & (classes > 0), classes)
-        prefix = self.prefix(values[:, 1:]) if self.prefix is not None else None
-        start = self.condition_embedding(label)
-        return start, start.new_empty(batch_size, 0, start.shape[1]) if prefix is None else prefix
+        classes = self.config.num_classes
+        start = self.condition_embedding(values[:, 0].where((values[:, 0] >= 0) & (classes > 0), classes))
+        if self.prefix is None:
+            return start, start.new_empty(batch_size, 0, start.shape[1])
+        return start, self.prefix(values[:, 1:])
 
-    def _check_condition(self, batch_size: int, condition: Tensor) -> None:
-        sizes = [max(self.config.num_classes, 1), *(self.prefix.sizes if self.prefix is not None else [])]
-        columns = condition[:, None] if condition.ndim == 1 else condition
-        fits = columns.shape[0] == batch_size and columns.ndim == 2 and columns.shape[1] <= len(sizes)
-        fits &= condition.ndim == 1 or self.prefix is not None
-        if fits:
-            limits = torch.tensor(sizes[: columns.shape[1]], device=condition.device)
-            fits = not bool(((columns < -1) | (columns >= limits)).any())
-        if not fits:
-            further = f", or ({batch_size}, up to {len(sizes)}) within {sizes[:8]}" if len(sizes) > 1 else ""
-            raise ValueError(
-                f"labels must have shape ({batch_size},) and lie in [0, {sizes[0]}) (-1 for none){further}, "
-                f"got shape {tuple(condition.shape)} with values {condition.unique().tolist()[:8]}"
-            )
+    def _refusal(self, batch_size: int, condition: Tensor) -> ValueError:
+        sizes, several = self._sizes, ""
+        if self.prefix is not None:
+            several = f", or ({batch_size}, up to {len(sizes)}) within {sizes[:8]}"
+        return ValueError(
+            f"labels must have shape ({batch_size},) and lie in [0, {sizes[0]}) (-1 for none){several}, "
+            f"got shape {tuple(condition.shape)} with values {condition.unique().tolist()[:8]}"
+        )
 
     # --- teacher forcing ---------------------------------------------------------------------------
 
@@ -468,13 +481,11 @@ class AnyOrderTransformer(AnyOrderNetwork):
             ValueError: labels, attributes or caption tokens out of range.
         """
         grid = grid or self.grid
-        if condition is not None:
-            self._check_condition(batch_size, condition)
+        start, prefix = self._condition(batch_size, condition, check=True)
         device, dtype = self.head.weight.device, self.head.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         heads = self.config.heads
-        start, prefix = self._condition(batch_size, condition)
         length = prefix.shape[1]
         shape = (self.config.depth, batch_size, heads, length + grid.n, self.config.width // heads)
         state = State(
