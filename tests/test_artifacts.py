@@ -409,3 +409,15 @@ def test_a_full_disk_leaves_an_artifact_unfinished(tmp_path):
     assert json.loads((tmp_path / ".identity.json").read_text()) == artifact.identity
     artifact.finish()
     assert Artifact(tmp_path, "encode", {"seed": 1}, {}).current
+
+
+def test_settings_that_are_newer_than_an_artifact_leave_it_up_to_date_at_their_defaults(tmp_path):
+    old = {"train": {"steps": 3}, "order": "raster"}
+    Artifact(tmp_path, "train", old, {}).finish()
+    new = {"train": {"steps": 3, "patience": 0}, "order": "raster", "jitter": 0.0}
+    defaults = {"train": {"steps": 100, "patience": 0}, "jitter": 0.0}
+    assert Artifact.is_current(tmp_path, "train", new, {}, defaults)
+    assert not Artifact.is_current(tmp_path, "train", new, {})
+    assert not Artifact.is_current(tmp_path, "train", {**new, "jitter": 1.0}, {}, defaults)
+    changed = {**new, "train": {"steps": 100, "patience": 0}}
+    assert not Artifact.is_current(tmp_path, "train", changed, {}, defaults), "what was recorded counts"

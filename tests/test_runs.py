@@ -15,9 +15,11 @@ from anyorder.contracts import Grid
 from anyorder.decode import extract_orders
 from anyorder.evaluation.metrics import FeatureStatistics, frechet_distance
 from anyorder.policies import PolicyConfig
+from anyorder.runs.checkpoint import load_model
 from anyorder.runs.compare import CompareStage
 from anyorder.runs.config import parse
-from anyorder.runs.extract import OrdersStage
+from anyorder.runs.extract import OrdersStage, class_orders
+from anyorder.runs.iterate import IterateStage
 from anyorder.runs.learn import TrainStage
 from anyorder.runs.stages import STAGES, load_experiment
 from anyorder.runs.summary import report
@@ -53,6 +55,22 @@ EXPERIMENT = {
         "eval-peeking": {"stage": "eval", "samples": "peeking", "model": "ordered", **MEASURED},
         "compare": {"a": "eval-guided-by-any", "b": "eval-peeking", "features": "features", "resamples": 200},
         "pipeline": {"model": "ordered", "scorer": "any", **MADE},
+        "located": {"stage": "train", "tokens": "tokens", "init": "any", "orders": "orders", "jitter": 1.0,
+                    "random_share": 0.3, "model": {"location": True}, "train": STEPS},
+        "by-location": {"stage": "sample", "model": "located", **MADE, "n": 10,
+                        "policy": {"order": "location"}},
+        "eval-by-location": {"stage": "eval", "samples": "by-location", "model": "located", **MEASURED,
+                             "nll_images": 8},
+        "classes": {"stage": "train", "tokens": "tokens", "orders": "orders", "orders_as": "class_mean",
+                    "model": TINY_MODEL, "train": STEPS},
+        "by-class": {"stage": "sample", "model": "classes", "orders": "orders", **MADE, "n": 10,
+                     "policy": {"order": "class_mean"}},
+        "eval-by-class": {"stage": "eval", "samples": "by-class", "model": "classes", "orders": "orders",
+                          **MEASURED, "nll_images": 8},
+        "online": {"stage": "train", "tokens": "tokens", "init": "any", "model": {"location": True},
+                   "online": {"order": "entropy", "refresh": 4}, "train": STEPS},
+        "iterate": {"model": "any", "tokens": "tokens", "rounds": 2, "limit": 16, "test_limit": 8,
+                    "policy": {"order": "token_likelihood", "location": 1.0, "per_step": 4}, "train": STEPS},
     }
 }  # fmt: skip
 
@@ -88,6 +106,67 @@ def test_equal_training_tokens_are_counted_along_the_chain(experiment):
     assert read_manifest(out / "raster")["training_tokens"] == tokens
     assert read_manifest(out / "ordered")["training_tokens"] == 2 * tokens
     assert read_manifest(out / "ordered")["training_seconds"] > read_manifest(out / "any")["training_seconds"]
+
+
+def test_a_model_that_starts_anew_counts_the_training_behind_its_orders(experiment):
+    _, out = experiment
+    assert read_manifest(out / "classes")["training_tokens"] == 2 * 4 * 8 * 16
+
+
+def test_location_heads_have_a_bound_and_no_likelihood(experiment):
+    _, out = experiment
+    found = read_json(out / "eval-by-location" / "metrics.json")
+    assert found["nll"] is None
+    assert found["token_blind"]
+    assert found["bound"] == pytest.approx(found["bound_tokens"] + found["bound_location"])
+    assert 0 < found["bound_location"] < np.log(16)
+    trained = read_manifest(out / "located")
+    assert trained["test_bound"] > trained["test_nll"] > 0
+    assert trained["train_bound"] > trained["train_nll"] > 0
+
+
+def test_a_head_is_added_to_a_model_that_has_none(experiment):
+    _, out = experiment
+    before, after = (load_model(out / name, "transformer") for name in ("any", "located"))
+    assert (before.config.location, after.config.location) == (False, True)
+    assert after.config.depth == before.config.depth
+
+
+def test_class_orders_are_drawn_and_measured(experiment):
+    _, out = experiment
+    table = load_array(out / "orders" / "class_order.npy")
+    labels, orders = (load_array(out / "by-class" / f"{name}.npy") for name in ("labels", "order"))
+    np.testing.assert_array_equal(orders, table[labels])
+    assert 0 < read_json(out / "eval-by-class" / "metrics.json")["nll"] < 10
+
+
+def test_class_orders_rank_positions_by_their_mean_rank():
+    orders = np.array([[0, 1, 2], [1, 0, 2], [0, 2, 1], [2, 1, 0]])
+    table = class_orders(orders, np.array([0, 0, 0, 2]), 3)
+    assert table.tolist() == [[0, 1, 2], [0, 1, 2], [2, 1, 0]], "class 1 has no image: the mean of all"
+
+
+def test_orders_are_extracted_while_training(experiment):
+    _, out = experiment
+    orders = load_array(out / "online" / "online" / "round-000.npy")
+    seen = orders[:, 0] != np.iinfo(np.uint16).max
+    assert seen.sum() == 4 * 8
+    assert (np.sort(orders[seen], axis=1) == np.arange(16)).all()
+
+
+def test_rounds_of_extraction_and_fine_tuning_are_recorded(experiment):
+    path, out = experiment
+    manifest = read_manifest(out / "iterate")
+    rounds = manifest["rounds"]
+    assert 1 <= len(rounds) <= 2
+    assert rounds[0]["policy"] == "entropy"
+    assert [facts["random_share"] for facts in rounds] == [0.5, 0.1][: len(rounds)]
+    assert manifest["test_bound"] == min(facts["test_bound"] for facts in rounds)
+    for facts in rounds:
+        assert facts["gap"] == pytest.approx(facts["test_bound"] - facts["train_bound"])
+    best = out / f"iterate/round-{manifest['best_round']}/model/model.safetensors"
+    assert (out / "iterate" / "model.safetensors").read_bytes() == best.read_bytes()
+    assert load_experiment(path).plan()[-1].startswith("up to date")
 
 
 def test_orders_are_permutations_of_the_images_they_cover(experiment):
@@ -262,6 +341,13 @@ def test_artifacts_that_do_not_belong_together_are_refused(experiment, tmp_path)
         (TrainStage, {"tokens": "t", "order": "rastr"}, "order must be"),
         (TrainStage, {"tokens": "t", "orders": "o", "order": "raster"}, "either"),
         (TrainStage, {"tokens": "t", "random_share": 0.5}, "all orders are random"),
+        (TrainStage, {"tokens": "t", "model": {"location": True}}, "needs orders to learn"),
+        (TrainStage, {"tokens": "t", "orders": "o", "jitter": -1}, "jitter must be >= 0"),
+        (TrainStage, {"tokens": "t", "orders": "o", "online": {"order": "entropy"}}, "extracts the orders"),
+        (TrainStage, {"tokens": "t", "online": {"order": "raster"}}, "must be an inferred order"),
+        (TrainStage, {"tokens": "t", "train": {"patience": 1, "eval_every": 0}}, "patience needs"),
+        (IterateStage, {"model": "m", "tokens": "t", "random_floor": 0.9}, "random_floor"),
+        (IterateStage, {"model": "m", "tokens": "t", "rounds": 0}, "rounds and patience"),
         (TrainStage, {"tokens": "t", "order": "raster", "random_share": 1.5}, "random_share"),
         (TrainStage, {"tokens": "t", "init": "m", "model": {"depth": 3}}, "its own architecture"),
         (TrainStage, {"tokens": "t", "train": {"sample_every": 3}}, "tokenizer"),

@@ -628,3 +628,60 @@ def test_steps_never_wait_for_the_device(tmp_path, monkeypatch):
 
 if __name__ == "__main__":
     _killed_and_resumed(Path(sys.argv[1]))
+
+
+# --- early stopping ---------------------------------------------------------------------------------------
+
+
+def scripted(values, seen=None):
+    """An evaluation that returns one value after another, and keeps the weights it saw."""
+
+    def evaluate(model, step):
+        if seen is not None:
+            seen[step] = {name: t.clone() for name, t in model.state_dict().items()}
+        return {"test_nll": values[step]}
+
+    return evaluate
+
+
+def test_training_stops_when_the_watched_value_no_longer_falls(tmp_path):
+    values, seen = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.5, 10: 0.5, 12: 0.1}, {}
+    result = run(tmp_path, evaluate=scripted(values, seen), eval_every=2, patience=2)
+    assert result.steps == 8, "two evaluations after the best one"
+    assert_equal(result.model.state_dict(), seen[4])
+
+
+def test_without_patience_the_last_weights_are_delivered(tmp_path):
+    values, seen = {6: 1.0, 12: 2.0}, {}
+    result = run(tmp_path, evaluate=scripted(values, seen))
+    assert result.steps == 12
+    assert_equal(result.model.state_dict(), seen[12])
+
+
+def test_early_stopping_resumes_exactly(tmp_path):
+    values = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.5, 10: 0.5, 12: 0.1}
+    whole = run(tmp_path / "whole", evaluate=scripted(values), eval_every=2, patience=2)
+
+    def interrupted(model, indices, step, generator):
+        if step == 7:
+            raise RuntimeError("the machine went away")
+        return squared_error(model, indices, step, generator)
+
+    with pytest.raises(RuntimeError, match="went away"):
+        run(tmp_path / "part", interrupted, evaluate=scripted(values), eval_every=2, patience=2)
+    again = run(tmp_path / "part", evaluate=scripted(values), eval_every=2, patience=2)
+    assert again.steps == whole.steps
+    assert_equal(again.model.state_dict(), whole.model.state_dict())
+
+
+def test_what_is_watched_must_be_evaluated(tmp_path):
+    with pytest.raises(ValueError, match="watch=test_nll is not evaluated: choose one of test_error"):
+        run(tmp_path, patience=1)
+    with pytest.raises(ValueError, match="patience needs evaluations"):
+        TrainConfig(patience=1, eval_every=0)
+
+
+def test_losses_may_watch_the_averaged_model(tmp_path):
+    handed = []
+    result = train(Tiny(), squared_error, EXAMPLES, TrainConfig(**CONFIG), tmp_path, ready=handed.append)
+    assert handed == [result.model]

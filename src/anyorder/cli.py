@@ -27,6 +27,7 @@ GROUPS = {
         "tokens": "encode all images",
         "train": "train the any-order model, or fine-tune it on extracted orders",
         "orders": "extract the order of every training image from the model's confidence",
+        "iterate": "rounds of extraction and fine-tuning with a location head: hard EM on q(order, x)",
         "sample": "draw images in a fixed, random or inferred order",
         "eval": "measure samples and the model's likelihood",
         "compare": "two evaluations: differences with bootstrap intervals",
