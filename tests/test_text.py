@@ -139,6 +139,7 @@ def test_vocabulary_gives_conditions_by_name():
     assert condition[:, :3].tolist() == [[1, 1, -1], [0, 0, -1]]
     assert (condition[:, 3:] >= 0).tolist() == [[True, False, False], [False] * 3]
     assert (vocabulary.condition(3) == -1).all()
+    assert vocabulary.condition(2, attributes={"colour": ["Red", None]})[:, 1].tolist() == [1, -1]
 
 
 def test_unknown_names_get_a_suggestion():

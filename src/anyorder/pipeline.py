@@ -135,7 +135,7 @@ class Pipeline:
         sampling: Sampling | None = None,
         grid: Grid | tuple[int, int] | None = None,
         prompt: str | Sequence[str] | None = None,
-        attributes: Mapping[str, str | Sequence[str]] | None = None,
+        attributes: Mapping[str, str | Sequence[str | None]] | None = None,
     ) -> PipelineOutput:
         """Draw images.
 
@@ -153,8 +153,8 @@ class Pipeline:
             sampling: temperature, top-k, top-p, min-p.
             grid: rows and columns of patches, where it is not the grid of training.
             prompt: a text, or one per image, for a model that was trained with captions; "" is none.
-            attributes: values by name, {"baseColour": "Red"}, one or one per image, for a model that was
-                trained with attributes.
+            attributes: values by name, {"baseColour": "Red"}, one or one per image (None: none), for a model
+                that was trained with attributes.
 
         Raises:
             ValueError: unknown label, attribute or order, or numbers that do not fit together.
@@ -179,7 +179,7 @@ class Pipeline:
         sampling: Sampling | None = None,
         grid: Grid | tuple[int, int] | None = None,
         prompt: str | Sequence[str] | None = None,
-        attributes: Mapping[str, str | Sequence[str]] | None = None,
+        attributes: Mapping[str, str | Sequence[str | None]] | None = None,
     ) -> Iterator[Step]:
         """The same as a call, step by step: for progress bars, animations and web pages."""
         condition, n = self._condition(class_labels, prompt, attributes or {}, num_images)
@@ -213,7 +213,7 @@ class Pipeline:
         self,
         labels: int | str | Sequence[int | str] | None,
         prompt: str | Sequence[str] | None,
-        attributes: Mapping[str, str | Sequence[str]],
+        attributes: Mapping[str, str | Sequence[str | None]],
         n: int | None,
     ) -> tuple[Tensor | None, int]:
         """What each image is asked to be, and the number of images."""

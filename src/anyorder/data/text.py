@@ -104,7 +104,7 @@ class Vocabulary:
         self,
         n: int,
         labels: Sequence[int] | None = None,
-        attributes: Mapping[str, Sequence[str]] | None = None,
+        attributes: Mapping[str, Sequence[str | None]] | None = None,
         prompts: Sequence[str] | None = None,
     ) -> Tensor:
         """What n pictures are asked to be, (n, 1 + A + L) int64, -1 for whatever is not given.
@@ -112,7 +112,7 @@ class Vocabulary:
         Args:
             n: number of pictures.
             labels: class index of each.
-            attributes: name of an attribute -> its value for each picture.
+            attributes: name of an attribute -> its value for each picture, None for none.
             prompts: caption of each; an empty one is none.
 
         Raises:
@@ -124,7 +124,8 @@ class Vocabulary:
             condition[:, 0] = torch.as_tensor(labels)
         for name, values in (attributes or {}).items():
             column = 1 + index_of(name, list(self.attributes), "attribute")
-            codes = [index_of(value, self.attributes[name], name) for value in values]
+            known = self.attributes[name]
+            codes = [-1 if value is None else index_of(str(value), known, name) for value in values]
             condition[:, column] = torch.as_tensor(codes)
         if prompts is not None:
             if self.captions is None:
