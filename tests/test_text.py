@@ -254,6 +254,19 @@ def test_damaged_caches_are_named(experiment, tmp_path, name, spoil, message):
         TokenSet(tmp_path / "tokens")
 
 
+def test_data_without_captions_have_labels_alone(experiment, tmp_path, capsys):
+    write_table(tmp_path / "t/train-0.parquet", 8)
+    write_table(tmp_path / "t/test-0.parquet", 4)
+    data = ["data", f"source={tmp_path}/t", "size=[16,16]", "label=kind", f"out={tmp_path}/data"]
+    tokens = ["tokens", f"data={tmp_path}/data", f"tokenizer={experiment[1]}/tokenizer", f"out={tmp_path}/x"]
+    assert cli.main(data) == 0
+    assert cli.main([*tokens, "text.length=3"]) == 2
+    assert "has no captions: leave out text.*" in capsys.readouterr().err
+    assert cli.main(tokens) == 0
+    assert TokenSet(tmp_path / "x").batch([0, 1])[1].shape == (2,)
+    assert TokenSet(tmp_path / "x").vocabulary == Vocabulary(list(KINDS))
+
+
 def test_captions_that_do_not_fit_their_images_are_refused(experiment, tmp_path):
     shutil.copytree(experiment[1] / "data", tmp_path / "data")
     (tmp_path / "data/train.captions.json").write_text(json.dumps(["one"]))
