@@ -31,10 +31,11 @@ TINY = {"depth": 2, "width": 16, "heads": 2, "vocab_size": 5, "grid": (GRID.h, G
 
 @dataclass(frozen=True)
 class Case:
-    """How to build a model, and how many classes its condition takes (0: no condition)."""
+    """How to build a model, how many classes its condition takes (0: none), sizes of its other columns."""
 
     build: Callable[[], AnyOrderModel]
     classes: int = 0
+    columns: tuple[int, ...] = ()
 
 
 @dataclass
@@ -43,8 +44,11 @@ class Subject:
 
     model: Any
     classes: int
+    columns: tuple[int, ...] = ()
 
     def condition(self, rows: int) -> Tensor | None:
+        if self.columns:
+            return several_conditions(rows, (self.classes, *self.columns))
         return torch.arange(rows) % self.classes if self.classes else None
 
     def tokens(self, rows: int, grid: Grid | None = None, seed: int = 0) -> Tensor:
@@ -55,6 +59,15 @@ class Subject:
         for module in (self.model, getattr(self.model, "model", None)):
             if isinstance(module, nn.Module):
                 module.train(mode)
+
+
+def several_conditions(rows: int, sizes: tuple[int, ...]) -> Tensor:
+    """Class, attributes and captions (rows, columns); row 1 has no caption's end, row 2 nothing at all."""
+    columns = [torch.randint(n, (rows,), generator=seeded(i)) if n else -1 for i, n in enumerate(sizes)]
+    condition = torch.stack([torch.as_tensor(column).expand(rows) for column in columns], dim=1)
+    condition[1:2, -2:] = -1
+    condition[2:3] = -1
+    return condition
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -189,6 +202,20 @@ for schedule in ("constant", "linear", "power-cosine"):
     MODELS[f"guided,{schedule}"] = Case(
         lambda schedule=schedule: Guided(transformer(num_classes=3), GuidanceConfig(2.5, schedule)), 3
     )
+CAPTIONS = {"text_vocab": 7, "text_length": 4}
+for name, changes, columns in (
+    ("class,attributes,text", {"num_classes": 3, "attributes": (4, 2), **CAPTIONS}, (4, 2, 7, 7, 7, 7)),
+    ("text,rotary,qk_norm", {"rotary": True, "qk_norm": True, **CAPTIONS}, (7, 7, 7, 7)),
+    ("class,attributes", {"num_classes": 3, "attributes": (2,), "location": True}, (2,)),
+    ("short captions", {"num_classes": 3, **CAPTIONS}, (7, 7)),
+):
+    switches = {"dropout": 0.1, "token_dropout": 0.2, "label_dropout": 0.3, **changes}
+    MODELS[name] = Case(lambda s=switches: transformer(**s), changes.get("num_classes", 0), columns)
+    MODELS[f"guided,{name}"] = Case(
+        lambda s=switches: Guided(transformer(**s), GuidanceConfig(2.5, "linear")),
+        changes.get("num_classes", 0),
+        columns,
+    )
 PUBLISHED: dict[str, type[AnyOrderNetwork]] = {"randar": RandAR, "arpg": ARPG}
 for name, model_class in PUBLISHED.items():
     MODELS[name] = Case(lambda model_class=model_class: published(model_class), 3)
@@ -230,7 +257,7 @@ for score, sign, temperature, (distance, to), k in product(
 def subject(request: pytest.FixtureRequest) -> Subject:
     """Every model of `MODELS` in turn."""
     case = MODELS[request.param]
-    return Subject(case.build(), case.classes)
+    return Subject(case.build(), case.classes, case.columns)
 
 
 @pytest.fixture(params=POLICIES)

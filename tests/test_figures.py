@@ -50,6 +50,16 @@ def test_grid_holds_every_image_in_place(n: int, columns: int, scale: int, gap: 
     assert (canvas == 255).all(2).sum() == canvas[..., 0].size - n * 24 * scale**2
 
 
+def test_prompts_stand_above_their_rows() -> None:
+    rows = [np.full((2, 4, 4, 3), value, np.uint8) for value in (50, 100)]
+    grid = np.asarray(figures.prompt_grid(rows, ["a", "a rather long prompt that needs more room"], scale=1))
+    tops = [int(np.argwhere((grid == value).all(-1))[0, 0]) for value in (50, 100)]
+    assert tops[1] - tops[0] > 4 + 12
+    assert grid[: tops[0]].min() < 50  # text above each
+    assert grid[tops[0] + 8 : tops[1]].min() < 50
+    assert grid.shape[1] > 200
+
+
 @pytest.mark.parametrize("images", [np.zeros((1, 4, 4, 3)), np.zeros((4, 4, 3), np.uint8), pictures(0)])
 def test_other_things_than_images_are_refused(images: np.ndarray) -> None:
     with pytest.raises(ValueError, match="one or more uint8 images"):

@@ -608,6 +608,17 @@ def test_hub_source(hub, tmp_path):
     assert np.load(tmp_path / "out/train.images.npy")[:, 0, 0].tolist() == [list(RED), list(GREEN)]
 
 
+def test_hub_columns_as_attributes_and_captions(hub):
+    source = open_source("user/both", None, 0.1, caption_column="label", attribute_columns=("label",))
+    assert source.classes() == []
+    assert source.attributes() == {"label": ["ant", "zebra"]}
+    assert [(item.attributes, item.caption) for item in source.items("train")] == [
+        (("zebra",), "zebra"), (("ant",), "ant"), ((None,), None)
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="has no column 'text'"):
+        open_source("user/both", caption_column="text").classes()
+
+
 def test_hub_source_without_test_split_or_labels(hub):
     source = HubSource("user/one", None, 0.25)
     assert source.classes() == []

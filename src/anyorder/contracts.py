@@ -5,7 +5,8 @@
     pi       order    (B, N) int64, order[b, i] = raster position revealed at step i
     pi^-1    rank     (B, N) int64, rank[b, p] = step at which position p is revealed
     h, w, N  grid     Grid(h, w), N = h * w, position p = (p // w, p % w)
-    c        condition  (B,) int64 class labels, or None
+    c        condition  (B,) int64 class labels, -1 for none, or (B, 1 + A + L) int64: class, A attributes,
+                        L caption tokens, -1 for nothing; or None
 
 Factorisation (OAR, arXiv 2504.17069, Sec. 3): log p(x | pi, c) = sum_i log p(x[pi_i] | x[pi_<i], pi_<=i, c).
 """
@@ -42,6 +43,11 @@ class Grid:
         return torch.stack((p // self.w, p % self.w), dim=1).float()
 
 
+def class_labels(condition: Tensor) -> Tensor:
+    """The class labels (B,) of a condition (B,) or (B, 1 + A + L)."""
+    return condition if condition.ndim == 1 else condition[:, 0]
+
+
 @runtime_checkable
 class Tokenizer(Protocol):
     """Turns images into a grid of codebook indices and back."""
@@ -74,7 +80,7 @@ class AnyOrderModel(Protocol):
 
         Args:
             tokens: (B, N) int64 in raster order.
-            condition: (B,) int64 class labels, or None for unconditional.
+            condition: (B,) or (B, 1 + A + L) int64, see above, or None for unconditional.
             order: (B, N) int64 permutation of raster positions in every row.
             grid: the grid of `tokens`, where it is not the model's own.
         """

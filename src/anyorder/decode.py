@@ -63,7 +63,7 @@ def generate(
         policy: where to go.
         content: what to put there.
         streams: one random stream per image; its length is the batch size B.
-        condition: (B,) int64 class labels, or None.
+        condition: (B,) or (B, 1 + A + L) int64, see `contracts`, or None.
         grid: the grid to draw on; the model's own by default.
         known: positions (B, K) and tokens (B, K) that are given, revealed first.
         scorer: the model that decides where, if it is not the drawer itself: for a drawer that was
@@ -198,7 +198,7 @@ def sample(
         model: any-order model, possibly `Guided`.
         order: what `make_policy` takes.
         streams: one random stream per image.
-        condition: (B,) int64 class labels, or None.
+        condition: (B,) or (B, 1 + A + L) int64, see `contracts`, or None.
         grid: the grid to draw on.
         sampling: temperature and truncation.
         scorer: see `generate`.
@@ -237,7 +237,7 @@ def extract_orders(
         tokens: (B, N) int64, raster order.
         order: an inferred-order policy or the name of a score. "token_likelihood" is the paper's rule.
         streams: only needed for a location temperature; seeds 0..B-1 by default.
-        condition: (B,) int64 class labels, or None.
+        condition: (B,) or (B, 1 + A + L) int64, see `contracts`, or None.
         grid: the grid of `tokens`.
         scorer: see `generate`; `log_prob` is still that of `model`.
         chunk: candidates scored per call; memory O(B * chunk * V).
@@ -284,7 +284,7 @@ def complete(
         known: (B, N) bool; rows may know different numbers of positions.
         order: what `make_policy` takes, for the open positions.
         streams: one random stream per image.
-        condition: (B,) int64 class labels, or None.
+        condition: (B,) or (B, 1 + A + L) int64, see `contracts`, or None.
         grid: the grid of `tokens`.
         sampling: temperature and truncation.
         scorer: see `generate`.

@@ -125,7 +125,9 @@ class Guided:
     @staticmethod
     def _both(condition: Tensor | None) -> Tensor:
         if condition is None:
-            raise ValueError("guidance needs class labels: give class_labels=, or leave guidance_scale at 1")
+            raise ValueError(
+                "guidance needs class labels, attributes or a prompt: give one, or leave guidance_scale at 1"
+            )
         return torch.cat((condition, torch.full_like(condition, -1)))
 
     @staticmethod

@@ -23,7 +23,7 @@ def token_nll(
     Args:
         model: any-order model.
         tokens: (B, N) int64 in raster order.
-        condition: (B,) int64 labels, or None.
+        condition: (B,) or (B, 1 + A + L) int64, see `contracts`, or None.
         order: (B, N) int64.
         grid: the grid of `tokens`, where it is not the model's own.
 
@@ -47,7 +47,7 @@ def joint_nll(
     Args:
         model: any-order model with a location head.
         tokens: (B, N) int64 in raster order.
-        condition: (B,) int64 labels, or None.
+        condition: (B,) or (B, 1 + A + L) int64, see `contracts`, or None.
         order: (B, N) int64.
         grid: the grid of `tokens`, where it is not the model's own.
 

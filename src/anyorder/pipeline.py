@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from anyorder.contracts import AnyOrderModel, AnyOrderNetwork, Grid, Step, TokenizerNetwork
+from anyorder.contracts import AnyOrderModel, AnyOrderNetwork, Grid, Step, TokenizerNetwork, class_labels
+from anyorder.data.text import Vocabulary, index_of
 from anyorder.decode import drawn, generate, sample_coarse_to_fine, trace
 from anyorder.guidance import GuidanceConfig, Guided, Schedule
 from anyorder.logits import Sampling, Streams
@@ -62,6 +63,7 @@ class Pipeline:
         policy: PolicyConfig | None = None,
         scorer: AnyOrderNetwork | None = None,
         class_orders: Tensor | None = None,
+        vocabulary: Vocabulary | None = None,
     ):
         """Put parts together.
 
@@ -72,6 +74,7 @@ class Pipeline:
             policy: the order to draw in unless told otherwise; lowest entropy first by default.
             scorer: the model that decides where, for inferred token-blind orders; `model` itself by default.
             class_orders: (classes, N) int64, each class's own order, for order "class_mean".
+            vocabulary: what pictures may be asked to be besides their class, if the model takes more.
 
         Raises:
             ValueError: the parts do not fit together.
@@ -87,6 +90,7 @@ class Pipeline:
         self.policy = policy or PolicyConfig()
         self.scorer = scorer.eval() if scorer is not None else None
         self.class_orders = class_orders
+        self.vocabulary = vocabulary or Vocabulary(self.classes)
 
     # --- to and from disk and hub --------------------------------------------------------------------
 
@@ -107,14 +111,14 @@ class Pipeline:
         if not folder.is_dir() and str(path_or_hub_id) in bundled():
             folder = BUNDLED / path_or_hub_id
         parts = load_parts(folder) if folder.is_dir() else _download(str(path_or_hub_id))
-        return cls(
-            parts.model, parts.tokenizer, parts.classes, parts.policy, parts.scorer, parts.class_orders
-        ).to(device())
+        rest = (parts.classes, parts.policy, parts.scorer, parts.class_orders, parts.vocabulary)
+        return cls(parts.model, parts.tokenizer, *rest).to(device())
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `from_pretrained` loads: safetensors and JSON."""
-        parts = Parts(self.model, self.tokenizer, self.classes, self.policy, self.scorer, self.class_orders)
-        save_parts(folder, parts)
+        more = self.vocabulary if self.vocabulary.attributes or self.vocabulary.length else None
+        rest = (self.classes, self.policy, self.scorer, self.class_orders, more)
+        save_parts(folder, Parts(self.model, self.tokenizer, *rest))
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
         """Upload the pipeline to the Hugging Face hub; returns the address of the commit."""
@@ -150,30 +154,36 @@ class Pipeline:
         guidance_schedule: Schedule = "constant",
         sampling: Sampling | None = None,
         grid: Grid | tuple[int, int] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        attributes: Mapping[str, str | Sequence[str | None]] | None = None,
     ) -> PipelineOutput:
         """Draw images.
 
         Args:
             class_labels: one label or one per image, by index or name; None draws unconditionally.
-            num_images: how many; the number of labels by default.
+            num_images: how many; the number of labels, prompts or values of an attribute by default.
             order: "random", a static order ("raster", "hilbert", ...), a score ("entropy", "max_prob",
                 "margin", "token_likelihood", "information"), "location" (a location head), "class_mean"
                 (the order of each image's class), an order (N,) or (B, N), or a `PolicyConfig`; the
                 pipeline's own policy by default.
-            guidance_scale: 1 is none; more pulls images towards their class. A `GuidanceConfig` says all.
+            guidance_scale: 1 is none; more pulls images towards what they are asked to be. A `GuidanceConfig`
+                says all.
             generator: a seed (image i uses seed + i), one seed per image, or a `torch.Generator` that
                 the seeds are drawn from. An image depends on its own seed only.
             guidance_schedule: how the scale grows while the image is drawn.
             sampling: temperature, top-k, top-p, min-p.
             grid: rows and columns of patches, where it is not the grid of training.
+            prompt: a text, or one per image, for a model that was trained with captions; "" is none.
+            attributes: values by name, {"baseColour": "Red"}, one or one per image (None: none), for a model
+                that was trained with attributes.
 
         Raises:
-            ValueError: unknown label or order, or numbers that do not fit together.
+            ValueError: unknown label, attribute or order, or numbers that do not fit together.
         """
-        labels, n = self._labels(class_labels, num_images)
         steps = self.stream(
-            labels, n, order, guidance_scale, generator,
+            class_labels, num_images, order, guidance_scale, generator,
             guidance_schedule=guidance_schedule, sampling=sampling, grid=grid,
+            prompt=prompt, attributes=attributes,
         )  # fmt: skip
         made = trace(steps)
         return PipelineOutput(self.decode(made.tokens, grid), made.order, made.tokens, made.log_prob)
@@ -189,16 +199,18 @@ class Pipeline:
         guidance_schedule: Schedule = "constant",
         sampling: Sampling | None = None,
         grid: Grid | tuple[int, int] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        attributes: Mapping[str, str | Sequence[str | None]] | None = None,
     ) -> Iterator[Step]:
         """The same as a call, step by step: for progress bars, animations and web pages."""
-        labels, n = self._labels(class_labels, num_images)
+        condition, n = self._condition(class_labels, prompt, attributes or {}, num_images)
         grid = self._grid(grid)
         streams = Streams(_seeds(generator, n), self._device)
-        policy = make_policy(self._order(order, labels), grid, streams)
+        policy = make_policy(self._order(order, condition), grid, streams)
         content = drawn(sampling or Sampling())
         return generate(
             self._drawer(guidance_scale, guidance_schedule), policy, content, streams,
-            condition=self._condition(labels), grid=grid, scorer=self._scorer(policy),
+            condition=condition, grid=grid, scorer=self._scorer(policy),
         )  # fmt: skip
 
     def complete(
@@ -217,6 +229,8 @@ class Pipeline:
         margin: int = Filling.margin,
         guidance_schedule: Schedule = "constant",
         sampling: Sampling | None = None,
+        prompt: str | Sequence[str] | None = None,
+        attributes: Mapping[str, str | Sequence[str | None]] | None = None,
     ) -> PipelineOutput:
         """Draw parts of given images: inpainting, outpainting, editing by class, variations.
 
@@ -240,6 +254,8 @@ class Pipeline:
             margin: patches around the hole whose tokens are drawn as well.
             guidance_schedule: as of a call.
             sampling: temperature, top-k, top-p, min-p.
+            prompt: as of a call.
+            attributes: as of a call.
 
         Raises:
             ValueError: a mask of another size or with nothing to draw, sides that are not divisible by the
@@ -247,13 +263,13 @@ class Pipeline:
         """
         images = read_pictures(image)
         images = images.repeat(num_images or 1, 0) if len(images) == 1 else images
-        labels, n = self._labels(class_labels, len(images))
+        condition, n = self._condition(class_labels, prompt, attributes or {}, len(images))
         if num_images not in (None, n):
             raise ValueError(f"got {n} images for num_images={num_images}: give one image, or one for each")
         streams = Streams(_seeds(generator, n), self._device)
-        chosen = self._order(order, labels)
+        chosen = self._order(order, condition)
         settings: dict[str, Any] = {
-            "condition": self._condition(labels),
+            "condition": condition,
             "sampling": sampling or Sampling(),
             "scorer": self._scorer(chosen),
         }
@@ -297,13 +313,13 @@ class Pipeline:
         Raises:
             ValueError: as of a call, or a factor below 2.
         """
-        labels, n = self._labels(class_labels, num_images)
+        condition, n = self._condition(class_labels, None, {}, num_images)
         chosen = self.policy if order is None else order
         streams = Streams(_seeds(generator, n), self._device)
         model = self._drawer(guidance_scale, guidance_schedule)
         made = sample_coarse_to_fine(
             model, chosen, streams, factor,
-            condition=self._condition(labels), sampling=sampling or Sampling(), scorer=self._scorer(chosen),
+            condition=condition, sampling=sampling or Sampling(), scorer=self._scorer(chosen),
         )  # fmt: skip
         grid = Grid(factor * self.model.grid.h, factor * self.model.grid.w)
         return PipelineOutput(self.decode(made.tokens, grid), made.order, made.tokens, made.log_prob)
@@ -316,16 +332,13 @@ class Pipeline:
         """(B, H, W, 3) uint8 to a tensor (B, 3, H, W) uint8 beside the weights."""
         return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).to(self._device)
 
-    def _condition(self, labels: list[int] | None) -> Tensor | None:
-        return None if labels is None else torch.tensor(labels, device=self._device)
-
     def _drawer(self, guidance: float | GuidanceConfig, schedule: Schedule) -> AnyOrderModel:
         """The model that draws, guided if it is to be."""
         if not isinstance(guidance, GuidanceConfig):
             guidance = GuidanceConfig(guidance, schedule)
         return Guided(self.model, guidance) if guidance.scale != 1 else self.model
 
-    def _order(self, order: Any, labels: list[int] | None) -> Any:
+    def _order(self, order: Any, condition: Tensor | None) -> Any:
         """The order to draw in; that of its class for each image, (B, N), where classes have their own."""
         order = self.policy if order is None else order
         name = order.order if isinstance(order, PolicyConfig) else order
@@ -333,9 +346,10 @@ class Pipeline:
             return order
         if self.class_orders is None:
             raise ValueError("this pipeline has no orders of classes: choose another order than class_mean")
-        if labels is None:
+        labels = None if condition is None else class_labels(condition).cpu()
+        if labels is None or bool((labels < 0).any()):
             raise ValueError("order class_mean follows the class: give class_labels=..., or another order")
-        return self.class_orders[torch.tensor(labels)].to(self._device)
+        return self.class_orders[labels].to(self._device)
 
     def _scorer(self, order: Any) -> AnyOrderModel | None:
         """The scorer, for orders that it can decide: inferred and token-blind ones."""
@@ -354,28 +368,33 @@ class Pipeline:
             return self.model.grid
         return grid if isinstance(grid, Grid) else Grid(*grid)
 
-    def _labels(
-        self, labels: int | str | Sequence[int | str] | None, n: int | None
-    ) -> tuple[list[int] | None, int]:
-        """Labels as indices, one per image, and the number of images."""
-        if labels is None:
-            return None, _positive(1 if n is None else n)
-        several = [labels] if isinstance(labels, int | str) else list(labels)
-        if len(several) == 1 and n is not None:
-            several *= _positive(n)
-        if n is not None and len(several) != n:
-            raise ValueError(
-                f"got {len(several)} labels for num_images={n}: give one label, or one per image"
-            )
-        return [self._label(label) for label in several], _positive(len(several))
+    def _condition(
+        self,
+        labels: int | str | Sequence[int | str] | None,
+        prompt: str | Sequence[str] | None,
+        attributes: Mapping[str, str | Sequence[str | None]],
+        n: int | None,
+    ) -> tuple[Tensor | None, int]:
+        """What each image is asked to be, and the number of images."""
+        named = {name: f"values of {name}" for name in attributes}
+        given = {"labels": labels, "prompts": prompt, **{named[name]: attributes[name] for name in named}}
+        lists = {name: _listed(value) for name, value in given.items() if value is not None}
+        if n is None:
+            n = max(map(len, lists.values()), default=1)
+        _positive(n)
+        for name, values in lists.items():
+            if len(values) not in (1, n):
+                raise ValueError(f"got {len(values)} {name} for num_images={n}: give one, or one per image")
+            lists[name] = values * n if len(values) == 1 else values
+        codes = [self._label(label) for label in lists["labels"]] if labels is not None else None
+        if prompt is None and not attributes:
+            return (None if codes is None else torch.tensor(codes, device=self._device)), n
+        asked = {name: lists[named[name]] for name in attributes}
+        return self.vocabulary.condition(n, codes, asked, lists.get("prompts")).to(self._device), n
 
     def _label(self, label: int | str) -> int:
         if isinstance(label, str):
-            if label not in self.classes:
-                raise ValueError(
-                    f"unknown class '{label}': choose one of {', '.join(self.classes) or 'none'}"
-                )
-            return self.classes.index(label)
+            return index_of(label, self.classes, "class")
         if not 0 <= label < self.model.num_classes:
             raise ValueError(f"class labels lie in [0, {self.model.num_classes}), got {label}")
         return label
@@ -393,6 +412,10 @@ def _holes(images: np.ndarray, mask: Any, padding: Sequence[int] | None) -> tupl
 def _output(made: Completion) -> PipelineOutput:
     pictures = [Image.fromarray(image) for image in made.images.permute(0, 2, 3, 1).cpu().numpy()]
     return PipelineOutput(pictures, made.trace.order, made.trace.tokens, made.trace.log_prob, made.known)
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value] if isinstance(value, int | str) else list(value)
 
 
 def _positive(n: int) -> int:

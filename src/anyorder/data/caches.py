@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anyorder.artifacts import load_array, read_manifest
-from anyorder.contracts import Grid
+from anyorder.artifacts import load_array, read_json, read_manifest
+from anyorder.contracts import Grid, class_labels
+from anyorder.data.text import CaptionTokenizer, Vocabulary, index_of
 
 Indices = Sequence[int] | np.ndarray | Tensor
+TEXT = "text.json"
+"""Definition of the caption tokenizer in a token cache."""
 _SAMPLE = 256  # rows looked at when a cache is opened
 
 
@@ -23,6 +26,7 @@ class ImageSet:
         images: (n, H, W, 3) uint8.
         labels: (n,) int64, index into `classes`; 0 where there are none.
         classes: class names, empty if the images have none.
+        attributes: name of each further attribute -> its values.
         fingerprint: of the artifact.
     """
 
@@ -42,9 +46,39 @@ class ImageSet:
         if self.images.ndim != 4 or self.images.shape[3] != 3 or self.images.dtype != np.uint8:
             raise _damaged(path, f"got {self.images.dtype} {self.images.shape}, expected uint8 (n, H, W, 3)")
         self.labels = _read_labels(self.folder, split, len(self.images), len(self.classes))
+        self.attributes: dict[str, list[str]] = manifest.get("attributes", {})
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def attribute_values(self) -> np.ndarray:
+        """(n, A) int64, index into the values of each attribute, -1 for none."""
+        return _read_columns(self.folder, self.split, len(self), [len(v) for v in self.attributes.values()])
+
+    def labels_of(self, attribute: str | None) -> tuple[np.ndarray, list[str]]:
+        """Labels (n,) int64, -1 for none, and their names: of the class (None) or of an attribute.
+
+        Raises:
+            ValueError: there is no such attribute; the message suggests one.
+        """
+        if attribute is None:
+            return self.labels, self.classes
+        column = index_of(attribute, list(self.attributes), "attribute")
+        return self.attribute_values()[:, column], self.attributes[attribute]
+
+    def captions(self) -> list[str] | None:
+        """The n captions, empty where there is none; None if the data were read without captions.
+
+        Raises:
+            ValueError: there are not as many captions as images.
+        """
+        path = self.folder / f"{self.split}.captions.json"
+        if not path.is_file():
+            return None
+        texts = read_json(path)
+        if len(texts) != len(self):
+            raise _damaged(path, f"got {len(texts)} captions, there are {len(self)} images")
+        return texts
 
     @property
     def size(self) -> tuple[int, int]:
@@ -65,6 +99,10 @@ class TokenSet:
         tokens: (n, N) uint16 or int32, in [0, vocab_size), raster order.
         labels: (n,) int64, index into `classes`; 0 where there are none.
         classes: class names, empty if the images have none.
+        attributes: name of each further attribute -> its values.
+        further: (n, A + L) int32, value of each attribute, then caption tokens; -1 for none.
+        text_vocab: number of caption tokens, 0 if there are no captions.
+        text_length: L.
         grid: the grid of the N positions.
         vocab_size: size of the tokenizer's codebook.
         tokenizer: fingerprint of the tokenizer that made the tokens.
@@ -96,15 +134,52 @@ class TokenSet:
             found = f"tokens from {sample.min()} to {sample.max()}"
             raise _damaged(path, f"it holds {found}, the vocabulary has {self.vocab_size}")
         self.labels = _read_labels(self.folder, split, len(self.tokens), len(self.classes))
+        self.attributes: dict[str, list[str]] = manifest.get("attributes", {})
+        text = manifest.get("text") or {"vocab_size": 0, "length": 0}
+        self.text_vocab, self.text_length = text["vocab_size"], text["length"]
+        sizes = [len(values) for values in self.attributes.values()]
+        columns = [_read_columns(self.folder, split, len(self), sizes)]
+        if self.text_length:
+            columns.append(_read_captions(self.folder, split, len(self), self.text_vocab, self.text_length))
+        self.further = np.concatenate(columns, axis=1).astype(np.int32)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What the pictures may be asked to be, by name."""
+        captions = None
+        if self.text_length:
+            captions = CaptionTokenizer((self.folder / TEXT).read_text(encoding="utf-8"))
+        return Vocabulary(self.classes, self.attributes, captions, self.text_length)
+
     def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
-        """Tokens (B, N) int64 and labels (B,) int64 of the given rows."""
+        """Tokens (B, N) int64 and the condition of the given rows.
+
+        The condition is labels (B,) int64, or (B, 1 + A + L) if there are attributes or captions.
+        """
         rows = np.asarray(indices)
         tokens = self.tokens[rows].astype(np.int64)
-        return torch.from_numpy(np.asarray(tokens)), torch.from_numpy(np.array(self.labels[rows]))
+        labels, further = np.array(self.labels[rows]), self.further[rows]
+        if further.shape[1]:
+            labels = np.concatenate((labels[:, None], further), axis=1)
+        return torch.from_numpy(np.asarray(tokens)), torch.from_numpy(labels)
+
+    def without(self, condition: Tensor, parts: Sequence[str]) -> Tensor:
+        """A condition (see `batch`) with some parts hidden: "class", "captions", or attributes by name.
+
+        Raises:
+            ValueError: the condition has no such part; the message suggests one.
+        """
+        width = 1 + self.further.shape[1]
+        columns = {"class": [0], **{name: [1 + i] for i, name in enumerate(self.attributes)}}
+        columns |= {"captions": list(range(len(columns), width))} if self.text_length else {}
+        told = condition.clone().reshape(len(condition), -1)
+        for part in parts:
+            index_of(part, list(columns), "part of the condition")
+            told[:, columns[part]] = -1
+        return told.view_as(condition)
 
 
 class OrderSet:
@@ -159,9 +234,16 @@ class OrderSet:
         """Orders (B, N) int64 of the given rows."""
         return torch.from_numpy(np.asarray(self.orders[np.asarray(indices)].astype(np.int64)))
 
-    def of_classes(self, labels: Tensor) -> Tensor:
-        """The mean order of each label's class, (B, N) int64."""
-        return self.class_orders[labels.cpu()]
+    def of_classes(self, condition: Tensor) -> Tensor:
+        """The mean order of the class of each condition, (B, N) int64.
+
+        Raises:
+            ValueError: a condition without a class.
+        """
+        labels = class_labels(condition).cpu()
+        if bool((labels < 0).any()):
+            raise ValueError("the orders of classes need a class for every image: choose another order")
+        return self.class_orders[labels]
 
 
 def check_tokenizer(tokens: TokenSet, tokenizer: str) -> None:
@@ -209,6 +291,28 @@ def _read_labels(folder: Path, split: str, rows: int, classes: int) -> np.ndarra
     if rows and not 0 <= labels.min() <= labels.max() < max(1, classes):
         raise _damaged(path, f"labels from {labels.min()} to {labels.max()}, there are {classes} classes")
     return labels
+
+
+def _read_columns(folder: Path, split: str, rows: int, sizes: list[int]) -> np.ndarray:
+    """Values (rows, A) int64 of the attributes."""
+    if not sizes:
+        return np.empty((rows, 0), np.int64)
+    path = folder / f"{split}.attributes.npy"
+    values = np.array(load_array(path))
+    if values.shape != (rows, len(sizes)) or values.dtype != np.int64:
+        raise _damaged(path, f"got {values.dtype} {values.shape}, expected int64 ({rows}, {len(sizes)})")
+    if (values < -1).any() or (values >= np.array(sizes)).any():
+        raise _damaged(path, f"there are {sizes} values of the attributes, it holds others")
+    return values
+
+
+def _read_captions(folder: Path, split: str, rows: int, vocab: int, length: int) -> np.ndarray:
+    """Caption tokens (rows, L) int64."""
+    path = folder / f"{split}.captions.npy"
+    tokens = np.array(load_array(path)).astype(np.int64)
+    if tokens.shape != (rows, length) or (tokens.size and not -1 <= tokens.min() <= tokens.max() < vocab):
+        raise _damaged(path, f"got {tokens.shape}, expected ({rows}, {length}) tokens in [0, {vocab}) or -1")
+    return tokens
 
 
 def _sample(rows: np.ndarray) -> np.ndarray:

@@ -171,8 +171,10 @@ def ingest(
     """Decode a source into the arrays of a data artifact.
 
     Writes `{split}.images.npy` (n, H, W, 3) uint8 and `{split}.labels.npy` (n,) int64 (index into
-    `classes`, 0 where there are none) for the splits train and test. Called again after a kill, a
-    finished split is not decoded a second time.
+    `classes`, 0 where there are none) for the splits train and test; where the source has them, also
+    `{split}.attributes.npy` (n, A) int64 (index into the values, -1 for none or a value that the train
+    split does not have) and `{split}.captions.json`, a list of n texts, empty where there is none.
+    Called again after a kill, a finished split is not decoded a second time.
 
     Args:
         source: where the images come from.
@@ -185,8 +187,9 @@ def ingest(
         max_test: the same for the test split.
 
     Returns:
-        Facts for the manifest: `classes` (names, sorted, from the whole train split), `counts` by split,
-        and `skipped` by split: `reasons` (kind to count) and `first` (name and reason of up to 1000).
+        Facts for the manifest: `classes` (names, sorted, from the whole train split), `attributes` (name to
+        sorted values) if there are any, `counts` by split, and `skipped` by split: `reasons` (kind to count)
+        and `first` (name and reason of up to 1000).
 
     Raises:
         ValueError: not one image of a split could be used, or `size`, `fit` or a limit is not allowed.
@@ -196,12 +199,14 @@ def ingest(
         raise ValueError(f"max_train and max_test must not be negative, got {max_train} and {max_test}")
     decoding = {"size": size, "fit": fit, "fill": fill, "max_pixels": max_pixels}
     classes = source.classes()
+    attributes = source.attributes()
     facts: dict[str, Any] = {"classes": classes, "counts": {}, "skipped": {}}
+    facts |= {"attributes": attributes} if attributes else {}
     for split, limit in zip(SPLITS, (max_train, max_test), strict=True):
         done = Path(folder) / f".{split}.partial"  # the suffix makes Artifact drop it with other old work
         settings = repr((source, decoding, limit))
         if not (done.is_file() and read_json(done)["settings"] == settings):
-            count, skipped = _ingest_split(source, Path(folder), split, limit, classes, decoding)
+            count, skipped = _ingest_split(source, Path(folder), split, limit, classes, attributes, decoding)
             write_json(done, {"settings": settings, "count": count, "skipped": skipped})
         result = read_json(done)
         facts["counts"][split], facts["skipped"][split] = result["count"], result["skipped"]
@@ -209,22 +214,32 @@ def ingest(
 
 
 def _ingest_split(
-    source: Source, folder: Path, split: str, limit: int | None, classes: list[str], decoding: dict[str, Any]
+    source: Source,
+    folder: Path,
+    split: str,
+    limit: int | None,
+    classes: list[str],
+    attributes: dict[str, list[str]],
+    decoding: dict[str, Any],
 ) -> tuple[int, dict[str, Any]]:
-    for path in folder.glob(f"{split}.*.npy*"):
+    for path in (*folder.glob(f"{split}.*.npy*"), *folder.glob(f"{split}.captions.json")):
         path.unlink()
-    writer = RowWriter(
-        folder, {f"{split}.images": ((*decoding["size"], 3), np.uint8), f"{split}.labels": ((), np.int64)}
-    )
+    arrays: dict[str, Any] = {"images": ((*decoding["size"], 3), np.uint8), "labels": ((), np.int64)}
+    arrays |= {"attributes": ((len(attributes),), np.int64)} if attributes else {}
+    writer = RowWriter(folder, {f"{split}.{name}": kind for name, kind in arrays.items()})
     index = {name: i for i, name in enumerate(classes)}
     reasons: Counter[str] = Counter()
     first: list[dict[str, str]] = []
+    captions: list[str] = []
+    codes = [{value: i for i, value in enumerate(values)} for values in attributes.values()]
 
-    def read(item: Item) -> tuple[np.ndarray, int] | BadImage:
+    def read(item: Item) -> dict[str, Any] | BadImage:
         try:
-            return load_image(item.image, **decoding), _label(item.label, index)
+            found = {"images": load_image(item.image, **decoding), "labels": _label(item.label, index)}
         except BadImage as e:
             return e
+        values = zip(codes, item.attributes, strict=True)
+        return found | {"attributes": [code.get(value, -1) if value else -1 for code, value in values]}
 
     total = source.count(split)
     taken = min(total, total if limit is None else limit)
@@ -237,14 +252,17 @@ def _ingest_split(
                 if isinstance(result, BadImage):
                     reasons[result.kind] += 1
                     first += [{"name": item.name, "reason": str(result)}] * (len(first) < _LISTED)
+                else:
+                    captions.append(item.caption or "")
             if good:
-                images, labels = zip(*good, strict=True)
-                writer.append(**{f"{split}.images": np.stack(images), f"{split}.labels": np.array(labels)})
+                writer.append(**{f"{split}.{name}": np.array([r[name] for r in good]) for name in arrays})
             bar.update(len(block))
     if not writer.rows and (first or split == "train"):
         listed = "; ".join(f"{skip['name']}: {skip['reason']}" for skip in first[:5])
         raise ValueError(f"none of {taken} {split} images could be used: {listed or 'there are none'}")
     writer.close()
+    if source.captioned:
+        write_json(folder / f"{split}.captions.json", captions)
     return writer.rows, {"reasons": dict(reasons), "first": first}
 
 

@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 _TEST_NAMES = ("test", "validation", "val")
+Row = tuple[dict[str, Any] | None, dict[str, str | None]]
+"""Image struct, and the text of each column that is read."""
 
 
 class Item(NamedTuple):
@@ -25,13 +27,25 @@ class Item(NamedTuple):
     label: str | None
     name: str
     """Unique in its source; also decides the split where the source has none."""
+    attributes: tuple[str | None, ...] = ()
+    """Value of each of the source's attributes, None where it has none."""
+    caption: str | None = None
 
 
 class Source(Protocol):
     """Images in a fixed sequence; `split` is "train" or "test"."""
 
+    @property
+    def captioned(self) -> bool:
+        """Whether its items have captions."""
+        ...
+
     def classes(self) -> list[str]:
         """Sorted class names of the train split; empty if the images have no classes."""
+        ...
+
+    def attributes(self) -> dict[str, list[str]]:
+        """Names of further attributes, and the sorted values of each in the train split."""
         ...
 
     def count(self, split: str) -> int:
@@ -43,7 +57,13 @@ class Source(Protocol):
         ...
 
 
-def open_source(where: str | Path, label_column: str | None = None, test_fraction: float = 0.1) -> Source:
+def open_source(
+    where: str | Path,
+    label_column: str | None = None,
+    test_fraction: float = 0.1,
+    caption_column: str | None = None,
+    attribute_columns: tuple[str, ...] = (),
+) -> Source:
     """The source at `where`: a folder of images, parquet file(s), or a Hugging Face data set id.
 
     Args:
@@ -52,25 +72,32 @@ def open_source(where: str | Path, label_column: str | None = None, test_fractio
             classes. The classes of an image folder are its subfolders.
         test_fraction: share in [0, 1) of the images that become the test split where the source has none;
             an image's name alone decides where it goes.
+        caption_column: column of a text about each image; None for no captions.
+        attribute_columns: columns of further attributes.
 
     Raises:
         FileNotFoundError: `where` is neither a path nor an id, or an empty folder.
-        ValueError: `test_fraction` is out of range, or a label column was asked of an image folder.
+        ValueError: `test_fraction` is out of range, or a column was asked of an image folder.
     """
     if not 0 <= test_fraction < 1:
         raise ValueError(f"test_fraction must be at least 0 and below 1, got {test_fraction}")
     path = Path(where)
     if path.is_file():
-        return ParquetSource(path, label_column, test_fraction)
+        return ParquetSource(path, label_column, test_fraction, caption_column, attribute_columns)
     if not path.is_dir():
         if str(where).count("/") > 1 or str(where).startswith((".", "/", "~")):
             raise FileNotFoundError(f"{where}: no such file or folder")
-        return HubSource(str(where), label_column, test_fraction)
+        return HubSource(str(where), label_column, test_fraction, caption_column, attribute_columns)
     if any(path.rglob("*.parquet")):
-        return ParquetSource(path, label_column, test_fraction)
+        return ParquetSource(path, label_column, test_fraction, caption_column, attribute_columns)
     if label_column is not None:
         raise ValueError(
             f"{where} is an image folder, its classes are its subfolders: leave out label_column"
+        )
+    if caption_column is not None or attribute_columns:
+        raise ValueError(
+            f"{where} is an image folder, it has no columns: leave out captions and attributes, "
+            "or put the images into parquet files"
         )
     return FolderSource(path, test_fraction)
 
@@ -90,6 +117,7 @@ class FolderSource:
 
     path: Path
     test_fraction: float = 0.1
+    captioned = False
 
     @cached_property
     def _splits(self) -> dict[str, list[Item]]:
@@ -102,6 +130,10 @@ class FolderSource:
     def classes(self) -> list[str]:
         """See `Source`."""
         return sorted({item.label for item in self._splits["train"] if item.label is not None})
+
+    def attributes(self) -> dict[str, list[str]]:
+        """See `Source`."""
+        return {}
 
     def count(self, split: str) -> int:
         """See `Source`."""
@@ -128,18 +160,26 @@ def _find_images(root: Path) -> list[Item]:
 
 
 class _TableSource:
-    """What tables of images have in common: rows of an image struct and a label, in named parts."""
+    """What tables of images have in common: rows of an image struct and texts, in named parts."""
 
     label_column: str | None
     test_fraction: float
+    caption_column: str | None
+    attribute_columns: tuple[str, ...]
+
+    @property
+    def _columns(self) -> list[str]:
+        """The columns of texts that are read."""
+        named = (self.label_column, *self.attribute_columns, self.caption_column)
+        return list(dict.fromkeys(column for column in named if column is not None))
 
     @cached_property
     def _parts(self) -> dict[str, list[str]]:
         """Parts of the splits train and test, or of "all" where names decide row by row."""
         raise NotImplementedError
 
-    def _read(self, part: str, with_images: bool) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
-        """Image struct (empty if not asked for) and label of every row of a part."""
+    def _read(self, part: str, with_images: bool) -> Iterator[Row]:
+        """Every row of a part; image structs are empty if not asked for."""
         raise NotImplementedError
 
     def _folder(self, part: str) -> Path:
@@ -147,16 +187,29 @@ class _TableSource:
         raise NotImplementedError
 
     @cached_property
-    def _labels(self) -> dict[str, list[str | None]]:
-        return {s: [item.label for item in self._rows(s, with_images=False)] for s in ("train", "test")}
+    def _texts(self) -> dict[str, list[Item]]:
+        """The items without their images."""
+        return {split: list(self._rows(split, with_images=False)) for split in ("train", "test")}
+
+    @property
+    def captioned(self) -> bool:
+        """See `Source`."""
+        return self.caption_column is not None
 
     def classes(self) -> list[str]:
         """See `Source`."""
-        return sorted({label for label in self._labels["train"] if label is not None})
+        return sorted({item.label for item in self._texts["train"] if item.label is not None})
+
+    def attributes(self) -> dict[str, list[str]]:
+        """See `Source`."""
+        columns = list(zip(*(item.attributes for item in self._texts["train"]), strict=True))
+        columns = columns or [()] * len(self.attribute_columns)
+        named = zip(self.attribute_columns, columns, strict=True)
+        return {name: sorted({value for value in values if value}) for name, values in named}
 
     def count(self, split: str) -> int:
         """See `Source`."""
-        return len(self._labels[split])
+        return len(self._texts[split])
 
     def items(self, split: str) -> Iterator[Item]:
         """See `Source`."""
@@ -165,10 +218,14 @@ class _TableSource:
     def _rows(self, split: str, with_images: bool) -> Iterator[Item]:
         by_name = "all" in self._parts
         for part in self._parts["all" if by_name else split]:
-            for row, (image, label) in enumerate(self._read(part, with_images)):
+            for row, (image, texts) in enumerate(self._read(part, with_images)):
                 name = f"{part}#{row}"
                 if not by_name or _in_split(name, split, self.test_fraction):
-                    yield Item(_image_of(image, self._folder(part)), label, name)
+                    label, caption = (
+                        texts.get(column or "") for column in (self.label_column, self.caption_column)
+                    )
+                    attributes = tuple(texts[column] or None for column in self.attribute_columns)
+                    yield Item(_image_of(image, self._folder(part)), label, name, attributes, caption)
 
 
 @dataclass(frozen=True)
@@ -181,6 +238,8 @@ class ParquetSource(_TableSource):
     path: Path
     label_column: str | None = None
     test_fraction: float = 0.1
+    caption_column: str | None = None
+    attribute_columns: tuple[str, ...] = ()
 
     @cached_property
     def _root(self) -> Path:
@@ -198,26 +257,21 @@ class ParquetSource(_TableSource):
     def _folder(self, part: str) -> Path:
         return (self._root / part).parent
 
-    def _read(self, part: str, with_images: bool) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
+    def _read(self, part: str, with_images: bool) -> Iterator[Row]:
         path = self._root / part
         try:
             with pq.ParquetFile(path) as file:
                 schema = file.schema_arrow
-                image_column, names = _image_column(schema, path), self._class_names(schema, path)
-                columns = [image_column] * with_images + [self.label_column] * (self.label_column is not None)
+                image_column = _image_column(schema, path)
+                names = {column: _class_names(schema, column, path) for column in self._columns}
+                columns = [image_column] * with_images + self._columns
                 for batch in file.iter_batches(batch_size=256, columns=columns):
                     images = batch[image_column].to_pylist() if with_images else [{}] * batch.num_rows
-                    labels = (
-                        batch[self.label_column].to_pylist() if self.label_column else [None] * len(images)
-                    )
-                    yield from zip(images, (_label_text(v, names) for v in labels), strict=True)
+                    values = {column: batch[column].to_pylist() for column in self._columns}
+                    for row, image in enumerate(images):
+                        yield image, {c: _label_text(values[c][row], names[c]) for c in self._columns}
         except (pa.ArrowException, OSError) as e:
             raise ValueError(f"{path} is not a sound parquet file ({e})") from e
-
-    def _class_names(self, schema: pa.Schema, path: Path) -> list[str] | None:
-        _check_column(self.label_column, schema.names, path)
-        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        return metadata.get("info", {}).get("features", {}).get(self.label_column, {}).get("names")
 
 
 @dataclass(frozen=True)
@@ -227,6 +281,8 @@ class HubSource(_TableSource):
     name: str
     label_column: str | None = None
     test_fraction: float = 0.1
+    caption_column: str | None = None
+    attribute_columns: tuple[str, ...] = ()
 
     @cached_property
     def _tables(self) -> dict[str, Any]:
@@ -239,7 +295,8 @@ class HubSource(_TableSource):
             ) from e
         tables = datasets.load_dataset(self.name)
         for split, table in tables.items():
-            _check_column(self.label_column, table.column_names, f"{self.name} ({split})")
+            for column in self._columns:
+                _check_column(column, table.column_names, f"{self.name} ({split})")
         return {s: t.cast_column(_image_feature(t), datasets.Image(decode=False)) for s, t in tables.items()}
 
     @cached_property
@@ -251,19 +308,25 @@ class HubSource(_TableSource):
     def _folder(self, part: str) -> Path:
         return Path()
 
-    def _read(self, part: str, with_images: bool) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
+    def _read(self, part: str, with_images: bool) -> Iterator[Row]:
         table = self._tables[part]
-        names = getattr(table.features[self.label_column], "names", None) if self.label_column else None
+        names = {column: getattr(table.features[column], "names", None) for column in self._columns}
         image_column = _image_feature(table)
-        wanted = [image_column] * with_images + [self.label_column] * (self.label_column is not None)
+        wanted = [image_column] * with_images + self._columns
         if not wanted:
-            yield from [({}, None)] * len(table)
+            yield from [({}, {})] * len(table)
         for row in table.select_columns(wanted) if wanted else ():
-            yield row.get(image_column, {}), _label_text(row.get(self.label_column), names)
+            yield row.get(image_column, {}), {c: _label_text(row[c], names[c]) for c in self._columns}
 
 
-def _check_column(column: str | None, present: list[str], where: str | Path) -> None:
-    if column is not None and column not in present:
+def _class_names(schema: pa.Schema, column: str, path: Path) -> list[str] | None:
+    _check_column(column, schema.names, path)
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    return metadata.get("info", {}).get("features", {}).get(column, {}).get("names")
+
+
+def _check_column(column: str, present: list[str], where: str | Path) -> None:
+    if column not in present:
         raise ValueError(f"{where} has no column {column!r}; it has {', '.join(present)}")
 
 

@@ -46,6 +46,25 @@ def class_agreement(test: Tensor, samples: Tensor, labels: Tensor) -> ClassAgree
     )
 
 
+def agreement(logits: Tensor, asked: Tensor) -> float:
+    """Share of images whose predicted value is the one that was asked for.
+
+    Args:
+        logits: (n, values) of a classifier.
+        asked: (n,) int64 in [0, values), -1 where nothing was asked for.
+
+    Raises:
+        ValueError: nothing was asked for in any image, or the sizes do not agree.
+    """
+    known = asked >= 0
+    if len(logits) != len(asked) or not bool(known.any()):
+        raise ValueError(
+            f"got {len(logits)} images and {int(known.sum())} of {len(asked)} values asked for: "
+            "give one for every image, and at least one that is not -1"
+        )
+    return float((logits.argmax(1) == asked)[known].double().mean())
+
+
 def _shares(predicted: Tensor, classes: int) -> Tensor:
     """Share (classes,) float64 of each class among the predictions (n,)."""
     return torch.bincount(predicted, minlength=classes).double() / len(predicted)

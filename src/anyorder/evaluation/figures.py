@@ -87,6 +87,28 @@ def image_grid(images: np.ndarray, columns: int = 8, scale: int = 1, gap: int = 
     return Image.fromarray(canvas)
 
 
+def prompt_grid(rows: Sequence[np.ndarray], prompts: Sequence[str], scale: int = 3) -> Image.Image:
+    """A row of images below each prompt.
+
+    Args:
+        rows: for each prompt (n, H, W, 3) uint8.
+        prompts: the texts.
+        scale: enlargement of the images.
+    """
+    font, strips, line = ImageFont.load_default(12), [], 18
+    for images, prompt in zip(rows, prompts, strict=True):
+        row = image_grid(images, columns=len(images), scale=scale)
+        width = max(row.width, math.ceil(font.getlength(prompt)) + 8)
+        strip = Image.new("RGB", (width, row.height + line), "white")
+        strip.paste(row, (0, line))
+        ImageDraw.Draw(strip).text((2, 2), prompt, "black", font)
+        strips.append(strip)
+    canvas = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    for top, strip in zip(np.cumsum([0, *(s.height for s in strips)]), strips, strict=False):
+        canvas.paste(strip, (0, int(top)))
+    return canvas
+
+
 def _require_images(images: np.ndarray) -> None:
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) == 0:
         raise ValueError(

@@ -1,7 +1,8 @@
 """The any-order transformer: a decoder-only network whose every input says where the next patch is.
 
 The input of step i >= 1 is E[x[pi_{i-1}]] + A(pi_{i-1}) + R(pi_i - pi_{i-1}); the input of step 0 is
-condition + S(pi_0) (OAR, arXiv 2504.17069 v1, Sec. 3). A, R and S are functions of real 2-D coordinates
+condition + S(pi_0) (OAR, arXiv 2504.17069 v1, Sec. 3), behind a prefix of P inputs where the condition is
+more than a class (`models.condition`). A, R and S are functions of real 2-D coordinates
 in patches, not tables of a fixed grid: one model serves several resolutions and aspect ratios.
 
 Shapes: B images, T steps, M candidates, L cached steps, D width, H heads, V codebook size.
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from anyorder.contracts import AnyOrderNetwork, Grid
+from anyorder.models.condition import Prefix, hide
 from anyorder.models.coordinates import CoordinateEncoding, displacement_index, displacements
 from anyorder.models.location import LocationHead, revealed_before
 from anyorder.orders import inverse
@@ -51,7 +53,10 @@ class Architecture:
     token_dropout: float = 0.0
     """Share of input tokens hidden in training (their position stays)."""
     label_dropout: float = 0.1
-    """Share of labels replaced by the null label in training, for guidance."""
+    """Share of images whose condition is hidden in training, for guidance."""
+    part_dropout: float = 0.3
+    """Share of classes, of each attribute and of captions hidden on their own in training, besides, so that
+    any of them may be left out; for conditions of several parts."""
     location: bool = False
     """A head that says where to go next, besides what is there: order and content as one model."""
     checkpointing: bool = False
@@ -63,7 +68,7 @@ class Architecture:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.width % (4 * self.heads):
             raise ValueError(f"width must be a multiple of 4 * heads = {4 * self.heads}, got {self.width}")
-        for name in ("dropout", "token_dropout", "label_dropout"):
+        for name in ("dropout", "token_dropout", "label_dropout", "part_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if self.next_position not in ("relative", "absolute", "none"):
@@ -84,9 +89,20 @@ class TransformerConfig(Architecture):
     """Rows and columns of patches in training."""
     num_classes: int = 0
     """Number of class labels; 0 is unconditional."""
+    attributes: tuple[int, ...] = ()
+    """Number of values of each attribute that pictures may be asked for."""
+    text_vocab: int = 0
+    """Number of caption tokens; 0 takes no captions."""
+    text_length: int = 0
+    """Most tokens of a caption."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if min(self.attributes, default=1) < 1 or (self.text_vocab < 1) != (self.text_length < 1):
+            raise ValueError(
+                "attributes must have >= 1 value each, text_vocab and text_length both be 0 or >= 1, got "
+                f"{list(self.attributes)}, {self.text_vocab} and {self.text_length}"
+            )
         if self.vocab_size < 1 or self.num_classes < 0:
             raise ValueError(
                 f"vocab_size must be >= 1 and num_classes >= 0, got {self.vocab_size} and {self.num_classes}"
@@ -194,7 +210,7 @@ class State:
 
     tables: PositionTables
     keys: Tensor
-    """(depth, B, H, N, D / H); the first `length` steps are valid."""
+    """(depth, B, H, P + N, D / H); the first `length` of prefix and steps are valid."""
     values: Tensor
     length: int
     pending: Tensor
@@ -203,6 +219,8 @@ class State:
     """(B,) int64: position of the last token, N for the condition."""
     hidden: Tensor
     """(B, D): what the last token was predicted from; the condition before the first."""
+    prefix: int
+    """P: how long the cache is before the first step."""
     content: Tensor
     """(B, D): embedding of the last token, without its position."""
     scored: list[Scored] = field(default_factory=list)
@@ -242,6 +260,8 @@ class AnyOrderTransformer(AnyOrderNetwork):
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.head = nn.Linear(width, config.vocab_size, bias=False)
         self.location = LocationHead(width) if config.location else None
+        further = (config.attributes, config.text_vocab, config.text_length)
+        self.prefix = Prefix(width, *further) if config.attributes or config.text_length else None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -303,27 +323,50 @@ class AnyOrderTransformer(AnyOrderNetwork):
             keys=(cos[last].transpose(1, 2), sin[last].transpose(1, 2)),
         )
 
-    def _condition(self, batch_size: int, condition: Tensor | None) -> Tensor:
-        """Embedding (B, D); None and -1 are the null label."""
-        null = self.config.num_classes
-        device = self.head.weight.device
-        if condition is None:
-            return self.condition_embedding(torch.full((batch_size,), null, device=device))
-        if null == 0:  # an unconditional model: there is only the null label
-            return self.condition_embedding(torch.zeros_like(condition))
-        condition = torch.where(condition < 0, null, condition)
-        if self.training and self.config.label_dropout:
-            hidden = torch.rand(condition.shape, device=device) < self.config.label_dropout
-            condition = torch.where(hidden, null, condition)
-        return self.condition_embedding(condition)
+    @property
+    def _sizes(self) -> list[int]:
+        """How many values each column of a condition has."""
+        return [max(self.config.num_classes, 1), *(self.prefix.sizes if self.prefix is not None else [])]
 
-    def _check_labels(self, batch_size: int, condition: Tensor) -> None:
-        classes = max(self.config.num_classes, 1)
-        if condition.shape != (batch_size,) or bool(((condition < -1) | (condition >= classes)).any()):
-            raise ValueError(
-                f"labels must have shape ({batch_size},) and lie in [0, {classes}) (-1 for none), "
-                f"got shape {tuple(condition.shape)} with values {condition.unique().tolist()[:8]}"
-            )
+    def _condition(
+        self, batch_size: int, condition: Tensor | None, check: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Embedding of the class (B, D), and the prefix (B, P, D); None and -1 are nothing.
+
+        Raises:
+            ValueError: a condition of another shape, or with `check`, which waits for the device, values that
+                are out of range.
+        """
+        sizes = self._sizes
+        if condition is None:
+            values = torch.full((batch_size, len(sizes)), -1, device=self.head.weight.device)
+        else:
+            values = condition[:, None] if condition.ndim == 1 else condition
+            fits = condition.ndim == 1 or (condition.ndim == 2 and self.prefix is not None)
+            fits = fits and len(values) == batch_size and values.shape[1] <= len(sizes)
+            if fits and check:
+                limits = torch.tensor(sizes[: values.shape[1]], device=values.device)
+                fits = not bool(((values < -1) | (values >= limits)).any())
+            if not fits:
+                raise self._refusal(batch_size, condition)
+            values = F.pad(values, (0, len(sizes) - values.shape[1]), value=-1)
+            if self.training and (self.config.num_classes or self.prefix is not None):
+                dropout = (self.config.label_dropout, self.config.part_dropout)
+                values = hide(values, len(self.config.attributes), *dropout)
+        classes = self.config.num_classes
+        start = self.condition_embedding(values[:, 0].where((values[:, 0] >= 0) & (classes > 0), classes))
+        if self.prefix is None:
+            return start, start.new_empty(batch_size, 0, start.shape[1])
+        return start, self.prefix(values[:, 1:])
+
+    def _refusal(self, batch_size: int, condition: Tensor) -> ValueError:
+        sizes, several = self._sizes, ""
+        if self.prefix is not None:
+            several = f", or ({batch_size}, up to {len(sizes)}) within {sizes[:8]}"
+        return ValueError(
+            f"labels must have shape ({batch_size},) and lie in [0, {sizes[0]}) (-1 for none){several}, "
+            f"got shape {tuple(condition.shape)} with values {condition.unique().tolist()[:8]}"
+        )
 
     # --- teacher forcing ---------------------------------------------------------------------------
 
@@ -334,14 +377,15 @@ class AnyOrderTransformer(AnyOrderNetwork):
 
         Args:
             tokens: (B, N) int64 in raster order, in [0, V).
-            condition: (B,) int64 labels, -1 for none, or None.
+            condition: (B,) int64 labels, (B, 1 + A + L) int64 (see `contracts`), or None.
             order: (B, N) int64.
             grid: the grid of `tokens`, where it is not the one of training.
 
         Raises:
             ValueError: shapes that do not fit the grid.
         """
-        return self.head(self._hidden(tokens, self._condition(len(tokens), condition), order, grid))
+        hidden = self._hidden(tokens, *self._condition(len(tokens), condition), order, grid)
+        return self.head(hidden[:, -tokens.shape[1] :])
 
     def joint(
         self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
@@ -350,7 +394,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
 
         Args:
             tokens: (B, N) int64 in raster order, in [0, V).
-            condition: (B,) int64 labels, -1 for none, or None.
+            condition: (B,) int64 labels, (B, 1 + A + L) int64 (see `contracts`), or None.
             order: (B, N) int64.
             grid: the grid of `tokens`, where it is not the one of training.
 
@@ -362,18 +406,27 @@ class AnyOrderTransformer(AnyOrderNetwork):
             ValueError: the model has no location head, or shapes that do not fit the grid.
         """
         grid = grid or self.grid
-        start = self._condition(len(tokens), condition)
-        hidden = self._hidden(tokens, start, order, grid)
+        start, prefix = self._condition(len(tokens), condition)
+        hidden = self._hidden(tokens, start, prefix, order, grid)
+        read, hidden = hidden.split((prefix.shape[1], order.shape[1]), dim=1)
         before, current = self._before(order, grid), order[:, :-1]
         content = torch.cat(
             (self._nothing(start)[:, None], self.token_embedding(tokens.gather(1, current))), 1
         )
-        behind = torch.cat((start[:, None].to(hidden.dtype), hidden[:, :-1]), dim=1)
+        first = self._asked(start, read)[:, None].to(hidden.dtype)
+        behind = torch.cat((first, hidden[:, :-1]), dim=1)
         revealed = revealed_before(inverse(order))
         return self.head(hidden), self._located(behind, content, before, revealed, grid)
 
-    def _hidden(self, tokens: Tensor, condition: Tensor, order: Tensor, grid: Grid | None) -> Tensor:
-        """Hidden states (B, N, D) that the tokens of each step are predicted from; condition is embedded."""
+    @staticmethod
+    def _asked(start: Tensor, read: Tensor) -> Tensor:
+        """All that is asked for, (B, D): the class (B, D), and what was read of the prefix (B, P, D)."""
+        return start + read[:, -1] if read.shape[1] else start
+
+    def _hidden(
+        self, tokens: Tensor, start: Tensor, prefix: Tensor, order: Tensor, grid: Grid | None
+    ) -> Tensor:
+        """Hidden states (B, P + N, D): of the prefix, and what the tokens of each step are predicted from."""
         grid = grid or self.grid
         if tokens.shape[1:] != (grid.n,) or order.shape != tokens.shape:
             raise ValueError(
@@ -386,10 +439,11 @@ class AnyOrderTransformer(AnyOrderNetwork):
         if self.training and self.config.token_dropout:
             hidden = torch.rand(seen.shape, device=seen.device) < self.config.token_dropout
             seen = torch.where(hidden, self.vocab_size, seen)
-        start = self._start(tables, condition, order[:, :1])
         x = self._content(tables, seen, current) + self._next(tables, current, order[:, 1:])
-        x = torch.cat((start, x), dim=1)
-        rotation = self._rotation(tables, self._before(order, grid), order)
+        x = torch.cat((prefix, self._start(tables, start, order[:, :1]), x), dim=1)
+        aside = (prefix.shape[1], 0)
+        before, after = (F.pad(p, aside, value=grid.n) for p in (self._before(order, grid), order))
+        rotation = self._rotation(tables, before, after)
         for block in self.blocks:
             if self.config.checkpointing and self.training:
                 x = checkpoint(block, x, rotation, causal, use_reentrant=False)
@@ -421,21 +475,20 @@ class AnyOrderTransformer(AnyOrderNetwork):
     # --- decoding ----------------------------------------------------------------------------------
 
     def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> State:
-        """An empty cache of O(depth * B * N * D); the condition is pending.
+        """A cache of O(depth * B * (P + N) * D) that holds the prefix only; the class is pending.
 
         Raises:
-            ValueError: labels out of range.
+            ValueError: labels, attributes or caption tokens out of range.
         """
         grid = grid or self.grid
-        if condition is not None:
-            self._check_labels(batch_size, condition)
+        start, prefix = self._condition(batch_size, condition, check=True)
         device, dtype = self.head.weight.device, self.head.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         heads = self.config.heads
-        shape = (self.config.depth, batch_size, heads, grid.n, self.config.width // heads)
-        start = self._condition(batch_size, condition)
-        return State(
+        length = prefix.shape[1]
+        shape = (self.config.depth, batch_size, heads, length + grid.n, self.config.width // heads)
+        state = State(
             tables=self._tables(grid),
             keys=torch.empty(shape, device=device, dtype=dtype),
             values=torch.empty(shape, device=device, dtype=dtype),
@@ -443,12 +496,26 @@ class AnyOrderTransformer(AnyOrderNetwork):
             pending=start,
             last=torch.full((batch_size,), grid.n, device=device),
             hidden=start,
+            prefix=length,
             content=self._nothing(start),
         )
+        if length:
+            nowhere = torch.full((batch_size, length), grid.n, device=device)
+            read = self._extend(state, prefix, 0, nowhere, nowhere)
+            state.length, state.hidden = length, self._asked(start, self.norm(read))
+        return state
+
+    def _extend(self, state: State, x: Tensor, length: int, before: Tensor, after: Tensor) -> Tensor:
+        """Run inputs (B, T, D) as one causal block into the cache, from slot `length` on."""
+        attend = Extend(state, length)
+        rotation = self._rotation(state.tables, before, after)
+        for block in self.blocks:
+            x = block(x, rotation, attend)
+        return x
 
     def _inputs(self, state: State, positions: Tensor) -> Tensor:
         """The pending input completed with each candidate position, (B, M, D)."""
-        if state.length == 0:
+        if state.length == state.prefix:
             return self._start(state.tables, state.pending, positions)
         ahead = self._next(state.tables, state.last[:, None], positions)
         return (state.pending[:, None] + ahead).expand(-1, positions.shape[1], -1)
@@ -502,10 +569,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
             rest = rest + self._next(state.tables, positions[:, :-1], positions[:, 1:])
             x = rest if x is None else torch.cat((x, rest), dim=1)
         if x is not None:
-            attend = Extend(state, length)
-            rotation = self._rotation(state.tables, before, after)
-            for block in self.blocks:
-                x = block(x, rotation, attend)
+            x = self._extend(state, x, length, before, after)
             length += x.shape[1]
             hidden = self.norm(x[:, -1])
         content = self.token_embedding(tokens[:, -1])
@@ -517,6 +581,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
             pending=self._content(state.tables, tokens[:, -1:], positions[:, -1:])[:, 0],
             last=positions[:, -1],
             hidden=hidden,
+            prefix=state.prefix,
             content=content,
         )
 

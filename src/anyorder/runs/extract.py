@@ -71,7 +71,7 @@ class OrdersStage:
         self._extract(artifact, model, tokens, np.arange(n))
         self._extract(artifact, model, test, spread(self.test_limit, len(test)))
         orders = torch.from_numpy(load_array(artifact.folder / "train.order.npy").astype(np.int64))
-        labels = tokens.batch(np.arange(n))[1].numpy()
+        labels = np.array(tokens.labels[:n])
         classes = tokens.classes or ["all"]
         save_array(artifact.folder / "class_order.npy", class_orders(orders.numpy(), labels, len(classes)))
         maps = figures.mean_rank_per_class(orders.numpy(), labels, classes, tokens.grid)

@@ -14,12 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from anyorder.artifacts import Artifact, RowWriter, load_array, read_manifest, write_json
-from anyorder.contracts import AnyOrderModel
+from anyorder.contracts import AnyOrderModel, class_labels
 from anyorder.data.caches import ImageSet, OrderSet, TokenSet, check_tokenizer
 from anyorder.data.sunsets import consistency
+from anyorder.data.text import index_of
 from anyorder.decode import extract_orders, sample
 from anyorder.evaluation import figures, metrics
-from anyorder.evaluation.classes import class_agreement
+from anyorder.evaluation.classes import agreement, class_agreement
 from anyorder.evaluation.features import ClassifierFeatures
 from anyorder.evaluation.memorisation import closeness, copied_share, nearest_distance
 from anyorder.guidance import GuidanceConfig, Guided
@@ -50,7 +51,7 @@ SAMPLES = "samples.safetensors"
 
 @dataclass
 class SampleStage:
-    """Draw images with the class distribution of the test split."""
+    """Draw images for the classes, attributes and captions of the test split, or for prompts."""
 
     inputs: ClassVar[tuple[str, ...]] = ("model", "tokenizer", "tokens", "scorer", "orders")
     model: Path
@@ -63,6 +64,10 @@ class SampleStage:
     """Order cache that holds the orders of the classes, for policy.order=class_mean."""
     n: int = 1000
     """Number of images."""
+    prompts: tuple[str, ...] = ()
+    """Draw for these texts alone, n / len(prompts) images for each, all from the same seeds."""
+    hide: tuple[str, ...] = ()
+    """What the model is not told of test images: class, captions, or attributes by their names."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """Where to go next; token-blind by default, so that samples follow the model's own distribution."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -77,15 +82,22 @@ class SampleStage:
     def __post_init__(self) -> None:
         if self.n < 1 or self.batch_size < 1:
             raise ValueError(f"n and batch_size must be >= 1, got {self.n} and {self.batch_size}")
+        if self.prompts and (self.hide or self.n % len(self.prompts)):
+            raise ValueError(
+                f"n must be a multiple of the {len(self.prompts)} prompts, and they leave nothing to hide: "
+                f"got n={self.n}, hide={list(self.hide)}"
+            )
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
-        """Write `{images,tokens,order,log_prob,labels,seconds}.npy` and pictures of the first samples."""
+        """Write `{images,tokens,order,log_prob,labels,seconds}.npy` and pictures of the first samples.
+
+        Where the model takes more than classes, `condition.npy` (n, 1 + A + L) int64 is what was asked for.
+        """
         tokens = TokenSet(self.tokens, "test")
         for model in filter(None, (self.model, self.scorer)):
             require_trained_on(model, tokens)
         check_tokenizer(tokens, artifact.identity["inputs"]["tokenizer"])
-        shuffled = np.random.default_rng(self.seed).permutation(np.asarray(tokens.labels))
-        self._draw(artifact, tokens, np.resize(shuffled, self.n))
+        self._draw(artifact, tokens, self._asked(tokens))
         self._pictures(artifact, tokens)
         seconds = load_array(artifact.folder / "seconds.npy")
         return {
@@ -97,8 +109,17 @@ class SampleStage:
             "device": str(device()),
         }
 
-    def _draw(self, artifact: Artifact, tokens: TokenSet, labels: np.ndarray) -> None:
+    def _asked(self, tokens: TokenSet) -> Tensor:
+        """What each picture is asked to be, (n,) or (n, 1 + A + L) int64."""
+        if self.prompts:
+            each = [prompt for prompt in self.prompts for _ in range(self.n // len(self.prompts))]
+            return tokens.vocabulary.condition(self.n, prompts=each)
+        shuffled = np.random.default_rng(self.seed).permutation(len(tokens))
+        return tokens.batch(np.resize(shuffled, self.n))[1]
+
+    def _draw(self, artifact: Artifact, tokens: TokenSet, asked: Tensor) -> None:
         """Batch by batch; a killed run goes on after its last batch."""
+        told, per_prompt = tokens.without(asked, self.hide), self.n // max(1, len(self.prompts))
         model, tokenizer = load_any_order(self.model), load_tokenizer(self.tokenizer)
         drawer: AnyOrderModel = model.to(fast_dtype(device(), self.bf16))
         drawer = Guided(drawer, self.guidance) if self.guidance.scale != 1 else drawer
@@ -114,31 +135,42 @@ class SampleStage:
             "labels": ((), np.int64),
             "seconds": ((), np.float32),
         }
+        names |= {"condition": (tuple(asked.shape[1:]), np.int64)} if asked.ndim > 1 else {}
         rows = RowWriter(artifact.folder, names)
         with tqdm(total=self.n, initial=rows.rows, desc=f"samples, {self.policy.label}", unit="image") as bar:
             for some in slices(self.n, self.batch_size, rows.rows):
                 begin = time.perf_counter()
-                streams = Streams([self.seed + int(row) for row in some], device())
-                condition = torch.from_numpy(labels[some]).to(device())
+                streams = Streams([self.seed + int(row) % per_prompt for row in some], device())
+                condition = told[some].to(device())
                 policy = self.policy.build(tokens.grid, streams, own(condition))
                 made = sample(
                     drawer, policy, streams, condition=as_condition(model, tokens, condition),
                     grid=tokens.grid, sampling=self.sampling, scorer=scorer,
                 )  # fmt: skip
                 images = to_uint8(tokenizer.decode(made.tokens, tokens.grid))
+                wanted = {"condition": asked[some].numpy()} if asked.ndim > 1 else {}
                 rows.append(
                     images=images,
                     tokens=made.tokens.cpu().numpy(),
                     order=made.order.cpu().numpy(),
                     log_prob=made.log_prob.cpu().numpy(),
-                    labels=labels[some],
+                    labels=class_labels(asked[some]).numpy(),
                     seconds=np.full(len(some), (time.perf_counter() - begin) / len(some)),
+                    **wanted,
                 )
                 bar.update(len(some))
         rows.close()
 
     def _pictures(self, artifact: Artifact, tokens: TokenSet) -> None:
-        """The first samples, as they come: a grid, half of them beside their orders, all being drawn."""
+        """The first samples, as they come: a grid, half of them beside their orders, all being drawn.
+
+        Of prompts: a row of pictures for each.
+        """
+        if self.prompts:
+            per_prompt = self.n // len(self.prompts)
+            first = np.arange(self.n).reshape(len(self.prompts), per_prompt)[:, :8]
+            rows = [np.array(load_array(artifact.folder / "images.npy")[row]) for row in first]
+            figures.save_image(figures.prompt_grid(rows, self.prompts), artifact.folder / "prompts.png")
         images = np.array(load_array(artifact.folder / "images.npy")[:SHOWN])
         orders = load_array(artifact.folder / "order.npy")[:SHOWN].astype(np.int64)
         figures.save_image(figures.image_grid(images, columns=4, scale=3), artifact.folder / "grid.png")
@@ -154,7 +186,7 @@ class EvalStage:
     """Measure samples against the test split, and the model's likelihood under the same policy."""
 
     inputs: ClassVar[tuple[str, ...]] = (
-        "samples", "model", "features", "data", "tokens", "scorer", "orders"
+        "samples", "model", "features", "data", "tokens", "scorer", "orders", "attribute_features"
     )  # fmt: skip
     samples: Path
     model: Path
@@ -165,6 +197,8 @@ class EvalStage:
     """The scorer that the samples were drawn with, if any."""
     orders: Path | None = None
     """The order cache that the samples were drawn with, if any."""
+    attribute_features: Path | None = None
+    """Features whose classifier learnt an attribute (features label=...): have samples what was asked for?"""
     nll_images: int = 1000
     """Test images for the likelihood; 0 leaves it out."""
     batch_size: int = 64
@@ -179,6 +213,8 @@ class EvalStage:
         require_made_from(self.features, "data", self.data)
         for role in ("scorer", "orders"):
             require_made_from(self.samples, role, getattr(self, role))
+        if read_manifest(self.samples)["config"].get("prompts"):
+            raise ValueError(f"{self.samples} was drawn for prompts: evaluate samples without prompts=")
         extractor = load_extractor(self.features)
         reference = metrics.FeatureStatistics.load(
             self.features / "reference.safetensors", extractor.name, artifact.identity["inputs"]["data"]
@@ -196,6 +232,7 @@ class EvalStage:
             **trained_before(self.model),
             **self._likelihood(made),
             **self._memorisation(extractor, reference, drawn),
+            **self._agreement(images),
         }
         if isinstance(extractor, ClassifierFeatures):
             labels = torch.from_numpy(np.array(load_array(self.samples / "labels.npy")))
@@ -204,6 +241,30 @@ class EvalStage:
             found["consistency"] = consistency(np.array(images))
         write_json(artifact.folder / "metrics.json", found)
         return {"examples": len(images), "metrics": found, "device": str(device())}
+
+    def _agreement(self, images: np.ndarray) -> dict[str, Any]:
+        """Share of samples that an attribute's classifier assigns to the value that was asked for.
+
+        Beside it the same share of test images and their own values: what the classifier allows.
+        """
+        if self.attribute_features is None:
+            return {}
+        require_made_from(self.attribute_features, "data", self.data)
+        made, test = read_manifest(self.attribute_features), TokenSet(self.tokens, "test")
+        name = made["config"].get("label") or "of the class"
+        column = index_of(name, list(test.attributes), "attribute")
+        extractor = load_extractor(self.attribute_features)
+        reference = metrics.FeatureStatistics.load(
+            self.attribute_features / "reference.safetensors", extractor.name, made["inputs"]["data"]
+        )
+        logits = torch.cat([extractor(batch)[1].cpu() for batch in uint8_batches(images)])
+        asked = torch.from_numpy(np.array(load_array(self.samples / "condition.npy")[:, 1 + column]))
+        own = torch.from_numpy(test.further[:, column].astype(np.int64))
+        return {
+            "attribute": name,
+            f"agreement_{name}": agreement(logits, asked),
+            f"agreement_{name}_of_test": agreement(reference.logits, own),
+        }
 
     def _memorisation(
         self, extractor: Any, test: metrics.FeatureStatistics, drawn: metrics.FeatureStatistics
@@ -235,9 +296,11 @@ class EvalStage:
         scorer = load_any_order(self.scorer) if self.scorer else None
         own = _of_classes(self.orders)
         some, total = spread(self.nll_images, len(test)), torch.zeros(2, dtype=torch.float64)
+        hidden = made["config"].get("hide", ())
         policy = policy if exact else PolicyConfig("token_likelihood", location=1.0)
         for rows in tqdm(list(batches(some, self.batch_size)), desc="likelihood", unit="batch"):
             batch, labels = (x.to(device()) for x in test.batch(rows))
+            labels = test.without(labels, hidden)
             streams = Streams(rows.tolist(), device())
             order = policy.build(test.grid, streams, own(labels))
             found = extract_orders(

@@ -187,7 +187,13 @@ class TrainStage:
             settings = vars(self.model)
             return AnyOrderTransformer(
                 TransformerConfig(
-                    **settings, vocab_size=tokens.vocab_size, grid=grid, num_classes=len(tokens.classes)
+                    **settings,
+                    vocab_size=tokens.vocab_size,
+                    grid=grid,
+                    num_classes=len(tokens.classes),
+                    attributes=tuple(len(values) for values in tokens.attributes.values()),
+                    text_vocab=tokens.text_vocab,
+                    text_length=tokens.text_length,
                 )
             )
         require_trained_on(self.init, tokens, adapted=True)

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from anyorder.artifacts import Artifact, RowWriter, read_json, write_json
+from anyorder.artifacts import Artifact, RowWriter, read_json, save_array, write_json, write_text
 from anyorder.contracts import Grid, TokenizerNetwork
-from anyorder.data.caches import ImageSet
+from anyorder.data.caches import TEXT, ImageSet
 from anyorder.data.images import ingest
 from anyorder.data.sources import open_source
 from anyorder.data.sunsets import write_sunsets
+from anyorder.data.text import CaptionTokenizer, TextConfig
 from anyorder.evaluation import figures, metrics
 from anyorder.evaluation.features import Classifier, ClassifierConfig, ClassifierFeatures, Inception2015
 from anyorder.models.losses import LossConfig, TokenizerLoss, codebook_usage
@@ -48,6 +49,10 @@ class DataStage:
     """Height and width in pixels."""
     label: str | None = None
     """Column that holds the class (parquet and Hugging Face)."""
+    captions: str | None = None
+    """Column that holds a text about each image (parquet and Hugging Face)."""
+    attributes: tuple[str, ...] = ()
+    """Columns of further attributes that pictures may be asked for (parquet and Hugging Face)."""
     fit: Literal["crop", "letterbox"] = "crop"
     """How other aspect ratios are brought to `size`."""
     max_train: int | None = None
@@ -60,12 +65,16 @@ class DataStage:
     """Of sunsets."""
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
-        """Write `{train,test}.{images,labels}.npy`."""
+        """Write `{train,test}.{images,labels}.npy`, and `{attributes.npy,captions.json}` if asked for."""
         if self.source == "sunsets":
+            if self.captions is not None or self.attributes:
+                raise ValueError("sunsets have neither captions nor attributes: leave both out")
             n_train = 20_000 if self.max_train is None else self.max_train
             n_test = 2_000 if self.max_test is None else self.max_test
             return write_sunsets(artifact.folder, self.size, n_train, n_test, seed=self.seed)
-        source = open_source(self.source, self.label, self.test_fraction)
+        source = open_source(
+            self.source, self.label, self.test_fraction, self.captions, tuple(self.attributes)
+        )
         return ingest(
             source, artifact.folder, self.size, self.fit, max_train=self.max_train, max_test=self.max_test
         )
@@ -155,10 +164,16 @@ class FeaturesStage:
     data: Path
     extractor: Literal["classifier", "inception"] = "classifier"
     """A classifier trained on the data set's own labels (FD), or Inception-2015 (FID)."""
+    label: str | None = None
+    """Attribute that the classifier learns instead of the class; images without a value are left out."""
     channels: tuple[int, ...] = (32, 64, 128)
     """Widths of the classifier's stages."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Training of the classifier."""
+
+    def __post_init__(self) -> None:
+        if self.label is not None and self.extractor != "classifier":
+            raise ValueError(f"label={self.label} is what a classifier learns: set extractor=classifier")
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write the classifier and `{reference,train}.safetensors`; say how far real images are from real."""
@@ -181,25 +196,33 @@ class FeaturesStage:
         }
 
     def _train(self, artifact: Artifact, images: ImageSet, test: ImageSet) -> dict[str, Any]:
-        config = ClassifierConfig(len(images.classes), min(images.size), self.channels)
+        names = images.labels_of(self.label)[1]
+        (labels, known), (test_labels, test_known) = (_labelled(some, self.label) for some in (images, test))
+        config = ClassifierConfig(len(names), min(images.size), self.channels)
         torch.manual_seed(self.train.seed)
         model = Classifier(config)
 
         def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
             assert isinstance(model, Classifier)
-            pixels, labels = images.batch(rows)
-            return model.loss(pixels.to(device()), labels.to(device()))
+            pixels, _ = images.batch(known[rows])
+            return model.loss(pixels.to(device()), torch.from_numpy(labels[known[rows]]).to(device()))
 
         def evaluate(model: nn.Module, step: int) -> dict[str, float]:
             hits = 0
-            for rows in slices(len(test), 512):
-                pixels, labels = test.batch(rows)
-                hits += int((model(pixels.to(device()))[1].argmax(1).cpu() == labels).sum())
-            return {"test_accuracy": hits / len(test)}
+            for rows in batches(test_known, 512):
+                found = model(test.batch(rows)[0].to(device()))[1].argmax(1).cpu().numpy()
+                hits += int((found == test_labels[rows]).sum())
+            return {"test_accuracy": hits / max(1, len(test_known))}
 
-        result = fit(artifact, model, loss, len(images), self.train, evaluate=evaluate)
+        result = fit(artifact, model, loss, len(known), self.train, evaluate=evaluate)
         save_model(artifact.folder, result.model, config, "classifier")
         return {"test": evaluate(result.model, result.steps), **training_facts(result)}
+
+
+def _labelled(images: ImageSet, attribute: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (n,) int64, and the rows (k,) int64 that have one."""
+    labels = np.array(images.labels_of(attribute)[0])
+    return labels, np.flatnonzero(labels >= 0)
 
 
 def load_extractor(folder: Path) -> ClassifierFeatures | Inception2015:
@@ -232,9 +255,12 @@ class TokensStage:
     tokenizer: Path
     batch_size: int = 256
     """Images per call."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """How captions become tokens, where the data have captions."""
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
-        """Write `{train,test}.{tokens,labels}.npy`."""
+        """Write `{train,test}.{tokens,labels}.npy`, of data with more `{attributes,captions}.npy`, too."""
+        further = self._conditions(artifact)
         model = load_tokenizer(self.tokenizer)
         examples = sum(self._encode(model, split, artifact) for split in ("train", "test"))
         images = ImageSet(self.data)
@@ -247,7 +273,29 @@ class TokensStage:
             "image_size": list(images.size),
             "tokenizer": artifact.identity["inputs"]["tokenizer"],
             "data": artifact.identity["inputs"]["data"],
+            **further,
         }
+
+    def _conditions(self, artifact: Artifact) -> dict[str, Any]:
+        """Write attributes and caption tokens of both splits; facts for the manifest."""
+        (artifact.folder / TEXT).unlink(missing_ok=True)  # of an earlier configuration
+        sets = [ImageSet(self.data, split) for split in ("train", "test")]
+        facts: dict[str, Any] = {}
+        if sets[0].attributes:
+            facts["attributes"] = sets[0].attributes
+            for images in sets:
+                save_array(artifact.folder / f"{images.split}.attributes.npy", images.attribute_values())
+        captions = [images.captions() for images in sets]
+        if captions[0] is None:
+            if self.text != TextConfig():
+                raise ValueError(f"{self.data} has no captions: leave out text.*, or run data with captions=")
+            return facts
+        tokenizer = CaptionTokenizer.train(captions[0], self.text.vocab_size)
+        write_text(artifact.folder / TEXT, tokenizer.definition)
+        for images, some in zip(sets, captions, strict=True):
+            tokens = tokenizer.encode(some or [], self.text.length).astype(np.int32)
+            save_array(artifact.folder / f"{images.split}.captions.npy", tokens)
+        return facts | {"text": {"vocab_size": tokenizer.vocab_size, "length": self.text.length}}
 
     def _encode(self, model: TokenizerNetwork, split: str, artifact: Artifact) -> int:
         """Encode one split, going on where a killed run stopped; the number of images."""

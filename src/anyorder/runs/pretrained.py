@@ -11,9 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anyorder.artifacts import Artifact, load_array, read_json, read_manifest, save_array, write_json
+from anyorder.artifacts import (
+    Artifact,
+    load_array,
+    read_json,
+    read_manifest,
+    save_array,
+    write_json,
+    write_text,
+)
 from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork
-from anyorder.data.caches import OrderSet, TokenSet, check_tokenizer
+from anyorder.data.caches import TEXT, OrderSet, TokenSet, check_tokenizer
+from anyorder.data.text import CaptionTokenizer, Vocabulary
 from anyorder.policies import PolicyConfig
 from anyorder.runs.checkpoint import kind_of, save_model
 from anyorder.runs.common import load_any_order, load_tokenizer, require_trained_on
@@ -33,10 +42,12 @@ class Parts:
     """The model that decides where, if not the model itself."""
     class_orders: Tensor | None = None
     """(classes, N) int64, the orders of policy class_mean."""
+    vocabulary: Vocabulary | None = None
+    """What pictures may be asked to be besides their class, where the model takes more than that."""
 
 
 def save_parts(folder: str | Path, parts: Parts) -> None:
-    """Write `pipeline.json`, `model/`, `tokenizer/`, and `scorer/` and `class_order.npy` if there are any."""
+    """Write `pipeline.json`, `model/`, `tokenizer/`, and what else there is: scorer, orders, vocabulary."""
     folder = Path(folder)
     if parts.class_orders is not None:
         save_array(folder / CLASS_ORDERS, parts.class_orders.numpy().astype(np.uint16))
@@ -46,6 +57,10 @@ def save_parts(folder: str | Path, parts: Parts) -> None:
     save_model(folder / "tokenizer", parts.tokenizer, parts.tokenizer.config, kind_of(parts.tokenizer))
     policy = dataclasses.asdict(parts.policy)
     index = {"format": 1, "classes": parts.classes, "policy": policy, "scorer": parts.scorer is not None}
+    if parts.vocabulary is not None:
+        index |= {"attributes": parts.vocabulary.attributes, "text_length": parts.vocabulary.length}
+        if parts.vocabulary.captions is not None:
+            write_text(folder / TEXT, parts.vocabulary.captions.definition)
     write_json(folder / INDEX, index)
 
 
@@ -76,7 +91,15 @@ def load_parts(folder: str | Path) -> Parts:
         policy,
         scorer,
         torch.from_numpy(load_array(orders).astype(np.int64)) if orders.is_file() else None,
+        _vocabulary(folder, index),
     )
+
+
+def _vocabulary(folder: Path, index: dict[str, Any]) -> Vocabulary | None:
+    if "attributes" not in index:
+        return None
+    captions = CaptionTokenizer((folder / TEXT).read_text("utf-8")) if index["text_length"] else None
+    return Vocabulary(index["classes"], index["attributes"], captions, index["text_length"])
 
 
 @dataclass
@@ -107,5 +130,7 @@ class PipelineStage:
         scorer = load_any_order(self.scorer) if self.scorer else None
         model, tokenizer = load_any_order(self.model), load_tokenizer(self.tokenizer)
         orders = OrderSet(self.orders).class_orders if self.orders else None
-        save_parts(artifact.folder, Parts(model, tokenizer, tokens.classes, self.policy, scorer, orders))
+        vocabulary = tokens.vocabulary if tokens.further.shape[1] else None
+        parts = Parts(model, tokenizer, tokens.classes, self.policy, scorer, orders, vocabulary)
+        save_parts(artifact.folder, parts)
         return {"parameters": read_manifest(self.model)["parameters"]}

@@ -27,6 +27,7 @@ QUALITY: dict[str, Best | None] = {
     "class coverage": "max",
     "class agreement": "max",
     "class distance": "min",
+    "attribute agreement": "max",
 }
 COST: dict[str, Best | None] = {
     "nats/token (exact)": "min",
@@ -111,6 +112,7 @@ class Evaluation:
             "class coverage": m.get("class_coverage"),
             "class agreement": m.get("class_agreement"),
             "class distance": m.get("class_distance"),
+            "attribute agreement": m.get(f"agreement_{m.get('attribute')}"),
             "nats/token (exact)": m.get("nll") if blind else NO_LIKELIHOOD,
             "nats/token (bound)": m.get("bound") if blind else NO_LIKELIHOOD,
             "bound: tokens": m.get("bound_tokens") if blind else None,

@@ -1,0 +1,153 @@
+"""Captions as tokens, and the names of everything that a picture may be asked to be."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_UNKNOWN = "[UNK]"
+
+
+@dataclass
+class TextConfig:
+    """How captions become tokens."""
+
+    vocab_size: int = 512
+    """At most this many tokens."""
+    length: int = 16
+    """Most tokens of a caption; what is longer is cut."""
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 2 or self.length < 1:
+            raise ValueError(
+                f"vocab_size must be >= 2 and length >= 1, got {self.vocab_size} and {self.length}"
+            )
+
+
+class CaptionTokenizer:
+    """Byte-pair encoding of lower-case text; needs the extra `text` only when it encodes."""
+
+    def __init__(self, definition: str):
+        """From the JSON of the `tokenizers` library, as `train` makes it."""
+        self.definition = definition
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int) -> CaptionTokenizer:
+        """Learn at most `vocab_size` tokens; the same captions give the same ones.
+
+        Raises:
+            ImportError: the library `tokenizers` is not installed.
+        """
+        library = _library()
+        tokenizer = library.Tokenizer(library.models.BPE(unk_token=_UNKNOWN))
+        normalizers, split = library.normalizers, library.pre_tokenizers
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        # The last one marks where words begin, so that "red" is another token than the end of "tired".
+        words = [split.WhitespaceSplit(), split.Punctuation(), split.Metaspace()]
+        tokenizer.pre_tokenizer = split.Sequence(words)
+        trainer = library.trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[_UNKNOWN], show_progress=False
+        )
+        tokenizer.train_from_iterator(captions, trainer)
+        return cls(tokenizer.to_str())
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return _library().Tokenizer.from_str(self.definition)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens."""
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, captions: Sequence[str], length: int) -> np.ndarray:
+        """Tokens (n, length) int64, cut or filled with -1; an empty caption is none at all.
+
+        Raises:
+            ImportError: the library `tokenizers` is not installed.
+        """
+        tokens = np.full((len(captions), length), -1, np.int64)
+        for row, found in zip(tokens, self._tokenizer.encode_batch(list(captions)), strict=True):
+            ids = found.ids[:length]
+            row[: len(ids)] = ids
+        return tokens
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError as e:
+        raise ImportError(f"captions need the library tokenizers ({e}): pip install 'anyorder[text]'") from e
+    return tokenizers
+
+
+@dataclass
+class Vocabulary:
+    """What a picture may be asked to be, by name."""
+
+    classes: list[str] = field(default_factory=list)
+    attributes: dict[str, list[str]] = field(default_factory=dict)
+    """Name of each attribute -> its values."""
+    captions: CaptionTokenizer | None = None
+    """None where the model was trained without captions."""
+    length: int = 0
+    """Most tokens of a caption."""
+
+    def condition(
+        self,
+        n: int,
+        labels: Sequence[int] | None = None,
+        attributes: Mapping[str, Sequence[str | None]] | None = None,
+        prompts: Sequence[str] | None = None,
+    ) -> Tensor:
+        """What n pictures are asked to be, (n, 1 + A + L) int64, -1 for whatever is not given.
+
+        Args:
+            n: number of pictures.
+            labels: class index of each.
+            attributes: name of an attribute -> its value for each picture, None for none.
+            prompts: caption of each; an empty one is none.
+
+        Raises:
+            ValueError: unknown attribute or value (with a suggestion), or prompts without captions.
+            ImportError: prompts without the library `tokenizers`.
+        """
+        condition = torch.full((n, 1 + len(self.attributes) + self.length), -1)
+        if labels is not None:
+            condition[:, 0] = torch.as_tensor(labels)
+        for name, values in (attributes or {}).items():
+            column = 1 + index_of(name, list(self.attributes), "attribute")
+            known = self.attributes[name]
+            codes = [-1 if value is None else index_of(str(value), known, name) for value in values]
+            condition[:, column] = torch.as_tensor(codes)
+        if prompts is not None:
+            if self.captions is None:
+                raise ValueError(
+                    "prompts need a model that was trained with captions: leave the prompt out, or train one "
+                    "on data with captions=COLUMN"
+                )
+            tokens = self.captions.encode(prompts, self.length)
+            condition[:, 1 + len(self.attributes) :] = torch.from_numpy(tokens)
+        return condition
+
+
+def index_of(name: str, allowed: Sequence[str], what: str) -> int:
+    """Where a name stands among those allowed.
+
+    Raises:
+        ValueError: it does not; the message suggests the closest one.
+    """
+    if name not in allowed:
+        close = difflib.get_close_matches(name, allowed, n=1) or [
+            other for other in allowed if other.lower() == name.lower()
+        ]
+        hint = f", did you mean '{close[0]}'?" if close else ":"
+        raise ValueError(f"unknown {what} '{name}'{hint} choose one of {', '.join(allowed) or 'none'}")
+    return list(allowed).index(name)
