@@ -18,9 +18,9 @@ from anyorder.decode import (
     trace,
 )
 from anyorder.likelihood import token_nll
-from anyorder.logits import SCORES, TOKEN_BLIND, Sampling, Streams
+from anyorder.logits import SCORES, TOKEN_BLIND, Sampling, Streams, entropy
 from anyorder.orders import STATIC, permute, random_orders, static_order
-from anyorder.policies import FixedOrder, InferredOrder, PolicyConfig
+from anyorder.policies import FixedOrder, InferredOrder, InformativeOrder, PolicyConfig
 
 MODEL = transformer(depth=1, num_classes=3)
 SMALL = transformer(vocab_size=3, grid=(2, 2))
@@ -241,6 +241,54 @@ def test_extraction_refuses_another_length():
         extract_orders(MODEL, torch.zeros(1, 5, dtype=torch.int64))
 
 
+# --- rare scorings and expected information
+
+
+def test_one_scoring_decides_the_next_positions():
+    """With refresh=3 the order is that of three scorings in one, yet every token is drawn after the last."""
+    tokens = sample(MODEL, InferredOrder(refresh=3), Streams(range(4)), condition=LABELS)
+    state = MODEL.start(4, LABELS)
+    everywhere = torch.arange(GRID.n).expand(4, -1)
+    surest = entropy(MODEL.score(state, everywhere).log_softmax(-1), everywhere).topk(3, dim=1).indices
+    assert torch.equal(tokens.order[:, :3], surest)
+    nll = token_nll(MODEL, tokens.tokens, LABELS, tokens.order)
+    assert_close(-tokens.log_prob, nll, **STRICT)
+
+
+def test_refresh_one_is_the_exact_order():
+    exact, rare = (
+        sample(MODEL, InferredOrder(refresh=k), Streams(range(4)), condition=LABELS) for k in (1, 6)
+    )
+    named = sample(MODEL, "entropy", Streams(range(4)), condition=LABELS)
+    assert torch.equal(exact.order, named.order)
+    assert not torch.equal(rare.order, exact.order)
+
+
+def test_rare_scorings_need_an_order_that_is_decided_before_the_tokens():
+    for wrong in ({"score": "token_likelihood", "refresh": 2}, {"per_step": 2, "refresh": 2}, {"refresh": 0}):
+        with pytest.raises(ValueError, match="refresh"):
+            InferredOrder(**wrong)
+
+
+def test_expected_information_begins_where_most_is_learned():
+    """Three copies of a fair coin and an independent one: a copy tells of the others, the fourth of nothing."""
+    coins = torch.zeros(2, 2, 2, 2)
+    for side, fourth in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        coins[side, fourth, side, side] = 0.25  # the independent coin lies at position 1
+    model = TabularModel(coins, Grid(2, 2))
+    order = sample(model, InformativeOrder(), Streams(range(8))).order
+    assert (order[:, 0] != 1).all()
+    first = sample(model, InformativeOrder(top=1), Streams([0])).order[0, 0]
+    assert first == sample(model, InferredOrder(sign=-1), Streams([0])).order[0, 0], "a short list of one"
+
+
+def test_expected_information_leaves_the_states_as_they_were():
+    made = sample(MODEL, InformativeOrder(), Streams(range(3)), condition=LABELS[:3])
+    assert_close(-made.log_prob, token_nll(MODEL, made.tokens, LABELS[:3], made.order), **STRICT)
+    scored = sample(MODEL, InformativeOrder(), Streams(range(3)), condition=LABELS[:3], scorer=MODEL)
+    assert torch.equal(scored.order, made.order)
+
+
 # --- which distribution is sampled
 
 BLIND = ["raster", "random", *sorted(TOKEN_BLIND)]
@@ -248,6 +296,8 @@ BLIND_RULES = {
     "noise": InferredOrder("entropy", temperature=0.5),
     "distance": InferredOrder("max_prob", distance=0.3),
     "reversed": InferredOrder("margin", sign=-1, distance=0.3, distance_to="nearest"),
+    "rare scorings": InferredOrder("entropy", refresh=3),
+    "information": InformativeOrder(top=2),
 }
 
 
@@ -256,6 +306,14 @@ def test_token_blind_orders_sample_the_joint_distribution(order):
     model = tabular()
     found = sample(model, BLIND_RULES.get(order, order), Streams(range(4000)))
     assert chi_square(found.tokens, joint(model)) < limit(16)
+
+
+@pytest.mark.parametrize("order", ["entropy", "margin", "rare scorings", "information"])
+def test_samples_follow_the_density_of_their_own_order(order):
+    """Also where the conditionals agree with no joint: p(x) along the order that the image determines."""
+    rule = BLIND_RULES.get(order, order)
+    found = sample(SMALL, rule, Streams(range(6000)))
+    assert chi_square(found.tokens, density(rule).reshape(3, 3, 3, 3)) < limit(81)
 
 
 def test_the_token_peeking_rule_is_biased():
