@@ -271,7 +271,7 @@ def test_rare_scorings_need_an_order_that_is_decided_before_the_tokens():
 
 
 def test_expected_information_begins_where_most_is_learned():
-    """Three copies of a fair coin and an independent one: a copy tells of the others, the fourth of nothing."""
+    """Three copies of a fair coin and an independent one: a copy says much."""
     coins = torch.zeros(2, 2, 2, 2)
     for side, fourth in ((0, 0), (0, 1), (1, 0), (1, 1)):
         coins[side, fourth, side, side] = 0.25  # the independent coin lies at position 1
