@@ -111,6 +111,32 @@ def test_first_half_of_the_angles_is_the_row_second_half_the_column():
     assert_close(table[row * 4 + column], torch.polar(torch.ones(4), angles))
 
 
+def test_low_frequencies_are_stretched_to_the_extent_of_training():
+    """On a larger grid the highest frequency turns by the patch, the others as far as in training."""
+    trained, large = Grid(3, 4), Grid(6, 8)
+    table = rotation_table(large, 16, stretched_to=trained, extrapolated=1)
+    plain, before = rotation_table(large, 16), rotation_table(trained, 16)
+    high, low = [0, 4], [1, 2, 3, 5, 6, 7]
+    assert_close(table[:, high], plain[:, high])
+    assert_close(table[large.n - 1, low], before[trained.n - 1, low])
+    assert_close(table[0], before[0])
+    assert_close(rotation_table(trained, 16, stretched_to=trained), before)
+    assert_close(rotation_table(large, 16, stretched_to=trained, extrapolated=4), plain)
+
+
+@pytest.mark.parametrize("name", ["randar", "arpg"])
+def test_stretching_changes_other_grids_only(name):
+    model = published(PUBLISHED[name])
+    stretched = published(PUBLISHED[name], extrapolated=0)
+    for grid, same in ((GRID, True), (Grid(5, 6), False)):
+        tokens = torch.randint(5, (2, grid.n), generator=seeded(0))
+        order = random_orders(2, grid, seeded(1))
+        found = [each.forward(tokens, None, order, grid) for each in (model, stretched)]
+        assert torch.allclose(*found) == same
+    with pytest.raises(ValueError, match="extrapolated must be >= 0"):
+        GPTConfig(extrapolated=-1)
+
+
 def test_rotation_multiplies_neighbours():
     x, angle = torch.tensor([1.0, 0.0, 0.0, 2.0]), torch.tensor([0.3, 0.5])
     turned = rotate(x.view(1, 1, 1, 4), torch.polar(torch.ones(2), angle).view(1, 1, 2)).flatten()

@@ -7,11 +7,20 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from anyorder.contracts import Grid, OrderPolicy, Progress
-from anyorder.decode import complete, drawn, extract_orders, generate, given, sample, trace
+from anyorder.decode import (
+    complete,
+    drawn,
+    extract_orders,
+    generate,
+    given,
+    sample,
+    sample_coarse_to_fine,
+    trace,
+)
 from anyorder.likelihood import token_nll
 from anyorder.logits import SCORES, TOKEN_BLIND, Sampling, Streams
 from anyorder.orders import STATIC, permute, random_orders, static_order
-from anyorder.policies import FixedOrder, InferredOrder
+from anyorder.policies import FixedOrder, InferredOrder, PolicyConfig
 
 MODEL = transformer(depth=1, num_classes=3)
 SMALL = transformer(vocab_size=3, grid=(2, 2))
@@ -403,6 +412,21 @@ def test_known_tokens_come_first_in_the_loop():
     assert torch.equal(found.tokens.gather(1, prefix[0]), prefix[1])
     nll = token_nll(MODEL, found.tokens, LABELS[:2], found.order).detach()
     assert_close(-found.log_prob[:, 2:], nll[:, 2:], **STRICT)
+
+
+@pytest.mark.parametrize("order", ["random", "entropy", PolicyConfig("raster")])
+def test_coarse_to_fine_draws_the_small_grid_first(order):
+    coarse = sample(MODEL, order, Streams(range(4)), condition=LABELS)
+    fine = sample_coarse_to_fine(MODEL, order, Streams(range(4)), 2, condition=LABELS)
+    assert fine.tokens.shape == (4, 24)
+    assert torch.equal(fine.tokens.view(4, 4, 6)[:, ::2, ::2].flatten(1), coarse.tokens)
+    assert fine.order[:, :6].tolist() == [[0, 2, 4, 12, 14, 16]] * 4
+    nll = token_nll(MODEL, fine.tokens, LABELS, fine.order, Grid(4, 6)).detach()
+    assert_close(-fine.log_prob[:, 6:], nll[:, 6:], **STRICT)
+    three = sample_coarse_to_fine(MODEL, order, Streams(range(4)), 3, condition=LABELS)
+    assert torch.equal(three.tokens.view(4, 6, 9)[:, ::3, ::3].flatten(1), coarse.tokens)
+    with pytest.raises(ValueError, match="factor must be >= 2, got 1"):
+        sample_coarse_to_fine(MODEL, order, Streams(range(4)), 1, condition=LABELS)
 
 
 # --- where and what by different models

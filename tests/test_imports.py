@@ -15,7 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LEAF = {"contracts", "orders", "artifacts"}
 METHOD = {"logits", "policies", "guidance", "decode", "likelihood"}
 MIDDLE = METHOD | {"models", "data", "evaluation"}
-TOP = {"pipeline", "cli", "demo"}
+TOP = {"pipeline", "draw", "complete", "cli", "demo"}
 ALLOWED: dict[str, set[str]] = {
     "": {"pipeline"},
     "contracts": set(),

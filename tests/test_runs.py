@@ -290,7 +290,8 @@ def test_second_run_does_nothing_and_a_change_runs_what_depends_on_it(experiment
     status = {name: plan[str(out / name)].startswith("to run") for name in before}
     assert [name for name, to_run in status.items() if to_run] == [
         "orders", "ordered", "drawn", "peeking", "guided-by-any", "eval-guided-by-any", "eval-drawn",
-        "eval-peeking", "compare", "pipeline",
+        "eval-peeking", "compare", "pipeline", "located", "by-location", "eval-by-location", "classes",
+        "by-class", "eval-by-class",
     ]  # fmt: skip
 
 

@@ -7,9 +7,18 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
 from anyorder.artifacts import Artifact
+from anyorder.contracts import Grid
 from anyorder.data import sunsets as module
 from anyorder.data.caches import ImageSet
-from anyorder.data.sunsets import CAUSES, SUNS, causes_of, consistency, sunsets, write_sunsets
+from anyorder.data.sunsets import (
+    CAUSES,
+    SUNS,
+    causes_of,
+    consistency,
+    sun_first,
+    sunsets,
+    write_sunsets,
+)
 
 N = 400
 
@@ -171,3 +180,12 @@ def test_write_sunsets_resumes(tmp_path, monkeypatch):
 def test_write_sunsets_refuses(tmp_path, n_train, n_test):
     with pytest.raises(ValueError, match=f"got {n_train} and {n_test}"):
         write_sunsets(tmp_path, (16, 16), n_train, n_test)
+
+
+def test_sun_first_compares_the_steps_of_the_two_centres():
+    grid, size = Grid(2, 2), (16, 16)
+    causes = np.zeros((3, len(CAUSES)), np.int64)
+    causes[:, CAUSES.index("sun_row")] = 12  # the lower left patch, position 2
+    causes[:, CAUSES.index("cloud_col")] = 15  # the upper right one, position 1
+    orders = np.array([[2, 1, 0, 3], [1, 2, 0, 3], [0, 3, 2, 1]])
+    assert sun_first(orders, causes, grid, size) == pytest.approx(2 / 3)

@@ -31,8 +31,11 @@ GROUPS = {
         "sample": "draw images in a fixed, random or inferred order",
         "eval": "measure samples and the model's likelihood",
         "compare": "two evaluations: differences with bootstrap intervals",
+        "completion": "draw holes of test images, and measure them against what was there",
+        "grid": "likelihood and samples on a grid that the model was not trained on",
         "pipeline": "put model and tokenizer into one folder for Pipeline.from_pretrained",
     },
+    "pictures": {"complete": "draw parts of a picture: inpainting, outpainting, variations"},
     "published models": {"convert": "downloaded weights of LlamaGen, RandAR, ARPG, MaskGIT-VQ to a folder"},
     "the machine": {"bench": "throughput as a share of the matmul rate measured in the same run"},
 }
@@ -103,11 +106,14 @@ def _dispatch(command: str, arguments: list[str]) -> int:
         "report": _report,
         "bench": _bench,
         "demo": _demo,
+        "complete": _complete,
         "convert": _convert,
     }
     if command == "features" and arguments[:1] == ["train"]:
         arguments = arguments[1:]
-    if command in own:
+    if command == "sample" and any(a.startswith("pipeline=") for a in arguments):
+        _draw(arguments, dry_run)
+    elif command in own:
         own[command](arguments, dry_run, asked_help)
     else:
         _stage(command, arguments, dry_run, asked_help)
@@ -130,6 +136,11 @@ def _stage(name: str, arguments: list[str], dry_run: bool, asked_help: bool) -> 
     if asked_help:
         print(f"anyorder {name} out=FOLDER [key=value ...]\n\n{STAGES[name].__doc__}\n")
         print(describe(STAGES[name]))
+        if name == "sample":
+            from anyorder.draw import DrawConfig
+
+            print(f"\nanyorder sample pipeline=NAME out=FOLDER [key=value ...]\n\n{DrawConfig.__doc__}\n")
+            print(describe(DrawConfig))
         return
     out, settings = _out(arguments)
     stage = parse(STAGES[name], {}, settings)
@@ -251,6 +262,37 @@ def _demo(arguments: list[str], dry_run: bool, asked_help: bool) -> None:
         print(_settings(config))
     else:
         serve(config)
+
+
+def _draw(arguments: list[str], dry_run: bool) -> None:
+    from anyorder.draw import DrawConfig, draw
+    from anyorder.runs.config import parse
+
+    out, settings = _out(arguments)
+    config = parse(DrawConfig, {}, settings)
+    if dry_run:
+        print(f"anyorder sample -> {out}\n{_settings(config)}")
+        return
+    for path in [*draw(config, out), out / "drawing.webp"]:
+        print(path)
+
+
+def _complete(arguments: list[str], dry_run: bool, asked_help: bool) -> None:
+    from anyorder.complete import CompleteConfig, complete_file
+    from anyorder.runs.config import describe, parse
+
+    if asked_help:
+        print("anyorder complete pipeline=FOLDER image=FILE out=FOLDER [key=value ...]\n")
+        print(f"{CompleteConfig.__doc__}\n")
+        print(describe(CompleteConfig))
+        return
+    out, settings = _out(arguments)
+    config = parse(CompleteConfig, {}, settings)
+    if dry_run:
+        print(f"anyorder complete -> {out}\n{_settings(config)}")
+        return
+    for path in complete_file(config, out):
+        print(path)
 
 
 def _convert(arguments: list[str], dry_run: bool, asked_help: bool) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from anyorder.contracts import AnyOrderModel, Grid, LocatingModel, OrderPolicy, Progress, Step, Trace
 from anyorder.guidance import for_locations
 from anyorder.logits import Sampling, Streams, draw, entropy, token_likelihood, truncate
-from anyorder.policies import FixedOrder, InformativeOrder, make_policy
+from anyorder.policies import FixedOrder, InformativeOrder, PolicyConfig, make_policy
 
 Content = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(positions (B, M), log-probabilities (B, M, V), uniform (B, M)) -> tokens (B, M)."""
@@ -183,7 +183,7 @@ def trace(steps: Iterator[Step], known: tuple[Tensor, Tensor] | None = None) -> 
 
 def sample(
     model: AnyOrderModel,
-    order: str | Tensor | OrderPolicy,
+    order: str | Tensor | OrderPolicy | PolicyConfig,
     streams: Streams,
     *,
     condition: Tensor | None = None,
@@ -267,7 +267,7 @@ def complete(
     model: AnyOrderModel,
     tokens: Tensor,
     known: Tensor,
-    order: str | Tensor | OrderPolicy,
+    order: str | Tensor | OrderPolicy | PolicyConfig,
     streams: Streams,
     *,
     condition: Tensor | None = None,
@@ -325,3 +325,58 @@ def complete(
             part.log_prob,
         )
     return result
+
+
+def sample_coarse_to_fine(
+    model: AnyOrderModel,
+    order: str | PolicyConfig,
+    streams: Streams,
+    factor: int = 2,
+    *,
+    condition: Tensor | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    scorer: AnyOrderModel | None = None,
+    chunk: int = 64,
+) -> Trace:
+    """Draw on a grid `factor` times that of training: first every factor-th patch, then the others.
+
+    The first ones are drawn on the grid of training, so that the whole picture is laid out as it was learnt;
+    then they are the known ones of the large grid (RandAR, arXiv 2412.01827, resolution extrapolation).
+
+    Args:
+        model: any-order model.
+        order: name of an order or a `PolicyConfig`, on both grids.
+        streams: one random stream per image.
+        factor: >= 2.
+        condition: (B,) int64 class labels, or None.
+        sampling: temperature and truncation.
+        scorer: see `generate`.
+        chunk: candidates scored per call.
+
+    Returns:
+        Trace of the large grid; `log_prob` is zero for the patches that were drawn on the small one.
+
+    Raises:
+        ValueError: a factor below 2.
+    """
+    if factor < 2:
+        raise ValueError(f"factor must be >= 2, got {factor}: draw on the grid of training instead")
+    coarse, fine = model.grid, Grid(factor * model.grid.h, factor * model.grid.w)
+    first = sample(model, order, streams, condition=condition, sampling=sampling, scorer=scorer, chunk=chunk)
+    at = factor * torch.arange(coarse.n, device=first.tokens.device)
+    there = at // (factor * coarse.w) * factor * fine.w + at % (factor * coarse.w)
+    tokens = first.tokens.new_zeros(len(first.tokens), fine.n)
+    known = torch.zeros_like(tokens, dtype=torch.bool)
+    tokens[:, there], known[:, there] = first.tokens, True
+    return complete(
+        model,
+        tokens,
+        known,
+        order,
+        streams,
+        condition=condition,
+        grid=fine,
+        sampling=sampling,
+        scorer=scorer,
+        chunk=chunk,
+    )

@@ -7,18 +7,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from anyorder.contracts import AnyOrderModel, AnyOrderNetwork, Grid, Step, TokenizerNetwork
 from anyorder.data.text import Vocabulary, index_of
-from anyorder.decode import drawn, generate, trace
+from anyorder.decode import drawn, generate, sample_coarse_to_fine, trace
 from anyorder.guidance import GuidanceConfig, Guided, Schedule
 from anyorder.logits import Sampling, Streams
-from anyorder.policies import InferredOrder, PolicyConfig, make_policy
+from anyorder.policies import INFERRED, InferredOrder, PolicyConfig, make_policy
 from anyorder.runs.common import device, to_uint8
-from anyorder.runs.pretrained import Parts, load_parts, save_parts
+from anyorder.runs.editing import Completion, Filling, complete_images, vary_images
+from anyorder.runs.masks import pad as pad_canvas
+from anyorder.runs.masks import read_masks, read_pictures
+from anyorder.runs.pretrained import INDEX, Parts, load_parts, save_parts
+
+Prompt = str | Sequence[str] | None
+"""A text, or one per image."""
+Attributes = Mapping[str, str | Sequence[str | None]]
+"""Name of an attribute -> its value, or one per image."""
+BUNDLED = Path(__file__).parent / "pretrained"
+
+
+def bundled() -> list[str]:
+    """Names of the pipelines that come with the package."""
+    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{INDEX}"))
 
 
 @dataclass
@@ -32,6 +47,8 @@ class PipelineOutput:
     """(B, N) int64, raster order."""
     log_prob: Tensor
     """(B, N) float32, nats, in order steps: of each token under the (guided) model when it was drawn."""
+    known: Tensor | None = None
+    """(B, N) bool, of `complete`: tokens that were kept; in `order` they come first."""
 
 
 class Pipeline:
@@ -49,6 +66,7 @@ class Pipeline:
         classes: Sequence[str] = (),
         policy: PolicyConfig | None = None,
         scorer: AnyOrderNetwork | None = None,
+        class_orders: Tensor | None = None,
         vocabulary: Vocabulary | None = None,
     ):
         """Put parts together.
@@ -59,6 +77,7 @@ class Pipeline:
             classes: class names, for labels given by name.
             policy: the order to draw in unless told otherwise; lowest entropy first by default.
             scorer: the model that decides where, for inferred token-blind orders; `model` itself by default.
+            class_orders: (classes, N) int64, each class's own order, for order "class_mean".
             vocabulary: what pictures may be asked to be besides their class, if the model takes more.
 
         Raises:
@@ -74,31 +93,36 @@ class Pipeline:
         self.classes = list(classes)
         self.policy = policy or PolicyConfig()
         self.scorer = scorer.eval() if scorer is not None else None
+        self.class_orders = class_orders
         self.vocabulary = vocabulary or Vocabulary(self.classes)
 
     # --- to and from disk and hub --------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> Pipeline:
-        """Load a pipeline folder, or download one from the Hugging Face hub.
+        """Load a pipeline folder, a model that comes with the package, or one from the Hugging Face hub.
 
         Args:
-            path_or_hub_id: a folder, the id of a repository that holds one, or a published model by its
-                file ("hp-l33/ARPG/arpg_300m.pt"; see docs/adapters.md) with its tokenizer.
+            path_or_hub_id: a folder, "fashion32" (comes with the package), the id of a repository that holds
+                one, or a published model by its file ("hp-l33/ARPG/arpg_300m.pt"; see docs/adapters.md) with
+                its tokenizer.
 
         Raises:
             FileNotFoundError: neither a folder nor a reachable hub id.
             ValueError: the folder is damaged, or a known repository has no such file.
         """
         folder = Path(path_or_hub_id)
+        if not folder.is_dir() and str(path_or_hub_id) in bundled():
+            folder = BUNDLED / path_or_hub_id
         parts = load_parts(folder) if folder.is_dir() else _download(str(path_or_hub_id))
-        rest = (parts.classes, parts.policy, parts.scorer, parts.vocabulary)
+        rest = (parts.classes, parts.policy, parts.scorer, parts.class_orders, parts.vocabulary)
         return cls(parts.model, parts.tokenizer, *rest).to(device())
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `from_pretrained` loads: safetensors and JSON."""
-        more = self.vocabulary if self.vocabulary.attributes or self.vocabulary.length else None
-        save_parts(folder, Parts(self.model, self.tokenizer, self.classes, self.policy, self.scorer, more))
+        words = self.vocabulary if self.vocabulary.attributes or self.vocabulary.length else None
+        rest = (self.classes, self.policy, self.scorer, self.class_orders, words)
+        save_parts(folder, Parts(self.model, self.tokenizer, *rest))
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
         """Upload the pipeline to the Hugging Face hub; returns the address of the commit."""
@@ -134,8 +158,8 @@ class Pipeline:
         guidance_schedule: Schedule = "constant",
         sampling: Sampling | None = None,
         grid: Grid | tuple[int, int] | None = None,
-        prompt: str | Sequence[str] | None = None,
-        attributes: Mapping[str, str | Sequence[str | None]] | None = None,
+        prompt: Prompt = None,
+        attributes: Attributes | None = None,
     ) -> PipelineOutput:
         """Draw images.
 
@@ -143,7 +167,8 @@ class Pipeline:
             class_labels: one label or one per image, by index or name; None draws unconditionally.
             num_images: how many; the number of labels, prompts or values of an attribute by default.
             order: "random", a static order ("raster", "hilbert", ...), a score ("entropy", "max_prob",
-                "margin", "token_likelihood"), an order (N,) or (B, N), or a `PolicyConfig`; the
+                "margin", "token_likelihood", "information"), "location" (a location head), "class_mean"
+                (the order of each image's class), an order (N,) or (B, N), or a `PolicyConfig`; the
                 pipeline's own policy by default.
             guidance_scale: 1 is none; more pulls images towards what they are asked to be. A `GuidanceConfig`
                 says all.
@@ -178,26 +203,167 @@ class Pipeline:
         guidance_schedule: Schedule = "constant",
         sampling: Sampling | None = None,
         grid: Grid | tuple[int, int] | None = None,
-        prompt: str | Sequence[str] | None = None,
-        attributes: Mapping[str, str | Sequence[str | None]] | None = None,
+        prompt: Prompt = None,
+        attributes: Attributes | None = None,
     ) -> Iterator[Step]:
         """The same as a call, step by step: for progress bars, animations and web pages."""
-        condition, n = self._condition(class_labels, prompt, attributes or {}, num_images)
-        where = next(self.model.parameters()).device
+        condition, labels, n = self._asked(class_labels, prompt, attributes, num_images)
         grid = self._grid(grid)
-        streams = Streams(_seeds(generator, n), where)
-        model: AnyOrderModel = self.model
-        guidance = guidance_scale
-        if not isinstance(guidance, GuidanceConfig):
-            guidance = GuidanceConfig(guidance, guidance_schedule)
-        if guidance.scale != 1:
-            model = Guided(model, guidance)
-        policy = make_policy(self.policy if order is None else order, grid, streams)
-        condition = None if condition is None else condition.to(where)
+        streams = Streams(_seeds(generator, n), self._device)
+        policy = make_policy(self._order(order, labels), grid, streams)
         content = drawn(sampling or Sampling())
-        scored = isinstance(policy, InferredOrder) and policy.token_blind
-        scorer = self.scorer if scored else None
-        return generate(model, policy, content, streams, condition=condition, grid=grid, scorer=scorer)
+        return generate(
+            self._drawer(guidance_scale, guidance_schedule), policy, content, streams,
+            condition=condition, grid=grid, scorer=self._scorer(policy),
+        )  # fmt: skip
+
+    def complete(
+        self,
+        image: Any,
+        mask: Any = None,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        num_images: int | None = None,
+        order: str | Tensor | PolicyConfig | None = None,
+        guidance_scale: float | GuidanceConfig = 1.0,
+        generator: int | Sequence[int] | torch.Generator = 0,
+        *,
+        pad: Sequence[int] | None = None,
+        keep: float | None = None,
+        feather: int = Filling.feather,
+        margin: int = Filling.margin,
+        guidance_schedule: Schedule = "constant",
+        sampling: Sampling | None = None,
+        prompt: Prompt = None,
+        attributes: Attributes | None = None,
+    ) -> PipelineOutput:
+        """Draw parts of given images: inpainting, outpainting, editing by class, variations.
+
+        Pixels outside of the hole stay as they are, bit by bit; masked pixels have no influence at all.
+
+        Args:
+            image: a Pillow image or uint8 array (H, W, 3), or several of one size; sides divisible by the
+                tokenizer's factor, any grid.
+            mask: *white (True) is drawn, black (False) is kept*: a Pillow image or bool array (H, W), for all
+                images, or one each. White everywhere draws a new image; black everywhere is refused.
+            class_labels: as of a call; what to draw where it is masked.
+            num_images: completions of one image, or of one image each; the number of images by default.
+            order: as of a call, for what is to be drawn.
+            guidance_scale: as of a call.
+            generator: as of a call; completion i uses seed + i.
+            pad: pixels to add on the left, top, right and bottom, and to draw: outpainting. A mask beside it
+                has the size of the image; both are drawn.
+            keep: instead of a mask, the share of tokens that stay, chosen at random: variations. All pixels
+                are then the tokenizer's.
+            feather: pixels inside the hole over which the step at its seam fades out.
+            margin: patches around the hole whose tokens are drawn as well.
+            guidance_schedule: as of a call.
+            sampling: temperature, top-k, top-p, min-p.
+            prompt: as of a call.
+            attributes: as of a call.
+
+        Raises:
+            ValueError: a mask of another size or with nothing to draw, sides that are not divisible by the
+                factor, an unknown label, or settings that do not go together.
+        """
+        images = read_pictures(image)
+        images = images.repeat(num_images or 1, 0) if len(images) == 1 else images
+        condition, labels, n = self._asked(class_labels, prompt, attributes, len(images))
+        if num_images not in (None, n):
+            raise ValueError(f"got {n} images for num_images={num_images}: give one image, or one for each")
+        streams = Streams(_seeds(generator, n), self._device)
+        chosen = self._order(order, labels)
+        settings: dict[str, Any] = {
+            "condition": condition,
+            "sampling": sampling or Sampling(),
+            "scorer": self._scorer(chosen),
+        }
+        model = self._drawer(guidance_scale, guidance_schedule)
+        if keep is not None:
+            if mask is not None or pad is not None:
+                raise ValueError("give either keep=..., or mask=... and pad=...")
+            made = vary_images(model, self.tokenizer, self._pixels(images), keep, chosen, streams, **settings)
+        else:
+            canvas, hole = _holes(images, mask, pad)
+            made = complete_images(
+                model, self.tokenizer, self._pixels(canvas), torch.from_numpy(hole).to(self._device), chosen,
+                streams, filling=Filling(margin, feather), **settings,
+            )  # fmt: skip
+        return _output(made)
+
+    def coarse_to_fine(
+        self,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        num_images: int | None = None,
+        order: str | PolicyConfig | None = None,
+        guidance_scale: float | GuidanceConfig = 1.0,
+        generator: int | Sequence[int] | torch.Generator = 0,
+        *,
+        factor: int = 2,
+        guidance_schedule: Schedule = "constant",
+        sampling: Sampling | None = None,
+        prompt: Prompt = None,
+        attributes: Attributes | None = None,
+    ) -> PipelineOutput:
+        """Draw images `factor` times as high and wide as those of training; see `sample_coarse_to_fine`.
+
+        Args:
+            class_labels: as of a call.
+            num_images: as of a call.
+            order: the name of an order, or a `PolicyConfig`.
+            guidance_scale: as of a call.
+            generator: as of a call.
+            factor: >= 2.
+            guidance_schedule: as of a call.
+            sampling: temperature, top-k, top-p, min-p.
+            prompt: as of a call.
+            attributes: as of a call.
+
+        Raises:
+            ValueError: as of a call, or a factor below 2.
+        """
+        condition, _, n = self._asked(class_labels, prompt, attributes, num_images)
+        chosen = self.policy if order is None else order
+        streams = Streams(_seeds(generator, n), self._device)
+        model = self._drawer(guidance_scale, guidance_schedule)
+        made = sample_coarse_to_fine(
+            model, chosen, streams, factor,
+            condition=condition, sampling=sampling or Sampling(), scorer=self._scorer(chosen),
+        )  # fmt: skip
+        grid = Grid(factor * self.model.grid.h, factor * self.model.grid.w)
+        return PipelineOutput(self.decode(made.tokens, grid), made.order, made.tokens, made.log_prob)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _pixels(self, images: np.ndarray) -> Tensor:
+        """(B, H, W, 3) uint8 to a tensor (B, 3, H, W) uint8 beside the weights."""
+        return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).to(self._device)
+
+    def _drawer(self, guidance: float | GuidanceConfig, schedule: Schedule) -> AnyOrderModel:
+        """The model that draws, guided if it is to be."""
+        if not isinstance(guidance, GuidanceConfig):
+            guidance = GuidanceConfig(guidance, schedule)
+        return Guided(self.model, guidance) if guidance.scale != 1 else self.model
+
+    def _order(self, order: Any, labels: list[int] | None) -> Any:
+        """The order to draw in; that of its class for each image, (B, N), where classes have their own."""
+        order = self.policy if order is None else order
+        name = order.order if isinstance(order, PolicyConfig) else order
+        if not isinstance(name, str) or name != "class_mean":
+            return order
+        if self.class_orders is None:
+            raise ValueError("this pipeline has no orders of classes: choose another order than class_mean")
+        if labels is None:
+            raise ValueError("order class_mean follows the class: give class_labels=..., or another order")
+        return self.class_orders[torch.tensor(labels)].to(self._device)
+
+    def _scorer(self, order: Any) -> AnyOrderModel | None:
+        """The scorer, for orders that it can decide: inferred and token-blind ones."""
+        if isinstance(order, str) and order in INFERRED:
+            order = PolicyConfig(order)
+        inferred = isinstance(order, InferredOrder) or (isinstance(order, PolicyConfig) and order.inferred)
+        return self.scorer if inferred and order.token_blind else None
 
     def decode(self, tokens: Tensor, grid: Grid | tuple[int, int] | None = None) -> list[Image.Image]:
         """Tokens (B, N) to Pillow images."""
@@ -209,29 +375,28 @@ class Pipeline:
             return self.model.grid
         return grid if isinstance(grid, Grid) else Grid(*grid)
 
-    def _condition(
+    def _asked(
         self,
         labels: int | str | Sequence[int | str] | None,
-        prompt: str | Sequence[str] | None,
-        attributes: Mapping[str, str | Sequence[str | None]],
+        prompt: Prompt,
+        attributes: Attributes | None,
         n: int | None,
-    ) -> tuple[Tensor | None, int]:
-        """What each image is asked to be, and the number of images."""
-        named = {name: f"values of {name}" for name in attributes}
-        given = {"labels": labels, "prompts": prompt, **{named[name]: attributes[name] for name in named}}
+    ) -> tuple[Tensor | None, list[int] | None, int]:
+        """What each image is asked to be: the condition, the labels alone, and the number of images."""
+        named = {name: f"values of {name}" for name in attributes or {}}
+        given = {"labels": labels, "prompts": prompt, **{named[k]: v for k, v in (attributes or {}).items()}}
         lists = {name: _listed(value) for name, value in given.items() if value is not None}
-        if n is None:
-            n = max(map(len, lists.values()), default=1)
-        _positive(n)
+        n = _positive(max(map(len, lists.values()), default=1) if n is None else n)
         for name, values in lists.items():
             if len(values) not in (1, n):
                 raise ValueError(f"got {len(values)} {name} for num_images={n}: give one, or one per image")
             lists[name] = values * n if len(values) == 1 else values
         codes = [self._label(label) for label in lists["labels"]] if labels is not None else None
-        if prompt is None and not attributes:
-            return (None if codes is None else torch.tensor(codes)), n
-        asked = {name: lists[named[name]] for name in attributes}
-        return self.vocabulary.condition(n, codes, asked, lists.get("prompts")), n
+        if prompt is None and not named:
+            return (None if codes is None else torch.tensor(codes, device=self._device)), codes, n
+        words = {name: lists[named[name]] for name in named}
+        condition = self.vocabulary.condition(n, codes, words, lists.get("prompts"))
+        return condition.to(self._device), codes, n
 
     def _label(self, label: int | str) -> int:
         if isinstance(label, str):
@@ -239,6 +404,20 @@ class Pipeline:
         if not 0 <= label < self.model.num_classes:
             raise ValueError(f"class labels lie in [0, {self.model.num_classes}), got {label}")
         return label
+
+
+def _holes(images: np.ndarray, mask: Any, padding: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
+    """The canvas (B, H, W, 3) uint8 and what is to be drawn of it (B, H, W) bool."""
+    if mask is None and padding is None:
+        raise ValueError("say what to draw: mask=..., pad=... or keep=...")
+    n, h, w, _ = images.shape
+    hole = np.zeros((n, h, w), np.bool_) if mask is None else read_masks(mask, n, (h, w))
+    return (images, hole) if padding is None else pad_canvas(images, hole, padding)
+
+
+def _output(made: Completion) -> PipelineOutput:
+    pictures = [Image.fromarray(image) for image in made.images.permute(0, 2, 3, 1).cpu().numpy()]
+    return PipelineOutput(pictures, made.trace.order, made.trace.tokens, made.trace.log_prob, made.known)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -40,6 +40,9 @@ class GPTConfig:
     """Number of class labels."""
     label_dropout: float = 0.1
     """Share of labels replaced by the null label in training, for guidance."""
+    extrapolated: int | None = None
+    """On other grids: how many of the highest rotary frequencies of either axis turn by the patch as in
+    training, while the others are stretched to its extent (RandAR's choice is 2); None: all by the patch."""
     joint_steps: bool = False
     """Positions of one step see one another as in the published sampler (RandAR: queries see the earlier
     ones; ARPG: tokens see all), which was not so in training; matters only with several per step."""
@@ -53,6 +56,8 @@ class GPTConfig:
             raise ValueError(f"width must be a multiple of 4 * heads = {4 * self.heads}, got {self.width}")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
+        if self.extrapolated is not None and self.extrapolated < 0:
+            raise ValueError(f"extrapolated must be >= 0 frequencies or null, got {self.extrapolated}")
         Grid(*self.grid)
 
 
@@ -128,7 +133,9 @@ class PublishedModel(AnyOrderNetwork):
 
     def _rotations(self, grid: Grid) -> Tensor:
         """The table of `rotation_table`, on the device of the weights."""
-        return rotation_table(grid, self.config.width // self.config.heads, self.device)
+        stretched = self.grid if self.config.extrapolated is not None else None
+        head_width = self.config.width // self.config.heads
+        return rotation_table(grid, head_width, self.device, stretched, self.config.extrapolated or 0)
 
     def _empty_cache(self, depth: int, batch_size: int, length: int) -> Cache:
         """O(depth * B * L * D) for `length` inputs, in the dtype that the layers compute in."""
@@ -191,15 +198,35 @@ def merge_heads(x: Tensor) -> Tensor:
 # --- positions --------------------------------------------------------------------------------------------
 
 
-def rotation_table(grid: Grid, head_width: int, device: torch.device | str | None = None) -> Tensor:
+def rotation_table(
+    grid: Grid,
+    head_width: int,
+    device: torch.device | str | None = None,
+    stretched_to: Grid | None = None,
+    extrapolated: int = 0,
+) -> Tensor:
     """Rotary factors e^(i angle) of every position, (N + 1, D / H / 2) complex64, base 10000.
 
     The first half of the angles turns with the row, the second with the column. Row N is for the class
     token and *zero*, as published: its queries and keys vanish, so others see it through its value alone.
+
+    Args:
+        grid: the N positions.
+        head_width: D / H.
+        device: where to put the table.
+        stretched_to: grid of training, to whose extent the coordinates are stretched, except for the highest
+            frequencies (as RandAR does for resolution extrapolation, after NTK-aware interpolation).
+        extrapolated: how many frequencies of either axis are not stretched.
     """
     quarter = head_width // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, device=device) / quarter)
-    angles = (grid.coordinates(device)[:, :, None] * frequencies).flatten(1)
+    at = grid.coordinates(device)[:, :, None].expand(-1, -1, quarter)
+    if stretched_to is not None:
+        pairs = ((stretched_to.h, grid.h), (stretched_to.w, grid.w))
+        scale = torch.tensor([(before - 1) / max(1, now - 1) for before, now in pairs], device=device)
+        low = torch.arange(quarter, device=device) >= extrapolated
+        at = torch.where(low, at * scale[:, None], at)
+    angles = (at * frequencies).flatten(1)
     table = torch.polar(torch.ones_like(angles), angles)
     return torch.cat((table, torch.zeros_like(table[:1])))
 

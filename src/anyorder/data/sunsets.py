@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from anyorder.artifacts import RowWriter
+from anyorder.contracts import Grid
 
 SUNS = ("yellow", "orange", "red", "magenta")
 CAUSES = ("sun", "cloud", "sun_row", "sun_col", "sun_radius", "horizon", "clouds", "cloud_row", "cloud_col")
@@ -253,6 +254,26 @@ def consistency(images: np.ndarray) -> float:
     them apart. Clouds drawn independently of the sun score about 1 / len(SUNS).
     """
     return causes_of(images).shares()["consistency"]
+
+
+def sun_first(orders: np.ndarray, causes: np.ndarray, grid: Grid, size: tuple[int, int]) -> float:
+    """Share in [0, 1] of sunsets whose sun is drawn before their largest cloud: half for random orders.
+
+    Args:
+        orders: (n, N) integers, order[i, k] = raster position revealed at step k.
+        causes: (n, len(CAUSES)) int64, columns as in `CAUSES`.
+        grid: of the positions.
+        size: (height, width) of the images in pixels.
+    """
+    column = {name: causes[:, i] for i, name in enumerate(CAUSES)}
+    rank = np.argsort(orders, axis=1)
+
+    def drawn(what: str) -> np.ndarray:
+        row = column[f"{what}_row"].clip(0, size[0] - 1) * grid.h // size[0]
+        col = column[f"{what}_col"].clip(0, size[1] - 1) * grid.w // size[1]
+        return rank[np.arange(len(rank)), row * grid.w + col]
+
+    return float((drawn("sun") < drawn("cloud")).mean())
 
 
 def write_sunsets(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anyorder.artifacts import Artifact, fingerprint, read_manifest
-from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork
-from anyorder.models.transformer import AnyOrderTransformer
-from anyorder.runs.checkpoint import load_model
+from anyorder.artifacts import Artifact, fingerprint, read_json, read_manifest
+from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork, class_labels
+from anyorder.data.caches import TokenSet
+from anyorder.runs.checkpoint import CONFIG, load_model
 from anyorder.runs.trainer import TrainConfig, TrainResult, train
+
+log = logging.getLogger("anyorder")
 
 SHOWN = 16
 """Images in the pictures that stages make."""
@@ -53,20 +56,13 @@ def spread(limit: int, total: int) -> np.ndarray:
     return np.linspace(0, total - 1, min(limit, total)).round().astype(np.int64)
 
 
-def load_transformer(folder: Path) -> AnyOrderTransformer:
-    """The any-order model of an artifact or pipeline, on the device, in evaluation mode."""
-    model = load_model(folder, "transformer").to(device())
-    assert isinstance(model, AnyOrderTransformer)
-    return model
-
-
 def load_any_order(folder: Path) -> AnyOrderNetwork:
-    """The any-order model of an artifact or pipeline, our own or a published one, like `load_transformer`.
+    """The any-order model of an artifact or pipeline, our own or a published one, on the device.
 
     Raises:
         ValueError: another kind of model.
     """
-    model = load_model(folder).to(device())
+    model = load_model(_part(folder, "model")).to(device())
     if not isinstance(model, AnyOrderNetwork):
         raise ValueError(f"{folder} holds a {type(model).__name__}, expected an any-order model")
     return model
@@ -78,10 +74,15 @@ def load_tokenizer(folder: Path) -> TokenizerNetwork:
     Raises:
         ValueError: another kind of model.
     """
-    model = load_model(folder).to(device())
+    model = load_model(_part(folder, "tokenizer")).to(device())
     if not isinstance(model, TokenizerNetwork):
         raise ValueError(f"{folder} holds a {type(model).__name__}, expected a tokenizer")
     return model
+
+
+def _part(folder: Path, role: str) -> Path:
+    """The folder of a part of a pipeline, or the folder itself."""
+    return folder / role if (folder / role / CONFIG).is_file() else folder
 
 
 def fit(
@@ -114,3 +115,58 @@ def require_made_from(folder: Path, role: str, other: Path | None) -> None:
             f"{folder} was made with {role} {got}, but {other} is {wanted}: "
             f"give the {role} that belongs to it, or run the stage that makes {folder} again"
         )
+
+
+# --- published models among our own -----------------------------------------------------------------------
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether the model was trained by others: `anyorder convert` made the folder."""
+    return read_manifest(folder)["stage"] == "convert"
+
+
+def require_trained_on(folder: Path, tokens: TokenSet, *, adapted: bool = False) -> None:
+    """Refuse a model for tokens that it was not trained on; a converted one must have their codebook's size.
+
+    Args:
+        folder: of the model.
+        tokens: the tokens it is used with.
+        adapted: a converted model is to get their classes; else it is said where labels must be left out.
+
+    Raises:
+        ValueError: it was made from other tokens, or has another number of them.
+    """
+    if not is_converted(folder):
+        return require_made_from(folder, "tokens", tokens.folder)
+    config = read_json(_part(folder, "model") / CONFIG)["config"]
+    if config["vocab_size"] != tokens.vocab_size:
+        raise ValueError(
+            f"{folder} knows {config['vocab_size']} tokens, {tokens.folder} has {tokens.vocab_size}: "
+            "tokenize the images with the tokenizer that belongs to the model"
+        )
+    if config["num_classes"] != len(tokens.classes) and not adapted:
+        log.warning(
+            "%s has %d classes, %s has %d: labels are left out",
+            folder, config["num_classes"], tokens.folder, len(tokens.classes),
+        )  # fmt: skip
+
+
+def trained_before(folder: Path) -> dict[str, Any]:
+    """Tokens and seconds of training that a model has had here; what others trained is not counted."""
+    manifest = read_manifest(folder)
+    return {key: manifest.get(key, 0) for key in ("training_tokens", "training_seconds")}
+
+
+def as_condition(model: AnyOrderNetwork, tokens: TokenSet, condition: Tensor) -> Tensor | None:
+    """What the tokens are asked to be, as the model takes it: a published one takes the class alone.
+
+    None where a converted model has other classes.
+    """
+    if not takes_more_than_classes(model):
+        condition = class_labels(condition)
+    return condition if model.num_classes in (0, len(tokens.classes)) else None
+
+
+def takes_more_than_classes(model: AnyOrderNetwork) -> bool:
+    """Whether a condition may have attributes or a caption."""
+    return getattr(model, "prefix", None) is not None

@@ -60,6 +60,8 @@ class ConvertConfig:
     """Attention heads, which the file does not say either; 0: as published for its width."""
     joint_steps: bool = False
     """Positions of one step see one another as in the published samplers; see docs/adapters.md."""
+    extrapolated: int | None = None
+    """Rotary frequencies that are not stretched on other grids (RandAR: 2); see docs/adapters.md."""
     policy: PolicyConfig | None = None
     """The order that the pipeline draws in; random by default, raster for LlamaGen."""
 
@@ -76,6 +78,10 @@ def convert(config: ConvertConfig, out: Path) -> None:
         log.info("%s is up to date", out)
         return
     model = build(config.source, config.kind, config.grid, config.heads, config.joint_steps)
+    if config.extrapolated is not None:
+        if not isinstance(model, AnyOrderNetwork):
+            raise ValueError("extrapolated is a setting of any-order models: a tokenizer has no positions")
+        model.config = dataclasses.replace(model.config, extrapolated=config.extrapolated)
     parts = _parts(model, config) if config.tokenizer is not None else None
     artifact = Artifact(out, "convert", identity, {})
     if parts is None:

@@ -45,8 +45,8 @@ def split(stage: Any) -> tuple[dict[str, Any], dict[str, Path], dict[str, Any]]:
     """
     settings = dataclasses.asdict(stage)
     given = {role: settings.pop(role) for role in stage.inputs}
-    inputs = {role: path for role, path in given.items() if path is not None}
-    return settings, inputs, {key: value for key, value in _defaults(stage).items() if key in settings}
+    defaults = {name: value for name, value in _defaults(stage).items() if name in settings}
+    return settings, {role: path for role, path in given.items() if path is not None}, defaults
 
 
 def _defaults(stage: Any) -> dict[str, Any]:

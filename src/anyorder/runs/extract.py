@@ -12,14 +12,24 @@ import torch
 from tqdm import tqdm
 
 from anyorder.artifacts import Artifact, RowWriter, load_array, read_manifest, save_array
+from anyorder.contracts import AnyOrderNetwork
 from anyorder.data.caches import TokenSet
+from anyorder.data.sunsets import sun_first
 from anyorder.decode import extract_orders
 from anyorder.evaluation import figures
 from anyorder.logits import Streams
-from anyorder.models.transformer import AnyOrderTransformer
 from anyorder.orders import inverse, kendall, mean_jump, position_entropy, static_order
 from anyorder.policies import INFERRED, PolicyConfig
-from anyorder.runs.common import device, load_transformer, require_made_from, slices, spread
+from anyorder.runs.common import (
+    as_condition,
+    device,
+    load_any_order,
+    require_made_from,
+    require_trained_on,
+    slices,
+    spread,
+    trained_before,
+)
 from anyorder.runs.precision import fast_dtype
 
 
@@ -27,9 +37,11 @@ from anyorder.runs.precision import fast_dtype
 class OrdersStage:
     """Extract the order in which the model itself would reveal each training image."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("model", "tokens")
+    inputs: ClassVar[tuple[str, ...]] = ("model", "tokens", "data")
     model: Path
     tokens: Path
+    data: Path | None = None
+    """The sunsets behind the tokens: to tell how often the sun is drawn before the clouds that it colours."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """An inferred order, or the location head's; entropy by default, token_likelihood is the paper's."""
     limit: int | None = None
@@ -52,10 +64,10 @@ class OrdersStage:
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `{train,test}.{order,log_prob,seconds}.npy`, `class_order.npy` and statistics of orders."""
-        require_made_from(self.model, "tokens", self.tokens)
         tokens, test = TokenSet(self.tokens), TokenSet(self.tokens, "test")
+        require_trained_on(self.model, tokens)
         n = min(self.limit or len(tokens), len(tokens))
-        model = load_transformer(self.model).to(fast_dtype(device(), self.bf16))
+        model = load_any_order(self.model).to(fast_dtype(device(), self.bf16))
         self._extract(artifact, model, tokens, np.arange(n))
         self._extract(artifact, model, test, spread(self.test_limit, len(test)))
         orders = torch.from_numpy(load_array(artifact.folder / "train.order.npy").astype(np.int64))
@@ -64,14 +76,14 @@ class OrdersStage:
         save_array(artifact.folder / "class_order.npy", class_orders(orders.numpy(), labels, len(classes)))
         maps = figures.mean_rank_per_class(orders.numpy(), labels, classes, tokens.grid)
         figures.save_image(maps, artifact.folder / "mean_rank.png")
-        trained = read_manifest(self.model)
+        known = {} if self.data is None else {"sun_first": self._sun_first(orders, tokens)}
         raster = static_order("raster", tokens.grid)
         return {
             "rows": n,
             "examples": n,
             "seconds": float(load_array(artifact.folder / "train.seconds.npy").sum()),
             "tokens": artifact.identity["inputs"]["tokens"],
-            "scorer": {key: trained[key] for key in ("training_tokens", "training_seconds")},
+            "scorer": trained_before(self.model),
             "policy": self.policy.label,
             "token_blind": self.policy.token_blind,
             "extraction_evaluations": n * self.policy.evaluations(tokens.grid.n),
@@ -80,10 +92,20 @@ class OrdersStage:
             "mean_jump": mean_jump(orders, tokens.grid),
             "position_entropy": [round(h, 4) for h in position_entropy(orders).tolist()],
             "device": str(device()),
+            **known,
         }
 
+    def _sun_first(self, orders: torch.Tensor, tokens: TokenSet) -> float:
+        assert self.data is not None
+        require_made_from(self.tokens, "data", self.data)
+        if "causes" not in read_manifest(self.data):
+            raise ValueError(f"{self.data} holds no sunsets: leave data out, it is only for their causes")
+        causes = np.array(load_array(self.data / "train.causes.npy")[: len(orders)])
+        size = read_manifest(self.tokens)["image_size"]
+        return sun_first(orders.numpy(), causes, tokens.grid, (size[0], size[1]))
+
     def _extract(
-        self, artifact: Artifact, model: AnyOrderTransformer, tokens: TokenSet, images: np.ndarray
+        self, artifact: Artifact, model: AnyOrderNetwork, tokens: TokenSet, images: np.ndarray
     ) -> None:
         """Go through the images; a killed run goes on after its last batch."""
         names = [f"{tokens.split}.{what}" for what in ("order", "log_prob", "seconds")]
@@ -95,7 +117,10 @@ class OrdersStage:
                 batch, labels = (x.to(device()) for x in tokens.batch(images[some]))
                 streams = Streams([self.seed + int(row) for row in images[some]], device())
                 policy = self.policy.build(tokens.grid, streams)
-                found = extract_orders(model, batch, policy, streams, condition=labels)
+                found = extract_orders(
+                    model, batch, policy, streams,
+                    condition=as_condition(model, tokens, labels), grid=tokens.grid,
+                )  # fmt: skip
                 seconds = np.full(len(some), (time.perf_counter() - begin) / len(some))
                 values = (found.order.cpu().numpy(), found.log_prob.float().cpu().numpy(), seconds)
                 rows.append(**dict(zip(names, values, strict=True)))

@@ -98,13 +98,13 @@ class IterateStage:
             seed=self.train.seed,
         )
         execute("orders", extraction, folder / "orders")
-        fall = (self.random_share - self.random_floor) * done / max(1, self.rounds - 1)
+        above = (self.random_share - self.random_floor) * (1 - done / max(1, self.rounds - 1))
         training = TrainStage(
             tokens=self.tokens,
             orders=folder / "orders",
             init=model,
             jitter=self.jitter,
-            random_share=self.random_share - fall,
+            random_share=self.random_floor + above,
             model=Architecture(location=True),
             train=dataclasses.replace(self.train, seed=self.train.seed + done),
         )

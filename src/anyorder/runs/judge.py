@@ -29,14 +29,17 @@ from anyorder.logits import Sampling, Streams
 from anyorder.policies import PolicyConfig
 from anyorder.runs.common import (
     SHOWN,
+    as_condition,
     batches,
     device,
+    load_any_order,
     load_tokenizer,
-    load_transformer,
     require_made_from,
+    require_trained_on,
     slices,
     spread,
     to_uint8,
+    trained_before,
     uint8_batches,
 )
 from anyorder.runs.precision import fast_dtype
@@ -92,7 +95,7 @@ class SampleStage:
         """
         tokens = TokenSet(self.tokens, "test")
         for model in filter(None, (self.model, self.scorer)):
-            require_made_from(model, "tokens", self.tokens)
+            require_trained_on(model, tokens)
         check_tokenizer(tokens, artifact.identity["inputs"]["tokenizer"])
         self._draw(artifact, tokens, self._asked(tokens))
         self._pictures(artifact, tokens)
@@ -117,10 +120,10 @@ class SampleStage:
     def _draw(self, artifact: Artifact, tokens: TokenSet, asked: Tensor) -> None:
         """Batch by batch; a killed run goes on after its last batch."""
         told, per_prompt = tokens.without(asked, self.hide), self.n // max(1, len(self.prompts))
-        model, tokenizer = load_transformer(self.model), load_tokenizer(self.tokenizer)
+        model, tokenizer = load_any_order(self.model), load_tokenizer(self.tokenizer)
         drawer: AnyOrderModel = model.to(fast_dtype(device(), self.bf16))
         drawer = Guided(drawer, self.guidance) if self.guidance.scale != 1 else drawer
-        scorer = load_transformer(self.scorer) if self.scorer else None
+        scorer = load_any_order(self.scorer) if self.scorer else None
         scorer = scorer.to(fast_dtype(device(), self.bf16)) if scorer is not None else None
         own = _of_classes(self.orders)
         h, w, n = tokens.grid.h * tokenizer.factor, tokens.grid.w * tokenizer.factor, tokens.grid.n
@@ -141,8 +144,9 @@ class SampleStage:
                 condition = told[some].to(device())
                 policy = self.policy.build(tokens.grid, streams, own(condition))
                 made = sample(
-                    drawer, policy, streams, condition=condition, sampling=self.sampling, scorer=scorer
-                )
+                    drawer, policy, streams, condition=as_condition(model, tokens, condition),
+                    grid=tokens.grid, sampling=self.sampling, scorer=scorer,
+                )  # fmt: skip
                 images = to_uint8(tokenizer.decode(made.tokens, tokens.grid))
                 wanted = {"condition": asked[some].numpy()} if asked.ndim > 1 else {}
                 rows.append(
@@ -219,14 +223,13 @@ class EvalStage:
         drawn = metrics.statistics(extractor, uint8_batches(images), source, "generated images")
         drawn.save(artifact.folder / SAMPLES)
         found = metrics.evaluate(extractor, reference, drawn, self.kid_subset_size)
-        made, trained = read_manifest(self.samples), read_manifest(self.model)
+        made = read_manifest(self.samples)
         found |= {
             "policy": made["policy"],
             "scorer": self.scorer.name if self.scorer else None,
             "token_blind": made["token_blind"],
             "seconds_per_image": made["seconds_per_image"],
-            "training_tokens": trained["training_tokens"],
-            "training_seconds": trained["training_seconds"],
+            **trained_before(self.model),
             **self._likelihood(made),
             **self._memorisation(extractor, reference, drawn),
             **self._agreement(images),
@@ -289,8 +292,8 @@ class EvalStage:
         located = policy.order == "location"
         if not self.nll_images or policy.per_step != 1 or not (exact or located):
             return {"nll": None, "bits_per_dim": None}
-        test, model = TokenSet(self.tokens, "test"), load_transformer(self.model)
-        scorer = load_transformer(self.scorer) if self.scorer else None
+        test, model = TokenSet(self.tokens, "test"), load_any_order(self.model)
+        scorer = load_any_order(self.scorer) if self.scorer else None
         own = _of_classes(self.orders)
         some, total = spread(self.nll_images, len(test)), torch.zeros(2, dtype=torch.float64)
         hidden = made["config"].get("hide", ())
@@ -300,11 +303,14 @@ class EvalStage:
             labels = test.without(labels, hidden)
             streams = Streams(rows.tolist(), device())
             order = policy.build(test.grid, streams, own(labels))
-            found = extract_orders(model, batch, order, streams, condition=labels, scorer=scorer)
+            found = extract_orders(
+                model, batch, order, streams,
+                condition=as_condition(model, test, labels), grid=test.grid, scorer=scorer,
+            )  # fmt: skip
             parts = [-found.log_prob]
             if not exact:
                 with torch.no_grad():
-                    parts = list(joint_nll(model, batch, labels, found.order))
+                    parts = list(joint_nll(model, batch, labels, found.order))  # type: ignore[arg-type]
             total[: len(parts)] += torch.stack([part.double().mean(1).sum().cpu() for part in parts])
         h, w = read_manifest(self.tokens)["image_size"]
         content, where = (total / len(some)).tolist()

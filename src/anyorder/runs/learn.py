@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from anyorder.artifacts import Artifact, read_manifest
-from anyorder.contracts import Grid
+from anyorder.contracts import AnyOrderNetwork, Grid
 from anyorder.data.caches import OrderSet, TokenSet, check_tokenizer, check_tokens
 from anyorder.decode import sample
 from anyorder.evaluation import figures
@@ -22,17 +22,20 @@ from anyorder.logits import Streams
 from anyorder.models.transformer import AnyOrderTransformer, Architecture, TransformerConfig
 from anyorder.orders import STATIC, inverse, random_orders, static_order
 from anyorder.policies import INFERRED, PolicyConfig
-from anyorder.runs.checkpoint import save_model
+from anyorder.runs.adapt import adapt, add_low_rank, merge_low_rank
+from anyorder.runs.checkpoint import kind_of, save_model
 from anyorder.runs.common import (
     SHOWN,
     batches,
     device,
     fit,
+    is_converted,
+    load_any_order,
     load_tokenizer,
-    load_transformer,
-    require_made_from,
+    require_trained_on,
     spread,
     to_uint8,
+    trained_before,
     training_facts,
 )
 from anyorder.runs.online import OnlineOrders
@@ -76,7 +79,10 @@ class TrainStage:
     random_share_end: float | None = None
     """Anneal that share linearly to this value over the training."""
     init: Path | None = None
-    """Model to start from; it brings its own architecture, to which `model.location` may add a head."""
+    """Model to start from; it brings its own architecture, to which `model.location` may add a head. A
+    converted one gets the classes and the grid of the tokens."""
+    lora: int = 0
+    """With `init`: train updates of this rank, which are merged when done, and the class table; 0: all."""
     tokenizer: Path | None = None
     """Only for pictures during training (train.sample_every)."""
     model: Architecture = field(default_factory=Architecture)
@@ -106,6 +112,8 @@ class TrainStage:
                 )
             if self.model.location:
                 raise ValueError("model.location needs orders to learn: give orders=... or a static order")
+        if self.lora < 0 or (self.lora and self.init is None):
+            raise ValueError(f"lora must be a rank >= 0 and goes with init=..., got {self.lora}")
         if self.init is not None and dataclasses.replace(self.model, location=False) != Architecture():
             raise ValueError("init=... brings its own architecture: remove the model.* settings")
         if bool(self.train.sample_every) != (self.tokenizer is not None):
@@ -122,7 +130,7 @@ class TrainStage:
         def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
             batch, labels = (x.to(device()) for x in tokens.batch(rows))
             order, is_own = (x.to(device()) for x in orders(rows, step, generator))
-            if not model.config.location:  # type: ignore[union-attr]
+            if not _has_location(model):
                 return token_nll(model, batch, labels, order).mean(), {}  # type: ignore[arg-type]
             content, where = joint_nll(model, batch, labels, order)  # type: ignore[arg-type]
             where = where * is_own[:, None]  # a random order says nothing of where to go
@@ -149,13 +157,13 @@ class TrainStage:
         result = fit(
             artifact, model, loss, examples, self.train, evaluate=evaluate, sample=drawing, ready=ready
         )
-        save_model(artifact.folder, result.model, model.config, "transformer")
+        merge_low_rank(result.model)
+        save_model(artifact.folder, result.model, model.config, kind_of(model))
         here = result.examples * tokens.grid.n
         before = self._before()
-        everything = np.arange(len(test))
         return {
-            "test_nll": exact_nll(result.model, test, everything, self._general(test))["nll"],
             **evaluate(result.model, result.steps),
+            **self._general_nll(result.model, test),
             "training_tokens": here + before["training_tokens"],
             "training_seconds": result.seconds + before["training_seconds"],
             **training_facts(result),
@@ -167,12 +175,12 @@ class TrainStage:
         A model that starts anew on another one's orders counts that one's training as its own.
         """
         if self.init is not None:
-            return read_manifest(self.init)
+            return trained_before(self.init)
         if self.orders is not None:
             return read_manifest(self.orders)["scorer"]
         return {"training_tokens": 0, "training_seconds": 0.0}
 
-    def _model(self, tokens: TokenSet) -> AnyOrderTransformer:
+    def _model(self, tokens: TokenSet) -> AnyOrderNetwork:
         torch.manual_seed(self.train.seed)
         if self.init is None:
             grid = (tokens.grid.h, tokens.grid.w)
@@ -188,12 +196,23 @@ class TrainStage:
                     text_length=tokens.text_length,
                 )
             )
-        require_made_from(self.init, "tokens", self.tokens)
-        model = load_transformer(self.init)
-        if self.model.location and not model.config.location:
+        require_trained_on(self.init, tokens, adapted=True)
+        model = load_any_order(self.init)
+        if is_converted(self.init):
+            if tokens.further.shape[1]:
+                raise ValueError(
+                    f"a published model takes classes alone, {tokens.folder} has attributes or captions: run "
+                    "data and tokens without them"
+                )
+            model = adapt(model, tokens.grid, len(tokens.classes))
+        if self.model.location and not _has_location(model):
+            if not isinstance(model, AnyOrderTransformer):
+                raise ValueError("a published model takes no location head: remove model.location")
             larger = AnyOrderTransformer(dataclasses.replace(model.config, location=True)).to(device())
             larger.load_state_dict(model.state_dict(), strict=False)
             model = larger
+        if self.lora:
+            add_low_rank(model, self.lora)
         return model.train()
 
     def _own(self, tokens: TokenSet) -> tuple[Own | None, int]:
@@ -234,6 +253,16 @@ class TrainStage:
 
     # --- what is measured: the likelihood under the orders of training, on training and test images
 
+    def _general_nll(self, model: nn.Module, test: TokenSet) -> dict[str, float]:
+        """Under the order of training on the whole split; for extracted orders, under random ones."""
+        rows = spread(len(test) if self._has_no_own else WATCHED, len(test))
+        name = "test_nll" if self._has_no_own else "any_order_nll"
+        return {name: exact_nll(model, test, rows, self._general(test, len(rows)))["nll"]}
+
+    @property
+    def _has_no_own(self) -> bool:
+        return self.orders is None and self.online is None
+
     def _watched(self, tokens: TokenSet, own: Own | None, examples: int) -> Watched:
         rows = spread(WATCHED, examples)
         return tokens, rows, own(rows) if own is not None else self._general(tokens, len(rows))
@@ -247,9 +276,8 @@ class TrainStage:
             return test, rows, cache.of_classes(test.batch(rows)[1])
         return test, spread(len(cache.test_orders), len(test)), cache.test_orders
 
-    def _general(self, tokens: TokenSet, n: int | None = None) -> Tensor:
+    def _general(self, tokens: TokenSet, n: int) -> Tensor:
         """The static order of training for n images, or random ones."""
-        n = n or len(tokens)
         if self.order == "random":
             return random_orders(n, tokens.grid, torch.Generator().manual_seed(0))
         return static_order(self.order, tokens.grid).expand(n, -1)
@@ -263,6 +291,11 @@ def _known(own: Own | None, grid: Grid) -> Orders:
         return (own(rows) if own is not None else random_orders(len(rows), grid, generator)), is_own
 
     return orders
+
+
+def _has_location(model: nn.Module) -> bool:
+    """Whether a location head is trained, too; published models have none."""
+    return getattr(model.config, "location", False)
 
 
 @torch.no_grad()
@@ -282,19 +315,19 @@ def exact_nll(model: nn.Module, tokens: TokenSet, rows: np.ndarray, orders: Tens
     for some in batches(np.arange(len(rows)), 128):
         batch, labels = (x.to(device()) for x in tokens.batch(rows[some]))
         order = orders[some].to(device())
-        if model.config.location:  # type: ignore[union-attr]
+        if _has_location(model):
             content, where = joint_nll(model, batch, labels, order)  # type: ignore[arg-type]
             totals += [float(content.mean(1).sum()), float(where.mean(1).sum())]
         else:
             totals[0] += float(token_nll(model, batch, labels, order).mean(1).sum())  # type: ignore[arg-type]
     content, where = totals / len(rows)
-    return {"nll": content} | ({"bound": content + where} if model.config.location else {})  # type: ignore[union-attr]
+    return {"nll": content} | ({"bound": content + where} if _has_location(model) else {})
 
 
 def preview(model: nn.Module, tokenizer: Path, order: str) -> np.ndarray:
     """A few samples (n, H, W, 3) uint8; classes in turn, always the same seeds."""
-    assert isinstance(model, AnyOrderTransformer)
+    assert isinstance(model, AnyOrderNetwork)
     streams = Streams(range(SHOWN), device())
-    labels = torch.arange(SHOWN, device=device()) % max(1, model.config.num_classes)
+    labels = torch.arange(SHOWN, device=device()) % max(1, model.num_classes)
     made = sample(model, order, streams, condition=labels)
     return to_uint8(load_tokenizer(tokenizer).decode(made.tokens, model.grid))

@@ -16,9 +16,11 @@ from typing import Any
 
 from anyorder.artifacts import MANIFEST, Artifact
 from anyorder.runs.compare import CompareStage
+from anyorder.runs.completion import CompletionStage
 from anyorder.runs.config import did_you_mean, load_yaml, parse
 from anyorder.runs.execute import execute, split
 from anyorder.runs.extract import OrdersStage
+from anyorder.runs.grids import GridStage
 from anyorder.runs.iterate import IterateStage
 from anyorder.runs.judge import EvalStage, SampleStage
 from anyorder.runs.learn import TrainStage
@@ -37,6 +39,8 @@ STAGES: dict[str, Any] = {
     "sample": SampleStage,
     "eval": EvalStage,
     "compare": CompareStage,
+    "completion": CompletionStage,
+    "grid": GridStage,
     "pipeline": PipelineStage,
 }
 

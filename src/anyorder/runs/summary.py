@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from anyorder.evaluation import figures
-from anyorder.evaluation.report import Details, Figure, Gallery, Section, Table, write_markdown, write_report
+from anyorder.evaluation.report import (
+    Details,
+    Figure,
+    Gallery,
+    Section,
+    Spread,
+    Table,
+    write_markdown,
+    write_report,
+)
 from anyorder.runs.conclusions import conclusions
 from anyorder.runs.records import LOG, Found, find_artifacts
 from anyorder.runs.variants import (
@@ -48,7 +57,10 @@ def report(folders: Sequence[Path], out: Path, *, data_pictures: bool = True) ->
         *_quality(evaluations, variants),
         *_intervals(artifacts),
         *_samples(of("sample")),
+        *_completions(of("completion"), data_pictures),
+        *_other_grids(of("grid"), data_pictures),
         *_orders(of("orders")),
+        *_rounds(of("iterate")),
         *_tokenizer(of("tokenizer"), data_pictures),
         *_training(of("train")),
         _costs(artifacts),
@@ -125,6 +137,60 @@ def _samples(samples: Found) -> list[Section]:
     ]
 
 
+def _completions(completions: Found, pictures: bool) -> list[Section]:
+    if not completions:
+        return []
+    text = (
+        "Holes in test images, drawn given the rest. FD or FID: between completed and true images. Inside "
+        "the hole: hole_mse (pixels in [0, 1]), hole_psnr (dB), and for token-blind policies hole_nll (nats "
+        "per true token). Mean ± sample standard deviation over seeds."
+    )
+    masks = dict.fromkeys(m["config"]["mask"] for _, m in completions)
+    tables = [_completion_table([f for f in completions if f[1]["config"]["mask"] == mask]) for mask in masks]
+    shown = _pictures(completions, "grid.png", "Completion") if pictures else []
+    caption = "Each row: the true image, its hole, completions from several seeds."
+    galleries = [Section("Completions", caption, [Gallery(shown)])] if shown else []
+    return [Section("Completion", text, tables), *galleries]
+
+
+def _completion_table(completions: Found) -> Table:
+    """Completions of one hole, side by side."""
+    rows = [
+        {
+            "completion": path.name,
+            "mask": m["config"]["mask"],
+            "policy": m["policy"],
+            **{name: Spread.of(found["seeds"]) for name, found in m["metrics"].items()},
+        }
+        for path, m in completions
+    ]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lower: dict[str, Any] = {c: "min" for c in columns if c in ("fd", "fid", "hole_mse", "hole_nll")}
+    return Table(columns, rows, best=lower | {"hole_psnr": "max"})
+
+
+def _other_grids(grids: Found, pictures: bool) -> list[Section]:
+    if not grids:
+        return []
+    rows = [
+        {
+            "model": path.name,
+            "next position": m["next_position"],
+            "trained on": "{} x {}".format(*m["grids"]["own"]),
+            "grid": "{} x {}".format(*m["grids"]["other"]),
+            "nats/token there": Spread.of(m["metrics"]["other"]["seeds"]),
+            "where trained": Spread.of(m["metrics"]["own"]["seeds"]),
+        }
+        for path, m in grids
+    ]
+    text = (
+        "Exact negative log-likelihood of test images in random orders; mean ± deviation over draws of these."
+    )
+    shown = _pictures(grids, "grid.png", "On other grids") if pictures else []
+    galleries = [Gallery(shown)] if shown else []
+    return [Section("On other grids", text, [Table(list(rows[0]), rows), *galleries])]
+
+
 def _orders(orders: Found) -> list[Section]:
     if not orders:
         return []
@@ -137,11 +203,13 @@ def _orders(orders: Found) -> list[Section]:
             "mean jump (patches)": m["mean_jump"],
             "first step entropy (nats)": m["position_entropy"][0],
             "nats/token": -m["mean_log_prob"],
+            "sun before cloud": m.get("sun_first"),
             "extraction evaluations": m.get("extraction_evaluations"),
             "seconds": m["seconds"],
         }
         for path, m in orders
     ]
+    rows = _without_empty(rows)
     shown = _pictures(orders, "mean_rank.png", "mean rank")
     text = (
         "Orders extracted from training images: when each patch is drawn on average, for all and per class."
@@ -149,6 +217,38 @@ def _orders(orders: Found) -> list[Section]:
     return [
         Section("Extracted orders", text, [Table(list(rows[0]), rows), *([Gallery(shown)] if shown else [])])
     ]
+
+
+def _without_empty(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without the columns that none of them has a value for."""
+    return [{k: v for k, v in row.items() if any(other[k] is not None for other in rows)} for row in rows]
+
+
+def _rounds(iterated: Found) -> list[Section]:
+    if not iterated:
+        return []
+    rows = [
+        {
+            "run": path.name,
+            "round": number,
+            "E-step": facts["policy"],
+            "random share": facts["random_share"],
+            "train bound": facts["train_bound"],
+            "test bound": facts["test_bound"],
+            "gap": facts["gap"],
+            "training tokens": facts["training_tokens"],
+            "extraction evaluations": facts["extraction_evaluations"],
+        }
+        for path, m in iterated
+        for number, facts in enumerate(m["rounds"], start=1)
+    ]
+    text = (
+        "Hard EM on q(order, x): orders are extracted with the model of the round before, then content and "
+        "location are fine-tuned on them. The bound is -log q(order, x) in nats per token, which is never "
+        "below -log p(x)."
+    )
+    table = Table(list(rows[0]), rows, best={"test bound": "min"})
+    return [Section("Rounds of extraction and fine-tuning", text, [table])]
 
 
 def _tokenizer(tokenizers: Found, pictures: bool) -> list[Section]:
@@ -185,14 +285,19 @@ def _training(trained: Found) -> list[Section]:
             "model": path.name,
             "orders": "extracted" if "orders" in m["inputs"] else m["config"]["order"],
             "parameters": m["parameters"],
+            "train nats/token": m.get("train_nll"),
             "test nats/token": m["test_nll"],
+            "test bound": m.get("test_bound"),
+            "under random orders": m.get("any_order_nll"),
             "training tokens": m["training_tokens"],
             "training s": m["training_seconds"],
         }
         for path, m in trained
     ]
+    rows = _without_empty(rows)
     caption = (
-        "Test nats/token: under the order of training, random for models fine-tuned on extracted orders."
+        "Nats/token of the tokens, under the orders of training and under random ones; the bound adds what "
+        "the location head pays for the order."
     )
     items: list[Any] = [Table(list(rows[0]), rows, caption)]
     if logs:
