@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from anyorder.contracts import AnyOrderModel, AnyOrderNetwork, Grid, Step, TokenizerNetwork
+from anyorder.contracts import AnyOrderModel, AnyOrderNetwork, Grid, Step, TokenizerNetwork, class_labels
 from anyorder.data.text import Vocabulary, index_of
 from anyorder.decode import drawn, generate, sample_coarse_to_fine, trace
 from anyorder.guidance import GuidanceConfig, Guided, Schedule
@@ -24,10 +24,6 @@ from anyorder.runs.masks import pad as pad_canvas
 from anyorder.runs.masks import read_masks, read_pictures
 from anyorder.runs.pretrained import INDEX, Parts, load_parts, save_parts
 
-Prompt = str | Sequence[str] | None
-"""A text, or one per image."""
-Attributes = Mapping[str, str | Sequence[str | None]]
-"""Name of an attribute -> its value, or one per image."""
 BUNDLED = Path(__file__).parent / "pretrained"
 
 
@@ -120,8 +116,8 @@ class Pipeline:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `from_pretrained` loads: safetensors and JSON."""
-        words = self.vocabulary if self.vocabulary.attributes or self.vocabulary.length else None
-        rest = (self.classes, self.policy, self.scorer, self.class_orders, words)
+        more = self.vocabulary if self.vocabulary.attributes or self.vocabulary.length else None
+        rest = (self.classes, self.policy, self.scorer, self.class_orders, more)
         save_parts(folder, Parts(self.model, self.tokenizer, *rest))
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
@@ -158,8 +154,8 @@ class Pipeline:
         guidance_schedule: Schedule = "constant",
         sampling: Sampling | None = None,
         grid: Grid | tuple[int, int] | None = None,
-        prompt: Prompt = None,
-        attributes: Attributes | None = None,
+        prompt: str | Sequence[str] | None = None,
+        attributes: Mapping[str, str | Sequence[str | None]] | None = None,
     ) -> PipelineOutput:
         """Draw images.
 
@@ -203,14 +199,14 @@ class Pipeline:
         guidance_schedule: Schedule = "constant",
         sampling: Sampling | None = None,
         grid: Grid | tuple[int, int] | None = None,
-        prompt: Prompt = None,
-        attributes: Attributes | None = None,
+        prompt: str | Sequence[str] | None = None,
+        attributes: Mapping[str, str | Sequence[str | None]] | None = None,
     ) -> Iterator[Step]:
         """The same as a call, step by step: for progress bars, animations and web pages."""
-        condition, labels, n = self._asked(class_labels, prompt, attributes, num_images)
+        condition, n = self._condition(class_labels, prompt, attributes or {}, num_images)
         grid = self._grid(grid)
         streams = Streams(_seeds(generator, n), self._device)
-        policy = make_policy(self._order(order, labels), grid, streams)
+        policy = make_policy(self._order(order, condition), grid, streams)
         content = drawn(sampling or Sampling())
         return generate(
             self._drawer(guidance_scale, guidance_schedule), policy, content, streams,
@@ -233,8 +229,8 @@ class Pipeline:
         margin: int = Filling.margin,
         guidance_schedule: Schedule = "constant",
         sampling: Sampling | None = None,
-        prompt: Prompt = None,
-        attributes: Attributes | None = None,
+        prompt: str | Sequence[str] | None = None,
+        attributes: Mapping[str, str | Sequence[str | None]] | None = None,
     ) -> PipelineOutput:
         """Draw parts of given images: inpainting, outpainting, editing by class, variations.
 
@@ -267,11 +263,11 @@ class Pipeline:
         """
         images = read_pictures(image)
         images = images.repeat(num_images or 1, 0) if len(images) == 1 else images
-        condition, labels, n = self._asked(class_labels, prompt, attributes, len(images))
+        condition, n = self._condition(class_labels, prompt, attributes or {}, len(images))
         if num_images not in (None, n):
             raise ValueError(f"got {n} images for num_images={num_images}: give one image, or one for each")
         streams = Streams(_seeds(generator, n), self._device)
-        chosen = self._order(order, labels)
+        chosen = self._order(order, condition)
         settings: dict[str, Any] = {
             "condition": condition,
             "sampling": sampling or Sampling(),
@@ -301,8 +297,8 @@ class Pipeline:
         factor: int = 2,
         guidance_schedule: Schedule = "constant",
         sampling: Sampling | None = None,
-        prompt: Prompt = None,
-        attributes: Attributes | None = None,
+        prompt: str | Sequence[str] | None = None,
+        attributes: Mapping[str, str | Sequence[str | None]] | None = None,
     ) -> PipelineOutput:
         """Draw images `factor` times as high and wide as those of training; see `sample_coarse_to_fine`.
 
@@ -321,7 +317,7 @@ class Pipeline:
         Raises:
             ValueError: as of a call, or a factor below 2.
         """
-        condition, _, n = self._asked(class_labels, prompt, attributes, num_images)
+        condition, n = self._condition(class_labels, prompt, attributes or {}, num_images)
         chosen = self.policy if order is None else order
         streams = Streams(_seeds(generator, n), self._device)
         model = self._drawer(guidance_scale, guidance_schedule)
@@ -346,7 +342,7 @@ class Pipeline:
             guidance = GuidanceConfig(guidance, schedule)
         return Guided(self.model, guidance) if guidance.scale != 1 else self.model
 
-    def _order(self, order: Any, labels: list[int] | None) -> Any:
+    def _order(self, order: Any, condition: Tensor | None) -> Any:
         """The order to draw in; that of its class for each image, (B, N), where classes have their own."""
         order = self.policy if order is None else order
         name = order.order if isinstance(order, PolicyConfig) else order
@@ -354,9 +350,10 @@ class Pipeline:
             return order
         if self.class_orders is None:
             raise ValueError("this pipeline has no orders of classes: choose another order than class_mean")
-        if labels is None:
+        labels = None if condition is None else class_labels(condition).cpu()
+        if labels is None or bool((labels < 0).any()):
             raise ValueError("order class_mean follows the class: give class_labels=..., or another order")
-        return self.class_orders[torch.tensor(labels)].to(self._device)
+        return self.class_orders[labels].to(self._device)
 
     def _scorer(self, order: Any) -> AnyOrderModel | None:
         """The scorer, for orders that it can decide: inferred and token-blind ones."""
@@ -375,28 +372,29 @@ class Pipeline:
             return self.model.grid
         return grid if isinstance(grid, Grid) else Grid(*grid)
 
-    def _asked(
+    def _condition(
         self,
         labels: int | str | Sequence[int | str] | None,
-        prompt: Prompt,
-        attributes: Attributes | None,
+        prompt: str | Sequence[str] | None,
+        attributes: Mapping[str, str | Sequence[str | None]],
         n: int | None,
-    ) -> tuple[Tensor | None, list[int] | None, int]:
-        """What each image is asked to be: the condition, the labels alone, and the number of images."""
-        named = {name: f"values of {name}" for name in attributes or {}}
-        given = {"labels": labels, "prompts": prompt, **{named[k]: v for k, v in (attributes or {}).items()}}
+    ) -> tuple[Tensor | None, int]:
+        """What each image is asked to be, and the number of images."""
+        named = {name: f"values of {name}" for name in attributes}
+        given = {"labels": labels, "prompts": prompt, **{named[name]: attributes[name] for name in named}}
         lists = {name: _listed(value) for name, value in given.items() if value is not None}
-        n = _positive(max(map(len, lists.values()), default=1) if n is None else n)
+        if n is None:
+            n = max(map(len, lists.values()), default=1)
+        _positive(n)
         for name, values in lists.items():
             if len(values) not in (1, n):
                 raise ValueError(f"got {len(values)} {name} for num_images={n}: give one, or one per image")
             lists[name] = values * n if len(values) == 1 else values
         codes = [self._label(label) for label in lists["labels"]] if labels is not None else None
-        if prompt is None and not named:
-            return (None if codes is None else torch.tensor(codes, device=self._device)), codes, n
-        words = {name: lists[named[name]] for name in named}
-        condition = self.vocabulary.condition(n, codes, words, lists.get("prompts"))
-        return condition.to(self._device), codes, n
+        if prompt is None and not attributes:
+            return (None if codes is None else torch.tensor(codes, device=self._device)), n
+        asked = {name: lists[named[name]] for name in attributes}
+        return self.vocabulary.condition(n, codes, asked, lists.get("prompts")).to(self._device), n
 
     def _label(self, label: int | str) -> int:
         if isinstance(label, str):

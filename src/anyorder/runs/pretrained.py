@@ -47,7 +47,7 @@ class Parts:
 
 
 def save_parts(folder: str | Path, parts: Parts) -> None:
-    """Write `pipeline.json`, `model/`, `tokenizer/`; `scorer/`, `class_order.npy`, `text.json` if any."""
+    """Write `pipeline.json`, `model/`, `tokenizer/`, and what else there is: scorer, orders, vocabulary."""
     folder = Path(folder)
     if parts.class_orders is not None:
         save_array(folder / CLASS_ORDERS, parts.class_orders.numpy().astype(np.uint16))
@@ -130,7 +130,7 @@ class PipelineStage:
         scorer = load_any_order(self.scorer) if self.scorer else None
         model, tokenizer = load_any_order(self.model), load_tokenizer(self.tokenizer)
         orders = OrderSet(self.orders).class_orders if self.orders else None
-        words = tokens.vocabulary if tokens.further.shape[1] else None
-        parts = Parts(model, tokenizer, tokens.classes, self.policy, scorer, orders, words)
+        vocabulary = tokens.vocabulary if tokens.further.shape[1] else None
+        parts = Parts(model, tokenizer, tokens.classes, self.policy, scorer, orders, vocabulary)
         save_parts(artifact.folder, parts)
         return {"parameters": read_manifest(self.model)["parameters"]}
