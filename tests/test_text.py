@@ -312,9 +312,9 @@ def test_prompts_differ_in_nothing_but_the_text(experiment):
 
 
 def _model(out):
-    from anyorder.runs.common import load_transformer
+    from anyorder.runs.common import load_any_order
 
-    return load_transformer(out / "model")
+    return load_any_order(out / "model")
 
 
 def test_agreement_with_attributes_is_measured(experiment):
@@ -430,6 +430,31 @@ def test_pipeline_with_text_round_trip(pipe, tmp_path):
 def test_pipeline_refuses(pipe, call, message):
     with pytest.raises(ValueError, match=message):
         pipe(**call)
+
+
+def test_completions_and_larger_pictures_follow_the_text(pipe):
+    image = Image.new("RGB", (16, 16), COLOURS["Red"])
+    for draw in (lambda **wish: pipe.complete(image, keep=0.2, **wish), pipe.coarse_to_fine):
+        blue, again, none = (
+            draw(prompt=prompt, num_images=2, generator=1) for prompt in ("a blue shoe", "a blue shoe", None)
+        )
+        assert torch.equal(blue.tokens, again.tokens)
+        assert not torch.equal(blue.log_prob, none.log_prob)
+        attribute = draw(attributes={"colour": "Blue"}, num_images=2, generator=1)
+        assert not torch.equal(attribute.log_prob, none.log_prob)
+
+
+def test_command_line_takes_prompts(pipe, experiment, tmp_path, capsys):
+    wish = ["n=2", "prompts=[a red shoe, a blue shoe]", "attributes=kind: shoe", "seed=3"]
+    command = ["sample", f"pipeline={experiment[1]}/pipeline", *wish]
+    assert cli.main([*command, f"out={tmp_path}/drawn", "--traceback"]) == 0
+    made = pipe(prompt=["a red shoe", "a blue shoe"], attributes={"kind": "shoe"}, generator=3)
+    for i, image in enumerate(made.images):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / f"drawn/{i:04d}.png")), np.asarray(image))
+    made.images[0].save(tmp_path / "in.png")
+    command = ["complete", f"pipeline={experiment[1]}/pipeline", f"image={tmp_path}/in.png", "box=4,4,12,12"]
+    assert cli.main([*command, "prompt=a blue shoe", f"out={tmp_path}/completed", "--traceback"]) == 0
+    assert (tmp_path / "completed/0000.png").is_file()
 
 
 def test_pipelines_without_captions_say_so(pipe):

@@ -36,6 +36,8 @@ class CompleteConfig:
     """Instead of all these: share of patches to keep, chosen at random; the others are drawn."""
     label: str = ""
     """Name or number of a class; empty draws without one."""
+    prompt: str | None = None
+    """A text, for a pipeline that takes them."""
     num_images: int = 1
     """How many completions."""
     seed: int = 0
@@ -72,7 +74,7 @@ def complete_file(config: CompleteConfig, out: Path) -> list[Path]:
     made = pipe.complete(
         picture, mask, None if label == "" else label, config.num_images, config.policy, config.guidance,
         config.seed, pad=config.pad, keep=config.keep,
-        feather=config.feather, margin=config.margin,
+        feather=config.feather, margin=config.margin, prompt=config.prompt,
     )  # fmt: skip
     paths = [out / f"{i:04d}.png" for i in range(len(made.images))]
     for image, path in zip(made.images, paths, strict=True):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +25,11 @@ class DrawConfig:
     pipeline: str
     """Folder of a pipeline, the name of one that comes with the package (fashion32), or a hub id."""
     labels: tuple[str, ...] = ()
-    """Names or numbers of classes, in turn; all classes in turn by default."""
+    """Names or numbers of classes, in turn; all classes in turn by default, none where a prompt is given."""
+    prompts: tuple[str, ...] = ()
+    """Texts, in turn, for a pipeline that takes them."""
+    attributes: dict[str, str] = field(default_factory=dict)
+    """Values by name, such as baseColour: Red, for a pipeline that takes them."""
     n: int = 16
     """How many pictures."""
     policy: PolicyConfig | None = None
@@ -46,12 +52,18 @@ def draw(config: DrawConfig, out: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: no such pipeline.
-        ValueError: an unknown class.
+        ValueError: an unknown class, attribute or value, or prompts to a pipeline that takes none.
     """
     pipe = Pipeline.from_pretrained(config.pipeline)
-    wanted = [int(x) if x.isdigit() else x for x in config.labels] or list(range(len(pipe.classes)))
-    labels = [wanted[i % len(wanted)] for i in range(config.n)] if wanted else None
-    made = pipe(labels, config.n, config.policy, config.guidance, config.seed, sampling=config.sampling)
+    wanted: list[int | str] = [int(x) if x.isdigit() else x for x in config.labels]
+    if not wanted and not config.prompts and not config.attributes:
+        wanted = list(range(len(pipe.classes)))
+    made = pipe(
+        _in_turn(wanted, config.n), config.n, config.policy, config.guidance, config.seed,
+        sampling=config.sampling,
+        prompt=_in_turn(config.prompts, config.n),
+        attributes=config.attributes,
+    )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{i:04d}.png" for i in range(config.n)]
     for path, image in zip(paths, made.images, strict=True):
@@ -64,3 +76,7 @@ def draw(config: DrawConfig, out: Path) -> list[Path]:
     frames = figures.drawing_frames(lambda revealed: images, orders, grid)
     figures.drawing_animation(out / "drawing.webp", frames, columns=columns, scale=config.scale)
     return paths
+
+
+def _in_turn(values: Sequence[Any], n: int) -> list[Any] | None:
+    return [values[i % len(values)] for i in range(n)] if values else None

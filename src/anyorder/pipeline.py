@@ -297,6 +297,8 @@ class Pipeline:
         factor: int = 2,
         guidance_schedule: Schedule = "constant",
         sampling: Sampling | None = None,
+        prompt: str | Sequence[str] | None = None,
+        attributes: Mapping[str, str | Sequence[str | None]] | None = None,
     ) -> PipelineOutput:
         """Draw images `factor` times as high and wide as those of training; see `sample_coarse_to_fine`.
 
@@ -309,11 +311,13 @@ class Pipeline:
             factor: >= 2.
             guidance_schedule: as of a call.
             sampling: temperature, top-k, top-p, min-p.
+            prompt: as of a call.
+            attributes: as of a call.
 
         Raises:
             ValueError: as of a call, or a factor below 2.
         """
-        condition, n = self._condition(class_labels, None, {}, num_images)
+        condition, n = self._condition(class_labels, prompt, attributes or {}, num_images)
         chosen = self.policy if order is None else order
         streams = Streams(_seeds(generator, n), self._device)
         model = self._drawer(guidance_scale, guidance_schedule)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from anyorder.artifacts import Artifact, fingerprint, read_json, read_manifest
-from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork
+from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork, class_labels
 from anyorder.data.caches import TokenSet
 from anyorder.runs.checkpoint import CONFIG, load_model
 from anyorder.runs.trainer import TrainConfig, TrainResult, train
@@ -157,6 +157,16 @@ def trained_before(folder: Path) -> dict[str, Any]:
     return {key: manifest.get(key, 0) for key in ("training_tokens", "training_seconds")}
 
 
-def as_condition(model: AnyOrderNetwork, tokens: TokenSet, labels: Tensor) -> Tensor | None:
-    """Labels of the tokens as the model's condition; None where a converted model has other classes."""
-    return labels if model.num_classes in (0, len(tokens.classes)) else None
+def as_condition(model: AnyOrderNetwork, tokens: TokenSet, condition: Tensor) -> Tensor | None:
+    """What the tokens are asked to be, as the model takes it: a published one takes the class alone.
+
+    None where a converted model has other classes.
+    """
+    if not takes_more_than_classes(model):
+        condition = class_labels(condition)
+    return condition if model.num_classes in (0, len(tokens.classes)) else None
+
+
+def takes_more_than_classes(model: AnyOrderNetwork) -> bool:
+    """Whether a condition may have attributes or a caption."""
+    return getattr(model, "prefix", None) is not None

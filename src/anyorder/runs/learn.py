@@ -199,6 +199,11 @@ class TrainStage:
         require_trained_on(self.init, tokens, adapted=True)
         model = load_any_order(self.init)
         if is_converted(self.init):
+            if tokens.further.shape[1]:
+                raise ValueError(
+                    f"a published model takes classes alone, {tokens.folder} has attributes or captions: run "
+                    "data and tokens without them"
+                )
             model = adapt(model, tokens.grid, len(tokens.classes))
         if self.model.location and not _has_location(model):
             if not isinstance(model, AnyOrderTransformer):
