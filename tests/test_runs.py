@@ -455,8 +455,8 @@ def test_bench_reports_shares_of_the_matmul_rate(tmp_path, capsys):
     small = ["model.depth=1", "model.width=32", "model.heads=2", "grid=3,3", "vocab_size=8", "batch_size=2"]
     assert cli.main(["bench", f"out={tmp_path}/b.json", "repeats=1", "images=2", *small]) == 0
     rows = {row["workload"]: row for row in json.loads((tmp_path / "b.json").read_text())["rows"]}
-    assert rows["bf16 matmul"]["share of matmul (%)"] == pytest.approx(100)
-    assert {"training step", "teacher-forced scoring", "sampling, inferred order"} < set(rows)
+    assert rows["matmul"]["share of matmul (%)"] == pytest.approx(100)
+    assert {"training step", "sampling, location head", "sampling, inferred order"} < set(rows)
     assert all(row["seconds"] > 0 for row in rows.values())
     assert "share of matmul" in capsys.readouterr().out
 

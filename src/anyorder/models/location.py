@@ -8,6 +8,8 @@ upper bound on -log p(x).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,17 @@ from anyorder.models.coordinates import CoordinateEncoding, displacement_index, 
 
 NEIGHBOURS = 9
 """Cells of a 3 x 3 window: the candidate itself, which is always open, and its eight neighbours."""
+
+
+@dataclass
+class LocationTables:
+    """What the head knows of a grid, evaluated once per forward pass or decoding run."""
+
+    grid: Grid
+    absolute: Tensor
+    """K, (N, d)."""
+    relative: Tensor
+    """R by displacement, ((2h - 1)(2w - 1), d)."""
 
 
 class LocationHead(nn.Module):
@@ -33,7 +46,15 @@ class LocationHead(nn.Module):
         self.relative = CoordinateEncoding(key_width)
         self.context = nn.Linear(NEIGHBOURS, key_width, bias=False)
 
-    def forward(self, hidden: Tensor, content: Tensor, last: Tensor, revealed: Tensor, grid: Grid) -> Tensor:
+    def tables(self, grid: Grid) -> LocationTables:
+        """Evaluate K and R on a grid: O(N) small-network evaluations."""
+        where = self.context.weight.device
+        absolute = self.absolute(grid.coordinates(where))
+        return LocationTables(grid, absolute, self.relative(displacements(grid, where)))
+
+    def forward(
+        self, hidden: Tensor, content: Tensor, last: Tensor, revealed: Tensor, tables: LocationTables
+    ) -> Tensor:
         """Log-probability of each position to be next, (B, T, N) float32 nats; -inf where it is revealed.
 
         Args:
@@ -41,21 +62,21 @@ class LocationHead(nn.Module):
             content: (B, T, D), embedding of the last token.
             last: (B, T) int64, its position, N before the first.
             revealed: (B, T, N) bool, at least one position open.
-            grid: the grid of the positions.
+            tables: of the grid of the positions.
 
         Costs O(T N d) per image, beside O(L D^2) of the transformer's L layers.
         """
         query = self.query(torch.cat((hidden, content), dim=-1))
-        score = query @ self.absolute(grid.coordinates(query.device)).T
-        score = score + self._from_last(query, last, grid)
-        around = neighbourhood(revealed, grid).to(query.dtype)
+        score = query @ tables.absolute.T + self._from_last(query, last, tables)
+        around = neighbourhood(revealed, tables.grid).to(query.dtype)
         score = score + (around @ (query @ self.context.weight)[..., None]).squeeze(-1)
         score = score.float() * query.shape[-1] ** -0.5
         return score.masked_fill(revealed, -torch.inf).log_softmax(-1)
 
-    def _from_last(self, query: Tensor, last: Tensor, grid: Grid) -> Tensor:
+    @staticmethod
+    def _from_last(query: Tensor, last: Tensor, tables: LocationTables) -> Tensor:
         """q . R(p - last), (B, T, N); zero where there is no last position."""
-        table = query @ self.relative(displacements(grid, query.device)).T
+        table, grid = query @ tables.relative.T, tables.grid
         everywhere = torch.arange(grid.n, device=query.device)
         index = displacement_index(grid, last.clamp(max=grid.n - 1)[..., None], everywhere)
         return table.gather(-1, index).masked_fill((last == grid.n)[..., None], 0)

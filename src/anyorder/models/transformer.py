@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from anyorder.contracts import AnyOrderNetwork, Grid
 from anyorder.models.condition import Prefix, hide
 from anyorder.models.coordinates import CoordinateEncoding, displacement_index, displacements
-from anyorder.models.location import LocationHead, revealed_before
+from anyorder.models.location import LocationHead, LocationTables, revealed_before
 from anyorder.orders import inverse
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -223,6 +223,8 @@ class State:
     """P: how long the cache is before the first step."""
     content: Tensor
     """(B, D): embedding of the last token, without its position."""
+    where: LocationTables | None = None
+    """The location head's, where there is one."""
     scored: list[Scored] = field(default_factory=list)
     """The candidates scored since `append`."""
 
@@ -416,7 +418,8 @@ class AnyOrderTransformer(AnyOrderNetwork):
         first = self._asked(start, read)[:, None].to(hidden.dtype)
         behind = torch.cat((first, hidden[:, :-1]), dim=1)
         revealed = revealed_before(inverse(order))
-        return self.head(hidden), self._located(behind, content, before, revealed, grid)
+        where = self._head()(behind, content, before, revealed, self._head().tables(grid))
+        return self.head(hidden), where
 
     @staticmethod
     def _asked(start: Tensor, read: Tensor) -> Tensor:
@@ -460,12 +463,12 @@ class AnyOrderTransformer(AnyOrderNetwork):
         """Embedding of no token, (B, D)."""
         return self.token_embedding.weight[-1].expand_as(like)
 
-    def _located(self, hidden: Tensor, content: Tensor, last: Tensor, revealed: Tensor, grid: Grid) -> Tensor:
+    def _head(self) -> LocationHead:
         if self.location is None:
             raise ValueError(
                 "this model has no location head: train one with location=true, or choose another order"
             )
-        return self.location(hidden, content, last, revealed, grid)
+        return self.location
 
     def _start(self, tables: PositionTables, condition: Tensor, positions: Tensor) -> Tensor:
         """condition + S(position), (B, M, D)."""
@@ -498,6 +501,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
             hidden=start,
             prefix=length,
             content=self._nothing(start),
+            where=self.location.tables(grid) if self.location is not None else None,
         )
         if length:
             nowhere = torch.full((batch_size, length), grid.n, device=device)
@@ -543,8 +547,9 @@ class AnyOrderTransformer(AnyOrderNetwork):
             ValueError: the model has no location head.
         """
         hidden, content = state.hidden[:, None].to(state.content.dtype), state.content[:, None]
-        grid = state.tables.grid
-        return self._located(hidden, content, state.last[:, None], revealed[:, None], grid)[:, 0]
+        head, last = self._head(), state.last[:, None]
+        assert state.where is not None
+        return head(hidden, content, last, revealed[:, None], state.where)[:, 0]
 
     def append(self, state: State, positions: Tensor, tokens: Tensor) -> State:
         """Reveal tokens (B, K) at positions (B, K), in that sequence.
@@ -583,6 +588,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
             hidden=hidden,
             prefix=state.prefix,
             content=content,
+            where=state.where,
         )
 
     @staticmethod

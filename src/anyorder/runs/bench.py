@@ -22,11 +22,15 @@ from anyorder.logits import Streams
 from anyorder.models.transformer import AnyOrderTransformer, Architecture, TransformerConfig
 from anyorder.orders import random_orders
 from anyorder.runs.common import device
+from anyorder.runs.precision import fast_dtype
 
 
 @dataclass
 class BenchConfig:
-    """Sizes to measure at: training, and sampling in fixed and inferred order, against bf16 matmul."""
+    """Sizes to measure at: training, and sampling in each kind of order, against the matmul rate.
+
+    In bfloat16 where the hardware has it, float32 elsewhere.
+    """
 
     model: Architecture = field(default_factory=lambda: Architecture(depth=8, width=512, heads=8))
     grid: tuple[int, int] = (16, 16)
@@ -48,12 +52,12 @@ class BenchConfig:
 def bench(config: BenchConfig, out: Path) -> dict[str, Any]:
     """Measure, print a table, and write `out` (JSON).
 
-    Rates are FLOPs counted from the configuration over the median time; the share is against a bf16 matmul
-    of the model's own feed-forward shape, timed between the other measurements.
+    Rates are FLOPs counted from the configuration over the median time; the share is against a matmul of the
+    model's own feed-forward shape and of the same dtype, timed between the other measurements.
     """
     torch.manual_seed(0)
     grid = Grid(*config.grid)
-    settings = vars(config.model)
+    settings = vars(config.model) | {"location": True}
     model = AnyOrderTransformer(TransformerConfig(**settings, vocab_size=config.vocab_size, grid=config.grid))
     model.to(device())
     runs = _workloads(model, grid, config)
@@ -63,11 +67,12 @@ def bench(config: BenchConfig, out: Path) -> dict[str, Any]:
     for _ in tqdm(range(config.repeats), desc="bench", unit="round"):
         for name, (work, _, _) in runs.items():
             times[name].append(_seconds(work))
-    ceiling = runs["bf16 matmul"][1] / statistics.median(times["bf16 matmul"])
+    ceiling = runs["matmul"][1] / statistics.median(times["matmul"])
     rows = [_row(name, *runs[name][1:], times[name], ceiling) for name in runs]
     result = {
         "config": dataclasses.asdict(config),
         "device": _device_name(),
+        "dtype": str(fast_dtype(device(), True)),
         "versions": versions(),
         "rows": rows,
     }
@@ -84,22 +89,23 @@ Workload = tuple[Callable[[], Any], float, int]
 def _workloads(model: AnyOrderTransformer, grid: Grid, config: BenchConfig) -> dict[str, Workload]:
     tokens = torch.randint(config.vocab_size, (config.batch_size, grid.n), device=device())
     order = random_orders(config.batch_size, grid).to(device())
-    wide = model.blocks[0].mlp.gate_up.weight.detach().bfloat16().T  # type: ignore[union-attr, operator]
-    rows = torch.randn(config.batch_size * grid.n, wide.shape[0], device=device(), dtype=torch.bfloat16)
+    dtype = fast_dtype(device(), True)
+    wide = model.blocks[0].mlp.gate_up.weight.detach().to(dtype).T  # type: ignore[union-attr, operator]
+    rows = torch.randn(config.batch_size * grid.n, wide.shape[0], device=device(), dtype=dtype)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     some, streams = tokens[: config.images], Streams(range(min(config.images, len(tokens))), device())
     n = grid.n
 
     def train() -> None:
-        with torch.autocast(device().type, torch.bfloat16):
+        with torch.autocast(device().type, dtype, enabled=dtype == torch.bfloat16):
             loss = token_nll(model, tokens, None, order).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    def in_bf16(work: Callable[[], Any]) -> Callable[[], Any]:
+    def fast(work: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> None:
-            with torch.no_grad(), torch.autocast(device().type, torch.bfloat16):
+            with torch.no_grad(), torch.autocast(device().type, dtype, enabled=dtype == torch.bfloat16):
                 work()
 
         return run
@@ -108,13 +114,14 @@ def _workloads(model: AnyOrderTransformer, grid: Grid, config: BenchConfig) -> d
     inferred = sum((n - i) * flops(model, i + 1) for i in range(n))
     b, m = len(tokens), len(some)
     return {
-        "bf16 matmul": (lambda: rows @ wide, 2.0 * rows.shape[0] * wide.numel(), 0),
+        "matmul": (lambda: rows @ wide, 2.0 * rows.shape[0] * wide.numel(), 0),
         "training step": (train, 3 * b * forward, b),
-        "teacher-forced scoring": (in_bf16(lambda: token_nll(model, tokens, None, order)), b * forward, b),
-        "sampling, fixed order": (in_bf16(lambda: sample(model, "random", streams)), m * forward, m),
-        "sampling, inferred order": (in_bf16(lambda: sample(model, "entropy", streams)), m * inferred, m),
+        "teacher-forced scoring": (fast(lambda: token_nll(model, tokens, None, order)), b * forward, b),
+        "sampling, fixed order": (fast(lambda: sample(model, "random", streams)), m * forward, m),
+        "sampling, location head": (fast(lambda: sample(model, "location", streams)), m * forward, m),
+        "sampling, inferred order": (fast(lambda: sample(model, "entropy", streams)), m * inferred, m),
         "order extraction": (
-            in_bf16(lambda: extract_orders(model, some, "entropy", streams)),
+            fast(lambda: extract_orders(model, some, "entropy", streams)),
             m * inferred,
             m,
         ),

@@ -1,0 +1,62 @@
+"""The model that comes with the package."""
+
+import numpy as np
+import pytest
+import torch
+
+from anyorder import Pipeline, cli
+from anyorder.orders import validate
+from anyorder.pipeline import BUNDLED, bundled
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return Pipeline.from_pretrained("fashion32")
+
+
+def test_it_is_small_and_says_what_it_is():
+    assert bundled() == ["fashion32"]
+    folder = BUNDLED / "fashion32"
+    assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 12e6
+    assert "Licence" in (folder / "README.md").read_text()
+
+
+def test_it_draws_products_in_the_order_of_their_class(pipe):
+    out = pipe(class_labels=["Shoes", "Watches", "Shoes"], generator=0)
+    assert [image.size for image in out.images] == [(32, 32)] * 3
+    assert torch.equal(validate(out.order, pipe.model.grid)[0], out.order[2])
+    assert not torch.equal(out.order[0], out.order[1])
+    shoe = np.asarray(out.images[0])
+    assert shoe[[0, 0, -1, -1], [0, -1, 0, -1]].mean() > 240, "the corners of a product photograph are white"
+    assert shoe[12:20, 12:20].mean() < 220, "and something stands in its middle"
+
+
+def test_samples_are_as_likely_as_the_evidence_says(pipe):
+    """Mean log-probability of its own samples is near the test likelihood, not near that of noise."""
+    out = pipe(class_labels=["Topwear"] * 32, generator=5)
+    assert 1.5 < -out.log_prob.mean() < 4.5 < np.log(pipe.model.vocab_size)
+
+
+def test_without_a_class_it_says_what_it_needs(pipe):
+    with pytest.raises(ValueError, match="give class_labels"):
+        pipe(num_images=1)
+    assert pipe(num_images=1, order="raster").order[0].tolist() == list(range(64))
+
+
+def test_the_command_draws_pictures_and_an_animation(tmp_path, capsys):
+    command = ["sample", "pipeline=fashion32", "labels=Shoes,Bags", "n=3", f"out={tmp_path}"]
+    assert cli.main(command) == 0
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"0000.png", "0001.png", "0002.png", "grid.png", "orders.png", "drawing.webp"}
+    assert "drawing.webp" in capsys.readouterr().out
+    assert cli.main([*command, "--dry-run"]) == 0
+    assert cli.main(["sample", "pipeline=fashion32", "labels=Shoos", f"out={tmp_path}"]) == 2
+    assert "did you mean 'Shoes'" in capsys.readouterr().err
+    assert cli.main(["sample", "pipeline=fashion32", "n=0", f"out={tmp_path}"]) == 2
+
+
+def test_it_survives_being_saved(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = Pipeline.from_pretrained(tmp_path)
+    one, two = (p(class_labels="Bags", num_images=2, generator=1).tokens for p in (pipe, again))
+    assert torch.equal(one, two)
