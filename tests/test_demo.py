@@ -26,7 +26,7 @@ from anyorder.policies import PolicyConfig
 CLASSES = ["red", "green", "7"]
 
 
-def pipeline(classes=CLASSES, policy=None):
+def pipeline(classes=CLASSES, policy=None, **model):
     torch.manual_seed(0)
     tokenizer = VQModel(
         VQConfig(
@@ -34,7 +34,8 @@ def pipeline(classes=CLASSES, policy=None):
             vocab_size=5, code_dim=4,
         )
     )  # fmt: skip
-    return Pipeline(transformer(num_classes=3, vocab_size=5, grid=(3, 4)), tokenizer, classes, policy)
+    drawer = transformer(num_classes=3, vocab_size=5, grid=(3, 4), **model)
+    return Pipeline(drawer, tokenizer, classes, policy)
 
 
 PIPE = pipeline()
@@ -328,3 +329,15 @@ def test_without_a_web_server_the_extra_is_named(missing, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, missing, None)
     assert cli.main(["demo", "pipeline=x"]) == 1
     assert "pip install 'anyorder[demo]'" in capsys.readouterr().err
+
+
+def test_orders_of_classes_and_location_heads_are_on_offer():
+    client = TestClient(create_app(Pipeline.from_pretrained("fashion32")))
+    about = client.get("/about").json()
+    assert about["orders"][0]["name"] == "class_mean"
+    assert all(order["text"] for order in about["orders"])
+    steps = steps_of(0, events(client, label="Shoes", n=1))
+    assert len(steps) == 64
+    assert len(steps_of(0, events(client, n=1))) == 64, "without a class, too"
+    located = TestClient(create_app(pipeline(location=True))).get("/about").json()
+    assert "location" in {order["name"] for order in located["orders"]}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from anyorder import Pipeline, cli
-from anyorder.orders import validate
+from anyorder.orders import inverse, validate
 from anyorder.pipeline import BUNDLED, bundled
 
 
@@ -37,9 +37,10 @@ def test_samples_are_as_likely_as_the_evidence_says(pipe):
     assert 1.5 < -out.log_prob.mean() < 4.5 < np.log(pipe.model.vocab_size)
 
 
-def test_without_a_class_it_says_what_it_needs(pipe):
-    with pytest.raises(ValueError, match="give class_labels"):
-        pipe(num_images=1)
+def test_without_a_class_it_follows_the_mean_of_all(pipe):
+    order = pipe(num_images=2).order
+    ranks = inverse(pipe.class_orders).double().mean(0)
+    assert torch.equal(order, ranks.argsort().expand(2, -1))
     assert pipe(num_images=1, order="raster").order[0].tolist() == list(range(64))
 
 

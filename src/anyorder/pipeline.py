@@ -17,6 +17,7 @@ from anyorder.data.text import Vocabulary, index_of
 from anyorder.decode import drawn, generate, sample_coarse_to_fine, trace
 from anyorder.guidance import GuidanceConfig, Guided, Schedule
 from anyorder.logits import Sampling, Streams
+from anyorder.orders import inverse
 from anyorder.policies import INFERRED, InferredOrder, PolicyConfig, make_policy
 from anyorder.runs.common import device, to_uint8
 from anyorder.runs.editing import Completion, Filling, complete_images, vary_images
@@ -206,7 +207,7 @@ class Pipeline:
         condition, n = self._condition(class_labels, prompt, attributes or {}, num_images)
         grid = self._grid(grid)
         streams = Streams(_seeds(generator, n), self._device)
-        policy = make_policy(self._order(order, condition), grid, streams)
+        policy = make_policy(self._order(order, condition, n), grid, streams)
         content = drawn(sampling or Sampling())
         return generate(
             self._drawer(guidance_scale, guidance_schedule), policy, content, streams,
@@ -267,7 +268,7 @@ class Pipeline:
         if num_images not in (None, n):
             raise ValueError(f"got {n} images for num_images={num_images}: give one image, or one for each")
         streams = Streams(_seeds(generator, n), self._device)
-        chosen = self._order(order, condition)
+        chosen = self._order(order, condition, n)
         settings: dict[str, Any] = {
             "condition": condition,
             "sampling": sampling or Sampling(),
@@ -342,18 +343,18 @@ class Pipeline:
             guidance = GuidanceConfig(guidance, schedule)
         return Guided(self.model, guidance) if guidance.scale != 1 else self.model
 
-    def _order(self, order: Any, condition: Tensor | None) -> Any:
-        """The order to draw in; that of its class for each image, (B, N), where classes have their own."""
+    def _order(self, order: Any, condition: Tensor | None, n: int) -> Any:
+        """The order to draw in; (n, N) where classes have their own, their mean for images without one."""
         order = self.policy if order is None else order
         name = order.order if isinstance(order, PolicyConfig) else order
         if not isinstance(name, str) or name != "class_mean":
             return order
         if self.class_orders is None:
             raise ValueError("this pipeline has no orders of classes: choose another order than class_mean")
-        labels = None if condition is None else class_labels(condition).cpu()
-        if labels is None or bool((labels < 0).any()):
-            raise ValueError("order class_mean follows the class: give class_labels=..., or another order")
-        return self.class_orders[labels].to(self._device)
+        everybody = inverse(self.class_orders).double().mean(0).argsort()
+        labels = torch.full((n,), -1) if condition is None else class_labels(condition).cpu()
+        own = self.class_orders[labels.clamp(min=0)]
+        return torch.where(labels[:, None] < 0, everybody, own).to(self._device)
 
     def _scorer(self, order: Any) -> AnyOrderModel | None:
         """The scorer, for orders that it can decide: inferred and token-blind ones."""

@@ -28,7 +28,7 @@ from anyorder.contracts import Grid, Step
 from anyorder.logits import SCORES, Sampling
 from anyorder.orders import STATIC
 from anyorder.pipeline import Pipeline
-from anyorder.policies import PolicyConfig
+from anyorder.policies import INFERRED, PolicyConfig
 from anyorder.runs.config import parse
 
 FRAMES = 64
@@ -147,7 +147,9 @@ def _event(name: str, data: dict[str, Any]) -> str:
 
 def choices(pipe: Pipeline) -> dict[str, PolicyConfig]:
     """Every order on offer by its label, the pipeline's own first."""
-    names = (*SCORES, "random", *STATIC)
+    names = [*SCORES, "random", *STATIC]
+    names += ["class_mean"] if pipe.class_orders is not None else []
+    names += ["location"] if getattr(pipe.model.config, "location", False) else []
     return {policy.label: policy for policy in (pipe.policy, *map(PolicyConfig, names))}
 
 
@@ -165,12 +167,17 @@ def describe_pipeline(pipe: Pipeline) -> dict[str, Any]:
 
 
 def _about_order(name: str, policy: PolicyConfig) -> dict[str, Any]:
-    if policy.order == "random":
-        text = "A random order of its own for each picture."
-    else:
-        text = ({**SCORES, **STATIC}[policy.order].__doc__ or "").partition("\n")[0]
-    kind = "inferred" if policy.order in SCORES else "given"
+    text = _WORDS.get(policy.order) or ({**SCORES, **STATIC}[policy.order].__doc__ or "").partition("\n")[0]
+    kind = "inferred" if policy.order in (*INFERRED, "location") else "given"
     return {"name": name, "kind": kind, "text": text, "token_blind": policy.token_blind}
+
+
+_WORDS = {
+    "random": "A random order of its own for each picture.",
+    "class_mean": "The order of its class: the mean of the orders of many pictures.",
+    "location": "The location head says where to go, at the price of a fixed order.",
+    "information": "The position first that tells most of the others.",
+}
 
 
 def read_wish(query: QueryParams) -> Wish:
