@@ -108,22 +108,10 @@ def generate(
     while done < total:
         uniform, progress.noise = streams.uniform(grid.n), streams.gumbel(grid.n)
         by, its = (model, state) if scorer is None else (scorer, guide)
-        if policy.located:
-            progress.where = by.locate(its, progress.revealed)  # type: ignore[attr-defined]
-        if isinstance(policy, InformativeOrder):
-            progress.uncertainty_after = partial(_uncertainty_after, by, its, progress, chunk)
-        candidates = policy.propose(progress)
-        ratings = torch.zeros(candidates.shape, device=device)
-        if policy.rated:
-            what = _blank if policy.token_blind else content
-            seen, likely, ratings = _look(by, its, policy, what, candidates, uniform, chunk)
-        chosen = policy.select(progress, candidates, ratings)
-        positions, written = candidates.gather(1, chosen), []
+        positions, peeked = _where(by, its, policy, content, progress, uniform, chunk)
+        written = []
         for some in positions.split(1 if policy.sequential else positions.shape[1], dim=1):
-            if policy.token_blind:  # where first, what afterwards
-                tokens, log_prob, _ = _look(model, state, policy, content, some, uniform, chunk)
-            else:
-                tokens, log_prob = seen.gather(1, chosen), likely.gather(1, chosen)
+            tokens, log_prob = peeked or _look(model, state, policy, content, some, uniform, chunk)[:2]
             done += some.shape[1]
             if done < total:  # after the last reveal nothing is scored any more
                 state = model.append(state, some, tokens)
@@ -134,6 +122,31 @@ def generate(
             yield Step(progress.step - 1, total, some, tokens, log_prob)
         if scorer is not None and done < total:
             guide = scorer.append(guide, positions, torch.cat(written, dim=1))
+
+
+def _where(
+    by: AnyOrderModel,
+    state: Any,
+    policy: OrderPolicy,
+    content: Content,
+    progress: Progress,
+    uniform: Tensor,
+    chunk: int,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Positions (B, K) to reveal now; their tokens and log-probabilities, too, if the policy peeked at them."""
+    if policy.located:
+        progress.where = by.locate(state, progress.revealed)  # type: ignore[attr-defined]
+    if isinstance(policy, InformativeOrder):
+        progress.uncertainty_after = partial(_uncertainty_after, by, state, progress, chunk)
+    candidates = policy.propose(progress)
+    if not policy.rated:
+        ratings = torch.zeros(candidates.shape, device=candidates.device)
+        return candidates.gather(1, policy.select(progress, candidates, ratings)), None
+    what = _blank if policy.token_blind else content
+    tokens, log_prob, ratings = _look(by, state, policy, what, candidates, uniform, chunk)
+    chosen = policy.select(progress, candidates, ratings)
+    peeked = None if policy.token_blind else (tokens.gather(1, chosen), log_prob.gather(1, chosen))
+    return candidates.gather(1, chosen), peeked
 
 
 def _uncertainty_after(
