@@ -133,7 +133,7 @@ def _where(
     uniform: Tensor,
     chunk: int,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Positions (B, K) to reveal now; their tokens and log-probabilities, too, if the policy peeked at them."""
+    """Positions (B, K) to reveal now; if the policy peeked, their tokens and log-probabilities, too."""
     if policy.located:
         progress.where = by.locate(state, progress.revealed)  # type: ignore[attr-defined]
     if isinstance(policy, InformativeOrder):
