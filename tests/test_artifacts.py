@@ -411,13 +411,23 @@ def test_a_full_disk_leaves_an_artifact_unfinished(tmp_path):
     assert Artifact(tmp_path, "encode", {"seed": 1}, {}).current
 
 
-def test_settings_that_are_newer_than_an_artifact_leave_it_up_to_date_at_their_defaults(tmp_path):
+def test_settings_that_are_newer_than_an_artifact_may_be_filled_in(tmp_path):
     old = {"train": {"steps": 3}, "order": "raster"}
+
+    def completed(then):
+        return {**then, "jitter": 0.0, "share": (1, 2)}
+
     Artifact(tmp_path, "train", old, {}).finish()
-    new = {"train": {"steps": 3, "patience": 0}, "order": "raster", "jitter": 0.0}
-    defaults = {"train": {"steps": 100, "patience": 0}, "jitter": 0.0}
-    assert Artifact.is_current(tmp_path, "train", new, {}, defaults)
+    new = {**old, "jitter": 0.0, "share": [1, 2]}
+    assert Artifact.is_current(tmp_path, "train", new, {}, completed)
     assert not Artifact.is_current(tmp_path, "train", new, {})
-    assert not Artifact.is_current(tmp_path, "train", {**new, "jitter": 1.0}, {}, defaults)
-    changed = {**new, "train": {"steps": 100, "patience": 0}}
-    assert not Artifact.is_current(tmp_path, "train", changed, {}, defaults), "what was recorded counts"
+    assert not Artifact.is_current(tmp_path, "train", {**new, "jitter": 1.0}, {}, completed)
+
+
+def test_work_that_was_begun_before_a_setting_existed_goes_on(tmp_path):
+    Artifact(tmp_path, "train", {"steps": 3}, {})
+    (tmp_path / "rows.npy.partial").write_bytes(b"half")
+    Artifact(tmp_path, "train", {"steps": 3, "jitter": 0.0}, {}, lambda then: {"jitter": 0.0, **then})
+    assert (tmp_path / "rows.npy.partial").exists()
+    Artifact(tmp_path, "train", {"steps": 3, "jitter": 1.0}, {}, lambda then: {"jitter": 0.0, **then})
+    assert not (tmp_path / "rows.npy.partial").exists()

@@ -179,6 +179,13 @@ def test_guidance_leaves_the_location_to_the_conditional_half():
         plain.locate(state, revealed)
 
 
+def test_guided_models_go_where_their_head_says():
+    model, labels = located(num_classes=3), torch.tensor([0, 1, 2])
+    made = sample(Guided(model, GuidanceConfig(3.0)), LocatedOrder(0.0), Streams(range(3)), condition=labels)
+    again = extract_orders(model, made.tokens, LocatedOrder(0.0), condition=labels)
+    assert torch.equal(made.order, again.order)
+
+
 def test_models_without_a_head_say_so():
     for work in (
         lambda model: sample(model, "location", Streams([0])),

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from anyorder import Pipeline, cli
 from anyorder.orders import inverse, validate
 from anyorder.pipeline import BUNDLED, bundled
+from anyorder.policies import PolicyConfig
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +42,24 @@ def test_samples_are_as_likely_as_the_evidence_says(pipe):
 def test_without_a_class_it_follows_the_mean_of_all(pipe):
     order = pipe(num_images=2).order
     ranks = inverse(pipe.class_orders).double().mean(0)
-    assert torch.equal(order, ranks.argsort().expand(2, -1))
+    assert torch.equal(order, ranks.argsort(stable=True).expand(2, -1))
     assert pipe(num_images=1, order="raster").order[0].tolist() == list(range(64))
+
+
+def test_orders_of_classes_are_for_the_grid_of_training(pipe):
+    white = Image.new("RGB", (32, 32), "white")
+    for call in (
+        lambda: pipe.coarse_to_fine("Shoes"),
+        lambda: pipe.complete(white, pad=(4, 0, 0, 0), class_labels="Shoes"),
+        lambda: pipe("Shoes", grid=(4, 4)),
+        lambda: pipe("Shoes", order=PolicyConfig("class_mean", per_step=8)),
+    ):
+        with pytest.raises(ValueError, match=r"class_mean goes one position at a time over 8 x 8 patches"):
+            call()
+    assert pipe.complete(white, pad=(4, 0, 0, 0), order="raster").images[0].size == (36, 32)
+    mask = np.zeros((32, 32), bool)
+    mask[8:24, 8:24] = True
+    assert pipe.complete(white, mask, class_labels="Shoes").images[0].size == (32, 32)
 
 
 def test_the_command_draws_pictures_and_an_animation(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,11 +19,13 @@ from anyorder.policies import PolicyConfig
 from anyorder.runs.checkpoint import load_model
 from anyorder.runs.compare import CompareStage
 from anyorder.runs.config import parse
+from anyorder.runs.execute import split
 from anyorder.runs.extract import OrdersStage, class_orders
 from anyorder.runs.iterate import IterateStage
 from anyorder.runs.learn import TrainStage
 from anyorder.runs.stages import STAGES, load_experiment
 from anyorder.runs.summary import report
+from anyorder.runs.trainer import TrainConfig
 
 TINY_VQ = {
     "channels": 8, "multipliers": [1, 1, 2], "groups": 1, "res_blocks": 1, "attention": False,
@@ -68,7 +71,7 @@ EXPERIMENT = {
         "eval-by-class": {"stage": "eval", "samples": "by-class", "model": "classes", "orders": "orders",
                           **MEASURED, "nll_images": 8},
         "online": {"stage": "train", "tokens": "tokens", "init": "any", "model": {"location": True},
-                   "online": {"order": "entropy", "refresh": 4}, "train": STEPS},
+                   "online": {"order": "entropy", "refresh": 4}, "train": {**STEPS, "ema": 0.5}},
         "iterate": {"model": "any", "tokens": "tokens", "rounds": 2, "limit": 16, "test_limit": 8,
                     "policy": {"order": "token_likelihood", "location": 1.0, "per_step": 4}, "train": STEPS},
     }
@@ -151,6 +154,8 @@ def test_orders_are_extracted_while_training(experiment):
     orders = load_array(out / "online" / "online" / "round-000.npy")
     seen = orders[:, 0] != np.iinfo(np.uint16).max
     assert seen.sum() == 4 * 8
+    trained = read_manifest(out / "online")
+    assert trained["extraction_evaluations"] == 4 * 8 * (16 + 12 + 8 + 4)
     assert (np.sort(orders[seen], axis=1) == np.arange(16)).all()
 
 
@@ -346,6 +351,12 @@ def test_artifacts_that_do_not_belong_together_are_refused(experiment, tmp_path)
         (TrainStage, {"tokens": "t", "orders": "o", "jitter": -1}, "jitter must be >= 0"),
         (TrainStage, {"tokens": "t", "orders": "o", "online": {"order": "entropy"}}, "extracts the orders"),
         (TrainStage, {"tokens": "t", "online": {"order": "raster"}}, "must be an inferred order"),
+        (TrainStage, {"tokens": "t", "online": {"order": "entropy"}}, "give train.ema"),
+        (
+            TrainStage,
+            {"tokens": "t", "order": "raster", "model": {"location": True}, "train": {"compile": True}},
+            "train.compile covers",
+        ),
         (TrainStage, {"tokens": "t", "train": {"patience": 1, "eval_every": 0}}, "patience needs"),
         (IterateStage, {"model": "m", "tokens": "t", "random_floor": 0.9}, "random_floor"),
         (IterateStage, {"model": "m", "tokens": "t", "rounds": 0}, "rounds and patience"),
@@ -467,6 +478,17 @@ def test_stage_help_lists_every_setting(capsys):
         text = capsys.readouterr().out
         fields = [field.name for field in dataclasses.fields(STAGES[name])]
         assert all(f"{field}=" in text or f"{field}." in text for field in fields)
+
+
+def test_older_configurations_are_completed_with_defaults():
+    now = TrainStage(tokens=Path("t"), online=PolicyConfig("entropy"), train=TrainConfig(ema=0.9))
+    told, _, completion = split(now)
+    then = {key: value for key, value in told.items() if key not in ("online", "jitter")}
+    then["train"] = {key: value for key, value in told["train"].items() if key != "patience"}
+    found = completion(then)
+    assert (found["jitter"], found["train"]["patience"], found["train"]["ema"]) == (0.0, 0, 0.9)
+    assert found["online"] is None, "what did not exist was off, whatever is asked for now"
+    assert found.keys() == told.keys(), "inputs are no settings"
 
 
 # --- the Python interface ----------------------------------------------------------------------------------

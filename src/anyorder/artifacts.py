@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -210,23 +210,22 @@ def load_array(path: str | Path) -> np.ndarray:
         raise ValueError(f"{path} is damaged ({e}); delete its folder and run the stage again") from e
 
 
-def _completed(then: Any, defaults: Any) -> Any:
-    """A recorded configuration with the defaults of settings that did not exist then.
-
-    A new setting's default is what was done before it existed, so it does not make an artifact stale.
-    """
-    if not isinstance(then, dict) or not isinstance(defaults, dict):
-        return then
-    missing = {key: value for key, value in defaults.items() if key not in then}
-    return {key: _completed(value, defaults.get(key)) for key, value in then.items()} | missing
-
-
 def _identity(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str | Path]) -> dict[str, Any]:
     return {
         "stage": stage,
         "config": json.loads(json.dumps(config, default=_jsonable)),
         "inputs": {role: fingerprint(path) for role, path in inputs.items()},
     }
+
+
+def _matches(
+    then: Mapping[str, Any],
+    now: Mapping[str, Any],
+    completed: Callable[[dict[str, Any]], dict[str, Any]],
+) -> bool:
+    """Whether what was recorded is what is asked for now."""
+    config = json.loads(json.dumps(completed(then["config"]), default=_jsonable))
+    return all({**then, "config": config}[key] == value for key, value in now.items())
 
 
 class Artifact:
@@ -243,7 +242,7 @@ class Artifact:
         stage: str,
         config: Mapping[str, Any],
         inputs: Mapping[str, str | Path],
-        defaults: Mapping[str, Any] | None = None,
+        completed: Callable[[dict[str, Any]], dict[str, Any]] = lambda then: then,
     ):
         """Open `folder` for `stage`; work begun under another configuration is discarded.
 
@@ -252,7 +251,7 @@ class Artifact:
             stage: name of the stage, for the manifest.
             config: resolved configuration, JSON-able; decides with `inputs` whether the folder is current.
             inputs: folders of the input artifacts by role.
-            defaults: of the settings, for artifacts that are older than some of them.
+            completed: fills a recorded configuration up with the settings that did not exist then.
 
         Raises:
             FileNotFoundError: an input is not a finished artifact.
@@ -267,9 +266,9 @@ class Artifact:
                 raise ValueError(
                     f"{folder} holds the artifact of stage '{other}', not '{stage}': choose another out="
                 )
-        self.current = self.is_current(folder, stage, config, inputs, defaults)
+        self.current = self.is_current(folder, stage, config, inputs, completed)
         if not self.current:
-            resumed = begun.is_file() and read_json(begun) == self.identity
+            resumed = begun.is_file() and _matches(read_json(begun), self.identity, completed)
             if not resumed and (begun.is_file() or done.is_file()):  # never touch a folder of somebody else
                 self._discard()
             write_json(begun, self.identity)
@@ -280,15 +279,13 @@ class Artifact:
         stage: str,
         config: Mapping[str, Any],
         inputs: Mapping[str, str | Path],
-        defaults: Mapping[str, Any] | None = None,
+        completed: Callable[[dict[str, Any]], dict[str, Any]] = lambda then: then,
     ) -> bool:
         """Whether `folder` is finished with this very configuration and these inputs; writes nothing."""
         done = Path(folder) / MANIFEST
         if not done.is_file():
             return False
-        manifest, known = read_json(done), json.loads(json.dumps(defaults or {}, default=_jsonable))
-        then = {**manifest, "config": _completed(manifest["config"], known)}
-        return all(then[key] == value for key, value in _identity(stage, config, inputs).items())
+        return _matches(read_json(done), _identity(stage, config, inputs), completed)
 
     def _discard(self) -> None:
         """Remove what an earlier configuration left; only files that stages write are touched."""

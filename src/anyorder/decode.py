@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyorder.contracts import AnyOrderModel, Grid, LocatingModel, OrderPolicy, Progress, Step, Trace
+from anyorder.contracts import AnyOrderModel, Grid, OrderPolicy, Progress, Step, Trace
 from anyorder.guidance import for_locations
 from anyorder.logits import Sampling, Streams, draw, entropy, token_likelihood, truncate
 from anyorder.policies import FixedOrder, InformativeOrder, PolicyConfig, make_policy
@@ -84,7 +84,7 @@ def generate(
             "or choose a token-blind order"
         )
     scorer = None if isinstance(policy, FixedOrder) else scorer
-    if policy.located and not isinstance(scorer or model, LocatingModel):
+    if policy.located and not hasattr(scorer or model, "locate"):
         raise ValueError(f"'{policy.name}' asks a location head: this model has none, choose another order")
     grid = grid or model.grid
     device = streams.device
@@ -154,12 +154,12 @@ def _uncertainty_after(
 ) -> Tensor:
     """Summed entropy (B,) nats of the open positions after the likeliest token is put on `position` (B,)."""
     fork, position = copy.deepcopy(state), position[:, None]
-    token = model.score(fork, position).argmax(-1)
+    token = for_locations(fork, model.score(fork, position).float().log_softmax(-1)).argmax(-1)
     fork = model.append(fork, position, token)
     others = (~progress.revealed.scatter(1, position, True)).nonzero()[:, 1].view(len(position), -1)
     total = torch.zeros(len(position), device=position.device)
     for some in others.split(chunk, dim=1):
-        log_p = model.score(fork, some).float().log_softmax(-1)
+        log_p = for_locations(fork, model.score(fork, some).float().log_softmax(-1))
         total -= entropy(log_p, some).sum(1)
     return total
 

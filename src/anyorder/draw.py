@@ -55,9 +55,11 @@ def draw(config: DrawConfig, out: Path) -> list[Path]:
         ValueError: an unknown class, attribute or value, or prompts to a pipeline that takes none.
     """
     pipe = Pipeline.from_pretrained(config.pipeline)
-    wanted: list[int | str] = [int(x) if x.isdigit() else x for x in config.labels]
+    wanted = [
+        label if label in pipe.classes or not label.isdecimal() else int(label) for label in config.labels
+    ]
     if not wanted and not config.prompts and not config.attributes:
-        wanted = list(range(len(pipe.classes)))
+        wanted = list(range(pipe.model.num_classes))
     made = pipe(
         _in_turn(wanted, config.n), config.n, config.policy, config.guidance, config.seed,
         sampling=config.sampling,

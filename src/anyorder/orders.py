@@ -173,6 +173,17 @@ def random_orders(rows: int, grid: Grid, generator: torch.Generator | None = Non
     return torch.rand(rows, grid.n, generator=generator, device=device, dtype=torch.float64).argsort(1)
 
 
+def of_classes(table: Tensor, labels: Tensor) -> Tensor:
+    """The order of each image's class, (B, N) int64; the mean of all classes' orders for images without one.
+
+    Args:
+        table: (classes, N) int64, an order for each class.
+        labels: (B,) int64 in [-1, classes), -1 for no class.
+    """
+    of_all = inverse(table).double().mean(0).argsort(stable=True)
+    return torch.where(labels[:, None] < 0, of_all, table[labels.clamp(min=0)])
+
+
 # --- statistics ----------------------------------------------------------------------------------------
 
 

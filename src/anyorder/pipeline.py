@@ -17,8 +17,8 @@ from anyorder.data.text import Vocabulary, index_of
 from anyorder.decode import drawn, generate, sample_coarse_to_fine, trace
 from anyorder.guidance import GuidanceConfig, Guided, Schedule
 from anyorder.logits import Sampling, Streams
-from anyorder.orders import inverse
-from anyorder.policies import INFERRED, InferredOrder, PolicyConfig, make_policy
+from anyorder.orders import of_classes
+from anyorder.policies import INFERRED, InferredOrder, LocatedOrder, PolicyConfig, make_policy
 from anyorder.runs.common import device, to_uint8
 from anyorder.runs.editing import Completion, Filling, complete_images, vary_images
 from anyorder.runs.masks import pad as pad_canvas
@@ -207,7 +207,7 @@ class Pipeline:
         condition, n = self._condition(class_labels, prompt, attributes or {}, num_images)
         grid = self._grid(grid)
         streams = Streams(_seeds(generator, n), self._device)
-        policy = make_policy(self._order(order, condition, n), grid, streams)
+        policy = make_policy(self._order(order, condition, n, grid), grid, streams)
         content = drawn(sampling or Sampling())
         return generate(
             self._drawer(guidance_scale, guidance_schedule), policy, content, streams,
@@ -268,7 +268,9 @@ class Pipeline:
         if num_images not in (None, n):
             raise ValueError(f"got {n} images for num_images={num_images}: give one image, or one for each")
         streams = Streams(_seeds(generator, n), self._device)
-        chosen = self._order(order, condition, n)
+        canvas, hole = (images, None) if keep is not None else _holes(images, mask, pad)
+        h, w = (side // self.tokenizer.factor for side in canvas.shape[1:3])
+        chosen = self._order(order, condition, n, Grid(max(1, h), max(1, w)))
         settings: dict[str, Any] = {
             "condition": condition,
             "sampling": sampling or Sampling(),
@@ -278,9 +280,8 @@ class Pipeline:
         if keep is not None:
             if mask is not None or pad is not None:
                 raise ValueError("give either keep=..., or mask=... and pad=...")
-            made = vary_images(model, self.tokenizer, self._pixels(images), keep, chosen, streams, **settings)
+            made = vary_images(model, self.tokenizer, self._pixels(canvas), keep, chosen, streams, **settings)
         else:
-            canvas, hole = _holes(images, mask, pad)
             made = complete_images(
                 model, self.tokenizer, self._pixels(canvas), torch.from_numpy(hole).to(self._device), chosen,
                 streams, filling=Filling(margin, feather), **settings,
@@ -319,14 +320,14 @@ class Pipeline:
             ValueError: as of a call, or a factor below 2.
         """
         condition, n = self._condition(class_labels, prompt, attributes or {}, num_images)
-        chosen = self.policy if order is None else order
+        grid = Grid(factor * self.model.grid.h, factor * self.model.grid.w)
+        chosen = self._order(order, condition, n, grid)
         streams = Streams(_seeds(generator, n), self._device)
         model = self._drawer(guidance_scale, guidance_schedule)
         made = sample_coarse_to_fine(
             model, chosen, streams, factor,
             condition=condition, sampling=sampling or Sampling(), scorer=self._scorer(chosen),
         )  # fmt: skip
-        grid = Grid(factor * self.model.grid.h, factor * self.model.grid.w)
         return PipelineOutput(self.decode(made.tokens, grid), made.order, made.tokens, made.log_prob)
 
     @property
@@ -343,25 +344,32 @@ class Pipeline:
             guidance = GuidanceConfig(guidance, schedule)
         return Guided(self.model, guidance) if guidance.scale != 1 else self.model
 
-    def _order(self, order: Any, condition: Tensor | None, n: int) -> Any:
+    def _order(self, order: Any, condition: Tensor | None, n: int, grid: Grid) -> Any:
         """The order to draw in; (n, N) where classes have their own, their mean for images without one."""
         order = self.policy if order is None else order
-        name = order.order if isinstance(order, PolicyConfig) else order
-        if not isinstance(name, str) or name != "class_mean":
+        policy = PolicyConfig("class_mean") if isinstance(order, str) and order == "class_mean" else order
+        if not isinstance(policy, PolicyConfig) or policy.order != "class_mean":
             return order
         if self.class_orders is None:
             raise ValueError("this pipeline has no orders of classes: choose another order than class_mean")
-        everybody = inverse(self.class_orders).double().mean(0).argsort()
+        if grid != self.model.grid or policy.per_step != 1:
+            own = self.model.grid
+            raise ValueError(
+                f"class_mean goes one position at a time over {own.h} x {own.w} patches, "
+                f"got {grid.h} x {grid.w} and per_step={policy.per_step}: give another order, say entropy"
+            )
         labels = torch.full((n,), -1) if condition is None else class_labels(condition).cpu()
-        own = self.class_orders[labels.clamp(min=0)]
-        return torch.where(labels[:, None] < 0, everybody, own).to(self._device)
+        return of_classes(self.class_orders, labels).to(self._device)
 
     def _scorer(self, order: Any) -> AnyOrderModel | None:
-        """The scorer, for orders that it can decide: inferred and token-blind ones."""
-        if isinstance(order, str) and order in INFERRED:
+        """The scorer, for orders that it can decide: inferred and token-blind ones, and a location head's."""
+        if isinstance(order, str) and order in (*INFERRED, "location"):
             order = PolicyConfig(order)
-        inferred = isinstance(order, InferredOrder) or (isinstance(order, PolicyConfig) and order.inferred)
-        return self.scorer if inferred and order.token_blind else None
+        if isinstance(order, PolicyConfig):
+            decides = order.inferred or order.order == "location"
+        else:
+            decides = isinstance(order, InferredOrder | LocatedOrder)
+        return self.scorer if decides and order.token_blind else None
 
     def decode(self, tokens: Tensor, grid: Grid | tuple[int, int] | None = None) -> list[Image.Image]:
         """Tokens (B, N) to Pillow images."""
@@ -449,7 +457,7 @@ def _download(hub_id: str) -> Parts:
     try:
         if published is not None:
             return load_published(published)
-        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
+        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.npy"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         raise FileNotFoundError(
             f"'{hub_id}' is neither a folder nor a hub id that can be reached: {e}"

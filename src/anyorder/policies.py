@@ -165,6 +165,8 @@ class InformativeOrder(InferredOrder):
         super().__post_init__()
         if self.score != "entropy" or self.per_step != 1 or self.refresh != 1:
             raise ValueError("expected information takes score='entropy', per_step=1 and refresh=1")
+        if self.distance or self.location:
+            raise ValueError("expected information knows no distance and no location head: leave them at 0")
         if self.top < 1:
             raise ValueError(f"top must be >= 1, got {self.top}")
 
@@ -282,6 +284,8 @@ def make_policy(
         return InformativeOrder(per_step=per_step)
     if order == "location":
         return LocatedOrder(per_step=per_step)
+    if order == "class_mean":
+        raise ValueError("class_mean needs the orders of the classes: give each image's as a tensor (B, N)")
     raise ValueError(_unknown(order))
 
 
@@ -321,6 +325,9 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         if self.order not in ("random", *STATIC, *SCORES, *OWN):
             raise ValueError(_unknown(self.order))
+        if self.order not in ("information", "location"):  # what these would do anyway is left unsaid
+            object.__setattr__(self, "sign", None if self.sign == 1 else self.sign)
+            object.__setattr__(self, "temperature", self.temperature or None)
         changed = {key for key, value in vars(self).items() if value != getattr(PolicyConfig, key)}
         if wrong := changed - self._settings():
             raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor
 from anyorder.artifacts import load_array, read_json, read_manifest
 from anyorder.contracts import Grid, class_labels
 from anyorder.data.text import CaptionTokenizer, Vocabulary, index_of
+from anyorder.orders import of_classes
 
 Indices = Sequence[int] | np.ndarray | Tensor
 TEXT = "text.json"
@@ -235,15 +236,8 @@ class OrderSet:
         return torch.from_numpy(np.asarray(self.orders[np.asarray(indices)].astype(np.int64)))
 
     def of_classes(self, condition: Tensor) -> Tensor:
-        """The mean order of the class of each condition, (B, N) int64.
-
-        Raises:
-            ValueError: a condition without a class.
-        """
-        labels = class_labels(condition).cpu()
-        if bool((labels < 0).any()):
-            raise ValueError("the orders of classes need a class for every image: choose another order")
-        return self.class_orders[labels]
+        """The mean order of the class of each condition, (B, N) int64; of all classes where there is none."""
+        return of_classes(self.class_orders, class_labels(condition).cpu())
 
 
 def check_tokenizer(tokens: TokenSet, tokenizer: str) -> None:

@@ -97,6 +97,7 @@ def training_facts(result: TrainResult) -> dict[str, Any]:
     """What the manifest says of a training."""
     return {
         "parameters": sum(p.numel() for p in result.model.parameters()),
+        "steps": result.steps,
         "seconds": result.seconds,
         "examples": result.examples,
         "device": str(device()),

@@ -64,10 +64,10 @@ class Match:
         ours, theirs = ([value for value in side if value is not None] for side in sides)
         return mean(ours) - mean(theirs) if len(ours) == len(theirs) == len(self.pairs) else None
 
-    def ratio(self, key: str) -> float:
-        """Ratio of the means of a metric over the pairs."""
+    def ratio(self, key: str) -> float | None:
+        """Ratio of the means of a metric over the pairs; None where the baseline is 0."""
         ours, theirs = (mean(pair[side].metrics[key] for pair in self.pairs) for side in (0, 1))
-        return ours / theirs
+        return ours / theirs if theirs else None
 
 
 def conclusions(variants: Sequence[Variant], differences: Differences, title: str = "Conclusions") -> Section:
@@ -213,8 +213,10 @@ def _likelihood(variant: Variant) -> str:
 def _cost(variant: Variant, match: Match) -> str:
     """Time per image and training tokens as multiples of a baseline's, and the extraction of orders."""
     time, ratio = match.ratio("seconds_per_image"), match.ratio("training_tokens")
-    tokens = "the same number of" if ratio == 1 else f"{ratio:.2f} times the"
-    text = f"Cost: {time:.2f} times the time per image of {match.baseline.name}, and {tokens} training tokens"
+    text = f"Cost: {time:.2f} times the time per image of {match.baseline.name}"
+    if ratio is not None:
+        tokens = "the same number of" if ratio == 1 else f"{ratio:.2f} times the"
+        text += f", and {tokens} training tokens"
     extraction = variant.row()["extraction evaluations"]
     if extraction is not None:
         text += f"; {format_value(extraction)} position evaluations, once, to extract its orders"

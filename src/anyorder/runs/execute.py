@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from anyorder.artifacts import Artifact
 
 log = logging.getLogger("anyorder")
+
+Completion = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def execute(name: str, stage: Any, out: Path) -> bool:
@@ -27,8 +30,8 @@ def execute(name: str, stage: Any, out: Path) -> bool:
         ValueError, FileNotFoundError: bad configuration or inputs.
         OSError: the disk is full; what was finished is kept.
     """
-    settings, inputs, defaults = split(stage)
-    artifact = Artifact(out, name, settings, inputs, defaults)
+    settings, inputs, completion = split(stage)
+    artifact = Artifact(out, name, settings, inputs, completion)
     if artifact.current:
         log.info("%s is up to date", out)
         return False
@@ -38,24 +41,42 @@ def execute(name: str, stage: Any, out: Path) -> bool:
     return True
 
 
-def split(stage: Any) -> tuple[dict[str, Any], dict[str, Path], dict[str, Any]]:
-    """What a stage is told, the artifacts it reads by role, and the defaults of what it may be told.
+def split(stage: Any) -> tuple[dict[str, Any], dict[str, Path], Completion]:
+    """What a stage is told, the artifacts it reads by role, and how to complete what an older one was told.
 
     The artifacts' folders are no settings: moving them leaves what was made of them up to date.
     """
     settings = dataclasses.asdict(stage)
     given = {role: settings.pop(role) for role in stage.inputs}
-    defaults = {name: value for name, value in _defaults(stage).items() if name in settings}
-    return settings, {role: path for role, path in given.items() if path is not None}, defaults
+    inputs = {role: path for role, path in given.items() if path is not None}
+    return settings, inputs, lambda then: completed(then, stage, without=stage.inputs)
 
 
-def _defaults(stage: Any) -> dict[str, Any]:
-    """Default values of the fields of a dataclass and of the dataclasses nested in it."""
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(stage):
-        value = getattr(stage, field.name)
-        if dataclasses.is_dataclass(value):
-            found[field.name] = _defaults(value)
-        elif field.default is not dataclasses.MISSING:
-            found[field.name] = field.default
+def completed(then: dict[str, Any], like: Any, without: Collection[str] = ()) -> dict[str, Any]:
+    """A recorded configuration with the defaults of settings that did not exist when it was recorded.
+
+    A new setting's default is what was done before it existed, so that it makes no artifact stale.
+
+    Args:
+        then: as recorded.
+        like: the configuration of now, a dataclass, for its fields.
+        without: fields that are no settings.
+    """
+    found = dict(then)
+    for field in dataclasses.fields(like):
+        value = getattr(like, field.name)
+        if isinstance(then.get(field.name), dict) and dataclasses.is_dataclass(value):
+            found[field.name] = completed(then[field.name], value)
+        elif field.name not in then and field.name not in without:
+            found |= _default(field)
     return found
+
+
+def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """The default of a field by its name, nothing if it has none."""
+    if field.default is not dataclasses.MISSING:
+        return {field.name: field.default}
+    if field.default_factory is dataclasses.MISSING:
+        return {}
+    value = field.default_factory()
+    return {field.name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value}  # type: ignore[arg-type]

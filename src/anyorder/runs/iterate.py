@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from anyorder.artifacts import Artifact, atomic, read_json, read_manifest
+from anyorder.artifacts import Artifact, atomic, read_manifest
 from anyorder.models.transformer import Architecture
 from anyorder.policies import PolicyConfig
 from anyorder.runs.checkpoint import CONFIG, WEIGHTS
-from anyorder.runs.common import device
+from anyorder.runs.common import device, load_any_order
 from anyorder.runs.execute import execute
 from anyorder.runs.extract import OrdersStage
 from anyorder.runs.learn import TrainStage
@@ -88,7 +88,7 @@ class IterateStage:
 
     def _round(self, folder: Path, model: Path, done: int) -> Path:
         """One E-step and one M-step; either is skipped if it is finished."""
-        located = read_json(model / CONFIG)["config"].get("location", False)
+        located = getattr(load_any_order(model).config, "location", False)
         extraction = OrdersStage(
             model=model,
             tokens=self.tokens,

@@ -285,11 +285,12 @@ class EvalStage:
         `nll`, exact: token-blind policies without location noise, and fixed and random orders. p(x) is then a
         product of the model's conditionals along an order that the image determines, or that ignores it.
         `bound` = `bound_tokens` + `bound_location`: samples of a location head. -log q(order, x) of one order
-        is an upper bound on -log p(x); the order is the greedy maximum of q.
+        is an upper bound on -log p(x); the order is the greedy maximum of q. None where the locations are
+        drawn at another temperature or by another model.
         """
         policy = PolicyConfig(**made["config"]["policy"])
         exact = policy.token_blind and (policy.deterministic or policy.order == "random")
-        located = policy.order == "location"
+        located = policy.order == "location" and policy.temperature in (None, 1) and self.scorer is None
         if not self.nll_images or policy.per_step != 1 or not (exact or located):
             return {"nll": None, "bits_per_dim": None}
         test, model = TokenSet(self.tokens, "test"), load_any_order(self.model)

@@ -102,6 +102,10 @@ class TrainStage:
             raise ValueError("online extracts the orders itself: give it, or orders=..., or order=...")
         if self.online is not None and self.online.order not in (*INFERRED, "location"):
             raise ValueError(f"online.order must be an inferred order, got '{self.online.order}'")
+        if self.online is not None and not self.train.ema:
+            raise ValueError(
+                "online extracts by the moving average of the weights: give train.ema, say 0.999"
+            )
         if self.online_every < 1:
             raise ValueError(f"online_every must be >= 1 epoch, got {self.online_every}")
         if self.order == "random" and self.orders is None and self.online is None:
@@ -112,6 +116,8 @@ class TrainStage:
                 )
             if self.model.location:
                 raise ValueError("model.location needs orders to learn: give orders=... or a static order")
+        if self.train.compile and self.model.location:
+            raise ValueError("train.compile covers models without a location head: leave one of them out")
         if self.lora < 0 or (self.lora and self.init is None):
             raise ValueError(f"lora must be a rank >= 0 and goes with init=..., got {self.lora}")
         if self.init is not None and dataclasses.replace(self.model, location=False) != Architecture():
@@ -134,7 +140,11 @@ class TrainStage:
                 return token_nll(model, batch, labels, order).mean(), {}  # type: ignore[arg-type]
             content, where = joint_nll(model, batch, labels, order)  # type: ignore[arg-type]
             where = where * is_own[:, None]  # a random order says nothing of where to go
-            return content.mean() + where.mean(), {"content": content.mean(), "location": where.mean()}
+            share = is_own.float().mean().clamp(min=1e-6)
+            return content.mean() + where.mean(), {
+                "content": content.mean(),
+                "location": where.mean() / share,
+            }
 
         watched = [self._watched(tokens, fixed, examples), self._watched_test(test)]
 
@@ -166,6 +176,7 @@ class TrainStage:
             **self._general_nll(result.model, test),
             "training_tokens": here + before["training_tokens"],
             "training_seconds": result.seconds + before["training_seconds"],
+            **({"extraction_evaluations": online.evaluations()} if online is not None else {}),
             **training_facts(result),
         }
 
@@ -240,14 +251,17 @@ class TrainStage:
         end = self.random_share if self.random_share_end is None else self.random_share_end
 
         def orders(rows: np.ndarray, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            share = self.random_share + (end - self.random_share) * (step - 1) / max(1, self.train.steps - 1)
-            at_random = torch.rand(len(rows), 1, generator=generator) < share
-            strangers = random_orders(len(rows), grid, generator)
-            order, is_own = own(rows, step, generator)
+            on_cpu = torch.Generator().manual_seed(generator.initial_seed())  # the same orders on any device
+            order, is_own = own(rows, step, on_cpu)
             if self.jitter:
-                noise = torch.randn(order.shape, generator=generator)
+                noise = torch.randn(order.shape, generator=on_cpu)
                 order = (inverse(order) + self.jitter * noise).argsort(1)
-            return torch.where(at_random, strangers, order), is_own & ~at_random[:, 0]
+            share = self.random_share + (end - self.random_share) * (step - 1) / max(1, self.train.steps - 1)
+            if share:
+                at_random = torch.rand(len(rows), 1, generator=on_cpu) < share
+                order = torch.where(at_random, random_orders(len(rows), grid, on_cpu), order)
+                is_own = is_own & ~at_random[:, 0]
+            return order, is_own
 
         return orders
 

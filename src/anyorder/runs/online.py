@@ -64,6 +64,12 @@ class OnlineOrders:
             self.orders[missing] = self._extract(missing)
         return torch.from_numpy(self.orders[rows].astype(np.int64)), is_own
 
+    def evaluations(self) -> int:
+        """Candidate evaluations that extraction has cost so far, by what the round files hold."""
+        files = [np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("round-*.npy"))]
+        extracted = sum(int((orders[:, 0] != _UNKNOWN).sum()) for orders in files)
+        return extracted * self.policy.evaluations(self.tokens.grid.n)
+
     def _open(self, this: int) -> None:
         """The file of a round, made if need be, all unknown."""
         self.folder.mkdir(parents=True, exist_ok=True)

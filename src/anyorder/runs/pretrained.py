@@ -49,6 +49,7 @@ class Parts:
 def save_parts(folder: str | Path, parts: Parts) -> None:
     """Write `pipeline.json`, `model/`, `tokenizer/`, and what else there is: scorer, orders, vocabulary."""
     folder = Path(folder)
+    (folder / CLASS_ORDERS).unlink(missing_ok=True)  # of an older pipeline in the same folder
     if parts.class_orders is not None:
         save_array(folder / CLASS_ORDERS, parts.class_orders.numpy().astype(np.uint16))
     if parts.scorer is not None:

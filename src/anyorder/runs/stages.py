@@ -62,9 +62,9 @@ class Experiment:
         """One line per stage: what would be run (a stage is looked at only if its inputs are finished)."""
         lines, stale = [], set()
         for name, (kind, stage) in self.stages.items():
-            settings, inputs, defaults = split(stage)
+            settings, inputs, completion = split(stage)
             ready = all((path / MANIFEST).is_file() and path not in stale for path in inputs.values())
-            current = ready and Artifact.is_current(self.out / name, kind, settings, inputs, defaults)
+            current = ready and Artifact.is_current(self.out / name, kind, settings, inputs, completion)
             if not current:
                 stale.add(self.out / name)
             lines.append(f"{'up to date' if current else 'to run':10}  {kind:9}  {self.out / name}")

@@ -283,7 +283,7 @@ def _training(trained: Found) -> list[Section]:
     rows = [
         {
             "model": path.name,
-            "orders": "extracted" if "orders" in m["inputs"] else m["config"]["order"],
+            "orders": _trained_on(m),
             "parameters": m["parameters"],
             "train nats/token": m.get("train_nll"),
             "test nats/token": m["test_nll"],
@@ -306,12 +306,22 @@ def _training(trained: Found) -> list[Section]:
     return [Section("Training", "", items)]
 
 
+def _trained_on(manifest: dict[str, Any]) -> str:
+    """Where the orders of a training came from, for tables."""
+    config = manifest["config"]
+    if config.get("online"):
+        return f"extracted while training: {config['online']['order']}"
+    if "orders" not in manifest["inputs"]:
+        return config["order"]
+    return "extracted, the mean of each class" if config.get("orders_as") == "class_mean" else "extracted"
+
+
 def _steps_before(path: Path, trained: Found) -> int:
     """Steps behind the model that a training started from."""
     own = dict(trained)[path]["inputs"].get("init")
     for other, manifest in trained:
         if manifest["fingerprint"] == own:
-            return manifest["config"]["train"]["steps"] + _steps_before(other, trained)
+            return manifest.get("steps", manifest["config"]["train"]["steps"]) + _steps_before(other, trained)
     return 0
 
 

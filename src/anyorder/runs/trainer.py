@@ -202,8 +202,8 @@ def train(
                 run.look(sample)
             if run.due(config.save_every):
                 run.save()
+        run.save()
         if stopped:
-            run.save()
             raise KeyboardInterrupt(f"stopped after step {run.step} of {config.steps}; run again to go on")
     return TrainResult(run.best.eval(), run.seconds, run.step, run.step * per_step, run.metrics)
 
