@@ -32,9 +32,9 @@ smoke: $(VENV)/.installed  ## every stage of the quickstart, at toy size
 bench: $(VENV)/.installed
 	$(BIN)/anyorder bench
 
-demo: $(VENV)/.installed  ## watch the quickstart's model draw, in a browser
+demo: $(VENV)/.installed  ## watch the model that comes with the package draw, in a browser
 	$(INSTALL) -e '.[demo]'
-	$(BIN)/anyorder demo pipeline=runs/quickstart/pipeline
+	$(BIN)/anyorder demo pipeline=fashion32
 
 coverage: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
