@@ -148,6 +148,16 @@ def test_several_locations_in_one_step(per_step):
     assert sorted(torch.cat([step.positions for step in steps], 1)[0].tolist()) == list(range(6))
 
 
+@pytest.mark.parametrize("gradient", [True, False])
+def test_the_loss_of_the_head_trains_the_model_or_stops_before_it(gradient):
+    model = located(location_gradient=gradient)
+    with torch.enable_grad():
+        joint_nll(model, torch.zeros(1, 6).long(), None, torch.arange(6)[None])[1].sum().backward()
+    assert model.location.context.weight.grad.abs().sum() > 0
+    assert (model.blocks[0].mlp.down.weight.grad is not None) == gradient
+    assert (model.token_embedding.weight.grad is not None) == gradient
+
+
 def test_the_e_step_follows_position_and_true_token():
     """With weight 1 on the location, greedy extraction maximises q(position) q(true token) at every step."""
     model, tokens = located(), torch.randint(5, (3, GRID.n), generator=seeded(4))

@@ -59,6 +59,8 @@ class Architecture:
     any of them may be left out; for conditions of several parts."""
     location: bool = False
     """A head that says where to go next, besides what is there: order and content as one model."""
+    location_gradient: bool = True
+    """Whether the location head's loss trains the whole model; if not, content learns as it would without."""
     checkpointing: bool = False
     """Recompute blocks in the backward pass: memory O(depth) less, time about a third more."""
 
@@ -417,6 +419,8 @@ class AnyOrderTransformer(AnyOrderNetwork):
         )
         first = self._asked(start, read)[:, None].to(hidden.dtype)
         behind = torch.cat((first, hidden[:, :-1]), dim=1)
+        if not self.config.location_gradient:
+            behind, content = behind.detach(), content.detach()
         revealed = revealed_before(inverse(order))
         where = self._head()(behind, content, before, revealed, self._head().tables(grid))
         return self.head(hidden), where
