@@ -120,7 +120,8 @@ class TrainStage:
             raise ValueError("train.compile covers models without a location head: leave one of them out")
         if self.lora < 0 or (self.lora and self.init is None):
             raise ValueError(f"lora must be a rank >= 0 and goes with init=..., got {self.lora}")
-        if self.init is not None and dataclasses.replace(self.model, location=False) != Architecture():
+        plain = dataclasses.replace(self.model, location=False, location_gradient=True)
+        if self.init is not None and plain != Architecture():
             raise ValueError("init=... brings its own architecture: remove the model.* settings")
         if bool(self.train.sample_every) != (self.tokenizer is not None):
             raise ValueError("pictures during training need both tokenizer=... and train.sample_every > 0")
@@ -219,7 +220,8 @@ class TrainStage:
         if self.model.location and not _has_location(model):
             if not isinstance(model, AnyOrderTransformer):
                 raise ValueError("a published model takes no location head: remove model.location")
-            larger = AnyOrderTransformer(dataclasses.replace(model.config, location=True)).to(device())
+            head = {"location": True, "location_gradient": self.model.location_gradient}
+            larger = AnyOrderTransformer(dataclasses.replace(model.config, **head)).to(device())
             larger.load_state_dict(model.state_dict(), strict=False)
             model = larger
         if self.lora:
