@@ -66,8 +66,8 @@ class LocationHead(nn.Module):
 
         Costs O(T N d) per image, beside O(L D^2) of the transformer's L layers.
         """
-        # The condition before the first step and embeddings are small beside hidden states: without a norm the
-        # head would hear nothing of the class, and begin in the order of another one.
+        # The condition before the first step and embeddings are small beside hidden states: without a norm
+        # the head would hear nothing of the class, and begin in the order of another one.
         inputs = [F.rms_norm(x, x.shape[-1:]) for x in (hidden, content)]
         query = self.query(torch.cat(inputs, dim=-1))
         score = query @ tables.absolute.T + self._from_last(query, last, tables)
