@@ -470,6 +470,10 @@ def test_bench_reports_shares_of_the_matmul_rate(tmp_path, capsys):
     assert {"training step", "sampling, location head", "sampling, inferred order"} < set(rows)
     assert all(row["seconds"] > 0 for row in rows.values())
     assert "share of matmul" in capsys.readouterr().out
+    assert cli.main(["bench", f"out={tmp_path}/c.json", "repeats=1", "only=training step", *small]) == 0
+    only = json.loads((tmp_path / "c.json").read_text())["rows"]
+    assert [row["workload"] for row in only] == ["matmul", "training step"]
+    assert cli.main(["bench", f"out={tmp_path}/c.json", "only=running", *small]) == 2
 
 
 def test_stage_help_lists_every_setting(capsys):

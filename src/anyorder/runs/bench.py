@@ -43,6 +43,8 @@ class BenchConfig:
     """Images sampled at once."""
     repeats: int = 5
     """Timed runs of each kind; the median counts."""
+    only: tuple[str, ...] = ()
+    """Workloads to measure, by name; all by default. The matmul is measured in any case."""
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.images, self.repeats) < 1:
@@ -61,6 +63,9 @@ def bench(config: BenchConfig, out: Path) -> dict[str, Any]:
     model = AnyOrderTransformer(TransformerConfig(**settings, vocab_size=config.vocab_size, grid=config.grid))
     model.to(device())
     runs = _workloads(model, grid, config)
+    if unknown := set(config.only) - set(runs):
+        raise ValueError(f"unknown workload {', '.join(sorted(unknown))}: choose from {'; '.join(runs)}")
+    runs = {name: run for name, run in runs.items() if name in ("matmul", *(config.only or runs))}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for work, _, _ in runs.values():
         work()  # warm-up
