@@ -15,13 +15,26 @@ from anyorder.orders import STATIC, inverse, random_orders, static_order, valida
 Score = Literal["entropy", "max_prob", "margin", "token_likelihood"]
 
 
-class FixedOrder:
-    """Follows an order given beforehand, skipping positions that are known already."""
+class _Decided:
+    """A policy that proposes just what is to be revealed: nothing is left to rate or select."""
 
     token_blind = True
     rated = False
-    located = False
     sequential = False
+
+    def rate(self, log_p: Tensor, tokens: Tensor) -> Tensor:
+        """All candidates are wanted: zeros (B, M)."""
+        return torch.zeros(tokens.shape, device=tokens.device)
+
+    def select(self, progress: Progress, candidates: Tensor, ratings: Tensor) -> Tensor:
+        """Every candidate, in the sequence they were proposed."""
+        return torch.arange(candidates.shape[1], device=candidates.device).expand_as(candidates)
+
+
+class FixedOrder(_Decided):
+    """Follows an order given beforehand, skipping positions that are known already."""
+
+    located = False
 
     def __init__(self, order: Tensor, grid: Grid, *, per_step: int = 1, name: str = "given"):
         """Take the order to follow.
@@ -45,14 +58,6 @@ class FixedOrder:
         waiting = self.rank.to(progress.revealed.device).masked_fill(progress.revealed, n)
         k = min(self.per_step, int((~progress.revealed[0]).sum()))
         return waiting.topk(k, dim=1, largest=False, sorted=True).indices
-
-    def rate(self, log_p: Tensor, tokens: Tensor) -> Tensor:
-        """All candidates are wanted: zeros (B, M)."""
-        return torch.zeros(tokens.shape, device=tokens.device)
-
-    def select(self, progress: Progress, candidates: Tensor, ratings: Tensor) -> Tensor:
-        """Every candidate, in the sequence of the order."""
-        return torch.arange(candidates.shape[1], device=candidates.device).expand_as(candidates)
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ class InformativeOrder(InferredOrder):
 
 
 @dataclass(frozen=True)
-class LocatedOrder:
+class LocatedOrder(_Decided):
     """The location head chooses: no candidate is scored to decide where; it costs what a fixed order does.
 
     At temperature 1 (order, x) is drawn ancestrally from q(order, x).
@@ -204,10 +209,7 @@ class LocatedOrder:
     """Positions revealed in parallel, K, without replacement."""
 
     name = "location"
-    token_blind = True
-    rated = False
     located = True
-    sequential = False
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -220,14 +222,6 @@ class LocatedOrder:
         wanted = progress.where + self.temperature * progress.noise
         k = min(self.per_step, int((~progress.revealed[0]).sum()))
         return wanted.masked_fill(progress.revealed, -torch.inf).topk(k, dim=1).indices
-
-    def rate(self, log_p: Tensor, tokens: Tensor) -> Tensor:
-        """All candidates are wanted: zeros (B, M)."""
-        return torch.zeros(tokens.shape, device=tokens.device)
-
-    def select(self, progress: Progress, candidates: Tensor, ratings: Tensor) -> Tensor:
-        """Every candidate, in the sequence of the head's wish."""
-        return torch.arange(candidates.shape[1], device=candidates.device).expand_as(candidates)
 
 
 def _distance(progress: Progress, candidates: Tensor, to: str) -> Tensor:
