@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from anyorder.artifacts import load_array, save_array
 from anyorder.data.caches import TokenSet
 from anyorder.decode import extract_orders
 from anyorder.logits import Streams
@@ -66,19 +67,15 @@ class OnlineOrders:
 
     def evaluations(self) -> int:
         """Candidate evaluations that extraction has cost so far, by what the round files hold."""
-        files = [np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("round-*.npy"))]
+        files = [load_array(path) for path in sorted(self.folder.glob("round-*.npy"))]
         extracted = sum(int((orders[:, 0] != _UNKNOWN).sum()) for orders in files)
         return extracted * self.policy.evaluations(self.tokens.grid.n)
 
     def _open(self, this: int) -> None:
         """The file of a round, made if need be, all unknown."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         path, shape = self.folder / f"round-{this:03d}.npy", (len(self.tokens), self.tokens.grid.n)
         if not path.is_file():
-            temporary = path.with_suffix(".tmp")
-            with open(temporary, "wb") as f:
-                np.save(f, np.full(shape, _UNKNOWN, np.uint16))
-            temporary.replace(path)
+            save_array(path, np.full(shape, _UNKNOWN, np.uint16))
         self.orders, self.round = np.load(path, mmap_mode="r+"), this
 
     def _extract(self, rows: np.ndarray) -> np.ndarray:
