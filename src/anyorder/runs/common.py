@@ -30,8 +30,12 @@ def device() -> torch.device:
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """Images (B, 3, H, W) float in [-1, 1] to (B, H, W, 3) uint8."""
-    pixels = images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+    return from_float(images).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def from_float(images: Tensor) -> Tensor:
+    """Float in [-1, 1], clamped, to uint8."""
+    return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
 def uint8_batches(images: np.ndarray, size: int = 256) -> Iterator[Tensor]:

@@ -17,6 +17,7 @@ from anyorder.contracts import AnyOrderModel, Grid, OrderPolicy, Tokenizer, Trac
 from anyorder.decode import complete
 from anyorder.logits import Sampling, Streams
 from anyorder.policies import PolicyConfig
+from anyorder.runs.common import from_float
 
 
 @dataclass
@@ -159,11 +160,6 @@ def open_tokens(mask: Tensor, factor: int, margin: int = 0) -> Tensor:
 def to_float(images: Tensor) -> Tensor:
     """uint8 to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
-
-
-def from_float(images: Tensor) -> Tensor:
-    """Float in [-1, 1], clamped, to uint8."""
-    return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
 # --- from the known pixels into the hole ------------------------------------------------------------------
