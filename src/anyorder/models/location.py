@@ -35,13 +35,15 @@ class LocationTables:
 class LocationHead(nn.Module):
     """Score of position p: q . (K(p) + R(p - pi_t) + C(which neighbours of p are revealed)) / sqrt(d).
 
-    q is a small network of (h_t, E[x_t]); K and R are functions of coordinates, so any grid will do.
+    q is a small network of (h_t, E[x_t], c); K and R are functions of coordinates, so any grid will do. The
+    condition c is in h_t, too, but there it is mixed with all else: an order that is a function of the class
+    is learnt to the end only where the class can be read.
     """
 
     def __init__(self, width: int, key_width: int = 64):
         """For hidden states of `width`; scores are products of `key_width` numbers."""
         super().__init__()
-        self.query = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, key_width))
+        self.query = nn.Sequential(nn.Linear(3 * width, width), nn.SiLU(), nn.Linear(width, key_width))
         self.absolute = CoordinateEncoding(key_width)
         self.relative = CoordinateEncoding(key_width)
         self.context = nn.Linear(NEIGHBOURS, key_width, bias=False)
@@ -53,13 +55,20 @@ class LocationHead(nn.Module):
         return LocationTables(grid, absolute, self.relative(displacements(grid, where)))
 
     def forward(
-        self, hidden: Tensor, content: Tensor, last: Tensor, revealed: Tensor, tables: LocationTables
+        self,
+        hidden: Tensor,
+        content: Tensor,
+        condition: Tensor,
+        last: Tensor,
+        revealed: Tensor,
+        tables: LocationTables,
     ) -> Tensor:
         """Log-probability of each position to be next, (B, T, N) float32 nats; -inf where it is revealed.
 
         Args:
             hidden: (B, T, D), what the last token was drawn from; the condition before the first.
             content: (B, T, D), embedding of the last token.
+            condition: (B, D), all that is asked for.
             last: (B, T) int64, its position, N before the first.
             revealed: (B, T, N) bool, at least one position open.
             tables: of the grid of the positions.
@@ -68,7 +77,8 @@ class LocationHead(nn.Module):
         """
         # The condition before the first step and embeddings are small beside hidden states: without a norm
         # the head would hear nothing of the class, and begin in the order of another one.
-        inputs = [F.rms_norm(x, x.shape[-1:]) for x in (hidden, content)]
+        condition = condition[:, None].expand_as(hidden)
+        inputs = [F.rms_norm(x, x.shape[-1:]) for x in (hidden, content, condition)]
         query = self.query(torch.cat(inputs, dim=-1))
         score = query @ tables.absolute.T + self._from_last(query, last, tables)
         around = neighbourhood(revealed, tables.grid).to(query.dtype)

@@ -225,6 +225,8 @@ class State:
     """P: how long the cache is before the first step."""
     content: Tensor
     """(B, D): embedding of the last token, without its position."""
+    asked: Tensor
+    """(B, D): the condition, prefix included."""
     where: LocationTables | None = None
     """The location head's, where there is one."""
     scored: list[Scored] = field(default_factory=list)
@@ -417,12 +419,12 @@ class AnyOrderTransformer(AnyOrderNetwork):
         content = torch.cat(
             (self._nothing(start)[:, None], self.token_embedding(tokens.gather(1, current))), 1
         )
-        first = self._asked(start, read)[:, None].to(hidden.dtype)
-        behind = torch.cat((first, hidden[:, :-1]), dim=1)
+        asked = self._asked(start, read).to(hidden.dtype)
+        behind = torch.cat((asked[:, None], hidden[:, :-1]), dim=1)
         if not self.config.location_gradient:
-            behind, content = behind.detach(), content.detach()
+            behind, content, asked = behind.detach(), content.detach(), asked.detach()
         revealed = revealed_before(inverse(order))
-        where = self._head()(behind, content, before, revealed, self._head().tables(grid))
+        where = self._head()(behind, content, asked, before, revealed, self._head().tables(grid))
         return self.head(hidden), where
 
     @staticmethod
@@ -505,12 +507,14 @@ class AnyOrderTransformer(AnyOrderNetwork):
             hidden=start,
             prefix=length,
             content=self._nothing(start),
+            asked=start,
             where=self.location.tables(grid) if self.location is not None else None,
         )
         if length:
             nowhere = torch.full((batch_size, length), grid.n, device=device)
             read = self._extend(state, prefix, 0, nowhere, nowhere)
-            state.length, state.hidden = length, self._asked(start, self.norm(read))
+            state.length, state.asked = length, self._asked(start, self.norm(read))
+            state.hidden = state.asked
         return state
 
     def _extend(self, state: State, x: Tensor, length: int, before: Tensor, after: Tensor) -> Tensor:
@@ -551,9 +555,9 @@ class AnyOrderTransformer(AnyOrderNetwork):
             ValueError: the model has no location head.
         """
         hidden, content = state.hidden[:, None].to(state.content.dtype), state.content[:, None]
-        head, last = self._head(), state.last[:, None]
+        head, last, asked = self._head(), state.last[:, None], state.asked.to(state.content.dtype)
         assert state.where is not None
-        return head(hidden, content, last, revealed[:, None], state.where)[:, 0]
+        return head(hidden, content, asked, last, revealed[:, None], state.where)[:, 0]
 
     def append(self, state: State, positions: Tensor, tokens: Tensor) -> State:
         """Reveal tokens (B, K) at positions (B, K), in that sequence.
@@ -592,6 +596,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
             hidden=hidden,
             prefix=state.prefix,
             content=content,
+            asked=state.asked,
             where=state.where,
         )
 
