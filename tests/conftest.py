@@ -208,6 +208,8 @@ for name, changes, columns in (
     ("text,rotary,qk_norm", {"rotary": True, "qk_norm": True, **CAPTIONS}, (7, 7, 7, 7)),
     ("class,attributes", {"num_classes": 3, "attributes": (2,), "location": True}, (2,)),
     ("short captions", {"num_classes": 3, **CAPTIONS}, (7, 7)),
+    ("class at every input", {"num_classes": 3, "class_at": "every", "rotary": True}, ()),
+    ("class at every input,text", {"num_classes": 3, "class_at": "every", **CAPTIONS}, (7, 7, 7, 7)),
 ):
     switches = {"dropout": 0.1, "token_dropout": 0.2, "label_dropout": 0.3, **changes}
     MODELS[name] = Case(lambda s=switches: transformer(**s), changes.get("num_classes", 0), columns)

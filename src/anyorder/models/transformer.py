@@ -44,6 +44,8 @@ class Architecture:
     """How an input says where the next patch is; "none" can only learn one fixed order (ablation)."""
     current_position: Literal["absolute", "none"] = "absolute"
     """How an input says where its own patch is."""
+    class_at: Literal["first", "every"] = "first"
+    """Which inputs hold the class: the first alone, as in the paper, or every one."""
     rotary: bool = False
     """Rotate queries by the next position and keys by their own (2-D RoPE), besides the sums."""
     qk_norm: bool = False
@@ -77,6 +79,8 @@ class Architecture:
             raise ValueError(f"next_position must be relative, absolute or none, got '{self.next_position}'")
         if self.current_position not in ("absolute", "none"):
             raise ValueError(f"current_position must be absolute or none, got '{self.current_position}'")
+        if self.class_at not in ("first", "every"):
+            raise ValueError(f"class_at must be first or every, got '{self.class_at}'")
         if self.rotary and "none" in (self.next_position, self.current_position):
             raise ValueError("rotary tells both positions: it cannot be combined with a position of 'none'")
 
@@ -225,8 +229,10 @@ class State:
     """P: how long the cache is before the first step."""
     content: Tensor
     """(B, D): embedding of the last token, without its position."""
+    start: Tensor
+    """(B, D): the class."""
     asked: Tensor
-    """(B, D): the condition, prefix included."""
+    """(B, D): all of the condition, prefix included."""
     where: LocationTables | None = None
     """The location head's, where there is one."""
     scored: list[Scored] = field(default_factory=list)
@@ -306,9 +312,11 @@ class AnyOrderTransformer(AnyOrderNetwork):
         angles = torch.cat((angles, torch.zeros_like(angles[:1])))
         return angles.cos(), angles.sin()
 
-    def _content(self, tables: PositionTables, tokens: Tensor, positions: Tensor) -> Tensor:
-        """E[x] + A(position), (B, T, D)."""
+    def _content(self, tables: PositionTables, tokens: Tensor, positions: Tensor, start: Tensor) -> Tensor:
+        """E[x] + A(position), (B, T, D); plus the class (B, D) where every input holds it."""
         x = self.token_embedding(tokens)
+        if self.config.class_at == "every":
+            x = x + start[:, None]
         return x if tables.current is None else x + F.embedding(positions, tables.current)
 
     def _next(self, tables: PositionTables, last: Tensor, positions: Tensor) -> Tensor | float:
@@ -448,7 +456,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         if self.training and self.config.token_dropout:
             hidden = torch.rand(seen.shape, device=seen.device) < self.config.token_dropout
             seen = torch.where(hidden, self.vocab_size, seen)
-        x = self._content(tables, seen, current) + self._next(tables, current, order[:, 1:])
+        x = self._content(tables, seen, current, start) + self._next(tables, current, order[:, 1:])
         x = torch.cat((prefix, self._start(tables, start, order[:, :1]), x), dim=1)
         aside = (prefix.shape[1], 0)
         before, after = (F.pad(p, aside, value=grid.n) for p in (self._before(order, grid), order))
@@ -507,6 +515,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
             hidden=start,
             prefix=length,
             content=self._nothing(start),
+            start=start,
             asked=start,
             where=self.location.tables(grid) if self.location is not None else None,
         )
@@ -578,7 +587,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
             x = self._inputs(state, positions[:, :1])
             before, after = torch.cat((state.last[:, None], positions[:, :-1]), dim=1), positions
         if positions.shape[1] > 1:
-            rest = self._content(state.tables, tokens[:, :-1], positions[:, :-1])
+            rest = self._content(state.tables, tokens[:, :-1], positions[:, :-1], state.start)
             rest = rest + self._next(state.tables, positions[:, :-1], positions[:, 1:])
             x = rest if x is None else torch.cat((x, rest), dim=1)
         if x is not None:
@@ -586,16 +595,18 @@ class AnyOrderTransformer(AnyOrderNetwork):
             length += x.shape[1]
             hidden = self.norm(x[:, -1])
         content = self.token_embedding(tokens[:, -1])
+        pending = self._content(state.tables, tokens[:, -1:], positions[:, -1:], state.start)[:, 0]
         return State(
             tables=state.tables,
             keys=state.keys,
             values=state.values,
             length=length,
-            pending=self._content(state.tables, tokens[:, -1:], positions[:, -1:])[:, 0],
+            pending=pending,
             last=positions[:, -1],
             hidden=hidden,
             prefix=state.prefix,
             content=content,
+            start=state.start,
             asked=state.asked,
             where=state.where,
         )
