@@ -199,14 +199,19 @@ def llamagen_gpt(root: Path, size: Size) -> Iterator[bool]:
         yield report(f"LlamaGen: greedy tokens, guidance {scale:g}", found, drawn.long())
 
 
-def randar(root: Path, size: Size) -> Iterator[bool]:
-    """Teacher forcing in any order, and parallel sampling with RandAR's schedule."""
+def randar_models(root: Path, size: Size) -> tuple[Any, Any]:
+    """The original and the adapter with the same random weights."""
     sys.path.insert(0, str(root))
     original = importlib.import_module("RandAR.model.randar_gpt").RandARTransformer(
         **size.theirs, class_dropout_prob=0.1, grad_checkpointing=False
     )
     randomise(original.eval())
-    model = ours(original, grid=(size.grid.h, size.grid.w))
+    return original, ours(original, grid=(size.grid.h, size.grid.w))
+
+
+def randar(root: Path, size: Size) -> Iterator[bool]:
+    """Teacher forcing in any order, and parallel sampling with RandAR's schedule."""
+    original, model = randar_models(root, size)
     tokens, labels, orders = inputs(size, 1)
     for name, order in orders.items():
         theirs, _, _ = original(tokens, labels, order, targets=tokens)
@@ -226,13 +231,18 @@ def randar(root: Path, size: Size) -> Iterator[bool]:
         yield report(name, greedy(guided, labels, order, sizes), drawn)
 
 
-def arpg(root: Path, size: Size) -> Iterator[bool]:
-    """Teacher forcing in any order, and parallel sampling with ARPG's schedule."""
+def arpg_models(root: Path, size: Size) -> tuple[Any, Any, Any]:
+    """The original and the adapter with the same random weights, and the original's module."""
     stand_in_for_missing_packages()
     module = load(root / "models/arpg.py", "arpg_original")
     original = module.Transformer(module.ModelArgs(**size.theirs, class_dropout_prob=0.0))
     randomise(original)
-    model = ours(original, "state_dict", grid=(size.grid.h, size.grid.w))
+    return original, ours(original, "state_dict", grid=(size.grid.h, size.grid.w)), module
+
+
+def arpg(root: Path, size: Size) -> Iterator[bool]:
+    """Teacher forcing in any order, and parallel sampling with ARPG's schedule."""
+    original, model, module = arpg_models(root, size)
     tokens, labels, orders = inputs(size, 2)
     shuffle = module.batch_seq_shuffle
     original.train()  # in evaluation mode its forward pass is not causal

@@ -285,19 +285,29 @@ def _extend(keys: Tensor, values: Tensor, begin: int, joint: bool, q: Tensor, k:
 class Candidates:
     """Attention of queries that see the cache and themselves but not one another, and write nothing.
 
-    Collects their keys and values, layer by layer. With `joint`, they see the earlier queries as well.
+    Collects their keys and values, layer by layer. With `joint`, they see the earlier queries as well. The
+    first `pending` inputs are no queries but the next of the cache: they are written, and queries see them.
     """
 
-    def __init__(self, cache: Cache, joint: bool = False):
+    def __init__(self, cache: Cache, pending: int = 0, joint: bool = False):
         """Start at the first layer."""
         self.cache = cache
+        self.pending = pending
         self.joint = joint
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, H, M, D / H) each."""
-        layer, length = len(self.keys), self.cache.length
+        """(B, H, pending + M, D / H) each."""
+        if not self.pending:
+            return self._ask(q, k, v)
+        layer, begin = len(self.keys), self.cache.length
+        (before, q), (new, k), (content, v) = (x.tensor_split((self.pending,), dim=2) for x in (q, k, v))
+        out = _extend(self.cache.keys[layer], self.cache.values[layer], begin, False, before, new, content)
+        return torch.cat((out, self._ask(q, k, v)), dim=2)
+
+    def _ask(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        layer, length = len(self.keys), self.cache.length + self.pending
         self.keys.append(k)
         self.values.append(v)
         before, content = self.cache.keys[layer, :, :, :length], self.cache.values[layer, :, :, :length]

@@ -34,6 +34,9 @@ class State:
     """Class token, then query and token of each revealed position."""
     rotations: Tensor
     """(N + 1, D / H / 2) complex64."""
+    pending: tuple[Tensor, Tensor]
+    """Inputs (B, T, D) behind the cache, with their rotations (B, T, D / H / 2): they run with what is scored
+    next, so that a step reads the weights once."""
     scored: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     """Positions (B, M), keys and values (depth, B, H, M, D / H) of the queries scored since `append`."""
 
@@ -88,28 +91,32 @@ class RandAR(GPT):
         self._check_labels(batch_size, condition)
         cache = self._empty_cache(len(self.layers), batch_size, 2 * grid.n + 1)
         rotations = self._rotations(grid)
-        self._extend(cache, self.cls_embedding(self._labels(batch_size, condition)), rotations[None, -1:])
-        return State(cache, rotations)
+        label = self.cls_embedding(self._labels(batch_size, condition))
+        return State(cache, rotations, (label, rotations[-1:].expand(batch_size, 1, -1)))
 
     def score(self, state: State, positions: Tensor) -> Tensor:
         """Logits (B, M, V) of candidate positions (B, M): their queries see what is revealed and themselves.
 
         Keys and values of the queries are kept in the state, so that `append` need not run them.
         """
-        factors = state.rotations[positions]
-        x, joint = self._queries(factors), self.config.joint_steps
-        attend = Candidates(state.cache, joint)
+        asked, joint = state.rotations[positions], self.config.joint_steps
+        before, turned = state.pending
+        x, factors = torch.cat((before, self._queries(asked)), 1), torch.cat((turned, asked), 1)
+        attend = Candidates(state.cache, before.shape[1], joint)
         for layer in self.layers:
             x = layer(x, factors, attend)
+        state.cache.length += before.shape[1]
+        state.pending = (before[:, :0], turned[:, :0])
         kept = slice(1) if joint else slice(None)  # a query that saw others is of no use without them
         keys, values = (torch.stack(found)[:, :, :, kept] for found in (attend.keys, attend.values))
         state.scored.append((positions[:, kept], keys, values))
-        return self._logits(x)
+        return self._logits(x[:, before.shape[1] :])
 
     def append(self, state: State, positions: Tensor, tokens: Tensor) -> State:
         """Reveal tokens (B, K) at positions (B, K): query and token of each, as one causal block.
 
-        The query of the first position is taken from `score` where it was scored.
+        The query of the first position is taken from `score` where it was scored; the rest runs with what is
+        scored next.
         """
         factors = state.rotations[positions]
         x = _interleave(self._queries(factors), self.tok_embeddings(tokens))
@@ -118,8 +125,9 @@ class RandAR(GPT):
         if first is not None:
             state.cache.write(*first)
             x, factors = x[:, 1:], factors[:, 1:]
-        self._extend(state.cache, x, factors)
-        return State(state.cache, state.rotations)
+        # Where nothing was scored since the last `append`, what that one left waits in front.
+        waiting = tuple(torch.cat(pair, dim=1) for pair in zip(state.pending, (x, factors), strict=True))
+        return State(state.cache, state.rotations, waiting)
 
 
 def _interleave(queries: Tensor, tokens: Tensor) -> Tensor:
