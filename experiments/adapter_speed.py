@@ -1,0 +1,118 @@
+"""How fast are the adapters beside the original programs? The same random weights, order and machine.
+
+    python experiments/adapter_speed.py OUT.json --randar DIR --arpg DIR [--repeats 5]
+
+DIR are checkouts of ziqipang/RandAR and hp-l33/ARPG, which are run as they are. Size L, 8 images of 16 x 16
+tokens, no guidance, float32 on the CPU; RandAR one position per step and in the 88 steps that it takes by
+default, ARPG in the 64 of its default and one position per step. Runs of both programs take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import compare_adapters as compare
+import torch
+from torch import Tensor
+
+from anyorder.artifacts import versions, write_json
+from anyorder.contracts import AnyOrderModel
+from anyorder.logits import Sampling, Streams, draw, truncate
+
+SIZE = compare.LARGE._replace(rows=8)
+Pair = tuple[str, Callable[[], Any], Callable[[], Any]]
+"""What is timed, by the original, by the adapter."""
+
+
+def drawn(model: AnyOrderModel, labels: Tensor, order: Tensor, steps: list[int]) -> Tensor:
+    """Tokens (B, N), so many positions of the order at once as `steps` says."""
+    state, tokens, streams = (
+        model.start(len(labels), labels),
+        torch.zeros_like(order),
+        Streams(range(len(labels))),
+    )
+    for positions in order.split(steps, dim=1):
+        log_p = model.score(state, positions).float().log_softmax(-1)
+        found = draw(truncate(log_p, Sampling()), streams.uniform(order.shape[1]).gather(1, positions))
+        tokens.scatter_(1, positions, found)
+        state = model.append(state, positions, found)
+    return tokens
+
+
+def randar(root: Path) -> Iterator[Pair]:
+    """One position per step, and RandAR's own schedule."""
+    original, model = compare.randar_models(root, SIZE)
+    _, labels, orders = compare.inputs(SIZE, 1)
+    order, n = orders["random order"], SIZE.grid.n
+    for steps in (n, 88):
+
+        def theirs(steps: int = steps) -> None:
+            original.generate(labels, order, (1.0, 1.0), -1 if steps == n else steps)
+            original.remove_caches()
+
+        sizes = [1] * n if steps == n else compare.cosine_steps(n, steps)
+        yield f"RandAR-L, {steps} steps", theirs, lambda sizes=sizes: drawn(model, labels, order, sizes)
+
+
+def arpg(root: Path) -> Iterator[Pair]:
+    """ARPG's own schedule, and one position per step."""
+    original, model, _ = compare.arpg_models(root, SIZE)
+    _, labels, orders = compare.inputs(SIZE, 2)
+    order, n = orders["random order"], SIZE.grid.n
+    original.eval()
+    for steps in (n, 64):
+        sizes = [1] * n if steps == n else compare.arccos_steps(n, steps)
+        # At guidance 1 the original draws without a second half.
+        yield (
+            f"ARPG-L, {steps} steps",
+            lambda steps=steps: original.generate(labels.clone(), 1.0, "constant", seq_len=n, num_iter=steps),
+            lambda sizes=sizes: drawn(model, labels, order, sizes),
+        )
+
+
+def timed(pairs: Iterator[Pair], repeats: int) -> Iterator[dict[str, Any]]:
+    """Medians of both, taking turns, and their ratio."""
+    for name, theirs, ours in pairs:
+        seconds: dict[str, list[float]] = {"original": [], "adapter": []}
+        for _ in range(repeats):
+            for who, work in (("original", theirs), ("adapter", ours)):
+                begin = time.perf_counter()
+                work()
+                seconds[who].append(time.perf_counter() - begin)
+        median = {who: statistics.median(times) for who, times in seconds.items()}
+        row = {"what": name, "images": SIZE.rows, "repeats": repeats, "seconds": seconds,
+               **{f"{who}_seconds": round(value, 2) for who, value in median.items()},
+               "ratio": round(median["original"] / median["adapter"], 3)}  # fmt: skip
+        print(row, flush=True)
+        yield row
+
+
+def main() -> None:
+    """Time what checkouts were given for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--randar", type=Path, metavar="DIR")
+    parser.add_argument("--arpg", type=Path, metavar="DIR")
+    parser.add_argument("--repeats", type=int, default=5)
+    given = vars(parser.parse_args())
+    torch.manual_seed(0)
+    rows = []
+    with torch.no_grad():
+        for name, pairs in (("randar", randar), ("arpg", arpg)):
+            if given[name] is not None:
+                for row in timed(pairs(given[name]), given["repeats"]):
+                    rows.append(row)
+                    facts = {
+                        "device": f"CPU, {torch.get_num_threads()} threads, float32",
+                        "versions": versions(),
+                    }
+                    write_json(given["out"], {**facts, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
