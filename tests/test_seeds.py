@@ -97,3 +97,12 @@ def test_a_mistake_in_a_file_names_the_file(path, capsys) -> None:
     path.write_text(path.read_text().replace("[0, 1]", "[]"))
     assert cli.main(["run", str(path)]) == 2
     assert "x.yaml: stage 'raster-s{seed}' is repeated over seeds" in capsys.readouterr().err
+
+
+def test_other_seeds_than_those_of_the_file(path):
+    path.write_text(path.read_text() + "  best: {stage: pipeline, model: raster-s0, tokenizer: nowhere}\n")
+    experiment = load_experiment(path, ["seeds=1"])
+    assert list(experiment.stages) == ["tokens", "raster-s1", "orders-s1", "best"]
+    assert experiment.stages["best"][1].model == experiment.out / "raster-s0"
+    with pytest.raises(ValueError, match="integers >= 0, such as seeds=0,1, got 'seeds=x'"):
+        load_experiment(path, ["seeds=x"])

@@ -126,7 +126,8 @@ class RandAR(GPT):
             state.cache.write(*first)
             x, factors = x[:, 1:], factors[:, 1:]
         # Where nothing was scored since the last `append`, what that one left waits in front.
-        waiting = tuple(torch.cat(pair, dim=1) for pair in zip(state.pending, (x, factors), strict=True))
+        before, turned = state.pending
+        waiting = torch.cat((before, x), dim=1), torch.cat((turned, factors), dim=1)
         return State(state.cache, state.rotations, waiting)
 
 

@@ -77,7 +77,8 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     The file holds `out` (a folder) and `stages`: artifact name -> settings, in sequence. The setting
     `stage` says what kind of stage it is where the name does not. Inputs name earlier artifacts of the
     file, or are paths. A stage whose name holds `{seed}` is made once for each of `seeds`; overrides name
-    all of these (`raster-s{seed}.train.steps=10`) or one (`raster-s0.train.steps=10`).
+    all of these (`raster-s{seed}.train.steps=10`) or one (`raster-s0.train.steps=10`), and `seeds=0,1` takes
+    these seeds instead of the file's.
 
     Raises:
         FileNotFoundError: no such file.
@@ -85,8 +86,11 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     """
     values = load_yaml(path)
     _refuse_unknown(values, ("out", "seeds", "stages"), f"setting in {path}")
-    seeds, templates = values.get("seeds", []), values.get("stages") or {}
+    templates = values.get("stages") or {}
+    seeds, overrides = _seeds(values.get("seeds", []), overrides)
     try:
+        # With seeds=... a stage may still read what other runs make of the file's other seeds.
+        elsewhere = expand(templates, values.get("seeds", []))
         expanded = expand(templates, seeds)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
@@ -98,13 +102,24 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         kind = settings.pop("stage", name)
         _refuse_unknown([kind], STAGES, f"stage of '{name}' in {path}")
         for role in STAGES[kind].inputs:
-            if settings.get(role) in stages:
+            if settings.get(role) in stages or settings.get(role) in elsewhere.keys() - expanded.keys():
                 settings[role] = out / settings[role]
         try:
             stages[name] = kind, parse(STAGES[kind], settings, by_stage.get(name, ()))
         except ValueError as e:
             raise ValueError(f"stage '{name}': {e}") from e
     return Experiment(out, stages)
+
+
+def _seeds(seeds: Any, overrides: Sequence[str]) -> tuple[Any, list[str]]:
+    """The seeds of the file, or those of the override `seeds=0,1`; and the other overrides."""
+    for override in overrides:
+        if override.startswith("seeds="):
+            numbers = override.removeprefix("seeds=").strip("[]").split(",")
+            if not all(number.strip().isdecimal() for number in numbers):
+                raise ValueError(f"seeds must be integers >= 0, such as seeds=0,1, got '{override}'")
+            seeds = [int(number) for number in numbers]
+    return seeds, [override for override in overrides if not override.startswith("seeds=")]
 
 
 def _by_stage(
