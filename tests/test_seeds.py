@@ -100,7 +100,9 @@ def test_a_mistake_in_a_file_names_the_file(path, capsys) -> None:
 
 
 def test_other_seeds_than_those_of_the_file(path):
-    path.write_text(path.read_text() + "  best: {stage: pipeline, model: raster-s0, tokenizer: x, tokens: tokens}\n")
+    path.write_text(
+        path.read_text() + "  best: {stage: pipeline, model: raster-s0, tokenizer: x, tokens: tokens}\n"
+    )
     experiment = load_experiment(path, ["seeds=1"])
     assert list(experiment.stages) == ["tokens", "raster-s1", "orders-s1", "best"]
     assert experiment.stages["best"][1].model == experiment.out / "raster-s0"
