@@ -71,12 +71,7 @@ def draw(config: DrawConfig, out: Path) -> list[Path]:
     for path, image in zip(paths, made.images, strict=True):
         figures.save_image(image, path)
     images, orders = np.stack([np.asarray(image) for image in made.images]), made.order.cpu().numpy()
-    columns, grid = min(8, config.n), pipe.model.grid
-    figures.save_image(figures.image_grid(images, columns, config.scale), out / "grid.png")
-    panel = figures.order_panel(images, orders, grid, columns=max(1, columns // 2), scale=config.scale)
-    figures.save_image(panel, out / "orders.png")
-    frames = figures.drawing_frames(lambda revealed: images, orders, grid)
-    figures.drawing_animation(out / "drawing.webp", frames, columns=columns, scale=config.scale)
+    figures.drawing_pictures(out, images, orders, pipe.model.grid, min(8, config.n), config.scale)
     return paths
 
 

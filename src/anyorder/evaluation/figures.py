@@ -259,6 +259,27 @@ def _reveal(decode: Callable[[np.ndarray], np.ndarray], revealed: np.ndarray) ->
     return np.where(shown, images, np.uint8(UNREVEALED))
 
 
+def drawing_pictures(
+    folder: Path, images: np.ndarray, orders: np.ndarray, grid: Grid, columns: int = 4, scale: int = 3
+) -> None:
+    """Write grid.png, orders.png (when each patch of the first half was drawn) and drawing.webp to a folder.
+
+    Args:
+        folder: where to.
+        images: (n, H, W, 3) uint8.
+        orders: (n, N) int, the orders that they were drawn in.
+        grid: the grid of the orders.
+        columns: images per row, at most.
+        scale: screen pixels per pixel.
+    """
+    save_image(image_grid(images, columns, scale), folder / "grid.png")
+    half = slice(max(1, len(images) // 2))
+    panel = order_panel(images[half], orders[half], grid, columns=max(1, columns // 2), scale=scale)
+    save_image(panel, folder / "orders.png")
+    frames = drawing_frames(lambda revealed: images, orders, grid)
+    drawing_animation(folder / "drawing.webp", frames, columns=columns, scale=scale)
+
+
 def drawing_animation(
     path: str | Path,
     frames: np.ndarray,

@@ -173,12 +173,7 @@ class SampleStage:
             figures.save_image(figures.prompt_grid(rows, self.prompts), artifact.folder / "prompts.png")
         images = np.array(load_array(artifact.folder / "images.npy")[:SHOWN])
         orders = load_array(artifact.folder / "order.npy")[:SHOWN].astype(np.int64)
-        figures.save_image(figures.image_grid(images, columns=4, scale=3), artifact.folder / "grid.png")
-        half = slice(SHOWN // 2)
-        panel = figures.order_panel(images[half], orders[half], tokens.grid, columns=2, scale=3)
-        figures.save_image(panel, artifact.folder / "orders.png")
-        frames = figures.drawing_frames(lambda revealed: images, orders, tokens.grid)
-        figures.drawing_animation(artifact.folder / "drawing.webp", frames, columns=4, scale=3)
+        figures.drawing_pictures(artifact.folder, images, orders, tokens.grid)
 
 
 @dataclass
