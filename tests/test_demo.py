@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 
 from anyorder import Pipeline, cli
 from anyorder.contracts import Grid
+from anyorder.data.text import CaptionTokenizer, Vocabulary
 from anyorder.demo import server
 from anyorder.demo.server import create_app, nearest_revealed, paint
 from anyorder.logits import SCORES, Sampling
@@ -26,7 +27,7 @@ from anyorder.policies import PolicyConfig
 CLASSES = ["red", "green", "7"]
 
 
-def pipeline(classes=CLASSES, policy=None, **model):
+def pipeline(classes=CLASSES, policy=None, vocabulary=None, **model):
     torch.manual_seed(0)
     tokenizer = VQModel(
         VQConfig(
@@ -35,7 +36,7 @@ def pipeline(classes=CLASSES, policy=None, **model):
         )
     )  # fmt: skip
     drawer = transformer(num_classes=3, vocab_size=5, grid=(3, 4), **model)
-    return Pipeline(drawer, tokenizer, classes, policy)
+    return Pipeline(drawer, tokenizer, classes, policy, vocabulary=vocabulary)
 
 
 PIPE = pipeline()
@@ -196,7 +197,8 @@ def test_blank_patches_borrow_from_the_nearest():
         ("temperature=nan", "temperature must be 0 or lie in"),
         ("temperature=1e-9", "temperature must be 0 or lie in"),
         ("label=red&guidance=inf", "guidance must lie in"),
-        ("guidance=2", "guidance 2 pulls towards a class"),
+        ("guidance=2", "guidance 2 pulls towards a class or text"),
+        ("prompt=a+red+shoe", "captions"),
         ("order=raster", "unknown setting 'order', did you mean orders?"),
     ],
 )
@@ -341,3 +343,22 @@ def test_orders_of_classes_and_location_heads_are_on_offer():
     assert len(steps_of(0, events(client, n=1))) == 64, "without a class, too"
     located = TestClient(create_app(pipeline(location=True))).get("/about").json()
     assert "location" in {order["name"] for order in located["orders"]}
+
+
+def test_texts_are_asked_for_where_they_are_taken():
+    pytest.importorskip("tokenizers", reason="captions need: pip install 'anyorder[text]'")
+    captions = CaptionTokenizer.train(["a red shoe", "a green bag"], 40)
+    vocabulary = Vocabulary(CLASSES, captions=captions, length=4)
+    client = TestClient(
+        create_app(pipeline(vocabulary=vocabulary, text_vocab=captions.vocab_size, text_length=4))
+    )
+    assert client.get("/about").json()["takes_text"]
+    assert not CLIENT.get("/about").json()["takes_text"]
+    prompts = ("", "a red shoe", "a green bag")
+    drawn = [
+        column(steps_of(0, events(client, orders="raster", n=2, prompt=prompt)), "log_prob")
+        for prompt in prompts
+    ]
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[1], drawn[2])
+    events(client, orders="raster", n=1, prompt="a red shoe", guidance=2)

@@ -64,6 +64,8 @@ class Wish:
     """Names of orders, each drawn side by side; the pipeline's own if none is given."""
     label: str = ""
     """Name or number of a class; empty draws without one."""
+    prompt: str = ""
+    """A text, for a pipeline that takes them; empty says nothing."""
     n: int = 4
     """Pictures in each order."""
     seed: int = 0
@@ -84,8 +86,9 @@ class Wish:
         )
         _require(0 <= self.guidance <= 20, f"guidance must lie in [0, 20], got {self.guidance}")
         _require(
-            self.guidance == 1 or self.label != "",
-            f"guidance {self.guidance:g} pulls towards a class: give label=, or leave guidance at 1",
+            self.guidance == 1 or self.label != "" or self.prompt != "",
+            f"guidance {self.guidance:g} pulls towards a class or text: give label= or prompt=, or leave "
+            "guidance at 1",
         )
 
 
@@ -158,6 +161,7 @@ def describe_pipeline(pipe: Pipeline) -> dict[str, Any]:
     grid, factor = pipe.model.grid, pipe.tokenizer.factor
     return {
         "classes": pipe.classes or [str(label) for label in range(pipe.model.config.num_classes)],
+        "takes_text": pipe.vocabulary.length > 0,
         "grid": [grid.h, grid.w],
         "image": [grid.h * factor, grid.w * factor],
         "orders": [_about_order(name, policy) for name, policy in choices(pipe).items()],
@@ -201,7 +205,7 @@ def drawings(pipe: Pipeline, wish: Wish) -> Iterator[dict[str, Any]]:
     so far, and now and then `png`: the n pictures side by side, base64, clear where nothing is drawn yet.
 
     Raises:
-        ValueError: unknown class or order; at once, not at the first step.
+        ValueError: unknown class or order, or a text where none is taken; at once, not at the first step.
     """
     offered = choices(pipe)
     label = int(wish.label) if wish.label.isdecimal() and wish.label not in pipe.classes else wish.label
@@ -211,6 +215,7 @@ def drawings(pipe: Pipeline, wish: Wish) -> Iterator[dict[str, Any]]:
         steps = pipe.stream(
             None if label == "" else label, wish.n, offered[name], wish.guidance, wish.seed,
             sampling=Sampling(wish.temperature),
+            prompt=wish.prompt or None,
         )  # fmt: skip
         streams.append(_drawing(pipe, steps, len(streams), wish.n))
     turns = itertools.zip_longest(*streams)
