@@ -120,6 +120,21 @@ def test_score_counts_every_product(cached):
         assert cost.bytes == moved_bytes(run, scores=(m, cached)) + 4 * depth * 2 * width * own
 
 
+def test_append_counts_what_was_not_scored():
+    model, costs = transformer()
+    state = model.start(B)
+    positions = torch.arange(N).expand(B, -1)
+    cached, inputs = 4, 3
+    state = model.append(state, positions[:, :cached], torch.ones(B, cached, dtype=torch.long))
+    rest = positions[:, cached:]
+    model.score(state, rest)
+    some = rest[:, : inputs + 1]
+    counted = counted_flops(lambda: model.append(state, some, torch.ones_like(some)))
+    # The first was scored; of the others each is behind it, and the counter sees no mask.
+    masked = 4 * model.config.depth * model.config.width * B * inputs * (inputs - 1) / 2
+    assert costs.append(inputs, cached + 1).flops == counted - masked
+
+
 @pytest.mark.parametrize(
     ("order", "calls"), [("random", fixed(N)), ("entropy", inferred(N, 4)), ("location", fixed(N))]
 )

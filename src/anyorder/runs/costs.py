@@ -82,7 +82,7 @@ class TransformerCosts:
         """All steps teacher forced, N (N + 1) / 2 pairs of attention per head."""
         n, rows = self.grid.n, self.batch * self.grid.n
         attention = self._attention(rows, pairs=self.batch * n * (n + 1) / 2, keys=rows)
-        return self._tables() + self._layers(rows) + attention
+        return self._tables() + self._blocks(rows) + self._head(rows) + attention
 
     def training(self) -> Cost:
         """One step: two products backward for each one forward, then AdamW.
@@ -93,14 +93,27 @@ class TransformerCosts:
         return 3 * self.forward() + Cost(0, 7 * FLOAT32 * self.parameters)
 
     def decoding(self, calls: Iterable[tuple[int, int]]) -> Cost:
-        """The start of a decoding run, and its calls of `score`: (M, L) each. `append` costs nothing more."""
+        """The start of a decoding run, and its calls of `score`: (M, L) each.
+
+        Appending what was scored costs nothing more; see `append` for the others.
+        """
         return self._start() + total(self.score(*call) for call in calls)
 
     def score(self, candidates: int, cached: int) -> Cost:
         """M candidates per image that attend to L cached steps and to themselves."""
         rows = self.batch * candidates
         keys = self.batch * cached + rows
-        return self._layers(rows) + self._attention(rows, pairs=rows * (cached + 1), keys=keys)
+        attention = self._attention(rows, pairs=rows * (cached + 1), keys=keys)
+        return self._blocks(rows) + self._head(rows) + attention
+
+    def append(self, inputs: int, cached: int) -> Cost:
+        """T inputs per image that were not scored, one causal block behind L cached steps.
+
+        Of K positions revealed together these are K - 1.
+        """
+        rows = self.batch * inputs
+        pairs = rows * (cached + (inputs + 1) / 2)
+        return self._blocks(rows) + self._attention(rows, pairs, keys=self.batch * cached + rows)
 
     def locate(self) -> Cost:
         """The location head, once."""
@@ -130,10 +143,12 @@ class TransformerCosts:
         d = self.config.width
         return [(d, 3 * d), (d, d), (d, 2 * self.hidden), (self.hidden, d)]
 
-    def _layers(self, rows: int) -> Cost:
-        """All products of all blocks, and the head."""
-        block = total(matmul(rows, *shape, self.size) for shape in self._linears)
-        return self.config.depth * block + matmul(rows, self.config.width, self.config.vocab_size, self.size)
+    def _blocks(self, rows: int) -> Cost:
+        """All products of all blocks but attention's."""
+        return self.config.depth * total(matmul(rows, *shape, self.size) for shape in self._linears)
+
+    def _head(self, rows: int) -> Cost:
+        return matmul(rows, self.config.width, self.config.vocab_size, self.size)
 
     def _attention(self, rows: int, pairs: float, keys: int) -> Cost:
         """`rows` queries to as many outputs in all blocks, from `keys` keys and as many values."""
