@@ -462,20 +462,6 @@ def test_exit_codes_of_a_full_disk_and_of_ctrl_c(tmp_path, monkeypatch, capsys):
         cli.main(["quickstart", "--traceback"])
 
 
-def test_bench_reports_shares_of_the_matmul_rate(tmp_path, capsys):
-    small = ["model.depth=1", "model.width=32", "model.heads=2", "grid=3,3", "vocab_size=8", "batch_size=2"]
-    assert cli.main(["bench", f"out={tmp_path}/b.json", "repeats=1", "images=2", *small]) == 0
-    rows = {row["workload"]: row for row in json.loads((tmp_path / "b.json").read_text())["rows"]}
-    assert rows["matmul"]["share of matmul (%)"] == pytest.approx(100)
-    assert {"training step", "sampling, location head", "sampling, inferred order"} < set(rows)
-    assert all(row["seconds"] > 0 for row in rows.values())
-    assert "share of matmul" in capsys.readouterr().out
-    assert cli.main(["bench", f"out={tmp_path}/c.json", "repeats=1", "only=training step", *small]) == 0
-    only = json.loads((tmp_path / "c.json").read_text())["rows"]
-    assert [row["workload"] for row in only] == ["matmul", "training step"]
-    assert cli.main(["bench", f"out={tmp_path}/c.json", "only=running", *small]) == 2
-
-
 def test_stage_help_lists_every_setting(capsys):
     for name in STAGES:
         assert cli.main([name, "--help"]) == 0

@@ -37,7 +37,7 @@ GROUPS = {
     },
     "pictures": {"complete": "draw parts of a picture: inpainting, outpainting, variations"},
     "published models": {"convert": "downloaded weights of LlamaGen, RandAR, ARPG, MaskGIT-VQ to a folder"},
-    "the machine": {"bench": "throughput as a share of the matmul rate measured in the same run"},
+    "the machine": {"bench": "times as shares of what the machine can do, measured in the same run"},
 }
 USAGE = """usage: anyorder COMMAND [key=value ...] [--dry-run] [--traceback]
        anyorder run EXPERIMENT.yaml [stage.key=value ...]
@@ -92,6 +92,8 @@ def _dispatch(command: str, arguments: list[str]) -> int:
 
         hint = did_you_mean(command, commands)
         raise ValueError(f"unknown command '{command}'{hint} Commands: {', '.join(commands)}")
+    if command == "bench":
+        arguments = _spelled_out(arguments, "--against")
     dry_run = "--dry-run" in arguments
     arguments = [a for a in arguments if a != "--dry-run"]
     asked_help = any(a in ("-h", "--help") for a in arguments)
@@ -118,6 +120,15 @@ def _dispatch(command: str, arguments: list[str]) -> int:
     else:
         _stage(command, arguments, dry_run, asked_help)
     return 0
+
+
+def _spelled_out(arguments: list[str], option: str) -> list[str]:
+    """`--option VALUE` and `--option=VALUE` as `option=VALUE`."""
+    spelled, rest = [], iter(arguments)
+    for a in rest:
+        joined = f"{a}={next(rest, '')}" if a == option else a
+        spelled.append(joined.removeprefix("--") if joined.startswith(f"{option}=") else joined)
+    return spelled
 
 
 def _out(arguments: list[str], default: str | None = None) -> tuple[Path, list[str]]:
@@ -227,21 +238,40 @@ def _write_report(folders: list[Path], out: Path, data_pictures: bool) -> None:
 
 
 def _bench(arguments: list[str], dry_run: bool, asked_help: bool) -> None:
-    from anyorder.runs.bench import BenchConfig, bench
+    from anyorder.runs.bench import against, bench, load_result
     from anyorder.runs.config import describe, parse
+    from anyorder.runs.workloads import BenchConfig
 
     if asked_help:
-        print(
-            f"anyorder bench [out=bench.json] [key=value ...]\n\n{BenchConfig.__doc__}\n"
-            f"\n{describe(BenchConfig)}"
-        )
+        print("anyorder bench [out=bench.json] [key=value ...] [against=OLD.json]")
+        print("anyorder bench NEW.json against=OLD.json  compares two results without measuring")
+        print("--against FILE is the same as against=FILE\n")
+        print(f"{BenchConfig.__doc__}\n\n{describe(BenchConfig)}")
         return
-    out, settings = _out(arguments, "bench.json")
-    config = parse(BenchConfig, {}, settings)
+    out, rest = _out(arguments, "bench.json")
+    old, settings = _against(rest)
+    files = [Path(a) for a in settings if "=" not in a]
+    if files and (len(settings) > 1 or old is None):
+        raise ValueError(
+            "two results are compared by anyorder bench NEW.json against=OLD.json, without settings"
+        )
+    config = parse(BenchConfig, {}, [] if files else settings)
+    before = load_result(old) if old else None  # a wrong file is refused before anything is measured
     if dry_run:
         print(_settings(config))
-    else:
-        bench(config, out)
+        return
+    result = load_result(files[0]) if files else bench(config, out)
+    if before is not None:
+        table = against(result, before)
+        print(f"\n{table.caption}\n{table.text()}")
+
+
+def _against(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """Take `against=FILE` from the arguments."""
+    found = [a.partition("=")[2] for a in arguments if a.startswith("against=")]
+    if found and not found[-1]:
+        raise ValueError("say what to compare with: --against FILE")
+    return Path(found[-1]) if found else None, [a for a in arguments if not a.startswith("against=")]
 
 
 def _demo(arguments: list[str], dry_run: bool, asked_help: bool) -> None:

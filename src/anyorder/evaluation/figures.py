@@ -1,4 +1,4 @@
-"""Pictures of pictures: sample grids, maps of the generation order, drawing animations, loss curves.
+"""Pictures of pictures: sample grids, maps of the generation order, drawings, curves of loss and of scale.
 
 Images are uint8 (n, H, W, 3), orders (n, N) int as in `contracts`. Every function returns a Pillow image
 and gives the same pixels for the same input; `save_image` and `drawing_animation` write atomically.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -411,6 +411,57 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
                 f"{path}, line {number}: not a JSON object with a step: {line.strip()[:80]}"
             ) from e
     return result
+
+
+def scaling_curves(sweeps: Mapping[str, Sequence[Mapping[str, Any]]], measures: Sequence[str]) -> Image.Image:
+    """How measures of several workloads change with sizes: a column of panels per size, a row per measure.
+
+    Args:
+        sweeps: for each size, named as its axis shall be, rows with "workload", "value" and the measures.
+        measures: keys of the rows, with units; shares in percent are drawn on a linear scale, rates on a
+            logarithmic one.
+
+    Raises:
+        ValueError: no size or no measure.
+    """
+    if not sweeps or not measures:
+        raise ValueError("give at least one size and one measure to draw")
+    names = list(dict.fromkeys(row["workload"] for rows in sweeps.values() for row in rows))
+    with _figure(3.4 * len(sweeps) + 2.2, 2.6 * len(measures)) as figure:
+        panels = figure.subplots(len(measures), len(sweeps), squeeze=False, sharex="col", sharey="row")
+        for column, (size, rows) in enumerate(sweeps.items()):
+            for axis, measure in zip(panels[:, column], measures, strict=True):
+                for i, name in enumerate(names):
+                    _draw_scaling(axis, i, name, [row for row in rows if row["workload"] == name], measure)
+                _scale(axis, sorted({row["value"] for row in rows}), measure)
+            panels[-1, column].set_xlabel(size)
+        for axis, measure in zip(panels[:, 0], measures, strict=True):
+            axis.set_ylabel(measure)
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper")
+        return _rendered(figure)
+
+
+def _draw_scaling(axis: Axes, i: int, name: str, rows: list[Mapping[str, Any]], measure: str) -> None:
+    points = sorted((row["value"], row[measure]) for row in rows if row.get(measure) is not None)
+    style = ("o-", "s--")[i // len(COLOURS) % 2]
+    x, y = ([point[k] for point in points] for k in (0, 1))
+    axis.plot(x, y, style, color=COLOURS[i % len(COLOURS)], markersize=4, linewidth=1.2, label=name)
+
+
+def _scale(axis: Axes, values: list[int], measure: str) -> None:
+    """Sizes grow by factors; only those that were measured are named."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(values, [f"{value:,d}" for value in values])
+    axis.minorticks_off()
+    if measure.endswith("(%)"):
+        axis.set_ylim(bottom=0)
+    else:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter("{x:,g}")
 
 
 @contextlib.contextmanager

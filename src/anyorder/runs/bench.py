@@ -1,4 +1,4 @@
-"""Throughput as a share of the machine's own matmul rate, measured in the same run."""
+"""Times as shares of what the machine can do, measured in the same run."""
 
 from __future__ import annotations
 
@@ -6,162 +6,142 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from anyorder.artifacts import versions, write_json
-from anyorder.contracts import Grid
-from anyorder.decode import extract_orders, sample
+from anyorder.artifacts import read_json, versions, write_json
+from anyorder.evaluation.figures import save_image, scaling_curves
 from anyorder.evaluation.report import Table
-from anyorder.likelihood import token_nll
-from anyorder.logits import Streams
-from anyorder.models.transformer import AnyOrderTransformer, Architecture, TransformerConfig
-from anyorder.orders import random_orders
 from anyorder.runs.common import device
+from anyorder.runs.config import parse
+from anyorder.runs.memory import peak_memory
 from anyorder.runs.precision import fast_dtype
+from anyorder.runs.workloads import MEMORY, WORKLOADS, BenchConfig, Subject, Workload, ceilings, matmul_name
 
-
-@dataclass
-class BenchConfig:
-    """Sizes to measure at: training, and sampling in each kind of order, against the matmul rate.
-
-    In bfloat16 where the hardware has it, float32 elsewhere.
-    """
-
-    model: Architecture = field(default_factory=lambda: Architecture(depth=8, width=512, heads=8))
-    grid: tuple[int, int] = (16, 16)
-    """Rows and columns of patches."""
-    vocab_size: int = 1024
-    """Codebook size."""
-    batch_size: int = 16
-    """Images in a training step."""
-    images: int = 4
-    """Images sampled at once."""
-    repeats: int = 5
-    """Timed runs of each kind; the median counts."""
-    only: tuple[str, ...] = ()
-    """Workloads to measure, by name; all by default. The matmul is measured in any case."""
-
-    def __post_init__(self) -> None:
-        if min(self.batch_size, self.images, self.repeats) < 1:
-            raise ValueError("batch_size, images and repeats must be >= 1")
+SHORTEST = 0.02
+"""Seconds that one measurement lasts at least: short work is run several times in a row."""
+AXES = {
+    "batch_size": "images at once, B",
+    "grid": "positions, N",
+    "vocab_size": "codebook size, V",
+    "depth": "depth, blocks",
+}
+SIZES = ("model", "tokenizer", "grid", "vocab_size", "batch_size", "images")
+"""Settings that two results must share to be compared."""
 
 
 def bench(config: BenchConfig, out: Path) -> dict[str, Any]:
-    """Measure, print a table, and write `out` (JSON).
+    """Measure, print tables, and write `out` (JSON) and, of sweeps, a figure beside it (PNG).
 
-    Rates are FLOPs counted from the configuration over the median time; the share is against a matmul of the
-    model's own feed-forward shape and of the same dtype, timed between the other measurements.
+    FLOPs and bytes are counted from the configuration (`runs.costs`) and divided by the median time. One
+    share is that of the matmul rate at the shape of training in the same dtype; the other is that of the
+    least time that the matmul rate and the memory bandwidth allow. It passes 100 % where caches hold what was
+    counted as moved.
     """
-    torch.manual_seed(0)
-    grid = Grid(*config.grid)
-    settings = vars(config.model) | {"location": True}
-    model = AnyOrderTransformer(TransformerConfig(**settings, vocab_size=config.vocab_size, grid=config.grid))
-    model.to(device())
-    runs = _workloads(model, grid, config)
-    if unknown := set(config.only) - set(runs):
-        raise ValueError(f"unknown workload {', '.join(sorted(unknown))}: choose from {'; '.join(runs)}")
-    runs = {name: run for name, run in runs.items() if name in ("matmul", *(config.only or runs))}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for work, _, _ in runs.values():
-        work()  # warm-up
-    for _ in tqdm(range(config.repeats), desc="bench", unit="round"):
-        for name, (work, _, _) in runs.items():
-            times[name].append(_seconds(work))
-    ceiling = runs["matmul"][1] / statistics.median(times["matmul"])
-    rows = [_row(name, *runs[name][1:], times[name], ceiling) for name in runs]
+    base = measure(config)
+    sweeps = {name: _sweep(config, name, base) for name, values in vars(config.over).items() if values}
     result = {
         "config": dataclasses.asdict(config),
         "device": _device_name(),
         "dtype": str(fast_dtype(device(), True)),
         "versions": versions(),
-        "rows": rows,
+        **base,
+        "sweeps": sweeps,
+        "memory": peak_memory(Subject(config), config.memory),
     }
     write_json(out, result)
-    print(Table(list(rows[0]), rows).text())
+    print("\n\n".join(table.text() for table in tables(result)))
     print(f"written to {out}")
+    if sweeps:
+        save_image(_figure(sweeps), out.with_suffix(".png"))
+        print(f"drawn in {out.with_suffix('.png')}")
     return result
 
 
-Workload = tuple[Callable[[], Any], float, int]
-"""What to run, its FLOPs, and how many images it works through (0: not images)."""
+def measure(config: BenchConfig) -> dict[str, list[dict[str, Any]]]:
+    """Time ceilings and workloads in turns, so that a change of the machine's speed meets all of them.
 
-
-def _workloads(model: AnyOrderTransformer, grid: Grid, config: BenchConfig) -> dict[str, Workload]:
-    tokens = torch.randint(config.vocab_size, (config.batch_size, grid.n), device=device())
-    order = random_orders(config.batch_size, grid).to(device())
-    dtype = fast_dtype(device(), True)
-    wide = model.blocks[0].mlp.gate_up.weight.detach().to(dtype).T  # type: ignore[union-attr, operator]
-    rows = torch.randn(config.batch_size * grid.n, wide.shape[0], device=device(), dtype=dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    some, streams = tokens[: config.images], Streams(range(min(config.images, len(tokens))), device())
-    n = grid.n
-
-    def train() -> None:
-        with torch.autocast(device().type, dtype, enabled=dtype == torch.bfloat16):
-            loss = token_nll(model, tokens, None, order).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    def fast(work: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> None:
-            with torch.no_grad(), torch.autocast(device().type, dtype, enabled=dtype == torch.bfloat16):
-                work()
-
-        return run
-
-    forward = sum(flops(model, i + 1) for i in range(n))
-    inferred = sum((n - i) * flops(model, i + 1) for i in range(n))
-    b, m = len(tokens), len(some)
+    Returns:
+        "ceilings" and "rows", see `tables`.
+    """
+    torch.manual_seed(0)
+    subject = Subject(config)
+    tops = ceilings(subject)
+    runs = {name: WORKLOADS[name](subject) for name in config.only or WORKLOADS}
+    seconds = _times(tops | runs, config.repeats)
+    product = matmul_name(subject.dtype, config.batch_size * subject.grid.n)
+    flops = tops[product].cost.flops / statistics.median(seconds[product])
+    bandwidth = tops[MEMORY].cost.bytes / statistics.median(seconds[MEMORY])
     return {
-        "matmul": (lambda: rows @ wide, 2.0 * rows.shape[0] * wide.numel(), 0),
-        "training step": (train, 3 * b * forward, b),
-        "teacher-forced scoring": (fast(lambda: token_nll(model, tokens, None, order)), b * forward, b),
-        "sampling, fixed order": (fast(lambda: sample(model, "random", streams)), m * forward, m),
-        "sampling, location head": (fast(lambda: sample(model, "location", streams)), m * forward, m),
-        "sampling, inferred order": (fast(lambda: sample(model, "entropy", streams)), m * inferred, m),
-        "order extraction": (
-            fast(lambda: extract_orders(model, some, "entropy", streams)),
-            m * inferred,
-            m,
-        ),
+        "ceilings": [{"ceiling": name, **_rates(top, seconds[name])} for name, top in tops.items()],
+        "rows": [
+            {
+                "workload": name,
+                **_rates(run, seconds[name]),
+                **_shares(run, statistics.median(seconds[name]), flops, bandwidth),
+            }
+            for name, run in runs.items()
+        ],
     }
 
 
-def flops(model: AnyOrderTransformer, context: int) -> float:
-    """Twice the multiply-adds of one position that attends to `context` positions."""
-    linear = sum(p.numel() for block in model.blocks for p in block.parameters() if p.ndim == 2)
-    attention = 2 * model.config.depth * model.config.width * context
-    return 2.0 * (linear + model.head.weight.numel() + attention)
+def _times(works: dict[str, Workload], repeats: int) -> dict[str, list[float]]:
+    """Seconds per run of each, without the warm-up."""
+    calls = {name: _warm_up(work.run) for name, work in works.items()}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in tqdm(range(repeats), desc="bench", unit="round"):
+        for name, work in works.items():
+            times[name].append(_seconds(work.run, calls[name]))
+    return times
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    _synchronise()
-    begin = time.perf_counter()
-    work()
-    _synchronise()
-    return time.perf_counter() - begin
+def _warm_up(run: Callable[[], Any]) -> int:
+    """How many runs make one measurement."""
+    seconds = _seconds(run)
+    if seconds < SHORTEST:
+        seconds = _seconds(run)  # the first one paid for what happens once
+    return max(1, min(1000, round(SHORTEST / seconds)))
 
 
-def _synchronise() -> None:
+def _seconds(run: Callable[[], Any], calls: int = 1) -> float:
+    """Seconds per run; on a GPU from its own clock."""
     if device().type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        begin.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1000 / calls
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
 
 
-def _row(name: str, count: float, images: int, seconds: list[float], ceiling: float) -> dict[str, Any]:
+def _rates(work: Workload, seconds: list[float]) -> dict[str, Any]:
     median = statistics.median(seconds)
     return {
-        "workload": name,
         "seconds": median,
         "spread (%)": 100 * (max(seconds) - min(seconds)) / median,
-        "images/s": images / median if images else None,
-        "GFLOP/s": count / median / 1e9,
-        "share of matmul (%)": 100 * count / median / ceiling,
+        "images/s": work.images / median if work.images else None,
+        "GFLOP": work.cost.flops / 1e9,
+        "GB": work.cost.bytes / 1e9,
+        "GFLOP/s": work.cost.flops / median / 1e9 or None,
+        "GB/s": work.cost.bytes / median / 1e9,
+    }
+
+
+def _shares(work: Workload, seconds: float, flops: float, bandwidth: float) -> dict[str, Any]:
+    """Against matmul rate (FLOP/s) and memory bandwidth (bytes/s)."""
+    return {
+        "share of matmul (%)": 100 * work.cost.flops / seconds / flops,
+        "share of attainable (%)": 100 * work.cost.seconds(flops, bandwidth) / seconds,
+        "bound by": "matmul" if work.cost.flops / flops > work.cost.bytes / bandwidth else "memory",
     }
 
 
@@ -169,3 +149,127 @@ def _device_name() -> str:
     if device().type == "cuda":
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------
+
+
+def _sweep(config: BenchConfig, name: str, base: dict[str, Any]) -> list[dict[str, Any]]:
+    """A point for each value of one size; where it is that of `config`, what was measured already."""
+    points = []
+    for value in getattr(config.over, name):
+        changed = _with(config, name, value)
+        x = value**2 if name == "grid" else value
+        points.append({"value": x, **(base if changed == config else measure(changed))})
+    return points
+
+
+def _with(config: BenchConfig, name: str, value: int) -> BenchConfig:
+    """`config` at another value of a setting of `Over`."""
+    changes: dict[str, dict[str, Any]] = {
+        "batch_size": {"batch_size": value, "images": value},
+        "grid": {"grid": (value, value)},
+        "vocab_size": {"vocab_size": value},
+        "depth": {"model": dataclasses.replace(config.model, depth=value)},
+    }
+    return dataclasses.replace(config, **changes[name])
+
+
+def _figure(sweeps: dict[str, list[dict[str, Any]]]) -> Any:
+    curves = {
+        AXES[name]: [{**row, "value": point["value"]} for point in points for row in point["rows"]]
+        for name, points in sweeps.items()
+    }
+    return scaling_curves(curves, ["images/s", "share of attainable (%)"])
+
+
+# --- tables and comparison --------------------------------------------------------------------------------
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Ceilings, workloads, every sweep, and memory."""
+    found = [_table(result["ceilings"], "images/s"), _table(result["rows"])]
+    for name, points in result["sweeps"].items():
+        workloads = zip(*(point["rows"] for point in points), strict=True)
+        values = [{AXES[name]: point["value"]} for point in points]
+        rows = [value | row for rows in workloads for value, row in zip(values, rows, strict=True)]
+        found.append(_table(rows, "GFLOP/s", "GB/s"))
+    return [*found, Table(list(result["memory"][0]), result["memory"])] if result["memory"] else found
+
+
+def _table(rows: list[dict[str, Any]], *without: str) -> Table:
+    shown = [
+        {key: value for key, value in row.items() if key not in ("GFLOP", "GB", *without)} for row in rows
+    ]
+    return Table(list(shown[0]), shown)
+
+
+def load_result(path: Path) -> dict[str, Any]:
+    """What `bench` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not the result of a bench.
+    """
+    result = read_json(path)
+    if not isinstance(result, dict) or not {"config", "device", "rows"} <= set(result):
+        raise ValueError(f"{path} is not a result of anyorder bench: give the JSON file that it wrote")
+    return result
+
+
+def against(new: dict[str, Any], old: dict[str, Any]) -> Table:
+    """Two results side by side: ratios of time below 1 are faster, ratios of shares above 1 are better.
+
+    Raises:
+        ValueError: they were measured at other sizes, or have no workload in common.
+    """
+    sizes = [_sizes(result) for result in (new, old)]
+    if other := [
+        f"{name} is {size} and {sizes[1][name]}" for name, size in sizes[0].items() if size != sizes[1][name]
+    ]:
+        raise ValueError(
+            f"the results are of different sizes: {', '.join(other)}; "
+            "run one of them again with the settings of the other"
+        )
+    after, before = _by_name(new), _by_name(old)
+    common = [name for name in after if name in before]
+    if not common:
+        raise ValueError(f"no workload is in both results: {'; '.join(after)} and {'; '.join(before)}")
+    rows = [_ratios(name, after[name], before[name]) for name in common]
+    caption = f"{new['device']} against {old['device']}"
+    return Table(list(rows[0]), rows, caption)
+
+
+def _sizes(result: dict[str, Any]) -> dict[str, Any]:
+    """By dotted name, with the defaults of settings that are newer than the result."""
+    values = {name: value for name, value in result["config"].items() if name in SIZES}
+    sizes: dict[str, Any] = {}
+    for name, size in dataclasses.asdict(parse(BenchConfig, values)).items():
+        if name in SIZES:
+            group = size if isinstance(size, dict) else {"": size}
+            sizes |= {f"{name}.{key}".rstrip("."): value for key, value in group.items()}
+    return sizes
+
+
+def _by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows by workload and, of sweeps, value."""
+    named = {row["workload"]: row for row in result["rows"]}
+    for name, points in result.get("sweeps", {}).items():
+        for point in points:
+            named |= {f"{row['workload']}, {AXES[name]} = {point['value']}": row for row in point["rows"]}
+    return named
+
+
+def _ratios(name: str, new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    def ratio(key: str) -> float | None:
+        return new[key] / old[key] if new.get(key) and old.get(key) else None
+
+    return {
+        "workload": name,
+        "seconds": new["seconds"],
+        "seconds before": old["seconds"],
+        "ratio of time": ratio("seconds"),
+        "ratio of share of matmul": ratio("share of matmul (%)"),
+        "ratio of share of attainable": ratio("share of attainable (%)"),
+        "spread (%)": max(new["spread (%)"], old["spread (%)"]),
+    }
