@@ -118,7 +118,7 @@ class TransformerCosts:
     def locate(self) -> Cost:
         """The location head, once."""
         width, n = self.config.width, self.grid.n
-        shapes = ((2 * width, width), (width, KEYS), (KEYS, n), (KEYS, self._moves), (KEYS, NEIGHBOURS))
+        shapes = ((3 * width, width), (width, KEYS), (KEYS, n), (KEYS, self._moves), (KEYS, NEIGHBOURS))
         around = self.batch * matmul(n, NEIGHBOURS, 1, self.size)
         return total(matmul(self.batch, *shape, self.size) for shape in shapes) + around
 
