@@ -3,9 +3,9 @@
     python experiments/lazy_orders.py
 
 Extracts the orders of test images with the any-order model of experiments/evidence_fashion32.yaml: exactly,
-with several shares of rescored positions, and with several positions per scoring. As a yardstick the exact order
-is extracted with a little Gumbel noise on the ratings, too: so much changes what is within the noise of a score.
-Writes Kendall's tau to the exact order (mean over images, and of the orders by mean rank), candidate
+with several shares of rescored positions, and with several positions per scoring. As a yardstick the exact
+order is extracted with a little Gumbel noise on the ratings, too: so much changes what is within the noise of
+a score. Writes Kendall's tau to the exact order (mean over images, and of the orders by mean rank), candidate
 evaluations and CPU seconds relative to the exact order, and the mean log-probability along the order.
 """
 

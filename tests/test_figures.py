@@ -18,6 +18,7 @@ from anyorder.evaluation.figures import (
     mean_rank_per_class,
     order_map,
     order_panel,
+    quality_against_steps,
     ranks,
     read_metrics,
     save_image,
@@ -212,12 +213,16 @@ def write_log(path, *lines: dict) -> str:
     return str(path)
 
 
-def curves(monkeypatch, runs: list) -> list:
+def axes_of(monkeypatch, draw) -> list:
     shown = []
     rendered = figures._rendered
     monkeypatch.setattr(figures, "_rendered", lambda figure: shown.append(figure) or rendered(figure))
-    assert loss_curves(runs).mode == "RGB"
+    assert draw().mode == "RGB"
     return shown[0].axes
+
+
+def curves(monkeypatch, runs: list) -> list:
+    return axes_of(monkeypatch, lambda: loss_curves(runs))
 
 
 def test_loss_curves_draw_what_is_logged(tmp_path, monkeypatch) -> None:
@@ -238,6 +243,21 @@ def test_loss_curves_draw_what_is_logged(tmp_path, monkeypatch) -> None:
     assert speed.lines[0].get_xydata().tolist() == [[1, 10]]
     assert speed.get_ylim()[0] == 0
     assert loss.get_ylabel() == "loss (nats per token)"
+
+
+def test_quality_against_steps_has_a_line_for_each_kind_and_a_mark_for_each_variation(monkeypatch) -> None:
+    cells = [
+        ("random", "", 64, {"fd": 1.0, "recall": 0.8}),
+        ("random", "", 16, {"fd": 1.2, "recall": 0.7}),
+        ("random", "cosine", 16, {"fd": 1.1, "recall": 0.75}),
+        ("raster", "", 64, {"fd": 0.9, "recall": 0.8}),
+    ]
+    fd, recall = axes_of(monkeypatch, lambda: quality_against_steps(cells, {"fd": "FD", "recall": "recall"}))
+    random, raster, cosine = fd.lines[:3]
+    assert random.get_xydata().tolist() == [[16, 1.2], [64, 1.0]]
+    assert raster.get_xydata().tolist() == [[64, 0.9]]
+    assert cosine.get_xydata().tolist() == [[16, 1.1]]
+    assert (fd.get_ylabel(), recall.get_ylabel()) == ("FD", "recall")
 
 
 def test_loss_curves_without_speed_have_one_panel(tmp_path, monkeypatch) -> None:
