@@ -23,7 +23,7 @@ from anyorder.guidance import GuidanceConfig, Guided
 from anyorder.logits import SCORES, Streams
 from anyorder.models.transformer import AnyOrderTransformer, TransformerConfig
 from anyorder.orders import STATIC
-from anyorder.policies import InferredOrder, make_policy
+from anyorder.policies import InferredOrder, PolicyConfig, make_policy
 
 GRID = Grid(2, 3)
 TINY = {"depth": 2, "width": 16, "heads": 2, "vocab_size": 5, "grid": (GRID.h, GRID.w)}
@@ -237,6 +237,10 @@ def _inferred(**settings: Any) -> PolicyFactory:
     return lambda grid, streams: InferredOrder(**settings)
 
 
+def _configured(**settings: Any) -> PolicyFactory:
+    return lambda grid, streams: PolicyConfig(**settings).build(grid, streams)
+
+
 POLICIES: dict[str, PolicyFactory] = {
     f"{name},per_step={k}": _named(name, k) for name in (*STATIC, "random") for k in (1, 4)
 }
@@ -253,6 +257,17 @@ for score, sign, temperature, (distance, to), k in product(
             per_step=k,
         )
     )
+for settings in (
+    {"order": "random", "steps": 3, "schedule": "cosine", "spread": 1.5},
+    {"order": "halton", "steps": 2, "schedule": "one_minus_cos"},
+    {"order": "entropy", "sign": -1, "steps": 3, "schedule": "arccos", "spread": 1.2},
+    {"order": "entropy", "rescore": 0.3},
+    {"order": "entropy", "sign": -1, "rescore": 0.5, "full_every": 2},
+    {"order": "margin", "rescore": 0.4, "temperature": 0.7, "distance": 0.5},
+    {"order": "max_prob", "rescore": 0.3, "steps": 3, "spread": 2.0},
+    {"order": "token_likelihood", "rescore": 0.4},
+):
+    POLICIES[",".join(f"{key}={value}" for key, value in settings.items())] = _configured(**settings)
 
 
 @pytest.fixture(params=MODELS)

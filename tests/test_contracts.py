@@ -165,6 +165,8 @@ SAMPLED = (
     "random,per_step=4",
     "entropy,sign=-1,temperature=0.7,distance=0.0-last,per_step=1",
     "token_likelihood,sign=1,temperature=0.0,distance=0.5-nearest,per_step=1",
+    "order=random,steps=3,schedule=cosine,spread=1.5",
+    "order=entropy,sign=-1,rescore=0.5,full_every=2",
 )
 
 

@@ -17,9 +17,10 @@ from anyorder.decode import (
     sample_coarse_to_fine,
     trace,
 )
+from anyorder.guidance import GuidanceConfig, Guided
 from anyorder.likelihood import token_nll
 from anyorder.logits import SCORES, TOKEN_BLIND, Sampling, Streams, entropy
-from anyorder.orders import STATIC, permute, random_orders, static_order
+from anyorder.orders import STATIC, kendall, permute, random_orders, static_order
 from anyorder.policies import FixedOrder, InferredOrder, InformativeOrder, PolicyConfig
 
 MODEL = transformer(depth=1, num_classes=3)
@@ -170,6 +171,28 @@ def test_cost_of_parallel_decoding():
     assert evaluations(InferredOrder(per_step=3)) == (2 + 2, 1, 6 + 3 + 6, 6 + 3 + 6 + 2)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        PolicyConfig("entropy"),
+        PolicyConfig("entropy", refresh=4),
+        PolicyConfig("entropy", per_step=4),
+        PolicyConfig("entropy", rescore=0.3),
+        PolicyConfig("max_prob", sign=-1, rescore=0.6, full_every=2),
+        PolicyConfig("entropy", steps=3, schedule="cosine", spread=1.5),
+        PolicyConfig("entropy", steps=3, schedule="cosine", rescore=0.5),
+        PolicyConfig("raster", steps=2),
+    ],
+)
+def test_the_stated_evaluations_are_those_that_are_made(config):
+    """Where: as stated, all by the scorer; what: each position once, by the drawer."""
+    scorer, drawer = Watched(transformer(depth=1)), Watched(transformer(depth=1))
+    rule = config.build(GRID, Streams(range(2)))
+    sample(drawer, rule, Streams(range(2)), scorer=scorer)
+    assert (scorer.candidates, drawer.candidates) == (config.evaluations(GRID.n), GRID.n)
+    assert config.evaluations(64) <= 64 * 65 // 2
+
+
 # --- order extraction
 
 
@@ -241,7 +264,69 @@ def test_extraction_refuses_another_length():
         extract_orders(MODEL, torch.zeros(1, 5, dtype=torch.int64))
 
 
-# --- rare scorings and expected information
+# --- lazy, rare and expected information
+
+
+@pytest.mark.parametrize(("score", "sign"), [("entropy", 1), ("margin", -1), ("token_likelihood", 1)])
+@pytest.mark.parametrize("lazy", [{"rescore": 0.999}, {"rescore": 0.2, "full_every": 1}])
+def test_a_lazy_order_that_scores_everything_is_exact(score, sign, lazy):
+    exact, all_of_it = (
+        sample(MODEL, InferredOrder(score, sign, **settings), Streams(range(4)), condition=LABELS)
+        for settings in ({}, lazy)
+    )
+    assert torch.equal(all_of_it.order, exact.order)
+    assert torch.equal(all_of_it.tokens, exact.tokens)
+    assert torch.equal(all_of_it.log_prob, exact.log_prob)
+
+
+@pytest.mark.parametrize("settings", [{"rescore": 0.3}, {"rescore": 0.5, "full_every": 2, "sign": -1}])
+@pytest.mark.parametrize("chunk", [1, 64])
+def test_lazy_orders_draw_from_the_current_prefix(settings, chunk):
+    """Log-probabilities are those of teacher forcing, alone, guided, and with a scorer."""
+    rule = InferredOrder(**settings)
+    for scorer in (None, transformer(seed=2, num_classes=3)):
+        made = sample(MODEL, rule, Streams(range(4)), condition=LABELS, scorer=scorer, chunk=chunk)
+        assert_close(-made.log_prob, token_nll(MODEL, made.tokens, LABELS, made.order), **STRICT)
+        found = extract_orders(MODEL, made.tokens, rule, condition=LABELS, scorer=scorer)
+        assert torch.equal(found.order, made.order)
+    guided = Guided(MODEL, GuidanceConfig(2.0))
+    made = sample(guided, rule, Streams(range(4)), condition=LABELS, chunk=chunk)
+    assert_close(-made.log_prob, token_nll(guided, made.tokens, LABELS, made.order), **STRICT)
+
+
+def test_lazy_is_nearer_to_the_exact_order_the_more_it_scores():
+    model = transformer(depth=1, grid=(5, 5))
+    tokens = torch.randint(5, (32, 25), generator=seeded(0))
+    exact = extract_orders(model, tokens).order
+    near = [
+        float(kendall(extract_orders(model, tokens, InferredOrder(rescore=share)).order, exact).mean())
+        for share in (0.1, 0.5, 0.9)
+    ]
+    assert near == sorted(near)
+    assert near[-1] > 0.6
+
+
+def test_completion_with_lazy_orders_and_few_steps():
+    tokens, known = cases()
+    for config in (
+        PolicyConfig("entropy", rescore=0.4),
+        PolicyConfig("entropy", steps=2, schedule="cosine", spread=1.5, rescore=0.5),
+        PolicyConfig("random", steps=2, spread=1.5),
+    ):
+        found = complete(Watched(MODEL), tokens, known, config, Streams(range(4)), condition=LABELS)
+        assert torch.equal(found.tokens[known], tokens[known])
+        assert torch.equal(found.order.sort(1).values, torch.arange(6).expand(4, -1))
+
+
+def test_completion_takes_a_policy_with_an_order_for_each_image():
+    tokens, known = cases()
+    order = random_orders(4, GRID, seeded(1))
+    found, expected = (
+        complete(MODEL, tokens, known, rule, Streams(range(4)), condition=LABELS)
+        for rule in (FixedOrder(order, GRID), order)
+    )
+    assert torch.equal(found.order, expected.order)
+    assert torch.equal(found.tokens, expected.tokens)
 
 
 def test_one_scoring_decides_the_next_positions():
@@ -298,6 +383,8 @@ BLIND_RULES = {
     "reversed": InferredOrder("margin", sign=-1, distance=0.3, distance_to="nearest"),
     "rare scorings": InferredOrder("entropy", refresh=3),
     "information": InformativeOrder(top=2),
+    "lazy": InferredOrder("entropy", rescore=0.4),
+    "lazy, full every 2": InferredOrder("margin", sign=-1, rescore=0.3, full_every=2),
 }
 
 
@@ -308,7 +395,7 @@ def test_token_blind_orders_sample_the_joint_distribution(order):
     assert chi_square(found.tokens, joint(model)) < limit(16)
 
 
-@pytest.mark.parametrize("order", ["entropy", "margin", "rare scorings", "information"])
+@pytest.mark.parametrize("order", ["entropy", "margin", "rare scorings", "information", "lazy"])
 def test_samples_follow_the_density_of_their_own_order(order):
     """Also where the conditionals agree with no joint: p(x) along the order that the image determines."""
     rule = BLIND_RULES.get(order, order)
@@ -338,6 +425,23 @@ def test_revealing_all_at_once_samples_the_product_of_marginals():
         found = sample(model, rule, Streams(range(4000)))
         assert chi_square(found.tokens, product) < limit(16)
         assert chi_square(found.tokens, joint(model)) > limit(16)
+
+
+PARALLEL = [
+    InferredOrder("entropy", per_step=2),
+    InferredOrder("margin", sign=-1, steps=3, schedule="cosine", spread=1.2, rescore=0.5),
+    FixedOrder(torch.tensor([3, 0, 1, 2]), SMALL.grid, steps=2, spread=1.2),
+]
+
+
+@pytest.mark.parametrize("rule", PARALLEL)
+def test_parallel_orders_have_a_density_that_samples_follow(rule):
+    """A product of conditionals given the steps before: what likelihoods of parallel decoding measure."""
+    images = torch.cartesian_prod(*[torch.arange(3)] * 4)
+    p = extract_orders(SMALL, images, rule).log_prob.double().sum(1).exp()
+    assert p.sum() == pytest.approx(1, abs=1e-4)
+    found = sample(SMALL, rule, Streams(range(6000)))
+    assert chi_square(found.tokens, p.reshape([3] * 4)) < limit(81)
 
 
 def density(order: str | OrderPolicy) -> Tensor:

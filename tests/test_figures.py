@@ -18,6 +18,7 @@ from anyorder.evaluation.figures import (
     mean_rank_per_class,
     order_map,
     order_panel,
+    quality_against_steps,
     ranks,
     read_metrics,
     save_image,
@@ -213,11 +214,11 @@ def write_log(path, *lines: dict) -> str:
     return str(path)
 
 
-def curves(monkeypatch, *given, draw=loss_curves) -> list:
+def axes_of(monkeypatch, draw) -> list:
     shown = []
     rendered = figures._rendered
     monkeypatch.setattr(figures, "_rendered", lambda figure: shown.append(figure) or rendered(figure))
-    assert draw(*given).mode == "RGB"
+    assert draw().mode == "RGB"
     return shown[0].axes
 
 
@@ -231,7 +232,7 @@ def test_loss_curves_draw_what_is_logged(tmp_path, monkeypatch) -> None:
         {"step": 3, "loss": 3.0},
     )
     b = write_log(tmp_path / "b.jsonl", {"step": 1, "loss": 2.0, "test_loss": None})
-    loss, speed = curves(monkeypatch, [("raster", a), ("random", b)])
+    loss, speed = axes_of(monkeypatch, lambda: loss_curves([("raster", a), ("random", b)]))
     raw, _, test = loss.lines[:3]
     assert raw.get_xydata().tolist() == [[1, 9], [2, 4], [3, 3]]
     assert test.get_xydata().tolist() == [[2, 4.5]]
@@ -241,9 +242,24 @@ def test_loss_curves_draw_what_is_logged(tmp_path, monkeypatch) -> None:
     assert loss.get_ylabel() == "loss (nats per token)"
 
 
+def test_quality_against_steps_has_a_line_for_each_kind_and_a_mark_for_each_variation(monkeypatch) -> None:
+    cells = [
+        ("random", "", 64, {"fd": 1.0, "recall": 0.8}),
+        ("random", "", 16, {"fd": 1.2, "recall": 0.7}),
+        ("random", "cosine", 16, {"fd": 1.1, "recall": 0.75}),
+        ("raster", "", 64, {"fd": 0.9, "recall": 0.8}),
+    ]
+    fd, recall = axes_of(monkeypatch, lambda: quality_against_steps(cells, {"fd": "FD", "recall": "recall"}))
+    random, raster, cosine = fd.lines[:3]
+    assert random.get_xydata().tolist() == [[16, 1.2], [64, 1.0]]
+    assert raster.get_xydata().tolist() == [[64, 0.9]]
+    assert cosine.get_xydata().tolist() == [[16, 1.1]]
+    assert (fd.get_ylabel(), recall.get_ylabel()) == ("FD", "recall")
+
+
 def test_loss_curves_without_speed_have_one_panel(tmp_path, monkeypatch) -> None:
     log = write_log(tmp_path / "a.jsonl", *({"step": i, "loss": 50.0 if i < 3 else 2.0} for i in range(100)))
-    (panel,) = curves(monkeypatch, [("a", log)])
+    (panel,) = axes_of(monkeypatch, lambda: loss_curves([("a", log)]))
     assert panel.get_ylim()[1] < 10  # the cliff at the begin does not set the scale
 
 
@@ -254,7 +270,7 @@ def test_scaling_curves_have_a_column_per_size_and_a_row_per_measure(monkeypatch
         {"workload": "draw", "value": 1, "images/s": 0.5, "share (%)": None},
     ]
     sizes = {"images at once, B": rows, "depth, blocks": rows[:1]}
-    panels = curves(monkeypatch, sizes, ["images/s", "share (%)"], draw=scaling_curves)
+    panels = axes_of(monkeypatch, lambda: scaling_curves(sizes, ["images/s", "share (%)"]))
     assert [panel.get_xlabel() for panel in panels] == ["", "", *sizes]
     assert [panel.get_ylabel() for panel in panels] == ["images/s", "", "share (%)", ""]
     assert [panel.get_yscale() for panel in panels] == ["log", "log", "linear", "linear"]

@@ -13,7 +13,7 @@ ROOT = Path(anyorder.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 LEAF = {"contracts", "orders", "artifacts"}
-METHOD = {"logits", "policies", "guidance", "decode", "likelihood"}
+METHOD = {"logits", "schedules", "policies", "guidance", "decode", "likelihood"}
 MIDDLE = METHOD | {"models", "data", "evaluation"}
 TOP = {"pipeline", "draw", "complete", "cli", "demo"}
 ALLOWED: dict[str, set[str]] = {

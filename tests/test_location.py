@@ -140,6 +140,18 @@ def test_a_location_costs_what_a_fixed_order_costs():
     assert (watched.calls, watched.candidates, watched.appends) == (GRID.n, GRID.n, GRID.n - 1)
 
 
+def test_locations_in_few_steps_keep_their_distance():
+    """What the head wants most, without the neighbours (2 patches away is far enough on 2 x 3)."""
+    model, rule = located(), LocatedOrder(temperature=0, steps=3, spread=1.5)
+    content = given(torch.zeros(2, 6).long())
+    steps = list(generate(model, rule, content, Streams(range(2))))
+    assert [step.positions.shape[1] for step in steps] == [2, 2, 2]
+    first = next(generate(model, LocatedOrder(temperature=0), content, Streams(range(2)))).positions
+    assert torch.equal(steps[0].positions[:, :1], first)
+    at = GRID.coordinates()[steps[0].positions]
+    assert ((at[:, 0] - at[:, 1]).norm(dim=-1) >= 1.4).all()
+
+
 @pytest.mark.parametrize("per_step", [2, 4])
 def test_several_locations_in_one_step(per_step):
     content, policy = given(torch.zeros(2, 6).long()), LocatedOrder(per_step=per_step)

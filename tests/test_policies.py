@@ -10,6 +10,7 @@ from anyorder.decode import complete, drawn, generate, trace
 from anyorder.logits import SCORES, Sampling, Streams
 from anyorder.orders import STATIC, inverse, random_orders, static_order
 from anyorder.policies import FixedOrder, InferredOrder, PolicyConfig, make_policy, random_rows
+from anyorder.schedules import reveals
 
 GRID = Grid(2, 3)
 MODEL = transformer(depth=1)
@@ -17,7 +18,11 @@ MODEL = transformer(depth=1)
 
 def progress(revealed: Tensor, last: int = -1, grid: Grid = GRID) -> Progress:
     rows = len(revealed)
-    return Progress(grid, revealed, torch.full((rows,), last), 0, Streams(range(rows)).gumbel(grid.n))
+    never = torch.full(revealed.shape, -1)
+    return Progress(
+        grid, revealed, torch.full((rows,), last), 0, grid.n, Streams(range(rows)).gumbel(grid.n),
+        ratings=torch.zeros(revealed.shape), rated_at=never, revealed_at=never.clone(),
+    )  # fmt: skip
 
 
 def nothing(rows: int = 1) -> Tensor:
@@ -31,8 +36,8 @@ def test_every_position_is_revealed_once(policy):
     streams, model = Streams(range(3)), Watched(MODEL)
     rule = policy(GRID, streams)
     steps = list(generate(model, rule, drawn(Sampling()), streams))
-    per_step = rule.per_step
-    assert [s.positions.shape[1] for s in steps] == ([4, 2] if per_step == 4 else [1] * 6)
+    assert [s.positions.shape[1] for s in steps] == rule.sizes(6)
+    assert rule.steps or rule.sizes(6) == ([4, 2] if rule.per_step == 4 else [1] * 6)
     assert [s.index for s in steps] == list(range(len(steps)))
     assert all(s.total == 6 for s in steps)
     result = trace(iter(steps))
@@ -68,6 +73,7 @@ def test_proposals_are_open_and_selections_are_proposed(policy):
         [[True, False, True, False, False, True], [False, True, True, True, False, False]]
     )
     now = progress(revealed, last=2)
+    now.total = 3
     rule = policy(GRID, Streams(range(2)))
     candidates = rule.propose(now)
     assert not revealed.gather(1, candidates).any()
@@ -75,7 +81,7 @@ def test_proposals_are_open_and_selections_are_proposed(policy):
     ratings = rule.rate(logits, torch.zeros_like(candidates))
     assert ratings.shape == candidates.shape
     chosen = rule.select(now, candidates, ratings)
-    assert chosen.shape == (2, min(rule.per_step, 3))
+    assert chosen.shape == (2, rule.take(now, 3))
     assert all(len(set(row)) == len(row) for row in candidates.gather(1, chosen).tolist())
 
 
@@ -176,6 +182,15 @@ def test_distance_counts_from_the_first_reveal_on():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"steps": -1}, "steps must be >= 0"),
+        ({"steps": 2, "per_step": 2}, "give either per_step or steps, got 2 and 2"),
+        ({"steps": 2, "schedule": "sine"}, "unknown schedule 'sine': choose one of constant"),
+        ({"schedule": "cosine"}, "schedule 'cosine' needs to know in how many steps"),
+        ({"spread": -1.0}, "spread must be >= 0"),
+        ({"rescore": 0.0}, r"rescore must lie in \(0, 1\]"),
+        ({"full_every": 4}, "needs rescore < 1, got 4"),
+        ({"rescore": 0.5, "refresh": 2}, "two ways to score less"),
+        ({"steps": 2, "refresh": 2}, "refresh > 1 needs per_step=1, steps=0"),
         ({"score": "luck"}, "unknown score 'luck': choose one of token_likelihood"),
         ({"sign": 0}, "sign must be 1"),
         ({"temperature": -0.1}, "temperature must be >= 0"),
@@ -198,6 +213,95 @@ def test_only_the_rule_of_the_paper_peeks():
     assert FixedOrder.token_blind
     assert InferredOrder().name == "entropy"
     assert InferredOrder("margin", -1).name == "margin-reversed"
+
+
+# --- several positions at once
+
+
+def of_a_step(rule, now: Progress, ratings: Tensor) -> Tensor:
+    """Positions (B, K) that an inferred or a fixed order reveals now."""
+    candidates = rule.propose(now)
+    return candidates.gather(1, rule.select(now, candidates, ratings.gather(1, candidates)))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    h=st.integers(1, 6),
+    w=st.integers(1, 6),
+    k=st.integers(1, 9),
+    spread=st.sampled_from([0.0, 1.0, 1.2, 1.5, 2.0, 2.9, 9.0]),
+    seed=st.integers(0, 10_000),
+)
+def test_positions_of_a_step_keep_their_distance_where_possible(h, w, k, spread, seed):
+    """Against the greedy rule written out for one image: the best that is far enough, or else the best."""
+    grid, rows = Grid(h, w), 3
+    order = random_orders(rows, grid, seeded(seed))
+    revealed = torch.zeros(rows, grid.n, dtype=torch.bool).scatter(1, order[:, : grid.n // 3], True)
+    now = progress(revealed, grid=grid)
+    wanted = torch.randn(rows, grid.n, generator=seeded(seed + 1))
+    at = grid.coordinates()
+    for rule in (
+        InferredOrder(per_step=k, spread=spread),
+        FixedOrder(wanted.argsort(1, descending=True), grid, per_step=k, spread=spread),
+    ):
+        for row, found in enumerate(of_a_step(rule, now, wanted).tolist()):
+            left = [p for p in wanted[row].argsort(descending=True).tolist() if not revealed[row, p]]
+            expected: list[int] = []
+            while left and len(expected) < k:
+                far = [p for p in left if all((at[p] - at[q]).norm() > spread - 1e-3 for q in expected)]
+                expected.append((far or left)[0])
+                left.remove(expected[-1])
+            assert found == expected
+
+
+def test_with_one_position_per_step_spread_changes_nothing():
+    content = drawn(Sampling())
+    for order in ("random", "entropy"):
+        near, far = (
+            trace(generate(MODEL, config.build(GRID, Streams(range(3))), content, Streams(range(3))))
+            for config in (PolicyConfig(order), PolicyConfig(order, steps=6, spread=3.0))
+        )
+        assert torch.equal(near.order, far.order)
+        assert torch.equal(near.tokens, far.tokens)
+
+
+def test_steps_are_for_what_is_open():
+    """With 2 of 6 positions known, 3 steps reveal 1, 2 and 1 of the others."""
+    prefix = (torch.tensor([[5, 2], [0, 1]]), torch.zeros(2, 2, dtype=torch.int64))
+    rule = InferredOrder(steps=3, schedule="constant")
+    steps = generate(MODEL, rule, drawn(Sampling()), Streams(range(2)), known=prefix)
+    assert [step.positions.shape[1] for step in steps] == reveals(4, 3)
+
+
+def test_a_fixed_order_of_some_images():
+    order = random_orders(3, GRID, seeded(0))
+    rule = FixedOrder(order, GRID, steps=3, name="mine")
+    some = rule.of(torch.tensor([2, 0]))
+    assert torch.equal(inverse(some.rank), order[[2, 0]])
+    assert (some.steps, some.name) == (3, "mine")
+    assert FixedOrder(torch.arange(6), GRID).of(torch.tensor([1])).rank.shape == (6,)
+
+
+# --- lazy orders
+
+
+def test_lazy_candidates_are_the_best_and_those_with_news():
+    """On a line of 8: position 0 is rated best; next to 5, revealed since, lie the ones to look at again."""
+    grid = Grid(1, 8)
+    revealed = torch.tensor([[False] * 5 + [True] + [False] * 2])
+    now = progress(revealed, last=5, grid=grid)
+    now.step, now.total = 1, 8
+    now.ratings = torch.tensor([[0.9, 0.1, 0.2, 0.3, 0.4, 0.0, 0.5, 0.6]])
+    now.rated_at = torch.zeros(1, 8, dtype=torch.int64)
+    now.revealed_at = torch.tensor([[-1, -1, -1, -1, -1, 0, -1, -1]])
+    assert InferredOrder(rescore=0.5).propose(now).tolist() == [[0, 4, 6, 7]]
+    assert InferredOrder(rescore=0.4).propose(now).tolist() == [[0, 4, 7]]
+    assert InferredOrder(rescore=0.01).propose(now).tolist() == [[0]]
+    assert InferredOrder(rescore=0.01, per_step=3).propose(now).tolist() == [[0, 4, 7]]
+    assert InferredOrder(rescore=0.4, distance=1.0).propose(now).tolist() == [[3, 4, 6]], "0 is far from 5"
+    everything = [[0, 1, 2, 3, 4, 6, 7]]
+    assert InferredOrder().propose(now).tolist() == everything
+    assert InferredOrder(rescore=0.5, full_every=1).propose(now).tolist() == everything
 
 
 # --- what users write
@@ -237,9 +341,15 @@ def test_policy_config_builds(order):
 
 def test_policy_config_passes_every_setting_on():
     config = PolicyConfig("margin", -1, 0.5, 0.25, "nearest", 3)
-    assert config.build(GRID, Streams([0])) == InferredOrder("margin", -1, 0.5, 0.25, "nearest", 3)
+    assert config.build(GRID, Streams([0])) == InferredOrder("margin", -1, 0.5, 0.25, "nearest", per_step=3)
     assert config.label == "margin, sign -1, temperature 0.5, distance 0.25, distance_to nearest, per_step 3"
     assert PolicyConfig().label == "entropy"
+    quick = PolicyConfig("entropy", steps=4, schedule="cosine", spread=2.0, rescore=0.5, full_every=3)
+    built = InferredOrder(steps=4, schedule="cosine", spread=2.0, rescore=0.5, full_every=3)
+    assert quick.build(GRID, Streams([0])) == built
+    assert quick.label == "entropy, steps 4, schedule cosine, spread 2, rescore 0.5, full_every 3"
+    assert quick.parallel
+    assert not PolicyConfig(rescore=0.5).parallel
     assert not PolicyConfig("token_likelihood").token_blind
 
 
@@ -252,6 +362,10 @@ def test_policy_config_passes_every_setting_on():
         ({"order": "hilbert", "distance": 0.5}, "not to 'hilbert'"),
         ({"order": "hilbert", "distance_to": "nearest"}, "not to 'hilbert'"),
         ({"order": "raster", "per_step": 0}, "per_step must be >= 1"),
+        ({"order": "raster", "rescore": 0.5}, "not to 'raster': remove rescore"),
+        ({"order": "location", "full_every": 2}, "not to 'location'"),
+        ({"order": "random", "schedule": "cosine"}, "give steps="),
+        ({"order": "information", "steps": 4}, "expected information takes"),
         ({"order": "entropy", "per_step": 0}, "per_step must be >= 1"),
         ({"order": "entropy", "temperature": -1}, "temperature must be >= 0"),
     ],

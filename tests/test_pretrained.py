@@ -9,6 +9,7 @@ from anyorder import Pipeline, cli
 from anyorder.orders import inverse, validate
 from anyorder.pipeline import BUNDLED, bundled
 from anyorder.policies import PolicyConfig
+from anyorder.schedules import reveals
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +53,26 @@ def test_orders_of_classes_are_for_the_grid_of_training(pipe):
         lambda: pipe.coarse_to_fine("Shoes"),
         lambda: pipe.complete(white, pad=(4, 0, 0, 0), class_labels="Shoes"),
         lambda: pipe("Shoes", grid=(4, 4)),
-        lambda: pipe("Shoes", order=PolicyConfig("class_mean", per_step=8)),
     ):
-        with pytest.raises(ValueError, match=r"class_mean goes one position at a time over 8 x 8 patches"):
+        with pytest.raises(ValueError, match=r"class_mean covers 8 x 8 patches"):
             call()
     assert pipe.complete(white, pad=(4, 0, 0, 0), order="raster").images[0].size == (36, 32)
     mask = np.zeros((32, 32), bool)
     mask[8:24, 8:24] = True
     assert pipe.complete(white, mask, class_labels="Shoes").images[0].size == (32, 32)
+
+
+def test_orders_of_classes_in_few_steps(pipe):
+    """The same order, several positions at once; also where images have different numbers to draw."""
+    quick = PolicyConfig("class_mean", steps=16, schedule="cosine")
+    assert torch.equal(pipe(["Shoes", "Bags"], order=quick).order, pipe(["Shoes", "Bags"]).order)
+    steps = list(pipe.stream(["Shoes", "Bags"], order=quick))
+    assert [step.positions.shape[1] for step in steps] == reveals(64, 16, "cosine")
+    white = Image.new("RGB", (32, 32), "white")
+    masks = np.zeros((2, 32, 32), bool)
+    masks[0, 8:24, 8:24] = masks[1, :8] = True
+    made = pipe.complete([white, white], masks, class_labels=["Shoes", "Bags"], order=quick)
+    assert len(made.images) == 2
 
 
 def test_the_command_draws_pictures_and_an_animation(tmp_path, capsys):

@@ -144,8 +144,16 @@ class Progress:
     """(B,) int64, the position revealed last, -1 before the first."""
     step: int
     """How many reveals the loop has made."""
+    total: int
+    """How many positions of each image the loop set out to reveal."""
     noise: Tensor
     """(B, N) float32, one standard Gumbel number per position for this step, from each row's generator."""
+    ratings: Tensor
+    """(B, N) float32, what each position was rated when it was scored last; 0 before."""
+    rated_at: Tensor
+    """(B, N) int64, the step at which each position was scored last, -1 before."""
+    revealed_at: Tensor
+    """(B, N) int64, the step at which the loop revealed each position, -1 for open and known ones."""
     where: Tensor | None = None
     """(B, N) float32, the model's log q(next position), for policies that are `located`."""
     uncertainty_after: Callable[[Tensor], Tensor] | None = None

@@ -54,8 +54,9 @@ def generate(
     """Reveal every open position, step by step; progress bars and animations read this stream.
 
     Costs per image, N positions: a fixed order and the location head evaluate N candidates; an inferred
-    order N (N + 1) / (2 refresh) and, if it is decided before the tokens are drawn, N of the drawer;
-    expected information 1 + top times that.
+    order N (N + 1) / (2 refresh), about the share `rescore` of it if it is lazy, and N of the drawer if it is
+    decided before the tokens are drawn; expected information 1 + top times that. In S steps, N^2 / 2 becomes
+    about N S / 2.
     Memory: the model's cache plus O(B * chunk * V) for logits.
 
     Args:
@@ -91,19 +92,13 @@ def generate(
     batch = len(streams)
     state = model.start(batch, condition, grid)
     guide = scorer.start(batch, condition, grid) if scorer is not None else None
-    progress = Progress(
-        grid=grid,
-        revealed=torch.zeros(batch, grid.n, dtype=torch.bool, device=device),
-        last=torch.full((batch,), -1, device=device),
-        step=0,
-        noise=torch.zeros(batch, grid.n, device=device),
-    )
+    progress = _nothing_revealed(grid, batch, device)
     if known is not None and known[0].shape[1]:
         state = model.append(state, *known)
         guide = scorer.append(guide, *known) if scorer is not None else None
         progress.revealed.scatter_(1, known[0], True)
         progress.last = known[0][:, -1]
-    total = int((~progress.revealed[0]).sum())
+    total = progress.total = int((~progress.revealed[0]).sum())
     done = 0
     while done < total:
         uniform, progress.noise = streams.uniform(grid.n), streams.gumbel(grid.n)
@@ -117,11 +112,28 @@ def generate(
                 state = model.append(state, some, tokens)
             written.append(tokens)
             progress.revealed.scatter_(1, some, True)
+            progress.revealed_at.scatter_(1, some, progress.step)
             progress.last = some[:, -1]
             progress.step += 1
             yield Step(progress.step - 1, total, some, tokens, log_prob)
         if scorer is not None and done < total:
             guide = scorer.append(guide, positions, torch.cat(written, dim=1))
+
+
+def _nothing_revealed(grid: Grid, batch: int, device: torch.device | str) -> Progress:
+    """Where the loop is before anything is given or drawn."""
+    never = torch.full((batch, grid.n), -1, device=device)
+    return Progress(
+        grid=grid,
+        revealed=torch.zeros(batch, grid.n, dtype=torch.bool, device=device),
+        last=never[:, 0].clone(),
+        step=0,
+        total=grid.n,
+        noise=torch.zeros(batch, grid.n, device=device),
+        ratings=torch.zeros(batch, grid.n, device=device),
+        rated_at=never,
+        revealed_at=never.clone(),
+    )
 
 
 def _where(
@@ -144,6 +156,8 @@ def _where(
         return candidates.gather(1, policy.select(progress, candidates, ratings)), None
     what = _blank if policy.token_blind else content
     tokens, log_prob, ratings = _look(by, state, policy, what, candidates, uniform, chunk)
+    progress.ratings.scatter_(1, candidates, ratings)
+    progress.rated_at.scatter_(1, candidates, progress.step)
     chosen = policy.select(progress, candidates, ratings)
     peeked = None if policy.token_blind else (tokens.gather(1, chosen), log_prob.gather(1, chosen))
     return candidates.gather(1, chosen), peeked
@@ -320,6 +334,7 @@ def complete(
         prefix = (here, tokens[rows].gather(1, here))
         some = streams.subset(rows.tolist())
         own = order[rows] if isinstance(order, Tensor) and order.ndim == 2 else order
+        own = own.of(rows) if isinstance(own, FixedOrder) else own
         steps = generate(
             model,
             make_policy(own, grid, some),

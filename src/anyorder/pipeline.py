@@ -345,21 +345,22 @@ class Pipeline:
         return Guided(self.model, guidance) if guidance.scale != 1 else self.model
 
     def _order(self, order: Any, condition: Tensor | None, n: int, grid: Grid) -> Any:
-        """The order to draw in; (n, N) where classes have their own, their mean for images without one."""
+        """The order to draw in; for class_mean that of each image's class, or the mean of all of them."""
         order = self.policy if order is None else order
         policy = PolicyConfig("class_mean") if isinstance(order, str) and order == "class_mean" else order
         if not isinstance(policy, PolicyConfig) or policy.order != "class_mean":
             return order
         if self.class_orders is None:
             raise ValueError("this pipeline has no orders of classes: choose another order than class_mean")
-        if grid != self.model.grid or policy.per_step != 1:
+        if grid != self.model.grid:
             own = self.model.grid
             raise ValueError(
-                f"class_mean goes one position at a time over {own.h} x {own.w} patches, "
-                f"got {grid.h} x {grid.w} and per_step={policy.per_step}: give another order, say entropy"
+                f"class_mean covers {own.h} x {own.w} patches, got {grid.h} x {grid.w}: "
+                "give another order, say entropy"
             )
         labels = torch.full((n,), -1) if condition is None else class_labels(condition).cpu()
-        return of_classes(self.class_orders, labels).to(self._device)
+        orders = of_classes(self.class_orders, labels).to(self._device)
+        return policy.build(grid, Streams([], self._device), orders)
 
     def _scorer(self, order: Any) -> AnyOrderModel | None:
         """The scorer, for orders that it can decide: inferred and token-blind ones, and a location head's."""

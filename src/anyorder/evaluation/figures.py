@@ -364,6 +364,36 @@ def loss_curves(
         return _rendered(figure)
 
 
+def quality_against_steps(
+    cells: Sequence[tuple[str, str, int, Mapping[str, float]]], panels: Mapping[str, str]
+) -> Image.Image:
+    """Metrics against the number of steps: a line for each kind of order, a mark for each variation of it.
+
+    Args:
+        cells: (kind, variation, steps, metrics); what has no variation ("") lies on the line of its kind.
+        panels: names of metrics, each with the label of its axis.
+    """
+    kinds = list(dict.fromkeys(kind for kind, *_ in cells))
+    variations = list(dict.fromkeys(variation for _, variation, *_ in cells if variation))
+    colours, marks = dict(zip(kinds, COLOURS, strict=False)), dict(zip(variations, "^vsDPX*", strict=False))
+    with _figure(3.6 * len(panels) + 1.6, 3.4) as figure:
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (metric, label) in zip(axes, panels.items(), strict=True):
+            for kind in kinds:
+                line = sorted((steps, m[metric]) for k, v, steps, m in cells if k == kind and not v)
+                axis.plot(*zip(*line, strict=True), "o-", color=colours[kind], label=kind)
+            for kind, variation, steps, metrics in cells:
+                if variation:
+                    axis.plot(steps, metrics[metric], marks[variation], color=colours[kind], mfc="none")
+            axis.set(xlabel="steps", ylabel=label)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(ticks := sorted({steps for _, _, steps, _ in cells}), [str(t) for t in ticks])
+        for variation in variations:
+            axes[-1].plot([], [], marks[variation], color="#444444", mfc="none", label=variation)
+        figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right upper")
+        return _rendered(figure)
+
+
 def _draw_run(panels: Sequence[Axes], name: str, log: list[dict[str, Any]], colour: str) -> None:
     steps, losses = _series(log, "loss")
     panels[0].plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)

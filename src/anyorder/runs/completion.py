@@ -181,7 +181,7 @@ class CompletionStage:
     def _exact(self) -> bool:
         """Whether the likelihood of the true tokens is one of the distribution that was drawn from."""
         decided = self.policy.deterministic or self.policy.order == "random"
-        return self.policy.token_blind and decided and self.policy.per_step == 1
+        return self.policy.token_blind and decided and not self.policy.parallel
 
     def _picture(self, artifact: Artifact, images: ImageSet, rows: np.ndarray, hole: np.ndarray) -> Any:
         """A row for each image: true, with its hole, and completed from each seed."""

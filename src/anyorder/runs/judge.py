@@ -278,7 +278,8 @@ class EvalStage:
         """What test images cost under the policy that the samples were drawn with, nats per token.
 
         `nll`, exact: token-blind policies without location noise, and fixed and random orders. p(x) is then a
-        product of the model's conditionals along an order that the image determines, or that ignores it.
+        product of the model's conditionals along an order that the image determines, or that ignores it;
+        tokens that are drawn in parallel are conditioned on those of the steps before only.
         `bound` = `bound_tokens` + `bound_location`: samples of a location head. -log q(order, x) of one order
         is an upper bound on -log p(x); the order is the greedy maximum of q. None where the locations are
         drawn at another temperature or by another model.
@@ -286,7 +287,8 @@ class EvalStage:
         policy = PolicyConfig(**made["config"]["policy"])
         exact = policy.token_blind and (policy.deterministic or policy.order == "random")
         located = policy.order == "location" and policy.temperature in (None, 1) and self.scorer is None
-        if not self.nll_images or policy.per_step != 1 or not (exact or located):
+        located = located and not policy.parallel
+        if not self.nll_images or not (exact or located):
             return {"nll": None, "bits_per_dim": None}
         test, model = TokenSet(self.tokens, "test"), load_any_order(self.model)
         scorer = load_any_order(self.scorer) if self.scorer else None
