@@ -662,7 +662,7 @@ def attend_with_total(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
-    """One kernel, where one returns the log-sum-exp (B, H, M), too; PyTorch has no public one on all devices."""
+    """One kernel that returns the log-sum-exp (B, H, M), too, where there is one; none is public."""
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     if q.device.type == "cuda" and q.shape[-1] % 8 == 0:
