@@ -1,5 +1,7 @@
 """The contract of `AnyOrderModel`, for every model (DESIGN: AnyOrderModel in contracts.py)."""
 
+import copy
+
 import pytest
 import torch
 from conftest import POLICIES, Subject, incremental, seeded
@@ -115,10 +117,13 @@ def test_candidates_are_blind_to_one_another(subject):
     state = subject.model.start(ROWS, condition)
     for known in range(4):
         open_positions = order[:, known:]
-        together = subject.model.score(state, open_positions)
-        backwards = subject.model.score(state, open_positions.flip(1)).flip(1)
-        alone = torch.cat([subject.model.score(state, p) for p in open_positions.split(1, dim=1)], dim=1)
-        in_twos = torch.cat([subject.model.score(state, p) for p in open_positions.split(2, dim=1)], dim=1)
+
+        def score(size: int, positions: Tensor, state: object = state) -> Tensor:
+            fork = copy.deepcopy(state)  # a model may remember what it has scored
+            return torch.cat([subject.model.score(fork, p) for p in positions.split(size, dim=1)], dim=1)
+
+        together, alone, in_twos = (score(size, open_positions) for size in (subject.model.grid.n, 1, 2))
+        backwards = score(subject.model.grid.n, open_positions.flip(1)).flip(1)
         for other in (backwards, alone, in_twos):
             assert_close(other, together, **CLOSE)
         here = order[:, known : known + 1]
@@ -132,7 +137,9 @@ def test_score_leaves_the_state_unchanged(subject):
     state = subject.model.start(ROWS, condition)
     for step in range(order.shape[1]):
         here = order[:, step : step + 1]
+        some = subject.model.score(state, order[:, step : step + 3])
         first = subject.model.score(state, order[:, step:])
+        assert_close(some, first[:, :3], **CLOSE)
         subject.model.score(state, order[:, step:].flip(1))
         assert_close(subject.model.score(state, order[:, step:]), first, **CLOSE)
         assert_close(first[:, :1], forward[:, step : step + 1], **CLOSE)

@@ -3,19 +3,23 @@
 import dataclasses
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import transformer
 
 from anyorder import Pipeline, cli
-from anyorder.artifacts import load_array, read_json, read_manifest
+from anyorder.artifacts import Artifact, load_array, read_json, read_manifest
 from anyorder.contracts import Grid
 from anyorder.decode import extract_orders
 from anyorder.evaluation.metrics import FeatureStatistics, frechet_distance
 from anyorder.policies import PolicyConfig
+from anyorder.runs import shards
 from anyorder.runs.checkpoint import load_model
 from anyorder.runs.compare import CompareStage
 from anyorder.runs.config import parse
@@ -612,3 +616,47 @@ def test_killed_stages_go_on_after_their_last_batch(experiment, tmp_path):
         (killed / f"train.{name}.npy.partial").write_bytes(b"\0" * 128 + rows)
     execute("orders", stage, killed)
     np.testing.assert_array_equal(load_array(killed / "train.order.npy"), whole)
+
+
+def test_shards_are_the_rows_of_one_run(experiment, tmp_path):
+    """Two processes share five parts, one of which a killed run left half done."""
+    from anyorder.runs.stages import execute
+
+    path, out = experiment
+    stage = dataclasses.replace(load_experiment(path).stages["orders"][1], batch_size=3, shards=5)
+    whole = out / "orders"
+    part = tmp_path / "train-1-of-5"
+    part.mkdir(parents=True)
+    for name in ("order", "log_prob", "seconds"):  # rows 4 to 7: two whole ones and a torn one
+        rows = load_array(whole / f"train.{name}.npy")[4:8]
+        torn = rows.tobytes()[: 2 * rows[0].nbytes + 1]
+        (part / f"train.{name}.npy.partial").write_bytes(b"\0" * 128 + torn)
+    run = partial(execute, "orders", stage, tmp_path)
+    with ThreadPoolExecutor(2) as pool:  # each opens the folders itself, as a process does
+        list(pool.map(lambda _: run(), range(2)))
+    for name in ("train.order", "train.log_prob", "test.order", "test.log_prob", "class_order"):
+        np.testing.assert_allclose(
+            load_array(tmp_path / f"{name}.npy"), load_array(whole / f"{name}.npy"), rtol=1e-5
+        )
+    assert not list(tmp_path.glob("*-of-*"))
+    assert not run()
+
+
+def test_the_batch_size_makes_no_orders_stale(experiment):
+    path, out = experiment
+    stage = load_experiment(path).stages["orders"][1]
+    for size in (None, 5):
+        settings, inputs, completion = split(dataclasses.replace(stage, batch_size=size))
+        assert Artifact.is_current(out / "orders", "orders", settings, inputs, completion)
+
+
+def test_images_at_once_follow_the_free_memory(monkeypatch):
+    model = transformer(depth=2, width=16)
+    each = 4 * 2 * 6 * 16 * 4
+    for free, images in ((0, 1), (2 * 5 * each, 4), (2 * 8 * each, 8), (2**40, 64)):
+        monkeypatch.setattr(shards, "free_memory", lambda device, free=free: free)
+        assert shards.images_at_once(model, Grid(2, 3)) == images
+    monkeypatch.setattr(shards, "free_memory", lambda device: 2 * 8 * each)
+    assert shards.images_at_once(model, Grid(2, 3), processes=4) == 2
+    monkeypatch.undo()
+    assert shards.free_memory(torch.device("cpu")) > 2**20

@@ -15,7 +15,9 @@ from anyorder.models.coordinates import CoordinateEncoding
 from anyorder.models.transformer import (
     AnyOrderTransformer,
     Architecture,
+    SharedPrefix,
     TransformerConfig,
+    attend_with_total,
     rotate,
 )
 from anyorder.orders import random_orders, static_order
@@ -126,6 +128,70 @@ def test_rotary_products_depend_on_displacements_only():
     assert products.std() > 0.1
     condition = model._rotation(model._tables(grid), torch.full((1, 1), grid.n), ahead[:, :1])
     assert torch.equal(rotate(k, *condition.keys).flatten(), k)  # the identity, not a zero vector
+
+
+# --- decoding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_fused_attention_and_its_total(dtype, scale):
+    """The kernel that returns the log-sum-exp agrees with attention written out."""
+    q, k, v = (
+        torch.randn(2, 3, length, 8, generator=seeded(i)).to(dtype) for i, length in enumerate((5, 7, 7))
+    )
+    q = scale * q
+    out, total = attend_with_total(q, k, v)
+    written_out = attend_with_total(q.requires_grad_(), k, v)
+    close = CLOSE if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2 * scale}
+    assert_close(out, written_out[0].detach(), **close)
+    assert_close(total, written_out[1].detach(), **close)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_attention_on_a_gpu(dtype):
+    q, k, v = (
+        torch.randn(2, 3, length, 64, generator=seeded(i)).to("cuda", dtype)
+        for i, length in enumerate((5, 7, 7))
+    )
+    out, total = attend_with_total(q, k, v)
+    written_out = attend_with_total(q.requires_grad_(), k, v)
+    assert total.dtype == torch.float32
+    assert_close(out, written_out[0].detach(), rtol=2e-2, atol=2e-2)
+    assert_close(total, written_out[1].detach(), rtol=2e-2, atol=2e-2)
+
+
+def test_candidates_attend_as_under_a_mask():
+    """Shared prefix, merged with themselves: the same as masked attention over prefix and all candidates."""
+    model, length, m = transformer(), 4, 5
+    state = model.append(model.start(3), ORDER[:, :length], TOKENS[:, :length])
+    q, k, v = (torch.randn(3, 2, m, 8, generator=seeded(i)) for i in range(3))
+    mask = torch.cat((torch.ones(m, length), torch.eye(m)), dim=1).bool()
+    keys, values = (
+        torch.cat((cache[0, :, :, :length], new), 2) for cache, new in ((state.keys, k), (state.values, v))
+    )
+    expected = nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    assert_close(SharedPrefix(state, None)(q, k, v), expected, **CLOSE)
+
+
+def test_scored_candidates_wait_in_the_cache():
+    """Scoring holds on to no more memory than `start` took, whatever is scored how often."""
+    model = transformer()
+    state = model.start(3)
+    size = state.keys.shape[3]
+    with torch.no_grad():
+        for step in range(4):
+            for some in (ORDER[:, step : step + 2], ORDER[:, step:], ORDER[:, step:].flip(1)):
+                model.score(state, some)
+                assert 0 < state.scored.count <= size - step
+            here = ORDER[:, step : step + 1]
+            before = (state.keys, state.values, state.scored.hidden)
+            state = model.append(state, here, TOKENS.gather(1, here))
+            assert all(
+                x is y for x, y in zip(before, (state.keys, state.values, state.scored.hidden), strict=True)
+            )
+            assert state.scored.count == 0
 
 
 # --- what the inputs tell

@@ -49,7 +49,7 @@ def generate(
     grid: Grid | None = None,
     known: tuple[Tensor, Tensor] | None = None,
     scorer: AnyOrderModel | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> Iterator[Step]:
     """Reveal every open position, step by step; progress bars and animations read this stream.
 
@@ -57,7 +57,7 @@ def generate(
     order N (N + 1) / (2 refresh), about the share `rescore` of it if it is lazy, and N of the drawer if it is
     decided before the tokens are drawn; expected information 1 + top times that. In S steps, N^2 / 2 becomes
     about N S / 2.
-    Memory: the model's cache plus O(B * chunk * V) for logits.
+    Memory: the model's cache, O(depth * B * N * D), plus O(B * chunk * (D + V)), see `_chunk`.
 
     Args:
         model: any-order model, the drawer: it decides what.
@@ -70,7 +70,7 @@ def generate(
         scorer: the model that decides where, if it is not the drawer itself: for a drawer that was
             fine-tuned on the scorer's orders. The drawer then evaluates the chosen positions only. A fixed
             order needs none, and leaves it unused.
-        chunk: candidates scored per call.
+        chunk: candidates scored per call; by default as many as keep memory within bounds, see `_chunk`.
 
     Yields:
         Step: after each reveal.
@@ -143,7 +143,7 @@ def _where(
     content: Content,
     progress: Progress,
     uniform: Tensor,
-    chunk: int,
+    chunk: int | None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Positions (B, K) to reveal now; if the policy peeked, their tokens and log-probabilities, too."""
     if policy.located:
@@ -164,17 +164,16 @@ def _where(
 
 
 def _uncertainty_after(
-    model: AnyOrderModel, state: Any, progress: Progress, chunk: int, position: Tensor
+    model: AnyOrderModel, state: Any, progress: Progress, chunk: int | None, position: Tensor
 ) -> Tensor:
     """Summed entropy (B,) nats of the open positions after the likeliest token is put on `position` (B,)."""
     fork, position = copy.deepcopy(state), position[:, None]
-    token = for_locations(fork, model.score(fork, position).float().log_softmax(-1)).argmax(-1)
+    token = for_locations(fork, _log_p(model, fork, position)).argmax(-1)
     fork = model.append(fork, position, token)
     others = (~progress.revealed.scatter(1, position, True)).nonzero()[:, 1].view(len(position), -1)
     total = torch.zeros(len(position), device=position.device)
-    for some in others.split(chunk, dim=1):
-        log_p = for_locations(fork, model.score(fork, some).float().log_softmax(-1))
-        total -= entropy(log_p, some).sum(1)
+    for some in others.split(chunk or _chunk(model, others), dim=1):
+        total -= entropy(for_locations(fork, _log_p(model, fork, some)), some).sum(1)
     return total
 
 
@@ -185,18 +184,36 @@ def _look(
     content: Content,
     candidates: Tensor,
     uniform: Tensor,
-    chunk: int,
+    chunk: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What would be there, how likely, and how much it is wanted: three (B, M), chunk by chunk."""
     parts = []
-    for positions in candidates.split(chunk, dim=1):
-        log_p = model.score(state, positions).float().log_softmax(-1)
+    for positions in candidates.split(chunk or _chunk(model, candidates), dim=1):
+        log_p = _log_p(model, state, positions)
         tokens = content(positions, log_p, uniform.gather(1, positions))
         parts.append(
             (tokens, token_likelihood(log_p, tokens), policy.rate(for_locations(state, log_p), tokens))
         )
     tokens, log_prob, ratings = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     return tokens, log_prob, ratings
+
+
+def _log_p(model: AnyOrderModel, state: Any, positions: Tensor) -> Tensor:
+    """Log-probabilities (B, M, V) float32; on a GPU the kernel casts, so that no float32 logits exist."""
+    return model.score(state, positions).log_softmax(-1, dtype=torch.float32)
+
+
+ROWS = {"cpu": 2**10, "cuda": 2**14}
+"""Candidates of all images together that are scored at once: enough to keep the device busy. On a CPU, where
+more fall out of its cache, 512 to 2048 were measured to be equally fast, 256 slower."""
+LOGITS = 2**26
+"""Logits held at once, 256 MiB in float32: fewer candidates where the codebook is large."""
+
+
+def _chunk(model: AnyOrderModel, positions: Tensor) -> int:
+    """Candidates per image and call: B * chunk within `ROWS`, B * chunk * V within `LOGITS`."""
+    rows = min(ROWS.get(positions.device.type, 2**12), LOGITS // model.vocab_size)
+    return max(1, rows // len(positions))
 
 
 def trace(steps: Iterator[Step], known: tuple[Tensor, Tensor] | None = None) -> Trace:
@@ -217,7 +234,7 @@ def sample(
     grid: Grid | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     scorer: AnyOrderModel | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> Trace:
     """Draw images in a fixed, random or inferred order.
 
@@ -229,7 +246,7 @@ def sample(
         grid: the grid to draw on.
         sampling: temperature and truncation.
         scorer: see `generate`.
-        chunk: candidates scored per call.
+        chunk: see `generate`.
     """
     policy = make_policy(order, grid or model.grid, streams)
     return trace(
@@ -255,7 +272,7 @@ def extract_orders(
     condition: Tensor | None = None,
     grid: Grid | None = None,
     scorer: AnyOrderModel | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> Trace:
     """Recover the order in which the model itself would reveal each image (OAR v1, Sec. 3).
 
@@ -267,7 +284,7 @@ def extract_orders(
         condition: (B,) or (B, 1 + A + L) int64, see `contracts`, or None.
         grid: the grid of `tokens`.
         scorer: see `generate`; `log_prob` is still that of `model`.
-        chunk: candidates scored per call; memory O(B * chunk * V).
+        chunk: see `generate`.
 
     Returns:
         Trace: `order` as extracted and `log_prob` of the true tokens in it.
@@ -301,7 +318,7 @@ def complete(
     grid: Grid | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     scorer: AnyOrderModel | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> Trace:
     """Draw what is missing: in- and outpainting without retraining (OAR v2).
 
@@ -315,7 +332,7 @@ def complete(
         grid: the grid of `tokens`.
         sampling: temperature and truncation.
         scorer: see `generate`.
-        chunk: candidates scored per call.
+        chunk: see `generate`.
 
     Raises:
         ValueError: `known` of another shape than `tokens`, or tokens of another length than the grid.
@@ -364,7 +381,7 @@ def sample_coarse_to_fine(
     condition: Tensor | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     scorer: AnyOrderModel | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> Trace:
     """Draw on a grid `factor` times that of training: first every factor-th patch, then the others.
 
@@ -379,7 +396,7 @@ def sample_coarse_to_fine(
         condition: (B,) int64 class labels, or None.
         sampling: temperature and truncation.
         scorer: see `generate`.
-        chunk: candidates scored per call.
+        chunk: see `generate`.
 
     Returns:
         Trace of the large grid; `log_prob` is zero for the patches that were drawn on the small one.

@@ -116,7 +116,7 @@ def max_prob(log_p: Tensor, tokens: Tensor) -> Tensor:
 def entropy(log_p: Tensor, tokens: Tensor) -> Tensor:
     """Negative entropy of the distribution: larger is surer, 0 is certain."""
     finite = log_p.clamp_min(torch.finfo(log_p.dtype).min)  # 0 log 0 = 0
-    return (log_p.exp() * finite).sum(-1)
+    return finite.mul_(log_p.exp()).sum(-1)
 
 
 def margin(log_p: Tensor, tokens: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -233,23 +233,24 @@ class State:
     """(B, D): the class."""
     asked: Tensor
     """(B, D): all of the condition, prefix included."""
+    scored: Scored
     where: LocationTables | None = None
     """The location head's, where there is one."""
-    scored: list[Scored] = field(default_factory=list)
-    """The candidates scored since `append`."""
 
 
 @dataclass
 class Scored:
-    """What `append` need not compute again."""
+    """The candidates scored since `append`, which need not run again.
+
+    Their keys and values wait in the free slots of the cache, behind the revealed ones: candidate j in slot
+    `State.length` + j.
+    """
 
     positions: Tensor
-    """(B, M) int64."""
-    keys: Tensor
-    """(depth, B, H, M, D / H)"""
-    values: Tensor
+    """(B, N) int64; the first `count` are valid."""
     hidden: Tensor
-    """(B, M, D)"""
+    """(B, N, D): what the token of each is predicted from."""
+    count: int = 0
 
 
 class AnyOrderTransformer(AnyOrderNetwork):
@@ -517,6 +518,10 @@ class AnyOrderTransformer(AnyOrderNetwork):
             content=self._nothing(start),
             start=start,
             asked=start,
+            scored=Scored(
+                positions=torch.empty(batch_size, grid.n, dtype=torch.int64, device=device),
+                hidden=start.new_empty(batch_size, grid.n, self.config.width),
+            ),
             where=self.location.tables(grid) if self.location is not None else None,
         )
         if length:
@@ -545,17 +550,41 @@ class AnyOrderTransformer(AnyOrderNetwork):
         """Logits (B, M, V) of candidate positions (B, M).
 
         Each candidate attends to the one shared prefix and to itself: O(M L) attention, no copies of the
-        cache. Keys and values of the candidates are kept in the state, so that `append` need not run them.
+        cache. What is computed of the candidates is kept until `append`, which need not run the one that is
+        chosen again; nor need another score of some of them.
         """
+        found = self._find(state, positions)
+        if found is not None:
+            return self.head(_pick(state.scored.hidden, found))
         x = self._inputs(state, positions)
         rotation = self._rotation(state.tables, state.last[:, None].expand_as(positions), positions)
-        attend = SharedPrefix(state)
+        columns = self._columns(state, positions.shape[1])
+        attend = SharedPrefix(state, columns)
         for block in self.blocks:
             x = block(x, rotation, attend)
         x = self.norm(x)
-        keys, values = torch.stack(attend.new_keys), torch.stack(attend.new_values)
-        state.scored.append(Scored(positions, keys, values, x))
+        if columns is not None:
+            state.scored.positions[:, columns], state.scored.hidden[:, columns] = positions, x
+            state.scored.count = columns.stop
         return self.head(x)
+
+    @staticmethod
+    def _columns(state: State, m: int) -> slice | None:
+        """Columns of `scored` for m more candidates; None if they are more than the open positions.
+
+        If they do not fit behind those that are there (all scored twice), these are forgotten.
+        """
+        room = state.keys.shape[3] - state.length
+        begin = state.scored.count if state.scored.count + m <= room else 0
+        return slice(begin, begin + m) if m <= room else None
+
+    @staticmethod
+    def _find(state: State, positions: Tensor) -> Tensor | None:
+        """Columns (B, M) int64 of `scored` that hold the positions (B, M); None if it lacks one of them."""
+        if not state.scored.count:  # the usual case, which need not wait for the device
+            return None
+        match = positions[:, :, None] == state.scored.positions[:, None, : state.scored.count]
+        return match.int().argmax(2) if bool(match.any(2).all()) else None
 
     def locate(self, state: State, revealed: Tensor) -> Tensor:
         """Log-probability of each position to be next, (B, N) float32 nats; -inf where `revealed` (B, N).
@@ -574,12 +603,13 @@ class AnyOrderTransformer(AnyOrderNetwork):
         The input that leads to the first position is taken from `score` where it was scored; those that
         lead to the others run as one causal block.
         """
-        first = self._recall(state, positions[:, 0])
+        found = self._find(state, positions[:, :1])
         hidden = state.hidden
-        if first is not None:
-            keys, values, hidden = first
-            state.keys[:, :, :, state.length] = keys
-            state.values[:, :, :, state.length] = values
+        if found is not None:
+            hidden = _pick(state.scored.hidden, found)[:, 0]
+            rows, slots = torch.arange(len(found), device=found.device), state.length + found[:, 0]
+            for cache in (state.keys, state.values):  # indexing moves the batch to the front
+                cache[:, :, :, state.length] = cache[:, rows, :, slots].transpose(0, 1)
             length = state.length + 1
             x, before, after = None, positions[:, :-1], positions[:, 1:]
         else:
@@ -596,75 +626,78 @@ class AnyOrderTransformer(AnyOrderNetwork):
             hidden = self.norm(x[:, -1])
         content = self.token_embedding(tokens[:, -1])
         pending = self._content(state.tables, tokens[:, -1:], positions[:, -1:], state.start)[:, 0]
-        return State(
-            tables=state.tables,
-            keys=state.keys,
-            values=state.values,
+        return replace(
+            state,
             length=length,
             pending=pending,
             last=positions[:, -1],
             hidden=hidden,
-            prefix=state.prefix,
             content=content,
-            start=state.start,
-            asked=state.asked,
-            where=state.where,
+            scored=replace(state.scored, count=0),
         )
 
-    @staticmethod
-    def _recall(state: State, position: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Keys, values (depth, B, H, D / H) and hidden state (B, D) of a scored position (B,), or None."""
-        if not state.scored:
-            return None
-        rows = torch.arange(len(position), device=position.device)
-        match = torch.cat([some.positions for some in state.scored], dim=1) == position[:, None]
-        if not bool(match.any(1).all()):
-            return None
-        column = match.int().argmax(1)
-        found: list[Tensor] = []
-        for some in state.scored:  # the candidates came in chunks, and each row has its own in one of them
-            m = some.positions.shape[1]
-            here, index = (column >= 0) & (column < m), column.clamp(0, m - 1)
-            parts = [
-                some.keys[:, rows, :, index].transpose(0, 1),
-                some.values[:, rows, :, index].transpose(0, 1),
-                some.hidden[rows, index],
-            ]
-            masks = [here[:, None, None], here[:, None, None], here[:, None]]
-            found = [torch.where(*x) for x in zip(masks, parts, found, strict=True)] if found else parts
-            column = column - m
-        keys, values, hidden = found
-        return keys, values, hidden
+
+def _pick(x: Tensor, columns: Tensor) -> Tensor:
+    """Columns (B, M) int64 of (B, S, D), (B, M, D)."""
+    return x.gather(1, columns[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def attend_with_total(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention, and the log-sum-exp of its scores, by which it can be merged with attention to more keys.
+
+    Args:
+        q: queries (B, H, M, D / H).
+        k: keys (B, H, L, D / H), all of them visible.
+        v: values, shaped like k.
+
+    Returns:
+        Outputs (B, H, M, D / H), and the log-sum-exp (B, H, M, 1) float32.
+    """
+    fused = None if q.requires_grad else _fused(q, k, v)  # the kernels' log-sum-exp has no gradient
+    if fused is not None:
+        return fused[0], fused[1][..., None]
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    total = scores.logsumexp(-1, keepdim=True)
+    return (scores - total).exp().to(v.dtype) @ v, total
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+    """One kernel that returns the log-sum-exp (B, H, M), too, where there is one; none is public."""
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    if q.device.type == "cuda" and q.shape[-1] % 8 == 0:
+        parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)
+        if torch.backends.cuda.can_use_flash_attention(parameters):
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    return None
 
 
 class SharedPrefix:
     """Attention of candidates that see the prefix and themselves but not one another.
 
-    The prefix part and the self part are merged by their maxima and sums, so that no mask and no repeated
-    cache exist. Collects the keys and values of the candidates, layer by layer.
+    The prefix part and the self part are merged by their log-sum-exps, so that no mask and no repeated
+    cache exist. Leaves keys and values of the candidates in free slots of the cache.
     """
 
-    def __init__(self, state: State):
-        """Start at the first layer."""
+    def __init__(self, state: State, columns: slice | None):
+        """Start at the first layer; candidates go to these columns of `State.scored`, or nowhere."""
         self.state = state
-        self.new_keys: list[Tensor] = []
-        self.new_values: list[Tensor] = []
+        self.columns = columns
+        self.layer = 0
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H, M, D / H) each."""
-        layer, length = len(self.new_keys), self.state.length
-        self.new_keys.append(k)
-        self.new_values.append(v)
+        length = self.state.length
+        keys, values = self.state.keys[self.layer], self.state.values[self.layer]
+        self.layer += 1
+        if self.columns is not None:
+            free = slice(length + self.columns.start, length + self.columns.stop)
+            keys[:, :, free], values[:, :, free] = k, v
         if length == 0:
             return v
-        scale = q.shape[-1] ** -0.5
-        prefix = (q @ self.state.keys[layer, :, :, :length].transpose(-1, -2)).float() * scale
-        own = (q * k).sum(-1, keepdim=True).float() * scale
-        top = torch.maximum(prefix.amax(-1, keepdim=True), own)
-        prefix, own = (prefix - top).exp(), (own - top).exp()
-        total = prefix.sum(-1, keepdim=True) + own
-        out = (prefix / total).to(v.dtype) @ self.state.values[layer, :, :, :length]
-        return out + (own / total).to(v.dtype) * v
+        out, total = attend_with_total(q, keys[:, :, :length], values[:, :, :length])
+        own = (q * k).sum(-1, keepdim=True, dtype=torch.float32) * q.shape[-1] ** -0.5
+        return out.lerp(v, (own - total).sigmoid().to(v.dtype))
 
 
 class Extend:

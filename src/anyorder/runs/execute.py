@@ -44,12 +44,15 @@ def execute(name: str, stage: Any, out: Path) -> bool:
 def split(stage: Any) -> tuple[dict[str, Any], dict[str, Path], Completion]:
     """What a stage is told, the artifacts it reads by role, and how to complete what an older one was told.
 
-    The artifacts' folders are no settings: moving them leaves what was made of them up to date.
+    The artifacts' folders are no settings: moving them leaves what was made of them up to date. Nor are the
+    fields that a stage puts `aside`, which change how it works but not what it writes.
     """
     settings = dataclasses.asdict(stage)
     given = {role: settings.pop(role) for role in stage.inputs}
     inputs = {role: path for role, path in given.items() if path is not None}
-    return settings, inputs, lambda then: completed(then, stage, without=stage.inputs)
+    aside = getattr(stage, "aside", ())
+    settings = {key: value for key, value in settings.items() if key not in aside}
+    return settings, inputs, lambda then: completed(then, stage, without=(*stage.inputs, *aside))
 
 
 def completed(then: dict[str, Any], like: Any, without: Collection[str] = ()) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def completed(then: dict[str, Any], like: Any, without: Collection[str] = ()) ->
         like: the configuration of now, a dataclass, for its fields.
         without: fields that are no settings.
     """
-    found = dict(then)
+    found = {key: value for key, value in then.items() if key not in without}
     for field in dataclasses.fields(like):
         value = getattr(like, field.name)
         if isinstance(then.get(field.name), dict) and dataclasses.is_dataclass(value):

@@ -31,6 +31,7 @@ from anyorder.runs.common import (
     trained_before,
 )
 from anyorder.runs.precision import fast_dtype
+from anyorder.runs.shards import claimed, images_at_once, join, share_out
 
 
 @dataclass
@@ -38,6 +39,7 @@ class OrdersStage:
     """Extract the order in which the model itself would reveal each training image."""
 
     inputs: ClassVar[tuple[str, ...]] = ("model", "tokens", "data")
+    aside: ClassVar[tuple[str, ...]] = ("batch_size",)
     model: Path
     tokens: Path
     data: Path | None = None
@@ -48,12 +50,16 @@ class OrdersStage:
     """Only the first images of the training split."""
     test_limit: int = 512
     """Images of the test split, for likelihoods under the same policy."""
-    batch_size: int = 64
-    """Images per call; memory grows with batch_size * N * depth * width."""
+    batch_size: int | None = None
+    """Images per call; null takes as many as fit into half of the free memory, at 4 depth N width numbers
+    each, 64 at most on a CPU and 1024 on a GPU."""
     bf16: bool = True
     """Score in bfloat16, where the hardware has it."""
     seed: int = 0
     """Of the location temperature."""
+    shards: int = 1
+    """Parts that the images are split into, for as many processes: start the same command several times, here
+    or on other machines that see the folder, and each works on the parts that no other does."""
 
     def __post_init__(self) -> None:
         if self.policy.order not in (*INFERRED, "location"):
@@ -61,6 +67,10 @@ class OrdersStage:
             raise ValueError(f"policy.order must be one of {allowed} to extract, got '{self.policy.order}'")
         if self.test_limit < 1:
             raise ValueError(f"test_limit must be >= 1, got {self.test_limit}")
+        if self.shards < 1 or (self.batch_size or 1) < 1:
+            raise ValueError(
+                f"shards must be >= 1, batch_size >= 1 or null, got {self.shards} and {self.batch_size}"
+            )
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `{train,test}.{order,log_prob,seconds}.npy`, `class_order.npy` and statistics of orders."""
@@ -107,12 +117,24 @@ class OrdersStage:
     def _extract(
         self, artifact: Artifact, model: AnyOrderNetwork, tokens: TokenSet, images: np.ndarray
     ) -> None:
-        """Go through the images; a killed run goes on after its last batch."""
-        names = [f"{tokens.split}.{what}" for what in ("order", "log_prob", "seconds")]
-        widths = ((tokens.grid.n,), np.uint16), ((tokens.grid.n,), np.float32), ((), np.float32)
-        rows = RowWriter(artifact.folder, dict(zip(names, widths, strict=True)))
+        """Go through the images, by parts if there are several."""
+        folder, names = artifact.folder, list(_arrays(tokens))
+        if self.shards == 1:
+            self._rows(folder, model, tokens, images)
+            return
+        last = folder / f"{names[-1]}.npy"
+        split = np.array_split(images, self.shards)
+        parts = [folder / f"{tokens.split}-{i}-of-{self.shards}" for i in range(self.shards)]
+        share_out(parts, last.is_file, lambda i: self._rows(parts[i], model, tokens, split[i]))
+        with claimed(folder):
+            join(parts, names, folder)
+
+    def _rows(self, folder: Path, model: AnyOrderNetwork, tokens: TokenSet, images: np.ndarray) -> None:
+        """Extract the orders of some images into `folder`; a killed run goes on after its last batch."""
+        rows = RowWriter(folder, _arrays(tokens))
+        size = self.batch_size or images_at_once(model, tokens.grid, self.shards)
         with tqdm(total=len(images), initial=rows.rows, desc=f"{tokens.split} orders", unit="image") as bar:
-            for some in slices(len(images), self.batch_size, rows.rows):
+            for some in slices(len(images), size, rows.rows):
                 begin = time.perf_counter()
                 batch, labels = (x.to(device()) for x in tokens.batch(images[some]))
                 streams = Streams([self.seed + int(row) for row in images[some]], device())
@@ -123,9 +145,16 @@ class OrdersStage:
                 )  # fmt: skip
                 seconds = np.full(len(some), (time.perf_counter() - begin) / len(some))
                 values = (found.order.cpu().numpy(), found.log_prob.float().cpu().numpy(), seconds)
-                rows.append(**dict(zip(names, values, strict=True)))
+                rows.append(**dict(zip(rows.specs, values, strict=True)))
                 bar.update(len(some))
         rows.close()
+
+
+def _arrays(tokens: TokenSet) -> dict[str, tuple[tuple[int, ...], type]]:
+    """What is kept of each image of a split: name, shape and type."""
+    n = tokens.grid.n
+    each = {"order": ((n,), np.uint16), "log_prob": ((n,), np.float32), "seconds": ((), np.float32)}
+    return {f"{tokens.split}.{what}": kind for what, kind in each.items()}
 
 
 def class_orders(orders: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
