@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import GRID, transformer
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from anyorder.likelihood import token_nll
+from anyorder.orders import random_orders
 from anyorder.runs import checkpoint, trainer
 from anyorder.runs.checkpoint import Checkpoints, read_tensors
 from anyorder.runs.trainer import NonFiniteLoss, TrainConfig, batch_indices, learning_rate, train
@@ -463,11 +467,37 @@ def test_compile(tmp_path, monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(shutil, "which", lambda name: name)  # and needs no C++ compiler
     compiled = run(tmp_path / "a", plain, linear(), steps=3, compile=True)
     assert graphs
     assert_equal(
         compiled.model.state_dict(), run(tmp_path / "b", plain, linear(), steps=3).model.state_dict()
     )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_transformer_trains_alike_and_keeps_its_names(tmp_path):
+    def loss(model, indices, step, generator):
+        tokens = torch.randint(5, (4, 6), generator=generator)
+        return token_nll(model, tokens, None, random_orders(4, GRID, generator)).mean(), {}
+
+    def trained(folder, compile):
+        model = transformer(depth=1, rotary=True, qk_norm=True)
+        return run(folder, loss, model, steps=3, compile=compile, ema=0.5, accumulation=1, eval_every=0)
+
+    eager, compiled = (trained(tmp_path / str(compile), compile) for compile in (False, True))
+    assert state(tmp_path / "True").keys() == state(tmp_path / "False").keys()
+    # AdamW begins with the signs of gradients, however small they are: losses are close, not weights.
+    assert compiled.metrics["loss"] == pytest.approx(eager.metrics["loss"], rel=1e-4)
+    assert not any("_orig_mod" in name for name in state(tmp_path / "True"))
+
+
+def test_compiling_needs_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler on the CPU, there is no no-such-compiler"):
+        run(tmp_path, plain, linear(), steps=3, compile=True)
 
 
 def test_extra_parameters_are_trained_and_resumed(tmp_path):

@@ -33,8 +33,9 @@ class CoordinateEncoding(nn.Module):
 
 def displacements(grid: Grid, device: torch.device | str | None = None) -> Tensor:
     """All displacements between two positions of a grid, ((2h - 1)(2w - 1), 2) float32, in patches."""
-    spread = Grid(2 * grid.h - 1, 2 * grid.w - 1).coordinates(device)
-    return spread - torch.tensor([grid.h - 1.0, grid.w - 1.0], device=device)
+    down, right = Grid(2 * grid.h - 1, 2 * grid.w - 1).coordinates(device).unbind(1)
+    # Numbers, not a tensor made of them: a GPU would have to finish all its work before it took one.
+    return torch.stack((down - (grid.h - 1), right - (grid.w - 1)), dim=1)
 
 
 def displacement_index(grid: Grid, start: Tensor, end: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from anyorder.contracts import AnyOrderNetwork, Grid
 from anyorder.models.condition import Prefix, hide
 from anyorder.models.coordinates import CoordinateEncoding, displacement_index, displacements
 from anyorder.models.location import LocationHead, LocationTables, revealed_before
+from anyorder.models.norm import RMSNorm
 from anyorder.orders import inverse
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -142,8 +143,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
         head_width = config.width // config.heads
-        self.q_norm = nn.RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
         """Inputs (B, T, D) to outputs (B, T, D)."""
@@ -193,9 +194,9 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig):
         """Attention and SwiGLU."""
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.attention_norm = RMSNorm(config.width, eps=1e-6)
         self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.mlp_norm = RMSNorm(config.width, eps=1e-6)
         self.mlp = SwiGLU(config.width)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -270,7 +271,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         self.first = CoordinateEncoding(width) if config.next_position != "none" else None
         self.following = CoordinateEncoding(width) if config.next_position != "none" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = RMSNorm(width, eps=1e-6)
         self.head = nn.Linear(width, config.vocab_size, bias=False)
         self.location = LocationHead(width) if config.location else None
         further = (config.attributes, config.text_vocab, config.text_length)

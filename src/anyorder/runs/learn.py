@@ -135,8 +135,8 @@ class TrainStage:
         orders = self._mixed(online or _known(fixed, tokens.grid), tokens.grid)
 
         def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
-            batch, labels = (x.to(device()) for x in tokens.batch(rows))
-            order, is_own = (x.to(device()) for x in orders(rows, step, generator))
+            batch, labels = map(_without_waiting, tokens.batch(rows))
+            order, is_own = map(_without_waiting, orders(rows, step, generator))
             if not _has_location(model):
                 return token_nll(model, batch, labels, order).mean(), {}  # type: ignore[arg-type]
             content, where = joint_nll(model, batch, labels, order)  # type: ignore[arg-type]
@@ -297,6 +297,11 @@ class TrainStage:
         if self.order == "random":
             return random_orders(n, tokens.grid, torch.Generator().manual_seed(0))
         return static_order(self.order, tokens.grid).expand(n, -1)
+
+
+def _without_waiting(x: Tensor) -> Tensor:
+    """On the device; a GPU takes it from pinned memory in its own time, while the host reads on."""
+    return x.pin_memory().to(device(), non_blocking=True) if device().type != x.device.type else x
 
 
 def _known(own: Own | None, grid: Grid) -> Orders:
