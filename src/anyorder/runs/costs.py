@@ -92,12 +92,13 @@ class TransformerCosts:
         """
         return 3 * self.forward() + Cost(0, 7 * FLOAT32 * self.parameters)
 
-    def decoding(self, calls: Iterable[tuple[int, int]]) -> Cost:
+    def decoding(self, calls: Iterable[tuple[int, int]], again: int = 0) -> Cost:
         """The start of a decoding run, and its calls of `score`: (M, L) each.
 
-        Appending what was scored costs nothing more; see `append` for the others.
+        Appending what was scored costs nothing more; see `append` for the others. `again` candidates per image
+        are scored once more, which is the head alone: the chosen ones, where the order is decided first.
         """
-        return self._start() + total(self.score(*call) for call in calls)
+        return self._start() + total(self.score(*call) for call in calls) + again * self._head(self.batch)
 
     def score(self, candidates: int, cached: int) -> Cost:
         """M candidates per image that attend to L cached steps and to themselves."""
@@ -184,11 +185,10 @@ def fixed(n: int) -> Iterator[tuple[int, int]]:
 
 
 def inferred(n: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Calls (M, L) of `score` where all open positions are looked at, then the chosen one by itself."""
+    """Calls (M, L) of `score` where all open positions are looked at."""
     for step in range(n):
         for begin in range(step, n, chunk):
             yield min(chunk, n - begin), step
-        yield 1, step
 
 
 # --- the tokenizer ----------------------------------------------------------------------------------------

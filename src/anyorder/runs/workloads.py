@@ -77,7 +77,7 @@ class BenchConfig:
     """Images in a training step, in scoring, and in the tokenizer."""
     images: int = 4
     """Images sampled, and given orders, at once."""
-    chunk: int = 64
+    chunk: int = 256
     """Candidates scored per call."""
     triad_mib: int = 256
     """Size of each of the three arrays that the memory bandwidth is measured on; far above all caches."""
@@ -232,15 +232,21 @@ def scoring(subject: Subject) -> Workload:
 
 
 def sampling(
-    order: str, calls: Callable[[int, int], Iterator[tuple[int, int]]], locate: bool = False
+    order: str,
+    calls: Callable[[int, int], Iterator[tuple[int, int]]],
+    locate: bool = False,
+    again: bool = False,
 ) -> Build:
-    """Drawing images in an order that makes these calls (M, L) of `score`, given N and `chunk`."""
+    """Drawing images in an order that makes these calls (M, L) of `score`, given N and `chunk`.
+
+    With `again` the head runs once more for what was chosen, see `TransformerCosts.decoding`.
+    """
 
     def build(subject: Subject) -> Workload:
         config, n = subject.config, subject.grid.n
         costs = subject.costs(config.images)
         run = lambda: sample(subject.model, order, subject.streams, chunk=config.chunk)  # noqa: E731
-        cost = costs.decoding(calls(n, config.chunk)) + (n if locate else 0) * costs.locate()
+        cost = costs.decoding(calls(n, config.chunk), n * again) + (n if locate else 0) * costs.locate()
         return Workload(subject.without_gradients(run), cost, config.images)
 
     return build
@@ -251,7 +257,7 @@ def extraction(subject: Subject) -> Workload:
     config = subject.config
     tokens = subject.random_tokens(config.images)
     run = lambda: extract_orders(subject.model, tokens, "entropy", subject.streams, chunk=config.chunk)  # noqa: E731
-    cost = subject.costs(config.images).decoding(inferred(subject.grid.n, config.chunk))
+    cost = subject.costs(config.images).decoding(inferred(subject.grid.n, config.chunk), subject.grid.n)
     return Workload(subject.without_gradients(run), cost, config.images)
 
 
@@ -281,7 +287,7 @@ WORKLOADS: Mapping[str, Build] = MappingProxyType(
         "teacher-forced scoring": scoring,
         "sampling, fixed order": sampling("random", _fixed),
         "sampling, location head": sampling("location", _fixed, locate=True),
-        "sampling, inferred order": sampling("entropy", inferred),
+        "sampling, inferred order": sampling("entropy", inferred, again=True),
         "order extraction": extraction,
         "tokenizer encode": encoding,
         "tokenizer decode": decoding,
