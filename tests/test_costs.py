@@ -112,6 +112,7 @@ def test_training_is_three_times_forward_and_the_optimizer(changes):
 
 
 @pytest.mark.parametrize("cached", [1, 7])
+@torch.no_grad()
 def test_score_counts_every_product(cached):
     model, costs = transformer()
     state = model.start(B)
@@ -124,9 +125,8 @@ def test_score_counts_every_product(cached):
     # A candidate meets its own key outside of the products.
     own, depth, width = B * m, model.config.depth, model.config.width
     cost = costs.score(m, cached)
-    with torch.no_grad():
-        assert cost.flops == counted_flops(run) + 4 * depth * width * own
-        assert cost.bytes == moved_bytes(run, scores=(m, cached)) + 4 * depth * 2 * width * own
+    assert cost.flops == counted_flops(run) + 4 * depth * width * own
+    assert cost.bytes == moved_bytes(run, scores=(m, cached)) + 4 * depth * 2 * width * own
 
 
 def test_append_counts_what_was_not_scored():

@@ -95,8 +95,8 @@ class TransformerCosts:
     def decoding(self, calls: Iterable[tuple[int, int]], again: int = 0) -> Cost:
         """The start of a decoding run, and its calls of `score`: (M, L) each.
 
-        Appending what was scored costs nothing more; see `append` for the others. `again` candidates per image
-        are scored once more, which is the head alone: the chosen ones, where the order is decided first.
+        Appending what was scored costs nothing more; see `append` for the others. `again` candidates per
+        image are scored once more, the head alone: the chosen ones, where the order is decided first.
         """
         return self._start() + total(self.score(*call) for call in calls) + again * self._head(self.batch)
 
