@@ -21,7 +21,9 @@ Score = Literal["entropy", "max_prob", "margin", "token_likelihood"]
 class Pace:
     """How many positions are revealed together at each step, and how far apart they lie.
 
-    Positions of one step are drawn in parallel: none of them knows the tokens of the others.
+    Positions of one step are drawn in parallel: none of them knows the others' tokens. That is for models
+    that were trained on random orders; one that was trained on a single order (raster, those of classes) has
+    only learnt to predict the very next position of it.
     """
 
     per_step: int = 1
@@ -446,7 +448,8 @@ class PolicyConfig:
     refresh: int = 1
     """Of a score; positions decided by one scoring, drawn one after another."""
     steps: int = 0
-    """Reveal everything in so many steps, several positions in parallel; 0: `per_step` decides."""
+    """Reveal everything in so many steps, several positions in parallel; 0: `per_step` decides. For models
+    that were trained on random orders."""
     schedule: Shape = "constant"
     """How `steps` share the positions: cosine few first, arccos many last, one_minus_cos many first."""
     spread: float = 0.0
