@@ -1,0 +1,60 @@
+"""A linear layer that is quick with few rows: decoding reads all weights for a handful of inputs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+FEW = 128
+"""Rows up to which the copy is used; with more of them the layout no longer matters."""
+
+_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Weight -> where its numbers are, their version, the copy; forgotten with it, rebuilt when it has changed."""
+
+
+class Linear(nn.Linear):
+    """As `nn.Linear`, with the same state dict.
+
+    On a CPU in float32, in evaluation mode without gradients and for at most `FEW` rows, it multiplies by a
+    copy of the weight in oneDNN's own layout, 1.1 (64 rows) to 2 times (4 rows) as fast, for the memory of the
+    copy. The plain product arranges the weight anew at every call.
+    """
+
+    def train(self, mode: bool = True) -> Linear:
+        """As of `nn.Module`. The copy is forgotten: fused optimizers change weights without leaving a mark."""
+        _copies.pop(self.weight, None)
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        if torch.is_grad_enabled():
+            _copies.pop(self.weight, None)
+        if not self._few(x):
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, _arranged(self.weight), self.bias, "none", [], "")
+
+    def _few(self, x: Tensor) -> bool:
+        return (
+            x.device.type == "cpu"
+            and x.dtype == self.weight.dtype == torch.float32
+            and 0 < x.numel() <= FEW * self.in_features
+            and not (self.training or torch.is_grad_enabled())
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and AVAILABLE
+        )
+
+
+AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+"""Whether this build of PyTorch has the two private operators; without them all products are plain."""
+
+
+def _arranged(weight: Tensor) -> Tensor:
+    now = weight.data_ptr(), weight._version
+    known = _copies.get(weight)
+    if known is None or known[0] != now:
+        known = now, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        _copies[weight] = known
+    return known[1]
