@@ -31,6 +31,7 @@ from anyorder.adapters.layers import (
     split_heads,
 )
 from anyorder.contracts import Grid
+from anyorder.models.linear import Linear
 
 Read = Callable[[Tensor], Tensor]
 """Queries (B, H, M, D / H) to what they read, of the same shape."""
@@ -60,7 +61,7 @@ class SelfAttention(nn.Module):
         """No biases."""
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_k, self.to_v, self.proj = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.to_q, self.to_k, self.to_v, self.proj = (Linear(width, width, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor, factors: Tensor, attend: Attend) -> Tensor:
         """Inputs (B, T, D) and their rotations (B, T, D / H / 2) to outputs (B, T, D)."""
@@ -75,7 +76,7 @@ class CrossAttention(nn.Module):
         """No biases."""
         super().__init__()
         self.heads = heads
-        self.to_q, self.proj = (nn.Linear(width, width, bias=False) for _ in range(2))
+        self.to_q, self.proj = (Linear(width, width, bias=False) for _ in range(2))
 
     def forward(self, x: Tensor, factors: Tensor, read: Read) -> Tensor:
         """Queries (B, M, D) and the rotations (B, M, D / H / 2) of their targets to outputs (B, M, D)."""
@@ -110,7 +111,7 @@ class TwoDecoders(nn.Module):
         self.self_dec = nn.ModuleList(Block(SelfAttention(width, heads), width) for _ in range(half))
         self.cross_dec = nn.ModuleList(Block(CrossAttention(width, heads), width) for _ in range(half))
         self.norm = norm(width)
-        self.to_k, self.to_v = (nn.Linear(width, width, bias=False) for _ in range(2))
+        self.to_k, self.to_v = (Linear(width, width, bias=False) for _ in range(2))
 
     def remember(self, x: Tensor, factors: Tensor, attends: Iterable[Attend]) -> tuple[Tensor, Tensor]:
         """Inputs (B, T, D) to the keys and values (B, H, T, D / H) that queries read."""
@@ -157,7 +158,7 @@ class ARPG(PublishedModel):
         self.embeddings = nn.Embedding(config.vocab_size + config.num_classes + 3, config.width)
         self.layers = TwoDecoders(config)
         self.norm = norm(config.width)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = Linear(config.width, config.vocab_size, bias=False)
 
     def _class_token(self, batch_size: int, condition: Tensor | None) -> Tensor:
         """(B, 1, D)."""

@@ -30,6 +30,7 @@ from anyorder.adapters.layers import (
     split_heads,
 )
 from anyorder.contracts import Grid
+from anyorder.models.linear import Linear
 from anyorder.models.vq import VQConfig
 
 
@@ -77,8 +78,8 @@ class Attention(nn.Module):
         """No biases."""
         super().__init__()
         self.heads = heads
-        self.wqkv = nn.Linear(width, 3 * width, bias=False)
-        self.wo = nn.Linear(width, width, bias=False)
+        self.wqkv = Linear(width, 3 * width, bias=False)
+        self.wo = Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, factors: Tensor, attend: Attend) -> Tensor:
         """Inputs (B, T, D) and their rotations (B, T, D / H / 2) to outputs (B, T, D)."""
@@ -126,7 +127,7 @@ class GPT(PublishedModel):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         self.norm = norm(config.width)
-        self.output = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.output = Linear(config.width, config.vocab_size, bias=False)
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.output(self.norm(x))

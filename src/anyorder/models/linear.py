@@ -11,34 +11,36 @@ FEW = 128
 """Rows up to which the copy is used; with more of them the layout no longer matters."""
 
 _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Weight -> where its numbers are, their version, the copy; forgotten with it, rebuilt when it has changed."""
+"""Weight -> where its numbers are, their version, the copy; rebuilt when the weight has changed."""
 
 
 class Linear(nn.Linear):
     """As `nn.Linear`, with the same state dict.
 
     On a CPU in float32, in evaluation mode without gradients and for at most `FEW` rows, it multiplies by a
-    copy of the weight in oneDNN's own layout, 1.1 (64 rows) to 2 times (4 rows) as fast, for the memory of the
-    copy. The plain product arranges the weight anew at every call.
+    copy of the weight in oneDNN's own layout, 1.1 (64 rows) to 2 times (4 rows) as fast, for the memory of
+    the copy. The plain product arranges the weight anew at every call.
     """
 
     def train(self, mode: bool = True) -> Linear:
-        """As of `nn.Module`. The copy is forgotten: fused optimizers change weights without leaving a mark."""
+        """As of `nn.Module`. The copy is forgotten: fused optimizers change weights unnoticed."""
         _copies.pop(self.weight, None)
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
+        weight = self.weight
         if torch.is_grad_enabled():
-            _copies.pop(self.weight, None)
-        if not self._few(x):
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, _arranged(self.weight), self.bias, "none", [], "")
+            _copies.pop(weight, None)
+        if not self._few(x, weight):
+            return F.linear(x, weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, _arranged(weight), self.bias, "none", [], "")
 
-    def _few(self, x: Tensor) -> bool:
+    def _few(self, x: Tensor, weight: Tensor) -> bool:
         return (
             x.device.type == "cpu"
-            and x.dtype == self.weight.dtype == torch.float32
+            and x.dtype == weight.dtype == torch.float32
+            and isinstance(weight, nn.Parameter)  # what is computed, such as low-rank updates, comes anew
             and 0 < x.numel() <= FEW * self.in_features
             and not (self.training or torch.is_grad_enabled())
             and not torch.is_autocast_enabled("cpu")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from anyorder.contracts import Grid
 from anyorder.models.coordinates import CoordinateEncoding, displacement_index, displacements
+from anyorder.models.linear import Linear
 
 NEIGHBOURS = 9
 """Cells of a 3 x 3 window: the candidate itself, which is always open, and its eight neighbours."""
@@ -43,10 +44,10 @@ class LocationHead(nn.Module):
     def __init__(self, width: int, key_width: int = 64):
         """For hidden states of `width`; scores are products of `key_width` numbers."""
         super().__init__()
-        self.query = nn.Sequential(nn.Linear(3 * width, width), nn.SiLU(), nn.Linear(width, key_width))
+        self.query = nn.Sequential(Linear(3 * width, width), nn.SiLU(), Linear(width, key_width))
         self.absolute = CoordinateEncoding(key_width)
         self.relative = CoordinateEncoding(key_width)
-        self.context = nn.Linear(NEIGHBOURS, key_width, bias=False)
+        self.context = Linear(NEIGHBOURS, key_width, bias=False)
 
     def tables(self, grid: Grid) -> LocationTables:
         """Evaluate K and R on a grid: O(N) small-network evaluations."""

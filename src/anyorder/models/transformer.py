@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from anyorder.contracts import AnyOrderNetwork, Grid
 from anyorder.models.condition import Prefix, hide
 from anyorder.models.coordinates import CoordinateEncoding, displacement_index, displacements
+from anyorder.models.linear import Linear
 from anyorder.models.location import LocationHead, LocationTables, revealed_before
 from anyorder.models.norm import RMSNorm
 from anyorder.orders import inverse
@@ -140,8 +141,8 @@ class Attention(nn.Module):
         """Fused projections without biases."""
         super().__init__()
         self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.qkv = Linear(config.width, 3 * config.width, bias=False)
+        self.out = Linear(config.width, config.width, bias=False)
         head_width = config.width // config.heads
         self.q_norm = RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
@@ -179,8 +180,8 @@ class SwiGLU(nn.Module):
         """No biases."""
         super().__init__()
         hidden = 32 * math.ceil(8 * width / 3 / 32)
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate_up = Linear(width, 2 * hidden, bias=False)
+        self.down = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
@@ -272,7 +273,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         self.following = CoordinateEncoding(width) if config.next_position != "none" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = RMSNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        self.head = Linear(width, config.vocab_size, bias=False)
         self.location = LocationHead(width) if config.location else None
         further = (config.attributes, config.text_vocab, config.text_length)
         self.prefix = Prefix(width, *further) if config.attributes or config.text_length else None

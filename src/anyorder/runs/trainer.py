@@ -79,7 +79,7 @@ class TrainConfig:
     bf16: bool = True
     """Compute the loss under bfloat16 autocast where the hardware has it; weights stay float32."""
     compile: bool = False
-    """Run the model through torch.compile (on a CPU with a C++ compiler): a minute or so, then faster."""
+    """Run the model through torch.compile (on a CPU with a C++ compiler): takes minutes, then is faster."""
     seed: int = 0
     """Seed of data order, dropout and the loss's generator."""
     log_every: int = 50
