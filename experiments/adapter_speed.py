@@ -1,10 +1,10 @@
 """How fast are the adapters beside the original programs? The same random weights, order and machine.
 
-    python experiments/adapter_speed.py OUT.json --randar DIR --arpg DIR [--repeats 5]
+    python experiments/adapter_speed.py OUT.json --randar DIR --arpg DIR
 
 DIR are checkouts of ziqipang/RandAR and hp-l33/ARPG, which are run as they are. Size L, 8 images of 16 x 16
-tokens, no guidance, float32 on the CPU; RandAR one position per step and in the 88 steps that it takes by
-default, ARPG in the 64 of its default and one position per step. Runs of both programs take turns.
+tokens, no guidance, float32 on the CPU; in the 88 (RandAR) and 64 (ARPG) steps that the originals take by
+default, five times each, and one position per step, three times. Runs of both programs take turns.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from anyorder.contracts import AnyOrderModel
 from anyorder.logits import Sampling, Streams, draw, truncate
 
 SIZE = compare.LARGE._replace(rows=8)
-Pair = tuple[str, Callable[[], Any], Callable[[], Any]]
-"""What is timed, by the original, by the adapter."""
+REPEATS = {256: 3}
+"""By number of steps; 5 otherwise."""
+Pair = tuple[str, int, Callable[[], Any], Callable[[], Any]]
+"""What is timed, in how many steps, by the original, by the adapter."""
 
 
 def drawn(model: AnyOrderModel, labels: Tensor, order: Tensor, steps: list[int]) -> Tensor:
@@ -47,16 +49,17 @@ def drawn(model: AnyOrderModel, labels: Tensor, order: Tensor, steps: list[int])
 def randar(root: Path) -> Iterator[Pair]:
     """One position per step, and RandAR's own schedule."""
     original, model = compare.randar_models(root, SIZE)
+    model.eval()
     _, labels, orders = compare.inputs(SIZE, 1)
     order, n = orders["random order"], SIZE.grid.n
-    for steps in (n, 88):
+    for steps in (88, n):
 
         def theirs(steps: int = steps) -> None:
             original.generate(labels, order, (1.0, 1.0), -1 if steps == n else steps)
             original.remove_caches()
 
         sizes = [1] * n if steps == n else compare.cosine_steps(n, steps)
-        yield f"RandAR-L, {steps} steps", theirs, lambda sizes=sizes: drawn(model, labels, order, sizes)
+        yield "RandAR-L", steps, theirs, lambda sizes=sizes: drawn(model, labels, order, sizes)
 
 
 def arpg(root: Path) -> Iterator[Pair]:
@@ -65,27 +68,29 @@ def arpg(root: Path) -> Iterator[Pair]:
     _, labels, orders = compare.inputs(SIZE, 2)
     order, n = orders["random order"], SIZE.grid.n
     original.eval()
-    for steps in (n, 64):
+    model.eval()
+    for steps in (64, n):
         sizes = [1] * n if steps == n else compare.arccos_steps(n, steps)
         # At guidance 1 the original draws without a second half.
         yield (
-            f"ARPG-L, {steps} steps",
+            "ARPG-L",
+            steps,
             lambda steps=steps: original.generate(labels.clone(), 1.0, "constant", seq_len=n, num_iter=steps),
             lambda sizes=sizes: drawn(model, labels, order, sizes),
         )
 
 
-def timed(pairs: Iterator[Pair], repeats: int) -> Iterator[dict[str, Any]]:
+def timed(pairs: Iterator[Pair]) -> Iterator[dict[str, Any]]:
     """Medians of both, taking turns, and their ratio."""
-    for name, theirs, ours in pairs:
+    for name, steps, theirs, ours in pairs:
         seconds: dict[str, list[float]] = {"original": [], "adapter": []}
-        for _ in range(repeats):
+        for _ in range(REPEATS.get(steps, 5)):
             for who, work in (("original", theirs), ("adapter", ours)):
                 begin = time.perf_counter()
                 work()
                 seconds[who].append(time.perf_counter() - begin)
         median = {who: statistics.median(times) for who, times in seconds.items()}
-        row = {"what": name, "images": SIZE.rows, "repeats": repeats, "seconds": seconds,
+        row = {"what": name, "steps": steps, "images": SIZE.rows, "seconds": seconds,
                **{f"{who}_seconds": round(value, 2) for who, value in median.items()},
                "ratio": round(median["original"] / median["adapter"], 3)}  # fmt: skip
         print(row, flush=True)
@@ -98,14 +103,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--randar", type=Path, metavar="DIR")
     parser.add_argument("--arpg", type=Path, metavar="DIR")
-    parser.add_argument("--repeats", type=int, default=5)
     given = vars(parser.parse_args())
     torch.manual_seed(0)
     rows = []
     with torch.no_grad():
         for name, pairs in (("randar", randar), ("arpg", arpg)):
             if given[name] is not None:
-                for row in timed(pairs(given[name]), given["repeats"]):
+                for row in timed(pairs(given[name])):
                     rows.append(row)
                     facts = {
                         "device": f"CPU, {torch.get_num_threads()} threads, float32",
