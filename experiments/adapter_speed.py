@@ -1,15 +1,17 @@
 """How fast are the adapters beside the original programs? The same random weights, order and machine.
 
-    python experiments/adapter_speed.py OUT.json --randar DIR --arpg DIR
+    python experiments/adapter_speed.py OUT.json --randar DIR --arpg DIR [--steps 64 --repeats 5]
 
 DIR are checkouts of ziqipang/RandAR and hp-l33/ARPG, which are run as they are. Size L, 8 images of 16 x 16
 tokens, no guidance, float32 on the CPU; in the 88 (RandAR) and 64 (ARPG) steps that the originals take by
-default, five times each, and one position per step, three times. Runs of both programs take turns.
+default, and one position per step (256), or in what --steps says alone. Runs of both programs take turns;
+results are added to OUT.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +27,6 @@ from anyorder.contracts import AnyOrderModel
 from anyorder.logits import Sampling, Streams, draw, truncate
 
 SIZE = compare.LARGE._replace(rows=8)
-REPEATS = {256: 3}
-"""By number of steps; 5 otherwise."""
 Pair = tuple[str, int, Callable[[], Any], Callable[[], Any]]
 """What is timed, in how many steps, by the original, by the adapter."""
 
@@ -80,11 +80,13 @@ def arpg(root: Path) -> Iterator[Pair]:
         )
 
 
-def timed(pairs: Iterator[Pair]) -> Iterator[dict[str, Any]]:
+def timed(pairs: Iterator[Pair], chosen: int | None, repeats: int) -> Iterator[dict[str, Any]]:
     """Medians of both, taking turns, and their ratio."""
     for name, steps, theirs, ours in pairs:
+        if chosen not in (None, steps):
+            continue
         seconds: dict[str, list[float]] = {"original": [], "adapter": []}
-        for _ in range(REPEATS.get(steps, 5)):
+        for _ in range(repeats):
             for who, work in (("original", theirs), ("adapter", ours)):
                 begin = time.perf_counter()
                 work()
@@ -103,13 +105,15 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--randar", type=Path, metavar="DIR")
     parser.add_argument("--arpg", type=Path, metavar="DIR")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--repeats", type=int, default=5)
     given = vars(parser.parse_args())
     torch.manual_seed(0)
-    rows = []
+    rows = json.loads(given["out"].read_text())["rows"] if given["out"].exists() else []
     with torch.no_grad():
         for name, pairs in (("randar", randar), ("arpg", arpg)):
             if given[name] is not None:
-                for row in timed(pairs(given[name])):
+                for row in timed(pairs(given[name]), given["steps"], given["repeats"]):
                     rows.append(row)
                     facts = {
                         "device": f"CPU, {torch.get_num_threads()} threads, float32",
