@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from anyorder.contracts import AnyOrderNetwork, Grid
 from anyorder.models.linear import Linear
+from anyorder.models.transformer import attend_with_total
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys, values, each (B, H, T, D / H), to outputs of the same shape."""
@@ -300,24 +301,31 @@ class Candidates:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H, pending + M, D / H) each."""
-        if not self.pending:
-            return self._ask(q, k, v)
-        layer, begin = len(self.keys), self.cache.length
-        (before, q), (new, k), (content, v) = (x.tensor_split((self.pending,), dim=2) for x in (q, k, v))
-        out = _extend(self.cache.keys[layer], self.cache.values[layer], begin, False, before, new, content)
-        return torch.cat((out, self._ask(q, k, v)), dim=2)
-
-    def _ask(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        layer, length = len(self.keys), self.cache.length + self.pending
+        layer, begin, first = len(self.keys), self.cache.length, self.pending
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        (new, k), (content, v) = (x.tensor_split((first,), dim=2) for x in (k, v))
         self.keys.append(k)
         self.values.append(v)
-        before, content = self.cache.keys[layer, :, :, :length], self.cache.values[layer, :, :, :length]
+        if self.joint or first > 1:
+            before, q = q.tensor_split((first,), dim=2)
+            out = [_extend(keys, values, begin, False, before, new, content)] if first else []
+            return torch.cat((*out, self._ask(q, k, v, keys, values)), dim=2)
+        # One input that waits sees all that the queries see: the cache is read once for both.
+        keys[:, :, begin : begin + first], values[:, :, begin : begin + first] = new, content
+        return self._ask(q, k, v, keys, values)
+
+    def _ask(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Queries see the cache and themselves; what stands before them in q sees the cache alone."""
+        end = self.cache.length + self.pending
+        keys, values = keys[:, :, :end], values[:, :, :end]
         if self.joint:
-            mask = torch.ones(q.shape[2], length + k.shape[2], dtype=torch.bool, device=q.device).tril(length)
-            k, v = torch.cat((before, k), dim=2), torch.cat((content, v), dim=2)
+            mask = torch.ones(q.shape[2], end + k.shape[2], dtype=torch.bool, device=q.device).tril(end)
+            k, v = torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         # One score per candidate for itself beside those of the shared prefix: no mask, no repeated cache.
-        own = (q * k).sum(-1, keepdim=True)
-        scores = torch.cat((q @ before.transpose(-1, -2), own), dim=-1).float() * q.shape[-1] ** -0.5
-        weights = scores.softmax(-1).to(v.dtype)
-        return weights[..., :-1] @ content + weights[..., -1:] * v
+        out, total = attend_with_total(q, keys, values)
+        others = q.shape[2] - k.shape[2]
+        q, total, asked = q[:, :, others:], total[:, :, others:], out[:, :, others:]
+        own = (q * k).sum(-1, keepdim=True, dtype=torch.float32) * q.shape[-1] ** -0.5
+        merged = asked.lerp(v, (own - total).sigmoid().to(v.dtype))
+        return torch.cat((out[:, :, :others], merged), dim=2) if others else merged
