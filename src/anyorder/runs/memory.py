@@ -28,7 +28,7 @@ def peak_memory(subject: Subject, sides: tuple[int, ...]) -> list[dict[str, Any]
     """Measured and counted memory, a row per grid of side x side patches; weights are not part of it.
 
     Not every step is run. Between the first and the last chunk of open positions memory is linear in the
-    step: what is kept of the candidates shrinks, what their attention needs grows. So the peak over the first
+    step: the candidates become fewer, what their attention needs grows. So the peak over the first
     two steps, and over the step at which one chunk is left, is the peak of all. What comes before that last
     one is given, a chunk at a time.
 
@@ -37,18 +37,19 @@ def peak_memory(subject: Subject, sides: tuple[int, ...]) -> list[dict[str, Any]
         peak (MiB): of live tensors on a CPU, as the profiler sees them allocated and freed; the allocator's
             own peak on a GPU, with what autocast caches.
         cache (MiB): keys and values of all positions, O(B N).
-        candidates (MiB): keys and values that `score` keeps of all open positions at the first step, so that
-            `append` need not compute them, O(B N).
+        candidates (MiB): hidden states that `score` keeps of all open positions at the first step, O(B N);
+            their keys and values wait in free slots of the cache.
         chunk (MiB): float32 logits of one chunk, O(B C V); a few of these are alive at once.
     """
     rows = []
     for side in sides:
         grid, config = Grid(side, side), subject.config
-        kept = subject.costs(config.images).cache(grid.n)
+        costs = subject.costs(config.images)
+        hidden = costs.size * config.images * grid.n * config.model.width
         logits = FLOAT32 * config.images * min(config.chunk, grid.n) * config.vocab_size
         last = max(0, grid.n - config.chunk)
         peak = max(_peak(subject, grid, known, steps) for known, steps in ((0, 2), (last, 1)))
-        sizes = {"peak": peak, "cache": kept, "candidates": kept, "chunk": logits}
+        sizes = {"peak": peak, "cache": costs.cache(grid.n), "candidates": hidden, "chunk": logits}
         rows.append({"positions": grid.n, **{f"{name} (MiB)": size / MIB for name, size in sizes.items()}})
     return rows
 
