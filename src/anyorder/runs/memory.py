@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anyorder.contracts import Grid
-from anyorder.decode import drawn, generate
+from anyorder.decode import drawn, generate, sample
 from anyorder.logits import Sampling
 from anyorder.models.transformer import AnyOrderTransformer, State
 from anyorder.policies import InferredOrder
@@ -42,6 +42,8 @@ def peak_memory(subject: Subject, sides: tuple[int, ...]) -> list[dict[str, Any]
         chunk (MiB): float32 logits of one chunk, O(B C V); a few of these are alive at once.
     """
     rows = []
+    # What a first run leaves behind belongs to the weights (`models.linear`).
+    subject.without_gradients(lambda: sample(subject.model, "raster", subject.streams, grid=Grid(1, 2)))()
     for side in sides:
         grid, config = Grid(side, side), subject.config
         costs = subject.costs(config.images)
