@@ -23,8 +23,9 @@ class Linear(nn.Linear):
     """
 
     def train(self, mode: bool = True) -> Linear:
-        """As of `nn.Module`. The copy is forgotten: fused optimizers change weights unnoticed."""
-        _copies.pop(self.weight, None)
+        """As of `nn.Module`. Copies go when the mode changes: fused optimizers change weights unnoticed."""
+        if mode != self.training:
+            _copies.pop(self.weight, None)
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
