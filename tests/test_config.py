@@ -1,6 +1,7 @@
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -220,3 +221,10 @@ def test_load_yaml(tmp_path):
 def test_importing_costs_neither_tyro_nor_torch():
     code = "import sys, anyorder.runs.config; sys.exit(bool({'tyro', 'torch'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_threads_convert_one_at_a_time():
+    """Side by side they once took each other's output, and good values for bad ones."""
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: parse(Optim, {"lr": i / 1000, "steps": i + 1}), range(40)))
+    assert [(one.lr, one.steps) for one in found] == [(i / 1000, i + 1) for i in range(40)]

@@ -18,6 +18,7 @@ import itertools
 import json
 import operator
 import textwrap
+import threading
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
@@ -27,6 +28,8 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 import yaml
 
 Config = TypeVar("Config")
+_ALONE = threading.Lock()
+"""tyro and the redirection of its complaints are of the whole process: one thread converts at a time."""
 _CONTAINERS = (tuple, list, set, frozenset, dict)
 
 
@@ -248,7 +251,8 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
     try:
         if value is None or (isinstance(value, _CONTAINERS) and get_origin(inner) not in _CONTAINERS):
             raise SystemExit
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        silent = io.StringIO()
+        with _ALONE, contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
             return tyro.cli(inner, args=["--", *_arguments(value)])
     except SystemExit:
         raise ValueError(f"{key}={value!r}: expected {_name(hint)}") from None
