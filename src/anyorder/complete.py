@@ -68,11 +68,9 @@ def complete_file(config: CompleteConfig, out: Path) -> list[Path]:
     if config.box is not None:
         mask = box_mask(config.box, (picture.height, picture.width))
     pipe = Pipeline.from_pretrained(config.pipeline)
-    label = (
-        int(config.label) if config.label.isdecimal() and config.label not in pipe.classes else config.label
-    )
+    label = None if config.label == "" else pipe.typed(config.label)
     made = pipe.complete(
-        picture, mask, None if label == "" else label, config.num_images, config.policy, config.guidance,
+        picture, mask, label, config.num_images, config.policy, config.guidance,
         config.seed, pad=config.pad, keep=config.keep,
         feather=config.feather, margin=config.margin, prompt=config.prompt,
     )  # fmt: skip

@@ -55,9 +55,7 @@ def draw(config: DrawConfig, out: Path) -> list[Path]:
         ValueError: an unknown class, attribute or value, or prompts to a pipeline that takes none.
     """
     pipe = Pipeline.from_pretrained(config.pipeline)
-    wanted = [
-        label if label in pipe.classes or not label.isdecimal() else int(label) for label in config.labels
-    ]
+    wanted = [pipe.typed(label) for label in config.labels]
     if not wanted and not config.prompts and not config.attributes:
         wanted = list(range(pipe.model.num_classes))
     made = pipe(

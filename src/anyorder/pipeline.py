@@ -406,6 +406,10 @@ class Pipeline:
         asked = {name: lists[named[name]] for name in attributes}
         return self.vocabulary.condition(n, codes, asked, lists.get("prompts")).to(self._device), n
 
+    def typed(self, label: str) -> int | str:
+        """A class as users type it: a name, or a number where no class has that name."""
+        return int(label) if label.isdecimal() and label not in self.classes else label
+
     def _label(self, label: int | str) -> int:
         if isinstance(label, str):
             return index_of(label, self.classes, "class")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from anyorder.contracts import AnyOrderNetwork, Grid
 from anyorder.models.linear import Linear
-from anyorder.models.transformer import attend_with_total
+from anyorder.models.transformer import attend_with_self
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys, values, each (B, H, T, D / H), to outputs of the same shape."""
@@ -322,10 +322,4 @@ class Candidates:
             mask = torch.ones(q.shape[2], end + k.shape[2], dtype=torch.bool, device=q.device).tril(end)
             k, v = torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        # One score per candidate for itself beside those of the shared prefix: no mask, no repeated cache.
-        out, total = attend_with_total(q, keys, values)
-        others = q.shape[2] - k.shape[2]
-        q, total, asked = q[:, :, others:], total[:, :, others:], out[:, :, others:]
-        own = (q * k).sum(-1, keepdim=True, dtype=torch.float32) * q.shape[-1] ** -0.5
-        merged = asked.lerp(v, (own - total).sigmoid().to(v.dtype))
-        return torch.cat((out[:, :, :others], merged), dim=2) if others else merged
+        return attend_with_self(q, k, v, keys, values)

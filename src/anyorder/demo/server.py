@@ -208,12 +208,12 @@ def drawings(pipe: Pipeline, wish: Wish) -> Iterator[dict[str, Any]]:
         ValueError: unknown class or order, or a text where none is taken; at once, not at the first step.
     """
     offered = choices(pipe)
-    label = int(wish.label) if wish.label.isdecimal() and wish.label not in pipe.classes else wish.label
+    label = None if wish.label == "" else pipe.typed(wish.label)
     streams: list[Iterator[dict[str, Any]]] = []
     for name in wish.orders or [pipe.policy.label]:
         _require(name in offered, f"unknown order '{name}': choose from {'; '.join(offered)}")
         steps = pipe.stream(
-            None if label == "" else label, wish.n, offered[name], wish.guidance, wish.seed,
+            label, wish.n, offered[name], wish.guidance, wish.seed,
             sampling=Sampling(wish.temperature),
             prompt=wish.prompt or None,
         )  # fmt: skip

@@ -663,6 +663,27 @@ def attend_with_total(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (scores - total).exp().to(v.dtype) @ v, total
 
 
+def attend_with_self(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention of candidates to a shared prefix and to themselves, without a mask or a repeated prefix.
+
+    Args:
+        q: queries (B, H, T + M, D / H); the first T of them see the prefix alone.
+        k: the candidates' own keys (B, H, M, D / H).
+        v: their own values.
+        keys: of the prefix, (B, H, L, D / H).
+        values: shaped like `keys`.
+
+    Returns:
+        Outputs (B, H, T + M, D / H).
+    """
+    out, total = attend_with_total(q, keys, values)
+    others = q.shape[2] - k.shape[2]
+    q, total, asked = q[:, :, others:], total[:, :, others:], out[:, :, others:]
+    own = (q * k).sum(-1, keepdim=True, dtype=torch.float32) * q.shape[-1] ** -0.5
+    merged = asked.lerp(v, (own - total).sigmoid().to(v.dtype))
+    return torch.cat((out[:, :, :others], merged), dim=2) if others else merged
+
+
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
     """One kernel that returns the log-sum-exp (B, H, M), too, where there is one; none is public."""
     if q.device.type == "cpu":
@@ -697,9 +718,7 @@ class SharedPrefix:
             keys[:, :, free], values[:, :, free] = k, v
         if length == 0:
             return v
-        out, total = attend_with_total(q, keys[:, :, :length], values[:, :, :length])
-        own = (q * k).sum(-1, keepdim=True, dtype=torch.float32) * q.shape[-1] ** -0.5
-        return out.lerp(v, (own - total).sigmoid().to(v.dtype))
+        return attend_with_self(q, k, v, keys[:, :, :length], values[:, :, :length])
 
 
 class Extend:
