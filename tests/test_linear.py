@@ -22,13 +22,33 @@ def plain(linear, x):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(1,), (3, 1), (2, 5), (FEW // 2, 2), (FEW, 2), (0, 3)])
+@pytest.mark.parametrize(
+    "shape", [(1,), (3, 1), (2, 5), (8,), (2, 4), (8, 3), (FEW // 2,), (FEW // 2, 2), (FEW, 2), (0, 3)]
+)
 @torch.no_grad()
 def test_equals_the_plain_product(bias, shape):
     linear, x = layer(bias), torch.randn(*shape, 24)
     assert_close(linear(x), plain(linear, x), rtol=1e-5, atol=1e-5)
     strided = torch.randn(*shape[:-1], 24, max(1, shape[-1])).transpose(-1, -2)
     assert_close(linear(strided), plain(linear, strided), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [8, 16, FEW // 2])
+@torch.no_grad()
+def test_inputs_may_lie_in_any_way(rows):
+    """Transposed, with gaps, repeated: the product of few rows reads them where they are."""
+    linear, wide = layer(), torch.randn(rows, 48)
+    for x in (wide[:, :24], wide[:, ::2], torch.randn(24, rows).t(), wide[:1, :24].expand(rows, -1)):
+        assert_close(linear(x), plain(linear, x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_vectors_of_eight_rows_need_no_copy():
+    linear = layer()
+    linear(torch.randn(16, 24))
+    assert linear.weight not in _copies
+    linear(torch.randn(15, 24))
+    assert linear.weight in _copies
 
 
 @torch.no_grad()

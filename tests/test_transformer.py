@@ -148,6 +148,17 @@ def test_fused_attention_and_its_total(dtype, scale):
     assert_close(total, written_out[1].detach(), **close)
 
 
+def test_fused_attention_of_queries_that_lie_transposed():
+    """The CPU's kernel takes the last dimension to be dense without looking."""
+    q, k, v = (
+        torch.randn(8, 3, length, 2, generator=seeded(i)).transpose(0, 3)
+        for i, length in enumerate((5, 7, 7))
+    )
+    dense = attend_with_total(q.contiguous(), k.contiguous(), v.contiguous())
+    for found, expected in zip(attend_with_total(q, k, v), dense, strict=True):
+        assert_close(found, expected)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_attention_on_a_gpu(dtype):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from anyorder.contracts import AnyOrderNetwork, Grid
 from anyorder.models.linear import Linear
+from anyorder.models.norm import RMSNorm
 from anyorder.models.transformer import attend_with_self
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -182,9 +183,9 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-def norm(width: int) -> nn.RMSNorm:
+def norm(width: int) -> RMSNorm:
     """The norm of all three families."""
-    return nn.RMSNorm(width, eps=1e-5)
+    return RMSNorm(width, eps=1e-5)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -261,6 +262,11 @@ class Cache:
     values: Tensor
     length: int
 
+    @property
+    def room(self) -> int:
+        """Free slots."""
+        return self.keys.shape[3] - self.length
+
     def extend(self, joint: bool = False) -> list[Attend]:
         """One attention per layer: new inputs see the cache and, causally or all, one another.
 
@@ -269,57 +275,60 @@ class Cache:
         layers = zip(self.keys, self.values, strict=True)
         return [partial(_extend, keys, values, self.length, joint) for keys, values in layers]
 
-    def write(self, keys: Tensor, values: Tensor) -> None:
-        """Put one more input (depth, B, H, D / H) of every layer into the cache."""
-        self.keys[:, :, :, self.length] = keys
-        self.values[:, :, :, self.length] = values
+    def keep(self, columns: Tensor) -> None:
+        """Make one more input part of the cache: the one in slot `length` + columns (B,) of each row."""
+        if bool(columns.any()):
+            rows, slots = torch.arange(len(columns), device=columns.device), self.length + columns
+            for cache in (self.keys, self.values):  # indexing moves the batch to the front
+                cache[:, :, :, self.length] = cache[:, rows, :, slots].transpose(0, 1)
         self.length += 1
 
 
 def _extend(keys: Tensor, values: Tensor, begin: int, joint: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     end = begin + k.shape[2]
     keys[:, :, begin:end], values[:, :, begin:end] = k, v
-    seen = torch.ones(q.shape[2], end, dtype=torch.bool, device=q.device)
-    mask = seen if joint else seen.tril(begin)
-    return F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], attn_mask=mask)
+    keys, values = keys[:, :, :end], values[:, :, :end]
+    return (
+        F.scaled_dot_product_attention(q, keys, values) if joint else _causal_behind(begin, q, keys, values)
+    )
 
 
+def _causal_behind(length: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The last inputs see the first `length` ones and, causally, one another."""
+    if q.shape[2] == 1:
+        return F.scaled_dot_product_attention(q, keys, values)
+    mask = torch.ones(q.shape[2], keys.shape[2], dtype=torch.bool, device=q.device).tril(length)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+
+
+@dataclass
 class Candidates:
-    """Attention of queries that see the cache and themselves but not one another, and write nothing.
+    """Attention of queries that see the cache and themselves but not one another.
 
-    Collects their keys and values, layer by layer. With `joint`, they see the earlier queries as well. The
-    first `pending` inputs are no queries but the next of the cache: they are written, and queries see them.
+    Keys and values go to free slots of the cache, `behind` slots after what is valid, from where `Cache.keep`
+    takes the chosen one. With `joint`, queries see the earlier queries as well. The first `pending` inputs
+    are no queries but the next of the cache, which queries see.
     """
 
-    def __init__(self, cache: Cache, pending: int = 0, joint: bool = False):
-        """Start at the first layer."""
-        self.cache = cache
-        self.pending = pending
-        self.joint = joint
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+    cache: Cache
+    pending: int = 0
+    behind: int = 0
+    joint: bool = False
+    layer: int = 0
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H, pending + M, D / H) each."""
-        layer, begin, first = len(self.keys), self.cache.length, self.pending
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        (new, k), (content, v) = (x.tensor_split((first,), dim=2) for x in (k, v))
-        self.keys.append(k)
-        self.values.append(v)
-        if self.joint or first > 1:
-            before, q = q.tensor_split((first,), dim=2)
-            out = [_extend(keys, values, begin, False, before, new, content)] if first else []
-            return torch.cat((*out, self._ask(q, k, v, keys, values)), dim=2)
-        # One input that waits sees all that the queries see: the cache is read once for both.
-        keys[:, :, begin : begin + first], values[:, :, begin : begin + first] = new, content
-        return self._ask(q, k, v, keys, values)
-
-    def _ask(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Queries see the cache and themselves; what stands before them in q sees the cache alone."""
-        end = self.cache.length + self.pending
-        keys, values = keys[:, :, :end], values[:, :, :end]
+        keys, values = self.cache.keys[self.layer], self.cache.values[self.layer]
+        self.layer += 1
+        first, end = self.pending, self.cache.length + self.pending
+        free = slice(self.cache.length + self.behind, self.cache.length + self.behind + k.shape[2])
+        keys[:, :, free], values[:, :, free] = k, v
         if self.joint:
-            mask = torch.ones(q.shape[2], end + k.shape[2], dtype=torch.bool, device=q.device).tril(end)
-            k, v = torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return attend_with_self(q, k, v, keys, values)
+            assert not self.behind, "queries that see one another are scored together"
+            return _causal_behind(self.cache.length, q, keys[:, :, : free.stop], values[:, :, : free.stop])
+        k, v, keys, values = k[:, :, first:], v[:, :, first:], keys[:, :, :end], values[:, :, :end]
+        # One input that waits sees all that the queries see: the cache is read once for both.
+        if first <= 1:
+            return attend_with_self(q, k, v, keys, values)
+        before = _causal_behind(self.cache.length, q[:, :, :first], keys, values)
+        return torch.cat((before, attend_with_self(q[:, :, first:], k, v, keys, values)), dim=2)

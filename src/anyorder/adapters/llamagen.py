@@ -83,8 +83,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, factors: Tensor, attend: Attend) -> Tensor:
         """Inputs (B, T, D) and their rotations (B, T, D / H / 2) to outputs (B, T, D)."""
-        q, k, v = (split_heads(part, self.heads) for part in self.wqkv(x).chunk(3, dim=-1))
-        return self.wo(merge_heads(attend(rotate(q, factors), rotate(k, factors), v)))
+        asked, v = self.wqkv(x).split((2 * x.shape[-1], x.shape[-1]), dim=-1)
+        q, k = rotate(split_heads(asked, 2 * self.heads), factors).chunk(2, dim=1)
+        return self.wo(merge_heads(attend(q, k, split_heads(v, self.heads))))
 
 
 class Block(nn.Module):
@@ -100,8 +101,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, factors: Tensor, attend: Attend) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        x = x + self.attention(self.attention_norm(x), factors, attend)
-        return x + self.feed_forward(self.ffn_norm(x))
+        # A sum lies in memory as its first term: for few rows as `Linear` returns, and wants, them.
+        x = self.attention(self.attention_norm(x), factors, attend) + x
+        return self.feed_forward(self.ffn_norm(x)) + x
 
 
 class ClassEmbedding(nn.Module):

@@ -7,7 +7,7 @@ before the first layer, and queries and keys are rotated again in every layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,8 @@ class State:
     pending: tuple[Tensor, Tensor]
     """Inputs (B, T, D) behind the cache, with their rotations (B, T, D / H / 2): they run with what is scored
     next, so that a step reads the weights once."""
-    scored: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    """Positions (B, M), keys and values (depth, B, H, M, D / H) of the queries scored since `append`."""
+    scored: Tensor
+    """Positions (B, S) whose queries were scored since `append`: they lie in the free slots of the cache."""
 
 
 class RandAR(GPT):
@@ -92,7 +92,10 @@ class RandAR(GPT):
         cache = self._empty_cache(len(self.layers), batch_size, 2 * grid.n + 1)
         rotations = self._rotations(grid)
         label = self.cls_embedding(self._labels(batch_size, condition))
-        return State(cache, rotations, (label, rotations[-1:].expand(batch_size, 1, -1)))
+        pending = label, rotations[-1:].expand(batch_size, 1, -1)
+        return State(
+            cache, rotations, pending, torch.empty(batch_size, 0, dtype=torch.int64, device=self.device)
+        )
 
     def score(self, state: State, positions: Tensor) -> Tensor:
         """Logits (B, M, V) of candidate positions (B, M): their queries see what is revealed and themselves.
@@ -102,14 +105,15 @@ class RandAR(GPT):
         asked, joint = state.rotations[positions], self.config.joint_steps
         before, turned = state.pending
         x, factors = torch.cat((before, self._queries(asked)), 1), torch.cat((turned, asked), 1)
-        attend = Candidates(state.cache, before.shape[1], joint)
+        if state.scored.shape[1] + x.shape[1] > state.cache.room or joint:
+            state.scored = state.scored[:, :0]
+        attend = Candidates(state.cache, before.shape[1], state.scored.shape[1], joint)
         for layer in self.layers:
             x = layer(x, factors, attend)
         state.cache.length += before.shape[1]
-        state.pending = (before[:, :0], turned[:, :0])
-        kept = slice(1) if joint else slice(None)  # a query that saw others is of no use without them
-        keys, values = (torch.stack(found)[:, :, :, kept] for found in (attend.keys, attend.values))
-        state.scored.append((positions[:, kept], keys, values))
+        state.pending = before[:, :0], turned[:, :0]
+        # A query that saw others is of no use without them.
+        state.scored = torch.cat((state.scored, positions[:, :1] if joint else positions), dim=1)
         return self._logits(x[:, before.shape[1] :])
 
     def append(self, state: State, positions: Tensor, tokens: Tensor) -> State:
@@ -121,37 +125,16 @@ class RandAR(GPT):
         factors = state.rotations[positions]
         x = _interleave(self._queries(factors), self.tok_embeddings(tokens))
         factors = _interleave(factors, factors)
-        first = _recall(state, positions[:, 0])
-        if first is not None:
-            state.cache.write(*first)
+        match = positions[:, :1] == state.scored
+        if bool(match.any(1).all()):
+            state.cache.keep(match.int().argmax(1))
             x, factors = x[:, 1:], factors[:, 1:]
         # Where nothing was scored since the last `append`, what that one left waits in front.
         before, turned = state.pending
         waiting = torch.cat((before, x), dim=1), torch.cat((turned, factors), dim=1)
-        return State(state.cache, state.rotations, waiting)
+        return State(state.cache, state.rotations, waiting, state.scored[:, :0])
 
 
 def _interleave(queries: Tensor, tokens: Tensor) -> Tensor:
     """(B, K, ...) and (B, K, ...) to (B, 2K, ...): the first of each, then the second of each, ..."""
     return torch.stack((queries, tokens), dim=2).flatten(1, 2)
-
-
-def _recall(state: State, position: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Keys and values (depth, B, H, D / H) of the query of a position (B,), if every row has scored it."""
-    rows = torch.arange(len(position), device=position.device)
-    found = torch.zeros_like(position, dtype=torch.bool)
-    kept: tuple[Tensor, ...] = ()
-    for positions, *cached in state.scored:
-        match = positions == position[:, None]
-        here, column = match.any(1), match.int().argmax(1)
-        # Indexing moves the batch to the front: (B, depth, H, D / H).
-        mine = tuple(each[:, rows, :, column] for each in cached)
-        kept = tuple(
-            torch.where(here[:, None, None, None], new, old)
-            for new, old in zip(mine, kept or mine, strict=True)
-        )
-        found |= here
-    if not bool(found.all()):
-        return None
-    keys, values = (each.transpose(0, 1) for each in kept)
-    return keys, values

@@ -17,9 +17,11 @@ _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 class Linear(nn.Linear):
     """As `nn.Linear`, with the same state dict.
 
-    On a CPU in float32, in evaluation mode without gradients and for at most `FEW` rows, it multiplies by a
-    copy of the weight in oneDNN's own layout, 1.1 (64 rows) to 2 times (4 rows) as fast, for the memory of
-    the copy. The plain product arranges the weight anew at every call.
+    On a CPU in float32, in evaluation mode without gradients and for at most `FEW` rows, it calls oneDNN: the
+    plain product arranges the weight anew at every call. With 8, 16, ... `FEW` / 2 rows the product is
+    computed as weight times transposed inputs, which arranges the few inputs instead (the result is a
+    transposed view); otherwise with a copy of the weight in oneDNN's own layout, for the memory of the copy.
+    1.1 (64 rows) to 2 times (4 to 16 rows) as fast, see docs/performance.md.
     """
 
     def train(self, mode: bool = True) -> Linear:
@@ -35,7 +37,12 @@ class Linear(nn.Linear):
             _copies.pop(weight, None)
         if not self._few(x, weight):
             return F.linear(x, weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, _arranged(weight), self.bias, "none", [], "")
+        multiply, rows = torch.ops.mkldnn._linear_pointwise, x.numel() // self.in_features
+        if rows % 8 or rows > FEW // 2 or self.bias is not None:
+            return multiply(x, _arranged(weight), self.bias, "none", [], "")
+        # Vectors of 8 rows: the weight is read once, as it lies. Inputs that lie likewise need no rearranging.
+        product = multiply(weight, x.reshape(rows, -1), None, "none", [], "")
+        return product.t().unflatten(0, x.shape[:-1])
 
     def _few(self, x: Tensor, weight: Tensor) -> bool:
         return (

@@ -23,8 +23,16 @@ class RMSNorm(nn.RMSNorm):
         x = x.to(self.weight.dtype)  # with two types PyTorch would leave its fused kernels unused
         eager = not torch.compiler.is_compiling()
         if eager and x.device.type == "cpu" and x.dtype == torch.float32:
-            return _Normalise.apply(x, self.weight, self.eps)
+            if torch.is_grad_enabled():
+                return _Normalise.apply(x, self.weight, self.eps)
+            return (x * _scale(x, self.eps)).mul_(self.weight)
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+def _scale(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps), (..., 1)."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return length.mul_(length).div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 class _Normalise(torch.autograd.Function):
@@ -32,8 +40,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scale = mean_square.add_(eps).rsqrt_()
+        scale = _scale(x, eps)
         y = x * scale
         ctx.save_for_backward(y, weight, scale)
         return y * weight

@@ -687,6 +687,7 @@ def attend_with_self(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tens
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
     """One kernel that returns the log-sum-exp (B, H, M), too, where there is one; none is public."""
     if q.device.type == "cpu":
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # it does not check
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     if q.device.type == "cuda" and q.shape[-1] % 8 == 0:
         parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)
