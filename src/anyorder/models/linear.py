@@ -40,7 +40,7 @@ class Linear(nn.Linear):
         multiply, rows = torch.ops.mkldnn._linear_pointwise, x.numel() // self.in_features
         if rows % 8 or rows > FEW // 2 or self.bias is not None:
             return multiply(x, _arranged(weight), self.bias, "none", [], "")
-        # Vectors of 8 rows: the weight is read once, as it lies. Inputs that lie likewise need no rearranging.
+        # The weight is read once, as it lies; inputs that are transposed themselves need no rearranging.
         product = multiply(weight, x.reshape(rows, -1), None, "none", [], "")
         return product.t().unflatten(0, x.shape[:-1])
 
