@@ -203,8 +203,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, attend))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        # A sum lies in memory as its first term: for few rows as `Linear` returns, and wants, them.
+        x = self.dropout(self.attention(self.attention_norm(x), rotation, attend)) + x
+        return self.dropout(self.mlp(self.mlp_norm(x))) + x
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
