@@ -3,7 +3,6 @@
 OMP_NUM_THREADS=1 python experiments/compiled_time.py docs/results/compiled-time.json
 """
 
-import json
 import statistics
 import sys
 import time
@@ -12,10 +11,10 @@ from typing import Any
 
 import torch
 
-from anyorder.artifacts import versions
+from anyorder.artifacts import versions, write_json
 from anyorder.decode import sample
 from anyorder.logits import Streams
-from anyorder.models.compiled import compile_decoding
+from anyorder.models.compiled import bucket, compile_decoding
 from anyorder.models.transformer import AnyOrderTransformer, TransformerConfig
 
 ROUNDS = 3
@@ -52,18 +51,40 @@ def compare(model: AnyOrderTransformer, images: int, order: str) -> dict[str, An
     }
 
 
+@torch.no_grad()
+def score(model: AnyOrderTransformer, images: int, candidates: int) -> dict[str, Any]:
+    """CPU seconds of scoring all open positions once, after a warm-up."""
+    ways = {"eager": None, "compiled": model.compiled}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    state, n = model.start(images), model.grid.n
+    known = torch.arange(n - candidates).expand(images, -1)
+    state = model.append(state, known, known)
+    for turn in range(2 * ROUNDS + 1):
+        for way, compiled in ways.items():
+            model.compiled, state.scored.count = compiled, 0
+            begin = time.thread_time()
+            model.score(state, torch.arange(n - candidates, n).expand(images, -1))
+            seconds[way] += [time.thread_time() - begin] if turn else []
+    ratio = statistics.median(seconds["compiled"]) / statistics.median(seconds["eager"])
+    sizes = {"images": images, "candidates": candidates, "bucket": bucket(candidates)}
+    return {**sizes, "seconds": seconds, "compiled / eager": ratio}
+
+
 def main(out: Path) -> None:
-    """Fixed orders first: the larger numbers of candidates are compiled last."""
+    """Whole pictures, then single scorings of more images, for which whole pictures take long."""
     torch.manual_seed(0)
     model = AnyOrderTransformer(TransformerConfig(**SIZE)).eval()
     compile_decoding(model)
-    compiled, rows = model.compiled, []
-    for images, order in ((1, "raster"), (4, "raster"), (1, "entropy"), (4, "entropy")):
+    compiled = model.compiled
+    result: dict[str, Any] = {"model": SIZE, "threads": torch.get_num_threads(), "versions": versions()}
+    for images, order in ((1, "raster"), (4, "raster"), (1, "entropy")):
         model.compiled = compiled
-        rows.append(compare(model, images, order))
-        print(json.dumps(rows[-1]), flush=True)
-        result = {"model": SIZE, "threads": torch.get_num_threads(), "versions": versions(), "rows": rows}
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        result.setdefault("pictures", []).append(compare(model, images, order))
+        write_json(out, result)
+    for candidates in (29, 125, 221):
+        model.compiled = compiled
+        result.setdefault("scorings", []).append(score(model, 4, candidates))
+        write_json(out, result)
 
 
 if __name__ == "__main__":
