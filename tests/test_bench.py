@@ -1,12 +1,15 @@
 """The benchmark at sizes that take no time: what is measured and said, never how fast."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
 from anyorder import cli
+from anyorder.models import compiled
 from anyorder.runs import bench as bench_module
+from anyorder.runs import workloads
 from anyorder.runs.bench import against, load_result, tables
 from anyorder.runs.config import parse
 from anyorder.runs.costs import TransformerCosts
@@ -58,6 +61,20 @@ def test_the_result_holds_everything(written):
     assert result["sweeps"]["batch_size"][0]["rows"] != result["rows"]
     assert len(tables(result)) == 2 + 4 + 1
     assert written.with_suffix(".png").is_file()
+
+
+def test_decoding_may_be_compiled(tmp_path, monkeypatch):
+    compile_decoding = partial(compiled.compile_decoding, backend="eager")
+    monkeypatch.setattr(workloads, "compile_decoding", compile_decoding)
+    runs = []
+    run = compiled.CompiledBlocks.__call__
+    monkeypatch.setattr(compiled.CompiledBlocks, "__call__", lambda *args: runs.append(0) or run(*args))
+    command = ["bench", f"out={tmp_path}/bench.json", "memory=2", 'only=["sampling, inferred order"]', *TINY]
+    assert cli.main(command) == 0
+    assert not runs
+    assert cli.main([*command, "compile=true"]) == 0
+    assert runs
+    assert load_result(tmp_path / "bench.json")["config"]["compile"] is True
 
 
 def test_shares_are_of_what_was_measured(written):

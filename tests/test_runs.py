@@ -13,17 +13,18 @@ import torch
 import yaml
 from conftest import transformer
 
-from anyorder import Pipeline, cli
+from anyorder import Pipeline, cli, pipeline
 from anyorder.artifacts import Artifact, load_array, read_json, read_manifest
 from anyorder.contracts import Grid
 from anyorder.decode import extract_orders
 from anyorder.evaluation.metrics import FeatureStatistics, frechet_distance
+from anyorder.models import compiled as compiled_module
 from anyorder.policies import PolicyConfig
-from anyorder.runs import shards
+from anyorder.runs import extract, judge, shards
 from anyorder.runs.checkpoint import load_model
 from anyorder.runs.compare import CompareStage
 from anyorder.runs.config import parse
-from anyorder.runs.execute import split
+from anyorder.runs.execute import execute, split
 from anyorder.runs.extract import OrdersStage, class_orders
 from anyorder.runs.iterate import IterateStage
 from anyorder.runs.learn import TrainStage
@@ -199,6 +200,28 @@ def test_samples_do_not_depend_on_the_batch_size(experiment, tmp_path):
         np.testing.assert_array_equal(
             load_array(tmp_path / f"a/{name}.npy"), load_array(tmp_path / f"b/{name}.npy")
         )
+
+
+def test_compiled_stages_draw_and_order_what_eager_ones_do(experiment, tmp_path, monkeypatch):
+    path, out = experiment
+    compiled = []
+
+    def compile_decoding(model):  # with a backend that needs no C++ compiler
+        compiled.append(model)
+        compiled_module.compile_decoding(model, backend="eager")
+
+    for stage in (judge, extract):
+        monkeypatch.setattr(stage, "compile_decoding", compile_decoding)
+    overrides = ["guided-by-any.compile=true", "orders.compile=true"]
+    stages = load_experiment(path, overrides).stages
+    for name, arrays in (("guided-by-any", ("tokens", "order")), ("orders", ("train.order", "test.order"))):
+        kind, stage = stages[name]
+        assert execute(kind, stage, tmp_path / name)
+        assert read_manifest(tmp_path / name)["config"]["compile"] is True
+        for array in arrays:
+            a, b = (load_array(folder / name / f"{array}.npy") for folder in (out, tmp_path))
+            assert (a == b).mean() > 0.99  # in the last bits a likely tie may fall the other way
+    assert len(compiled) == 3  # drawer and scorer, then the model whose orders they are
 
 
 def test_peeking_policies_have_no_likelihood(experiment):
@@ -516,6 +539,21 @@ def test_pipeline_draws_on_other_grids(pipe):
     out = pipe(num_images=1, grid=(3, 5), order="hilbert")
     assert out.images[0].size == (20, 12)
     assert pipe(num_images=1, grid=Grid(2, 2)).tokens.shape == (1, 4)
+
+
+def test_pipeline_draws_with_compiled_code(pipe, monkeypatch):
+    eager = pipe(num_images=2, generator=3)
+    compile_decoding = partial(compiled_module.compile_decoding, backend="eager")
+    monkeypatch.setattr(pipeline, "compile_decoding", compile_decoding)
+    try:
+        assert pipe.compile_decoding() is pipe
+        assert pipe.model.compiled is not None
+        assert pipe.scorer.compiled is not None
+        compiled = pipe(num_images=2, generator=3)
+    finally:
+        pipe.model.compiled = pipe.scorer.compiled = None
+    assert torch.equal(compiled.tokens, eager.tokens)
+    assert torch.equal(compiled.order, eager.order)
 
 
 def test_pipeline_streams_its_steps(pipe):

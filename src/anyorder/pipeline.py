@@ -17,6 +17,7 @@ from anyorder.data.text import Vocabulary, index_of
 from anyorder.decode import drawn, generate, sample_coarse_to_fine, trace
 from anyorder.guidance import GuidanceConfig, Guided, Schedule
 from anyorder.logits import Sampling, Streams
+from anyorder.models.compiled import compile_decoding
 from anyorder.orders import of_classes
 from anyorder.policies import INFERRED, InferredOrder, LocatedOrder, PolicyConfig, make_policy
 from anyorder.runs.common import device, to_uint8
@@ -140,6 +141,18 @@ class Pipeline:
             self.scorer.to(target)
         if not isinstance(target, torch.dtype):
             self.tokenizer.to(target)
+        return self
+
+    def compile_decoding(self) -> Pipeline:
+        """Draw with compiled code from now on, on a GPU with CUDA graphs; call it after `to`.
+
+        Each new number of images takes minutes at first; see `models.compiled.compile_decoding`.
+
+        Raises:
+            ValueError: a published model, or there is no compiler.
+        """
+        for model in filter(None, (self.model, self.scorer)):
+            compile_decoding(model)
         return self
 
     # --- drawing -------------------------------------------------------------------------------------

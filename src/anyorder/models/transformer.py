@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from anyorder.models.linear import Linear
 from anyorder.models.location import LocationHead, LocationTables, revealed_before
 from anyorder.models.norm import RMSNorm
 from anyorder.orders import inverse
+
+if TYPE_CHECKING:
+    from anyorder.models.compiled import CompiledBlocks
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys, values, each (B, H, T, D / H), to outputs of the same shape."""
@@ -147,15 +150,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
-        """Inputs (B, T, D) to outputs (B, T, D)."""
+    def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs (B, T, D) to queries, keys and values, each (B, H, T, D / H)."""
         b, t, d = x.shape
         q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation.queries), rotate(k, *rotation.keys)
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        return self.out(attend(q, k, v).transpose(1, 2).reshape(b, t, d))
+        return q.to(v.dtype), k.to(v.dtype), v
 
 
 @dataclass
@@ -203,9 +205,22 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
         """(B, T, D) to (B, T, D)."""
+        return self.after(x, join_heads(attend(*self.before(x, rotation))))
+
+    def before(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What is to be attended with, from inputs (B, T, D): queries, keys, values (B, H, T, D / H)."""
+        return self.attention.project(self.attention_norm(x), rotation)
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Outputs (B, T, D) from the inputs and from what the heads made of them, both (B, T, D)."""
         # A sum lies in memory as its first term: for few rows as `Linear` returns, and wants, them.
-        x = self.dropout(self.attention(self.attention_norm(x), rotation, attend)) + x
+        x = self.dropout(self.attention.out(attended)) + x
         return self.dropout(self.mlp(self.mlp_norm(x))) + x
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(B, H, T, D / H) to (B, T, D)."""
+    return x.transpose(1, 2).flatten(2)
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -278,6 +293,8 @@ class AnyOrderTransformer(AnyOrderNetwork):
         self.location = LocationHead(width) if config.location else None
         further = (config.attributes, config.text_vocab, config.text_length)
         self.prefix = Prefix(width, *further) if config.attributes or config.text_length else None
+        self.compiled: CompiledBlocks | None = None
+        """What `score` runs the blocks with once `compile_decoding` was called."""
         self._initialise()
 
     def _initialise(self) -> None:
@@ -559,17 +576,26 @@ class AnyOrderTransformer(AnyOrderNetwork):
         found = self._find(state, positions)
         if found is not None:
             return self.head(_pick(state.scored.hidden, found))
-        x = self._inputs(state, positions)
-        rotation = self._rotation(state.tables, state.last[:, None].expand_as(positions), positions)
         columns = self._columns(state, positions.shape[1])
-        attend = SharedPrefix(state, columns)
-        for block in self.blocks:
-            x = block(x, rotation, attend)
-        x = self.norm(x)
+        x = self._run(state, positions, SharedPrefix(state, columns))
         if columns is not None:
             state.scored.positions[:, columns], state.scored.hidden[:, columns] = positions, x
             state.scored.count = columns.stop
         return self.head(x)
+
+    def _run(self, state: State, positions: Tensor, attend: SharedPrefix) -> Tensor:
+        """Hidden states (B, M, D) of candidates that have not been scored."""
+        m = positions.shape[1]
+        compiled = None if self.training or torch.is_grad_enabled() else self.compiled
+        if compiled is not None:
+            positions = compiled.pad(positions)
+        x = self._inputs(state, positions)
+        rotation = self._rotation(state.tables, state.last[:, None].expand_as(positions), positions)
+        if compiled is not None:
+            return compiled(self.blocks, self.norm, x, rotation, attend)[:, :m]
+        for block in self.blocks:
+            x = block(x, rotation, attend)
+        return self.norm(x)
 
     @staticmethod
     def _columns(state: State, m: int) -> slice | None:
@@ -679,10 +705,14 @@ def attend_with_self(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tens
     """
     out, total = attend_with_total(q, keys, values)
     others = q.shape[2] - k.shape[2]
-    q, total, asked = q[:, :, others:], total[:, :, others:], out[:, :, others:]
-    own = (q * k).sum(-1, keepdim=True, dtype=torch.float32) * q.shape[-1] ** -0.5
-    merged = asked.lerp(v, (own - total).sigmoid().to(v.dtype))
+    merged = merge_with_self(q[:, :, others:], k, v, out[:, :, others:], total[:, :, others:])
     return torch.cat((out[:, :, :others], merged), dim=2) if others else merged
+
+
+def merge_with_self(q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor) -> Tensor:
+    """Candidates' attention to others, with its log-sum-exp, and to their own keys (B, H, M, D / H)."""
+    own = (q * k).sum(-1, keepdim=True, dtype=torch.float32) * q.shape[-1] ** -0.5
+    return out.lerp(v, (own - total).sigmoid().to(v.dtype))
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -701,7 +731,8 @@ class SharedPrefix:
     """Attention of candidates that see the prefix and themselves but not one another.
 
     The prefix part and the self part are merged by their log-sum-exps, so that no mask and no repeated
-    cache exist. Leaves keys and values of the candidates in free slots of the cache.
+    cache exist. Leaves keys and values of the candidates in free slots of the cache, but for surplus ones
+    that only pad.
     """
 
     def __init__(self, state: State, columns: slice | None):
@@ -712,15 +743,24 @@ class SharedPrefix:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H, M, D / H) each."""
+        out, total = self.prefix_alone(q, k, v)
+        return merge_with_self(q, k, v, out, total) if self.state.length else out
+
+    def prefix_alone(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention (B, H, M, D / H) without the candidates' own keys, and its log-sum-exp (B, H, M, 1).
+
+        Before anything is revealed that is -inf, and the outputs are the candidates' own values.
+        """
         length = self.state.length
         keys, values = self.state.keys[self.layer], self.state.values[self.layer]
         self.layer += 1
         if self.columns is not None:
             free = slice(length + self.columns.start, length + self.columns.stop)
-            keys[:, :, free], values[:, :, free] = k, v
+            m = free.stop - free.start
+            keys[:, :, free], values[:, :, free] = k[:, :, :m], v[:, :, :m]
         if length == 0:
-            return v
-        return attend_with_self(q, k, v, keys[:, :, :length], values[:, :, :length])
+            return v, v.new_full((*v.shape[:3], 1), -torch.inf, dtype=torch.float32)
+        return attend_with_total(q, keys[:, :, :length], values[:, :, :length])
 
 
 class Extend:

@@ -50,7 +50,7 @@ def bench(config: BenchConfig, out: Path) -> dict[str, Any]:
         "versions": versions(),
         **base,
         "sweeps": sweeps,
-        "memory": peak_memory(Subject(config), config.memory),
+        "memory": peak_memory(Subject(dataclasses.replace(config, compile=False)), config.memory),
     }
     write_json(out, result)
     print("\n\n".join(table.text() for table in tables(result)))

@@ -18,6 +18,7 @@ from anyorder.data.sunsets import sun_first
 from anyorder.decode import extract_orders
 from anyorder.evaluation import figures
 from anyorder.logits import Streams
+from anyorder.models.compiled import compile_decoding
 from anyorder.orders import inverse, kendall, mean_jump, position_entropy, static_order
 from anyorder.policies import INFERRED, PolicyConfig
 from anyorder.runs.common import (
@@ -55,6 +56,9 @@ class OrdersStage:
     each, 64 at most on a CPU and 1024 on a GPU."""
     bf16: bool = True
     """Score in bfloat16, where the hardware has it."""
+    compile: bool = False
+    """Score through compiled code, on a GPU as CUDA graphs: takes minutes at first. Not for converted models.
+    On a CPU it was measured not to pay."""
     seed: int = 0
     """Of the location temperature."""
     shards: int = 1
@@ -78,6 +82,8 @@ class OrdersStage:
         require_trained_on(self.model, tokens)
         n = min(self.limit or len(tokens), len(tokens))
         model = load_any_order(self.model).to(fast_dtype(device(), self.bf16))
+        if self.compile:
+            compile_decoding(model)
         self._extract(artifact, model, tokens, np.arange(n))
         self._extract(artifact, model, test, spread(self.test_limit, len(test)))
         orders = torch.from_numpy(load_array(artifact.folder / "train.order.npy").astype(np.int64))

@@ -15,10 +15,7 @@ import copy
 import dataclasses
 import json
 import math
-import os
-import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from anyorder.artifacts import write_json, write_text
+from anyorder.models.compiled import require_compiler
 from anyorder.runs.checkpoint import Checkpoints, load_state, write_tensors
 from anyorder.runs.precision import fast_dtype
 
@@ -532,12 +530,7 @@ def _seeds(seed: int, step: int, micro: int) -> tuple[int, int]:
 
 def _compiled(model: nn.Module, device: torch.device) -> Any:
     """The model, compiled at its first call; it shares the weights, whose names stay those of `model`."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if device.type == "cpu" and shutil.which(compiler) is None:
-        raise ValueError(
-            f"compile=true needs a C++ compiler on the CPU, there is no {compiler}: install it, name another "
-            "one in CXX, or leave compile out"
-        )
+    require_compiler(device)
     return torch.compile(model)
 
 

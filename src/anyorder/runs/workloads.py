@@ -19,6 +19,7 @@ from anyorder.contracts import Grid
 from anyorder.decode import extract_orders, sample
 from anyorder.likelihood import token_nll
 from anyorder.logits import Streams
+from anyorder.models.compiled import compile_decoding
 from anyorder.models.transformer import AnyOrderTransformer, Architecture, TransformerConfig
 from anyorder.models.vq import VQConfig, VQModel
 from anyorder.orders import random_orders
@@ -79,6 +80,9 @@ class BenchConfig:
     """Images sampled, and given orders, at once."""
     chunk: int = 256
     """Candidates scored per call."""
+    compile: bool = False
+    """Sample and extract through compiled code, see `anyorder.models.compiled`; all that is compiled is
+    compiled before anything is timed, which takes minutes."""
     triad_mib: int = 256
     """Size of each of the three arrays that the memory bandwidth is measured on; far above all caches."""
     repeats: int = 5
@@ -134,6 +138,8 @@ class Subject:
         self.dtype = fast_dtype(self.device, True)
         self.grid = Grid(*config.grid)
         self.model = AnyOrderTransformer(config.transformer()).to(self.device)
+        if config.compile:
+            compile_decoding(self.model)
         self.tokens = self.random_tokens(config.batch_size)
         self.order = random_orders(config.batch_size, self.grid).to(self.device)
         self.streams = Streams(range(config.images), self.device)
