@@ -87,6 +87,17 @@ def test_the_command_draws_pictures_and_an_animation(tmp_path, capsys):
     assert cli.main(["sample", "pipeline=fashion32", "n=0", f"out={tmp_path}"]) == 2
 
 
+def test_command_draws_compiled(tmp_path, monkeypatch):
+    """Without a compiler it says so; with one, what is drawn went through compiled code."""
+    command = ["sample", "pipeline=fashion32", "n=1", "labels=Shoes", "compile=true", f"out={tmp_path}"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert cli.main(command) == 2
+    asked = []
+    monkeypatch.setattr(Pipeline, "compile_decoding", lambda pipe: asked.append(pipe))
+    assert cli.main(command) == 0
+    assert len(asked) == 1
+
+
 def test_it_survives_being_saved(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = Pipeline.from_pretrained(tmp_path)

@@ -41,6 +41,8 @@ class DrawConfig:
     """Picture i is drawn from seed + i."""
     scale: int = 4
     """Screen pixels per pixel in grid, orders and animation."""
+    compile: bool = False
+    """Draw through compiled code, see `models.compiled`: for many pictures, since compiling takes a while."""
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.scale < 1:
@@ -52,9 +54,12 @@ def draw(config: DrawConfig, out: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: no such pipeline.
-        ValueError: an unknown class, attribute or value, or prompts to a pipeline that takes none.
+        ValueError: an unknown class, attribute or value, prompts to a pipeline that takes none, or nothing
+            to compile with.
     """
     pipe = Pipeline.from_pretrained(config.pipeline)
+    if config.compile:
+        pipe.compile_decoding()
     wanted = [pipe.typed(label) for label in config.labels]
     if not wanted and not config.prompts and not config.attributes:
         wanted = list(range(pipe.model.num_classes))
