@@ -24,7 +24,6 @@ from anyorder.adapters.layers import (
     check_shapes,
     count,
     heads_of,
-    merge_heads,
     norm,
     rotate,
     shape_of,
@@ -32,6 +31,7 @@ from anyorder.adapters.layers import (
 )
 from anyorder.contracts import Grid
 from anyorder.models.linear import Linear
+from anyorder.models.transformer import merge_heads
 
 Read = Callable[[Tensor], Tensor]
 """Queries (B, H, M, D / H) to what they read, of the same shape."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from anyorder.contracts import AnyOrderNetwork, Grid
 from anyorder.models.linear import Linear
 from anyorder.models.norm import RMSNorm
-from anyorder.models.transformer import attend_with_self
+from anyorder.models.transformer import attend_with_self, keep
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys, values, each (B, H, T, D / H), to outputs of the same shape."""
@@ -193,11 +193,6 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def merge_heads(x: Tensor) -> Tensor:
-    """(B, H, T, D / H) to (B, T, D)."""
-    return x.transpose(1, 2).flatten(2)
-
-
 # --- positions --------------------------------------------------------------------------------------------
 
 
@@ -277,10 +272,7 @@ class Cache:
 
     def keep(self, columns: Tensor) -> None:
         """Make one more input part of the cache: the one in slot `length` + columns (B,) of each row."""
-        if bool(columns.any()):
-            rows, slots = torch.arange(len(columns), device=columns.device), self.length + columns
-            for cache in (self.keys, self.values):  # indexing moves the batch to the front
-                cache[:, :, :, self.length] = cache[:, rows, :, slots].transpose(0, 1)
+        keep(self.keys, self.values, self.length, columns)
         self.length += 1
 
 

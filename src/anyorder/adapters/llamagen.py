@@ -23,7 +23,6 @@ from anyorder.adapters.layers import (
     check_shapes,
     count,
     heads_of,
-    merge_heads,
     norm,
     rotate,
     shape_of,
@@ -31,6 +30,7 @@ from anyorder.adapters.layers import (
 )
 from anyorder.contracts import Grid
 from anyorder.models.linear import Linear
+from anyorder.models.transformer import merge_heads
 from anyorder.models.vq import VQConfig
 
 

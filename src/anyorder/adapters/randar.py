@@ -18,12 +18,12 @@ from anyorder.adapters.layers import (
     GPTConfig,
     causal,
     check_shapes,
-    merge_heads,
     rotate,
     split_heads,
 )
 from anyorder.adapters.llamagen import GPT
 from anyorder.contracts import Grid
+from anyorder.models.transformer import merge_heads
 
 
 @dataclass

@@ -23,7 +23,7 @@ from anyorder.models.transformer import (
     Block,
     Rotation,
     SharedPrefix,
-    join_heads,
+    merge_heads,
     merge_with_self,
 )
 
@@ -162,4 +162,4 @@ def _leave(
 
 def _after(block: Block, x: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor) -> Tensor:
     """The rest of a block, from its inputs (B, M, D) and attention to the prefix."""
-    return block.after(x, join_heads(merge_with_self(q, k, v, out.transpose(1, 2), total)))
+    return block.after(x, merge_heads(merge_with_self(q, k, v, out.transpose(1, 2), total)))

@@ -205,7 +205,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        return self.after(x, join_heads(attend(*self.before(x, rotation))))
+        return self.after(x, merge_heads(attend(*self.before(x, rotation))))
 
     def before(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """What is to be attended with, from inputs (B, T, D): queries, keys, values (B, H, T, D / H)."""
@@ -218,7 +218,7 @@ class Block(nn.Module):
         return self.dropout(self.mlp(self.mlp_norm(x))) + x
 
 
-def join_heads(x: Tensor) -> Tensor:
+def merge_heads(x: Tensor) -> Tensor:
     """(B, H, T, D / H) to (B, T, D)."""
     return x.transpose(1, 2).flatten(2)
 
@@ -636,9 +636,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         hidden = state.hidden
         if found is not None:
             hidden = _pick(state.scored.hidden, found)[:, 0]
-            rows, slots = torch.arange(len(found), device=found.device), state.length + found[:, 0]
-            for cache in (state.keys, state.values):  # indexing moves the batch to the front
-                cache[:, :, :, state.length] = cache[:, rows, :, slots].transpose(0, 1)
+            keep(state.keys, state.values, state.length, found[:, 0])
             length = state.length + 1
             x, before, after = None, positions[:, :-1], positions[:, 1:]
         else:
@@ -688,6 +686,15 @@ def attend_with_total(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
     total = scores.logsumexp(-1, keepdim=True)
     return (scores - total).exp().to(v.dtype) @ v, total
+
+
+def keep(keys: Tensor, values: Tensor, length: int, columns: Tensor) -> None:
+    """Put what is in slot `length` + columns (B,) of caches (depth, B, H, L, D / H) into slot `length`."""
+    if not bool(columns.any()):  # it lies there, as always where one candidate was scored
+        return
+    rows, slots = torch.arange(len(columns), device=columns.device), length + columns
+    for cache in (keys, values):  # indexing moves the batch to the front
+        cache[:, :, :, length] = cache[:, rows, :, slots].transpose(0, 1)
 
 
 def attend_with_self(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -743,8 +750,7 @@ class SharedPrefix:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H, M, D / H) each."""
-        out, total = self.prefix_alone(q, k, v)
-        return merge_with_self(q, k, v, out, total) if self.state.length else out
+        return merge_with_self(q, k, v, *self.prefix_alone(q, k, v))
 
     def prefix_alone(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Attention (B, H, M, D / H) without the candidates' own keys, and its log-sum-exp (B, H, M, 1).
