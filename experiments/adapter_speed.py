@@ -22,9 +22,9 @@ import compare_adapters as compare
 import torch
 from torch import Tensor
 
-from anyorder.artifacts import versions, write_json
 from anyorder.contracts import AnyOrderModel
-from anyorder.logits import Sampling, Streams, draw, truncate
+from anyorder.files import versions, write_json
+from anyorder.method.sampling import Sampling, Streams, draw, truncate
 
 SIZE = compare.LARGE._replace(rows=8)
 Pair = tuple[str, int, Callable[[], Any], Callable[[], Any]]

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from anyorder.contracts import AnyOrderModel, Grid
-from anyorder.guidance import GuidanceConfig, Guided
+from anyorder.inference.convert import build
+from anyorder.method.guidance import GuidanceConfig, Guided
 from anyorder.orders import random_orders
-from anyorder.runs.convert import build
 
 NO_DROPOUT = {"token_dropout_p": 0.0, "attn_dropout_p": 0.0, "resid_dropout_p": 0.0, "ffn_dropout_p": 0.0}
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from anyorder.artifacts import versions, write_json
-from anyorder.decode import sample
-from anyorder.logits import Streams
+from anyorder.files import versions, write_json
+from anyorder.method.decoding import sample
+from anyorder.method.sampling import Streams
 from anyorder.models.compiled import bucket, compile_decoding
 from anyorder.models.transformer import AnyOrderTransformer, TransformerConfig
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from anyorder.artifacts import versions, write_json
+from anyorder.files import versions, write_json
 
 SHAPES = ((1024, 3072), (1024, 1024), (1024, 2816), (2816, 1024), (512, 1536), (512, 2752))
 """Inputs and outputs."""

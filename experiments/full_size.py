@@ -23,11 +23,11 @@ import torch
 from anyorder.adapters.arpg import ARPG
 from anyorder.adapters.layers import GPTConfig
 from anyorder.adapters.randar import RandAR
-from anyorder.artifacts import versions, write_json
-from anyorder.decode import extract_orders, sample
-from anyorder.logits import Streams
-from anyorder.policies import PolicyConfig
-from anyorder.runs.convert import build
+from anyorder.files import versions, write_json
+from anyorder.inference.convert import build
+from anyorder.method.decoding import extract_orders, sample
+from anyorder.method.policy_config import PolicyConfig
+from anyorder.method.sampling import Streams
 
 KINDS = {"randar": (RandAR, "model"), "arpg": (ARPG, "state_dict")}
 IMAGES = 8

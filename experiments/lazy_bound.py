@@ -29,13 +29,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyorder.artifacts import fingerprint, versions, write_json
 from anyorder.contracts import AnyOrderModel, Grid, Progress
 from anyorder.data.caches import TokenSet
-from anyorder.decode import extract_orders
+from anyorder.data.rows import evenly_spaced, slices
+from anyorder.files import fingerprint, versions, write_json
+from anyorder.inference.weights import load_any_order
+from anyorder.method.decoding import extract_orders
+from anyorder.method.policies import InferredOrder
 from anyorder.orders import kendall
-from anyorder.policies import InferredOrder
-from anyorder.runs.common import as_condition, load_any_order, slices, spread
+from anyorder.stages.common import as_condition
 
 RUNS = Path("runs/evidence")
 MODEL = RUNS / "random-s0"
@@ -265,7 +267,7 @@ def rules(fit: tuple[Tensor, Tensor], grid: Grid, sign: int) -> dict[str, Callab
 def images(model: AnyOrderModel, split: str, count: int, skip: int = 0) -> tuple[Tensor, Tensor | None]:
     """Tokens and condition of `count` images, evenly spread; `skip` takes those just behind them."""
     found = TokenSet(RUNS / "tokens", split)
-    tokens, labels = found.batch([(at + skip) % len(found) for at in spread(count, len(found))])
+    tokens, labels = found.batch([(at + skip) % len(found) for at in evenly_spaced(count, len(found))])
     return tokens, as_condition(model, found, labels)
 
 

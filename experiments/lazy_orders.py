@@ -19,14 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyorder.artifacts import fingerprint, versions, write_json
 from anyorder.contracts import AnyOrderModel
 from anyorder.data.caches import TokenSet
-from anyorder.decode import extract_orders
-from anyorder.logits import Streams
+from anyorder.data.rows import evenly_spaced, slices
+from anyorder.files import fingerprint, versions, write_json
+from anyorder.inference.weights import load_any_order
+from anyorder.method.decoding import extract_orders
+from anyorder.method.policy_config import PolicyConfig
+from anyorder.method.sampling import Streams
 from anyorder.orders import inverse, kendall
-from anyorder.policies import PolicyConfig
-from anyorder.runs.common import as_condition, load_any_order, slices, spread
+from anyorder.stages.common import as_condition
 
 RUNS = Path("runs/evidence")
 MODEL = RUNS / "random-s0"
@@ -69,7 +71,7 @@ def by_mean_rank(order: Tensor) -> Tensor:
 def main() -> None:
     """Both directions of the entropy score, every way."""
     model, test = load_any_order(MODEL), TokenSet(RUNS / "tokens", "test")
-    tokens, labels = test.batch(spread(IMAGES, len(test)))
+    tokens, labels = test.batch(evenly_spaced(IMAGES, len(test)))
     condition, n = as_condition(model, test, labels), test.grid.n
     found: list[dict[str, Any]] = []
     for sign in (1, -1):

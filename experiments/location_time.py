@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from anyorder.artifacts import versions, write_json
-from anyorder.decode import sample
-from anyorder.logits import Streams
+from anyorder.files import versions, write_json
+from anyorder.method.decoding import sample
+from anyorder.method.sampling import Streams
 from anyorder.models.transformer import AnyOrderTransformer, TransformerConfig
 
 PAIRS = 5

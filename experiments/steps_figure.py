@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from anyorder.artifacts import read_manifest
-from anyorder.evaluation.figures import quality_against_steps, save_image
+from anyorder.files import read_manifest
+from anyorder.report.curves import quality_against_steps
+from anyorder.report.figures import save_image
 
 CELLS = Path("docs/results/steps")
 PANELS = {"fd": "FD (own classifier)", "recall": "recall", "nll": "exact likelihood (nats per token)"}

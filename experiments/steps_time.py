@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from anyorder.artifacts import versions, write_json
-from anyorder.decode import sample
-from anyorder.logits import Streams
-from anyorder.policies import PolicyConfig
-from anyorder.runs.common import load_any_order
+from anyorder.files import versions, write_json
+from anyorder.inference.weights import load_any_order
+from anyorder.method.decoding import sample
+from anyorder.method.policy_config import PolicyConfig
+from anyorder.method.sampling import Streams
 
 RUNS = Path("runs/evidence")
 OUT = Path("docs/results/steps-time.json")

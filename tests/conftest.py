@@ -19,11 +19,12 @@ from anyorder.adapters.arpg import ARPG
 from anyorder.adapters.layers import GPTConfig
 from anyorder.adapters.randar import RandAR
 from anyorder.contracts import AnyOrderModel, AnyOrderNetwork, Grid, OrderPolicy
-from anyorder.guidance import GuidanceConfig, Guided
-from anyorder.logits import SCORES, Streams
+from anyorder.method.guidance import GuidanceConfig, Guided
+from anyorder.method.policies import InferredOrder
+from anyorder.method.policy_config import PolicyConfig, make_policy
+from anyorder.method.sampling import SCORES, Streams
 from anyorder.models.transformer import AnyOrderTransformer, TransformerConfig
 from anyorder.orders import STATIC
-from anyorder.policies import InferredOrder, PolicyConfig, make_policy
 
 GRID = Grid(2, 3)
 TINY = {"depth": 2, "width": 16, "heads": 2, "vocab_size": 5, "grid": (GRID.h, GRID.w)}

@@ -8,17 +8,18 @@ import yaml
 from conftest import published, seeded, transformer
 from torch.testing import assert_close
 
-from anyorder import Pipeline, cli
+from anyorder import Pipeline
 from anyorder.adapters.arpg import ARPG
 from anyorder.adapters.llamagen import LlamaGen
 from anyorder.adapters.randar import RandAR
-from anyorder.artifacts import read_json, read_manifest
+from anyorder.cli import main as cli
 from anyorder.contracts import Grid
+from anyorder.files import read_json, read_manifest
+from anyorder.inference.weights import load_model, read_tensors
 from anyorder.orders import random_orders, static_order
-from anyorder.runs.adapt import CLASS_TABLES, adapt, add_low_rank, merge_low_rank
-from anyorder.runs.checkpoint import load_model, read_tensors
-from anyorder.runs.config import parse
-from anyorder.runs.learn import TrainStage
+from anyorder.settings import parse
+from anyorder.stages.train import TrainStage
+from anyorder.training.lora import CLASS_TABLES, adapt, add_low_rank, merge_low_rank
 
 FAMILIES = {"randar": RandAR, "arpg": ARPG, "llamagen": LlamaGen}
 MODELS = {**{k: lambda v=v: published(v) for k, v in FAMILIES.items()}, "ours": lambda: transformer()}

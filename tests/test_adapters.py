@@ -12,13 +12,13 @@ from torch.testing import assert_close
 from anyorder.adapters.arpg import ARPG
 from anyorder.adapters.layers import GPTConfig, heads_of, rotate, rotation_table
 from anyorder.adapters.llamagen import LlamaGen
-from anyorder.adapters.maskgit_vq import MaskGITVQ, MaskGITVQConfig
 from anyorder.adapters.randar import RandAR
 from anyorder.contracts import AnyOrderModel, Grid, Tokenizer
-from anyorder.decode import complete, sample
-from anyorder.guidance import GuidanceConfig, Guided
-from anyorder.logits import Streams
+from anyorder.method.decoding import complete, sample
+from anyorder.method.guidance import GuidanceConfig, Guided
+from anyorder.method.sampling import Streams
 from anyorder.orders import random_orders
+from anyorder.tokenizers.maskgit_vq import MaskGITVQ, MaskGITVQConfig
 
 KEYMAPS = Path(__file__).parent / "keymaps"
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}

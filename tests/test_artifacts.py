@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyorder import artifacts
-from anyorder.artifacts import (
+from anyorder import files as artifacts
+from anyorder.files import (
     MANIFEST,
-    Artifact,
     RowWriter,
     atomic,
     fingerprint,
@@ -26,6 +25,7 @@ from anyorder.artifacts import (
     write_json,
     write_text,
 )
+from anyorder.stages.artifacts import Artifact
 
 ARRAYS = {"tokens": ((4,), np.int32), "labels": ((), np.int64)}
 

@@ -6,15 +6,15 @@ from functools import partial
 import pytest
 import torch
 
-from anyorder import cli
+from anyorder.bench import bench as bench_module
+from anyorder.bench import workloads
+from anyorder.bench.bench import against, load_result, tables
+from anyorder.bench.costs import TransformerCosts
+from anyorder.bench.memory import peak_memory
+from anyorder.bench.workloads import MEMORY, WORKLOADS, BenchConfig, Subject, ceilings
+from anyorder.cli import main as cli
 from anyorder.models import compiled
-from anyorder.runs import bench as bench_module
-from anyorder.runs import workloads
-from anyorder.runs.bench import against, load_result, tables
-from anyorder.runs.config import parse
-from anyorder.runs.costs import TransformerCosts
-from anyorder.runs.memory import peak_memory
-from anyorder.runs.workloads import MEMORY, WORKLOADS, BenchConfig, Subject, ceilings
+from anyorder.settings import parse
 
 TINY = (
     "model.depth=1", "model.width=32", "model.heads=2", "grid=2,3", "vocab_size=8", "batch_size=2",

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from anyorder.artifacts import Artifact, fingerprint, save_array
 from anyorder.contracts import Grid
 from anyorder.data.caches import ImageSet, OrderSet, TokenSet, check_tokenizer, check_tokens
+from anyorder.files import fingerprint, save_array
+from anyorder.stages.artifacts import Artifact
 
 N, GRID, VOCAB = 10, Grid(2, 3), 50
 

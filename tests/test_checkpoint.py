@@ -9,15 +9,9 @@ import torch
 from torch import nn
 
 from anyorder.contracts import Grid
-from anyorder.runs import checkpoint
-from anyorder.runs.checkpoint import (
-    Checkpoints,
-    load_model,
-    load_state,
-    read_tensors,
-    save_model,
-    write_tensors,
-)
+from anyorder.inference import weights as checkpoint
+from anyorder.inference.weights import load_model, load_state, read_tensors, save_model, write_tensors
+from anyorder.training.checkpoint import Checkpoints
 
 
 @dataclass

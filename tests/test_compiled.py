@@ -10,11 +10,11 @@ from torch.testing import assert_close
 
 from anyorder.adapters.randar import RandAR
 from anyorder.contracts import Grid
-from anyorder.decode import complete, extract_orders, sample
-from anyorder.guidance import GuidanceConfig, Guided
-from anyorder.logits import Streams
+from anyorder.method.decoding import complete, extract_orders, sample
+from anyorder.method.guidance import GuidanceConfig, Guided
+from anyorder.method.policy_config import PolicyConfig
+from anyorder.method.sampling import Streams
 from anyorder.models.compiled import bucket, compile_decoding, require_compiler
-from anyorder.policies import PolicyConfig
 
 GRID = Grid(3, 4)
 SIZES = {bucket(m) for m in range(1, GRID.n + 1)}

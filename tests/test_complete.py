@@ -8,12 +8,13 @@ import torch
 from conftest import PUBLISHED, published, seeded, transformer
 from PIL import Image
 
-from anyorder import Pipeline, cli
+from anyorder import Pipeline
+from anyorder.cli import main as cli
 from anyorder.contracts import TokenizerNetwork
-from anyorder.models.vq import VQConfig, VQModel
-from anyorder.policies import PolicyConfig
-from anyorder.runs.editing import extend, fading_step, open_tokens
-from anyorder.runs.masks import box_mask, pad, read_masks, read_pictures, shaped_mask
+from anyorder.inference.inpainting import extend, fading_step, open_tokens
+from anyorder.inference.masks import box_mask, pad, read_masks, read_pictures, shaped_mask
+from anyorder.method.policy_config import PolicyConfig
+from anyorder.tokenizers.vq import VQConfig, VQModel
 
 SIZE = (12, 16)
 """Height and width in pixels: 3 x 4 patches."""

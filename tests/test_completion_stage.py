@@ -6,14 +6,15 @@ import torch
 import yaml
 from conftest import published
 
-from anyorder import Pipeline, cli
+from anyorder import Pipeline
 from anyorder.adapters.arpg import ARPG
 from anyorder.adapters.randar import RandAR
-from anyorder.artifacts import load_array, read_json, read_manifest
-from anyorder.runs.completion import CompletionStage
-from anyorder.runs.config import parse
-from anyorder.runs.execute import execute
-from anyorder.runs.stages import load_experiment
+from anyorder.cli import main as cli
+from anyorder.files import load_array, read_json, read_manifest
+from anyorder.settings import parse
+from anyorder.stages.completion import CompletionStage
+from anyorder.stages.execute import execute
+from anyorder.stages.experiment import load_experiment
 
 TINY_VQ = {
     "channels": 8, "multipliers": [1, 1, 2], "groups": 1, "res_blocks": 1, "attention": False,

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from anyorder import cli
-from anyorder.artifacts import read_manifest
-from anyorder.evaluation.report import MISSING, Spread, format_value
-from anyorder.runs.records import copy_records, find_artifacts
-from anyorder.runs.summary import report
-from anyorder.runs.variants import group, read_differences, read_evaluations
+from anyorder.cli import main as cli
+from anyorder.files import read_manifest
+from anyorder.report.evaluations import group, read_differences, read_evaluations
+from anyorder.report.records import copy_records, find_artifacts
+from anyorder.report.summary import report
+from anyorder.report.tables import MISSING, Spread, format_value
 
 POLICIES = {"raster": "raster", "random": "random", "ordered": "entropy", "paper": "token_likelihood"}
 

@@ -6,11 +6,11 @@ from conftest import CAPTIONS, GRID, Watched, incremental, seeded, several_condi
 from torch.testing import assert_close
 
 from anyorder.contracts import class_labels
-from anyorder.decode import sample
-from anyorder.guidance import GuidanceConfig, Guided
-from anyorder.likelihood import joint_nll, token_nll
-from anyorder.logits import Streams
-from anyorder.models.condition import hide
+from anyorder.method.decoding import sample
+from anyorder.method.guidance import GuidanceConfig, Guided
+from anyorder.method.loss import joint_nll, token_nll
+from anyorder.method.sampling import Streams
+from anyorder.models.conditioning import hide
 from anyorder.models.transformer import TransformerConfig
 from anyorder.orders import random_orders
 

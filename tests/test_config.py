@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anyorder.runs.config import describe, load_yaml, parse
+from anyorder.settings import describe, load_yaml, parse
 
 
 @dataclass
@@ -219,7 +219,7 @@ def test_load_yaml(tmp_path):
 
 
 def test_importing_costs_neither_tyro_nor_torch():
-    code = "import sys, anyorder.runs.config; sys.exit(bool({'tyro', 'torch'} & sys.modules.keys()))"
+    code = "import sys, anyorder.settings; sys.exit(bool({'tyro', 'torch'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

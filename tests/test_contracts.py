@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from anyorder.contracts import AnyOrderModel, AnyOrderNetwork, Grid, Tokenizer
-from anyorder.decode import generate, given, sample, trace
-from anyorder.likelihood import token_nll
-from anyorder.logits import Streams
+from anyorder.method.decoding import generate, given, sample, trace
+from anyorder.method.loss import token_nll
+from anyorder.method.sampling import Streams
 from anyorder.orders import permute, random_orders
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}

@@ -13,18 +13,20 @@ import torch
 from conftest import PUBLISHED, published
 from torch.testing import assert_close
 
-from anyorder import Pipeline, cli
+from anyorder import Pipeline
 from anyorder.adapters.llamagen import LlamaGen
-from anyorder.adapters.maskgit_vq import MaskGITVQ, MaskGITVQConfig
 from anyorder.adapters.randar import RandAR
+from anyorder.cli import main as cli
 from anyorder.contracts import Grid
-from anyorder.guidance import GuidanceConfig
-from anyorder.models.vq import VQConfig, VQModel
-from anyorder.policies import PolicyConfig
-from anyorder.runs.checkpoint import kind_of, load_model, save_model
-from anyorder.runs.convert import MARKS, ConvertConfig, build, convert
-from anyorder.runs.published import MASKGIT_VQ, VQ16
-from anyorder.runs.published import PUBLISHED as ON_THE_HUB
+from anyorder.inference.convert import MARKS, build
+from anyorder.inference.hub import MASKGIT_VQ, VQ16
+from anyorder.inference.hub import PUBLISHED as ON_THE_HUB
+from anyorder.inference.weights import kind_of, load_model, save_model
+from anyorder.method.guidance import GuidanceConfig
+from anyorder.method.policy_config import PolicyConfig
+from anyorder.stages.convert import ConvertConfig, convert
+from anyorder.tokenizers.maskgit_vq import MaskGITVQ, MaskGITVQConfig
+from anyorder.tokenizers.vq import VQConfig, VQModel
 
 FAMILIES = {**PUBLISHED, "llamagen": LlamaGen}
 GRID = (2, 2)
@@ -261,7 +263,7 @@ def test_parts_that_do_not_belong_together(tmp_path):
 
 
 def test_a_tokenizer_is_no_any_order_model(tmp_path):
-    from anyorder.runs.common import load_any_order
+    from anyorder.inference.weights import load_any_order
 
     save_model(tmp_path, vq(), vq().config, "vq")
     with pytest.raises(ValueError, match="holds a VQModel, expected an any-order model"):
@@ -338,7 +340,7 @@ def test_the_hub_may_be_out_of_reach(monkeypatch, tmp_path):
 
 
 def test_the_command_imports_torch_only_when_it_runs():
-    code = "import sys; from anyorder import cli; cli.main([]); print('torch' in sys.modules)"
+    code = "import sys; from anyorder.cli.main import main; main([]); print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip().endswith("False")
 

@@ -11,14 +11,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from anyorder.bench.costs import Cost, TokenizerCosts, TransformerCosts, fixed, inferred, matmul, total
 from anyorder.contracts import Grid
-from anyorder.decode import extract_orders, sample
-from anyorder.likelihood import token_nll
-from anyorder.logits import Streams
+from anyorder.method.decoding import extract_orders, sample
+from anyorder.method.loss import token_nll
+from anyorder.method.sampling import Streams
 from anyorder.models.transformer import AnyOrderTransformer, TransformerConfig
-from anyorder.models.vq import VQConfig, VQModel
 from anyorder.orders import random_orders
-from anyorder.runs.costs import Cost, TokenizerCosts, TransformerCosts, fixed, inferred, matmul, total
+from anyorder.tokenizers.vq import VQConfig, VQModel
 
 B, GRID = 3, Grid(2, 5)
 N = GRID.n

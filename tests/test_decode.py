@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from anyorder.contracts import Grid, OrderPolicy, Progress
-from anyorder.decode import (
+from anyorder.method.decoding import (
     complete,
     drawn,
     extract_orders,
@@ -17,11 +17,12 @@ from anyorder.decode import (
     sample_coarse_to_fine,
     trace,
 )
-from anyorder.guidance import GuidanceConfig, Guided
-from anyorder.likelihood import token_nll
-from anyorder.logits import SCORES, TOKEN_BLIND, Sampling, Streams, entropy
+from anyorder.method.guidance import GuidanceConfig, Guided
+from anyorder.method.loss import token_nll
+from anyorder.method.policies import FixedOrder, InferredOrder, InformativeOrder
+from anyorder.method.policy_config import PolicyConfig
+from anyorder.method.sampling import SCORES, TOKEN_BLIND, Sampling, Streams, entropy
 from anyorder.orders import STATIC, kendall, permute, random_orders, static_order
-from anyorder.policies import FixedOrder, InferredOrder, InformativeOrder, PolicyConfig
 
 MODEL = transformer(depth=1, num_classes=3)
 SMALL = transformer(vocab_size=3, grid=(2, 2))

@@ -14,15 +14,16 @@ from conftest import seeded, transformer
 from PIL import Image
 from starlette.testclient import TestClient
 
-from anyorder import Pipeline, cli
+from anyorder import Pipeline
+from anyorder.cli import main as cli
 from anyorder.contracts import Grid
-from anyorder.data.text import CaptionTokenizer, Vocabulary
+from anyorder.data.captions import CaptionTokenizer, Vocabulary
 from anyorder.demo import server
 from anyorder.demo.server import create_app, nearest_revealed, paint
-from anyorder.logits import SCORES, Sampling
-from anyorder.models.vq import VQConfig, VQModel
+from anyorder.method.policy_config import PolicyConfig
+from anyorder.method.sampling import SCORES, Sampling
 from anyorder.orders import STATIC
-from anyorder.policies import PolicyConfig
+from anyorder.tokenizers.vq import VQConfig, VQModel
 
 CLASSES = ["red", "green", "7"]
 

@@ -14,7 +14,7 @@ from anyorder.evaluation.bootstrap import (
     precision_recall_of_counts,
 )
 from anyorder.evaluation.classes import class_agreement
-from anyorder.evaluation.memorisation import closeness, copied_share, nearest_distance
+from anyorder.evaluation.memorization import closeness, copied_share, nearest_distance
 from anyorder.evaluation.metrics import FeatureStatistics, frechet_distance, kernel_distance, precision_recall
 
 

@@ -8,21 +8,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from anyorder.contracts import Grid
-from anyorder.evaluation import figures
-from anyorder.evaluation.figures import (
+from anyorder.report import curves, figures
+from anyorder.report.curves import loss_curves, quality_against_steps, read_metrics, scaling_curves
+from anyorder.report.figures import (
     UNREVEALED,
     drawing_animation,
     drawing_frames,
     image_grid,
-    loss_curves,
     mean_rank_per_class,
     order_map,
     order_panel,
-    quality_against_steps,
     ranks,
-    read_metrics,
     save_image,
-    scaling_curves,
 )
 
 GRID = Grid(2, 3)
@@ -216,8 +213,8 @@ def write_log(path, *lines: dict) -> str:
 
 def axes_of(monkeypatch, draw) -> list:
     shown = []
-    rendered = figures._rendered
-    monkeypatch.setattr(figures, "_rendered", lambda figure: shown.append(figure) or rendered(figure))
+    rendered = curves._rendered
+    monkeypatch.setattr(curves, "_rendered", lambda figure: shown.append(figure) or rendered(figure))
     assert draw().mode == "RGB"
     return shown[0].axes
 
@@ -284,10 +281,10 @@ def test_scaling_curves_have_a_column_per_size_and_a_row_per_measure(monkeypatch
 
 
 def test_smoothing_keeps_constants_and_has_no_lag() -> None:
-    np.testing.assert_allclose(figures._smooth(np.full(7, 3.0), window=0.5), 3)
+    np.testing.assert_allclose(curves._smooth(np.full(7, 3.0), window=0.5), 3)
     line = np.arange(100.0)
-    np.testing.assert_allclose(figures._smooth(line, window=0.1)[10:-10], line[10:-10])
-    assert figures._smooth(np.array([4.0])).tolist() == [4]
+    np.testing.assert_allclose(curves._smooth(line, window=0.1)[10:-10], line[10:-10])
+    assert curves._smooth(np.array([4.0])).tolist() == [4]
 
 
 def test_logs_of_killed_runs_are_read_and_damaged_ones_named(tmp_path) -> None:

@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
-from anyorder import cli
-from anyorder.artifacts import read_json, read_manifest
-from anyorder.runs.config import parse
-from anyorder.runs.grids import GridStage
+from anyorder.cli import main as cli
+from anyorder.files import read_json, read_manifest
+from anyorder.settings import parse
+from anyorder.stages.grid import GridStage
 
 TINY_VQ = {
     "channels": 8, "multipliers": [1, 1, 2], "groups": 1, "res_blocks": 1, "attention": False,

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from anyorder.decode import extract_orders, sample
-from anyorder.guidance import GuidanceConfig, Guided
-from anyorder.logits import Streams
+from anyorder.method.decoding import extract_orders, sample
+from anyorder.method.guidance import GuidanceConfig, Guided
+from anyorder.method.sampling import Streams
 from anyorder.orders import random_orders
 
 MODEL = transformer(num_classes=3)

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from anyorder.artifacts import Artifact
 from anyorder.data import images as images_module
 from anyorder.data.images import BadImage, ingest, load_image
 from anyorder.data.sources import FolderSource, HubSource, ParquetSource, open_source
+from anyorder.stages.artifacts import Artifact
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 SIZE = (8, 8)

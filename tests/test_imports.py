@@ -12,22 +12,33 @@ import anyorder
 ROOT = Path(anyorder.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-LEAF = {"contracts", "orders", "artifacts"}
-METHOD = {"logits", "schedules", "policies", "guidance", "decode", "likelihood"}
-MIDDLE = METHOD | {"models", "data", "evaluation"}
-TOP = {"pipeline", "draw", "complete", "cli", "demo"}
-ALLOWED: dict[str, set[str]] = {
-    "": {"pipeline"},
-    "contracts": set(),
-    "orders": {"contracts"},
-    "artifacts": {"contracts"},
-    **dict.fromkeys(METHOD, LEAF | METHOD),
-    **{room: LEAF | {room} for room in ("models", "data", "evaluation")},
-    "adapters": LEAF | {"models", "adapters"},
-    "runs": LEAF | MIDDLE | {"adapters", "runs"},
-    **{room: LEAF | MIDDLE | {"adapters", "runs"} | TOP for room in TOP},
-}
-"""Which rooms each room may import; the room "" is the package's own `__init__`, lazily."""
+LEAF = {"contracts", "orders", "files", "settings"}
+GROUPS = ("method", "models", "tokenizers", "data", "evaluation")
+"""Groups that do not import one another."""
+LAYERS: tuple[set[str], ...] = (
+    LEAF,
+    {*GROUPS},
+    {"adapters"},
+    {"inference"},
+    {"training", "demo"},
+    {"report"},
+    {"stages", "bench"},
+    {"cli"},
+)
+"""Each package may import those of the layers before its own, and itself."""
+
+
+def _allowed() -> dict[str, set[str]]:
+    below: set[str] = set()
+    allowed = {"": {"inference"}, "__main__": {"cli"}}
+    for layer in LAYERS:
+        allowed |= {room: below | {room} for room in layer}
+        below |= layer
+    return allowed | {"contracts": set(), "orders": {"contracts"}, "files": set(), "settings": set()}
+
+
+ALLOWED = _allowed()
+"""What each top-level module or package may import; "" is the package's own `__init__`, lazily."""
 
 
 def room_of(path: Path) -> str:
@@ -61,28 +72,35 @@ def test_imports_go_down(path):
 def test_every_form_of_import_is_seen():
     source = """
 import anyorder.models.vq, numpy
-from anyorder import decode as d, __version__
+from anyorder import demo as d, __version__
 def f():
     from anyorder.data.images import ingest
-    import anyorder.runs as runs
+    import anyorder.stages as stages
 """
-    assert imported(source) == {"models", "decode", "data", "runs"}
+    assert imported(source) == {"models", "demo", "data", "stages"}
     with pytest.raises(AssertionError, match="in full"):
         imported("from .contracts import Grid")
 
 
-def test_the_middle_groups_are_strangers():
-    groups = [METHOD, {"models"}, {"data"}, {"evaluation"}]
-    for group in groups:
-        others = MIDDLE - group
-        assert not any(ALLOWED[room] & others for room in group)
+def test_the_groups_are_strangers():
+    for group in GROUPS:
+        assert not ALLOWED[group] & ({*GROUPS} - {group})
 
 
-@pytest.mark.skipif(not (ROOT / "cli.py").is_file(), reason="there is no command line yet")
+def loaded(code: str) -> set[str]:
+    """Modules that are loaded after `code` ran in a process of its own."""
+    program = f"{code}\nimport sys\nprint(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
 def test_the_command_line_starts_without_torch():
     """`anyorder --help` must be quick: heavy packages are imported by the command that needs them."""
-    code = (
-        "import sys, anyorder.cli; print({'torch', 'torchmetrics', 'matplotlib'} & {*sys.modules} or 'none')"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "none"
+    heavy = {"torch", "torchmetrics", "matplotlib", "numpy", "pydantic"}
+    assert not heavy & loaded("import anyorder.cli.main")
+
+
+def test_a_pipeline_loads_neither_trainer_nor_stages_nor_matplotlib():
+    modules = loaded("import anyorder.inference.pipeline")
+    above = ("anyorder.training", "anyorder.stages", "anyorder.report", "matplotlib")
+    assert not [module for module in modules if module.startswith(above)]

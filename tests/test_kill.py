@@ -10,12 +10,12 @@ import pytest
 import yaml
 from test_runs import EXPERIMENT
 
-from anyorder.artifacts import fingerprint
+from anyorder.files import fingerprint
 
 
 def run(path, out):
     return subprocess.Popen(
-        [sys.executable, "-m", "anyorder.cli", "run", str(path), f"out={out}"],
+        [sys.executable, "-m", "anyorder", "run", str(path), f"out={out}"],
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from anyorder.models.linear import AVAILABLE, FEW, Linear, _copies
+from anyorder.models.layers import AVAILABLE, FEW, Linear, _copies
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this build of PyTorch lacks oneDNN's linear operators")
 

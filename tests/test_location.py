@@ -8,13 +8,14 @@ from conftest import GRID, Watched, seeded, transformer
 from torch.testing import assert_close
 
 from anyorder.contracts import Grid, LocatingModel
-from anyorder.decode import extract_orders, generate, given, sample
-from anyorder.guidance import GuidanceConfig, Guided
-from anyorder.likelihood import joint_nll, token_nll
-from anyorder.logits import Streams
+from anyorder.method.decoding import extract_orders, generate, given, sample
+from anyorder.method.guidance import GuidanceConfig, Guided
+from anyorder.method.loss import joint_nll, token_nll
+from anyorder.method.policies import InferredOrder, LocatedOrder
+from anyorder.method.policy_config import PolicyConfig, make_policy
+from anyorder.method.sampling import Streams
 from anyorder.models.location import neighbourhood, revealed_before
 from anyorder.orders import inverse, random_orders
-from anyorder.policies import InferredOrder, LocatedOrder, PolicyConfig, make_policy
 
 TOY = Grid(2, 2)
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}

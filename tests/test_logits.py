@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from anyorder.logits import (
+from anyorder.method.sampling import (
     SCORES,
     TOKEN_BLIND,
     Sampling,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anyorder.models.losses import (
+from anyorder.tokenizers.losses import (
     VGG16_STAGES,
     Discriminator,
     LossConfig,
@@ -22,7 +22,7 @@ from anyorder.models.losses import (
     discriminator_loss,
     generator_loss,
 )
-from anyorder.models.vq import VQConfig, VQModel
+from anyorder.tokenizers.vq import VQConfig, VQModel
 
 STAGE_WIDTHS = (64, 128, 256, 512, 512)
 

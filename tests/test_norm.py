@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import seeded
 from torch.testing import assert_close
 
-from anyorder.models.norm import RMSNorm
+from anyorder.models.layers import RMSNorm
 
 
 def made(*shape):

@@ -6,11 +6,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anyorder.contracts import Grid, Progress
-from anyorder.decode import complete, drawn, generate, trace
-from anyorder.logits import SCORES, Sampling, Streams
+from anyorder.method.decoding import complete, drawn, generate, trace
+from anyorder.method.policies import FixedOrder, InferredOrder
+from anyorder.method.policy_config import PolicyConfig, make_policy, random_rows
+from anyorder.method.sampling import SCORES, Sampling, Streams
+from anyorder.method.schedules import reveals
 from anyorder.orders import STATIC, inverse, random_orders, static_order
-from anyorder.policies import FixedOrder, InferredOrder, PolicyConfig, make_policy, random_rows
-from anyorder.schedules import reveals
 
 GRID = Grid(2, 3)
 MODEL = transformer(depth=1)

@@ -5,11 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from anyorder import Pipeline, cli
+from anyorder import Pipeline
+from anyorder.cli import main as cli
+from anyorder.inference.pipeline import BUNDLED, bundled
+from anyorder.method.policy_config import PolicyConfig
+from anyorder.method.schedules import reveals
 from anyorder.orders import inverse, validate
-from anyorder.pipeline import BUNDLED, bundled
-from anyorder.policies import PolicyConfig
-from anyorder.schedules import reveals
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anyorder.evaluation.report import (
-    Details,
-    Figure,
-    Gallery,
-    Section,
-    Table,
-    format_value,
-    write_markdown,
-    write_report,
-)
+from anyorder.report.page import Details, Figure, Gallery, Section, write_markdown, write_report
+from anyorder.report.tables import Table, format_value
 
 DASH = "\u2013"
 VOID = {"meta", "img"}

@@ -13,24 +13,29 @@ import torch
 import yaml
 from conftest import transformer
 
-from anyorder import Pipeline, cli, pipeline
-from anyorder.artifacts import Artifact, load_array, read_json, read_manifest
+from anyorder import Pipeline
+from anyorder.cli import main as cli
 from anyorder.contracts import Grid
-from anyorder.decode import extract_orders
 from anyorder.evaluation.metrics import FeatureStatistics, frechet_distance
+from anyorder.files import load_array, read_json, read_manifest
+from anyorder.inference import pipeline
+from anyorder.inference.weights import load_model
+from anyorder.method.decoding import extract_orders
+from anyorder.method.policy_config import PolicyConfig
 from anyorder.models import compiled as compiled_module
-from anyorder.policies import PolicyConfig
-from anyorder.runs import extract, judge, shards
-from anyorder.runs.checkpoint import load_model
-from anyorder.runs.compare import CompareStage
-from anyorder.runs.config import parse
-from anyorder.runs.execute import execute, split
-from anyorder.runs.extract import OrdersStage, class_orders
-from anyorder.runs.iterate import IterateStage
-from anyorder.runs.learn import TrainStage
-from anyorder.runs.stages import STAGES, load_experiment
-from anyorder.runs.summary import report
-from anyorder.runs.trainer import TrainConfig
+from anyorder.report.summary import report
+from anyorder.settings import parse
+from anyorder.stages import orders as extract
+from anyorder.stages import sample as sample_stage
+from anyorder.stages import shards
+from anyorder.stages.artifacts import Artifact
+from anyorder.stages.compare import CompareStage
+from anyorder.stages.execute import execute, split
+from anyorder.stages.experiment import STAGES, load_experiment
+from anyorder.stages.iterate import IterateStage
+from anyorder.stages.orders import OrdersStage, class_orders
+from anyorder.stages.train import TrainStage
+from anyorder.training.trainer import TrainConfig
 
 TINY_VQ = {
     "channels": 8, "multipliers": [1, 1, 2], "groups": 1, "res_blocks": 1, "attention": False,
@@ -192,7 +197,7 @@ def test_samples_do_not_depend_on_the_batch_size(experiment, tmp_path):
     path, _ = experiment
     again = load_experiment(path, ["drawn.batch_size=7", "drawn.bf16=false"]).stages["drawn"][1]
     other = load_experiment(path, ["drawn.batch_size=3", "drawn.bf16=false"]).stages["drawn"][1]
-    from anyorder.runs.stages import execute
+    from anyorder.stages.experiment import execute
 
     execute("sample", again, tmp_path / "a")
     execute("sample", other, tmp_path / "b")
@@ -210,7 +215,7 @@ def test_compiled_stages_draw_and_order_what_eager_ones_do(experiment, tmp_path,
         compiled.append(model)
         compiled_module.compile_decoding(model, backend="eager")
 
-    for stage in (judge, extract):
+    for stage in (sample_stage, extract):
         monkeypatch.setattr(stage, "compile_decoding", compile_decoding)
     overrides = ["guided-by-any.compile=true", "orders.compile=true"]
     stages = load_experiment(path, overrides).stages
@@ -255,7 +260,7 @@ def test_classes_and_copies_are_measured(experiment):
 
 def test_copies_of_training_images_are_found_in_an_evaluation(experiment, tmp_path):
     """Samples whose pixels and tokens are training images, in the place of drawn ones."""
-    from anyorder.runs.stages import execute
+    from anyorder.stages.experiment import execute
 
     path, out = experiment
     copied = tmp_path / "drawn"
@@ -272,7 +277,7 @@ def test_copies_of_training_images_are_found_in_an_evaluation(experiment, tmp_pa
 def test_features_of_training_images_are_made_where_they_are_missing(experiment, tmp_path):
     """Feature artifacts of older versions have none; their fingerprint stays."""
     from anyorder.data.caches import ImageSet
-    from anyorder.runs.prepare import load_extractor, training_features
+    from anyorder.stages.features import load_extractor, training_features
 
     _, out = experiment
     shutil.copytree(out / "features", tmp_path / "features")
@@ -358,7 +363,7 @@ def test_artifacts_that_do_not_belong_together_are_refused(experiment, tmp_path)
     other = load_experiment(path, ["data.seed=1", f"out={tmp_path}/other"])
     for name in ("data", "tokenizer", "tokens"):
         kind, stage = other.stages[name]
-        from anyorder.runs.stages import execute
+        from anyorder.stages.experiment import execute
 
         execute(kind, stage, tmp_path / "other" / name)
     mixed = [f"tokens={tmp_path}/other/tokens", f"out={tmp_path}/mixed"]
@@ -635,7 +640,7 @@ def test_push_to_hub_uploads_the_folder(pipe, monkeypatch):
 
 def test_killed_stages_go_on_after_their_last_batch(experiment, tmp_path):
     """Orders, samples and tokens keep the rows on disk: here the files as a kill would leave them."""
-    from anyorder.runs.stages import execute
+    from anyorder.stages.experiment import execute
 
     path, _ = experiment
     stage = load_experiment(path).stages["orders"][1]
@@ -658,7 +663,7 @@ def test_killed_stages_go_on_after_their_last_batch(experiment, tmp_path):
 
 def test_shards_are_the_rows_of_one_run(experiment, tmp_path):
     """Two processes share five parts, one of which a killed run left half done."""
-    from anyorder.runs.stages import execute
+    from anyorder.stages.experiment import execute
 
     path, out = experiment
     stage = dataclasses.replace(load_experiment(path).stages["orders"][1], batch_size=3, shards=5)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyorder.schedules import OPEN, reveals
+from anyorder.method.schedules import OPEN, reveals
 
 
 @given(n=st.integers(0, 300), steps=st.integers(1, 400), schedule=st.sampled_from(sorted(OPEN)))

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from anyorder import cli
-from anyorder.runs.seeds import expand
-from anyorder.runs.stages import load_experiment
+from anyorder.cli import main as cli
+from anyorder.stages.experiment import load_experiment
+from anyorder.stages.seeds import expand
 
 REPEATED = {
     "tokens": {"tokenizer": "t"},

@@ -6,19 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from anyorder.artifacts import Artifact
 from anyorder.contracts import Grid
 from anyorder.data import sunsets as module
 from anyorder.data.caches import ImageSet
-from anyorder.data.sunsets import (
-    CAUSES,
-    SUNS,
-    causes_of,
-    consistency,
-    sun_first,
-    sunsets,
-    write_sunsets,
-)
+from anyorder.data.sunsets import CAUSES, SUNS, causes_of, consistency, sun_first, sunsets, write_sunsets
+from anyorder.stages.artifacts import Artifact
 
 N = 400
 

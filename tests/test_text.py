@@ -13,13 +13,14 @@ import torch
 import yaml
 from PIL import Image
 
-from anyorder import Pipeline, cli
-from anyorder.artifacts import load_array, read_json, read_manifest
+from anyorder import Pipeline
+from anyorder.cli import main as cli
 from anyorder.data.caches import ImageSet, TokenSet
+from anyorder.data.captions import CaptionTokenizer, TextConfig, Vocabulary, index_of
 from anyorder.data.images import ingest
 from anyorder.data.sources import open_source
-from anyorder.data.text import CaptionTokenizer, TextConfig, Vocabulary, index_of
 from anyorder.evaluation.classes import agreement
+from anyorder.files import load_array, read_json, read_manifest
 
 pytest.importorskip("tokenizers", reason="captions need: pip install 'anyorder[text]'")
 
@@ -312,7 +313,7 @@ def test_prompts_differ_in_nothing_but_the_text(experiment):
 
 
 def _model(out):
-    from anyorder.runs.common import load_any_order
+    from anyorder.inference.weights import load_any_order
 
     return load_any_order(out / "model")
 

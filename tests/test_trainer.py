@@ -18,11 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from anyorder.likelihood import token_nll
+from anyorder.inference.weights import read_tensors
+from anyorder.method.loss import token_nll
 from anyorder.orders import random_orders
-from anyorder.runs import checkpoint, trainer
-from anyorder.runs.checkpoint import Checkpoints, read_tensors
-from anyorder.runs.trainer import NonFiniteLoss, TrainConfig, batch_indices, learning_rate, train
+from anyorder.training import checkpoint, trainer
+from anyorder.training.checkpoint import Checkpoints
+from anyorder.training.trainer import NonFiniteLoss, TrainConfig, batch_indices, learning_rate, train
 
 EXAMPLES = 10
 CONFIG = {
@@ -447,7 +448,7 @@ def test_seeds_differ_between_uses_and_steps(tmp_path):
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_bf16_autocast(tmp_path, monkeypatch, native, dtype):
-    monkeypatch.setattr("anyorder.runs.precision.native_bf16", lambda device: native)
+    monkeypatch.setattr("anyorder.inference.device.native_bf16", lambda device: native)
     seen = []
 
     def loss(model, indices, step, generator):

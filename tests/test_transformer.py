@@ -8,18 +8,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from anyorder.contracts import Grid
-from anyorder.decode import sample
-from anyorder.likelihood import token_nll
-from anyorder.logits import Streams
-from anyorder.models.coordinates import CoordinateEncoding
-from anyorder.models.transformer import (
-    AnyOrderTransformer,
-    Architecture,
-    SharedPrefix,
-    TransformerConfig,
-    attend_with_total,
-    rotate,
-)
+from anyorder.method.decoding import sample
+from anyorder.method.loss import token_nll
+from anyorder.method.sampling import Streams
+from anyorder.models.attention import SharedPrefix, attend_with_total
+from anyorder.models.positions import CoordinateEncoding, rotate
+from anyorder.models.transformer import AnyOrderTransformer, Architecture, TransformerConfig
 from anyorder.orders import random_orders, static_order
 
 TOKENS = torch.randint(5, (3, 6), generator=seeded(0))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anyorder.contracts import Grid, Tokenizer
-from anyorder.models.vq import WINDOW, Quantizer, VQConfig, VQModel, VQOutput, straight_through
+from anyorder.tokenizers.vq import WINDOW, Quantizer, VQConfig, VQModel, VQOutput, straight_through
 
 KEYMAPS = Path(__file__).parent / "keymaps"
 SMALL: dict[str, Any] = {

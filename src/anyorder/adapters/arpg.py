@@ -30,8 +30,8 @@ from anyorder.adapters.layers import (
     split_heads,
 )
 from anyorder.contracts import Grid
-from anyorder.models.linear import Linear
-from anyorder.models.transformer import merge_heads
+from anyorder.models.attention import merge_heads
+from anyorder.models.layers import Linear
 
 Read = Callable[[Tensor], Tensor]
 """Queries (B, H, M, D / H) to what they read, of the same shape."""

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyorder.contracts import AnyOrderNetwork, Grid
-from anyorder.models.linear import Linear
-from anyorder.models.norm import RMSNorm
-from anyorder.models.transformer import attend_with_self, keep
+from anyorder.models.attention import attend_with_self, keep
+from anyorder.models.layers import Linear, RMSNorm
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys, values, each (B, H, T, D / H), to outputs of the same shape."""

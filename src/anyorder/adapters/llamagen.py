@@ -29,9 +29,9 @@ from anyorder.adapters.layers import (
     split_heads,
 )
 from anyorder.contracts import Grid
-from anyorder.models.linear import Linear
-from anyorder.models.transformer import merge_heads
-from anyorder.models.vq import VQConfig
+from anyorder.models.attention import merge_heads
+from anyorder.models.layers import Linear
+from anyorder.tokenizers.vq import VQConfig
 
 
 def gpt_config(tensors: Mapping[str, Tensor], grid: tuple[int, int], heads: int) -> GPTConfig:

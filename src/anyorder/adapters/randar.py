@@ -12,18 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from anyorder.adapters.layers import (
-    Cache,
-    Candidates,
-    GPTConfig,
-    causal,
-    check_shapes,
-    rotate,
-    split_heads,
-)
+from anyorder.adapters.layers import Cache, Candidates, GPTConfig, causal, check_shapes, rotate, split_heads
 from anyorder.adapters.llamagen import GPT
 from anyorder.contracts import Grid
-from anyorder.models.transformer import merge_heads
+from anyorder.models.attention import merge_heads
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""Images in, caches out: sources, decoding, a procedural data set, and readers."""
+"""Data: sources of images, the image reader, captions, a procedural data set, and cached arrays."""

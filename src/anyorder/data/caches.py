@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anyorder.artifacts import load_array, read_json, read_manifest
 from anyorder.contracts import Grid, class_labels
-from anyorder.data.text import CaptionTokenizer, Vocabulary, index_of
+from anyorder.data.captions import CaptionTokenizer, Vocabulary, index_of
+from anyorder.files import load_array, read_json, read_manifest
 from anyorder.orders import of_classes
 
 Indices = Sequence[int] | np.ndarray | Tensor

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 from tqdm import tqdm
 
-from anyorder.artifacts import RowWriter, read_json, write_json
+from anyorder.data.rows import slices
 from anyorder.data.sources import Item, Source
+from anyorder.files import RowWriter, read_json, write_json
 
 Size = tuple[int, int]
 Color = tuple[int, int, int]
@@ -279,3 +282,19 @@ def _label(label: str | None, index: dict[str, int]) -> int:
 def _spread(items: Iterable[Item], total: int, taken: int) -> Iterator[Item]:
     """`taken` of `total` items at even distances: sources are often sorted by class."""
     return (item for i, item in enumerate(items) if (i + 1) * taken // total > i * taken // total)
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Images (B, 3, H, W) float in [-1, 1] to (B, H, W, 3) uint8."""
+    return from_float(images).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def from_float(images: Tensor) -> Tensor:
+    """Float in [-1, 1], clamped, to uint8."""
+    return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+def uint8_batches(images: np.ndarray, size: int = 256) -> Iterator[Tensor]:
+    """(n, H, W, 3) uint8 as batches (B, 3, H, W) uint8."""
+    for rows in slices(len(images), size):
+        yield torch.from_numpy(np.array(images[rows])).permute(0, 3, 1, 2)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from anyorder.artifacts import RowWriter
 from anyorder.contracts import Grid
+from anyorder.files import RowWriter
 
 SUNS = ("yellow", "orange", "red", "magenta")
 CAUSES = ("sun", "cloud", "sun_row", "sun_col", "sun_radius", "horizon", "clouds", "cloud_row", "cloud_col")

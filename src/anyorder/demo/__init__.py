@@ -1,1 +1,1 @@
-"""A web page on which pictures are drawn in their own order, beside other orders."""
+"""A web page on which images are generated in their own order, beside other orders."""

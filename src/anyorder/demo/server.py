@@ -25,11 +25,11 @@ from starlette.routing import Route
 from torch import Tensor
 
 from anyorder.contracts import Grid, Step
-from anyorder.logits import SCORES, Sampling
+from anyorder.inference.pipeline import Pipeline
+from anyorder.method.policy_config import INFERRED, PolicyConfig
+from anyorder.method.sampling import SCORES, Sampling
 from anyorder.orders import STATIC
-from anyorder.pipeline import Pipeline
-from anyorder.policies import INFERRED, PolicyConfig
-from anyorder.runs.config import parse
+from anyorder.settings import parse
 
 FRAMES = 64
 """Pictures sent of each order, at most about; large grids are painted every few steps."""

@@ -1,1 +1,1 @@
-"""Measuring and showing generated images: feature extractors, metrics, figures and the report."""
+"""Evaluation: feature extractors, metrics, bootstrap intervals, class agreement, memorization."""

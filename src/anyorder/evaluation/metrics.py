@@ -24,8 +24,8 @@ from torchmetrics.functional.image import (
 )
 from tqdm import tqdm
 
-from anyorder.artifacts import atomic
 from anyorder.evaluation.features import FeatureExtractor
+from anyorder.files import atomic
 
 
 class Gaussian(NamedTuple):

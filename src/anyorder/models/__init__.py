@@ -1,1 +1,1 @@
-"""The tokenizer, the any-order transformer, and the losses of the tokenizer."""
+"""The any-order transformer and its parts."""

@@ -17,15 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyorder.models.norm import RMSNorm
-from anyorder.models.transformer import (
-    AnyOrderTransformer,
-    Block,
-    Rotation,
-    SharedPrefix,
-    merge_heads,
-    merge_with_self,
-)
+from anyorder.models.attention import SharedPrefix, merge_heads, merge_with_self
+from anyorder.models.layers import RMSNorm
+from anyorder.models.positions import Rotation
+from anyorder.models.transformer import AnyOrderTransformer, Block
 
 FEWEST = 8
 """Buckets are multiples of it, but for a single candidate, which is a bucket of its own."""

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyorder.contracts import Grid
-from anyorder.models.coordinates import CoordinateEncoding, displacement_index, displacements
-from anyorder.models.linear import Linear
+from anyorder.models.layers import Linear
+from anyorder.models.positions import CoordinateEncoding, displacement_index, displacements
 
 NEIGHBOURS = 9
 """Cells of a 3 x 3 window: the candidate itself, which is always open, and its eight neighbours."""

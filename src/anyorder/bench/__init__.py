@@ -1,0 +1,1 @@
+"""Benchmarks: measured times and memory as shares of what the machine can do."""

@@ -1,0 +1,275 @@
+"""Times as shares of what the machine can do, measured in the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from anyorder.bench.memory import peak_memory
+from anyorder.bench.workloads import MEMORY, WORKLOADS, BenchConfig, Subject, Workload, ceilings, matmul_name
+from anyorder.files import read_json, versions, write_json
+from anyorder.inference.device import device, fast_dtype
+from anyorder.report.curves import scaling_curves
+from anyorder.report.figures import save_image
+from anyorder.report.tables import Table
+from anyorder.settings import parse
+
+SHORTEST = 0.02
+"""Seconds that one measurement lasts at least: short work is run several times in a row."""
+AXES = {
+    "batch_size": "images at once, B",
+    "grid": "positions, N",
+    "vocab_size": "codebook size, V",
+    "depth": "depth, blocks",
+}
+SIZES = ("model", "tokenizer", "grid", "vocab_size", "batch_size", "images")
+"""Settings that two results must share to be compared."""
+
+
+def bench(config: BenchConfig, out: Path) -> dict[str, Any]:
+    """Measure, print tables, and write `out` (JSON) and, of sweeps, a figure beside it (PNG).
+
+    FLOPs and bytes are counted from the configuration (`runs.costs`) and divided by the median time. One
+    share is that of the matmul rate at the shape of training in the same dtype; the other is that of the
+    least time that the matmul rate and the memory bandwidth allow. It passes 100 % where caches hold what was
+    counted as moved.
+    """
+    base = measure(config)
+    sweeps = {name: _sweep(config, name, base) for name, values in vars(config.over).items() if values}
+    result = {
+        "config": dataclasses.asdict(config),
+        "device": _device_name(),
+        "dtype": str(fast_dtype(device(), True)),
+        "versions": versions(),
+        **base,
+        "sweeps": sweeps,
+        "memory": peak_memory(Subject(dataclasses.replace(config, compile=False)), config.memory),
+    }
+    write_json(out, result)
+    print("\n\n".join(table.text() for table in tables(result)))
+    print(f"written to {out}")
+    if sweeps:
+        save_image(_figure(sweeps), out.with_suffix(".png"))
+        print(f"drawn in {out.with_suffix('.png')}")
+    return result
+
+
+def measure(config: BenchConfig) -> dict[str, list[dict[str, Any]]]:
+    """Time ceilings and workloads in turns, so that a change of the machine's speed meets all of them.
+
+    Returns:
+        "ceilings" and "rows", see `tables`.
+    """
+    torch.manual_seed(0)
+    subject = Subject(config)
+    tops = ceilings(subject)
+    runs = {name: WORKLOADS[name](subject) for name in config.only or WORKLOADS}
+    seconds = _times(tops | runs, config.repeats)
+    product = matmul_name(subject.dtype, config.batch_size * subject.grid.n)
+    flops = tops[product].cost.flops / statistics.median(seconds[product])
+    bandwidth = tops[MEMORY].cost.bytes / statistics.median(seconds[MEMORY])
+    return {
+        "ceilings": [{"ceiling": name, **_rates(top, seconds[name])} for name, top in tops.items()],
+        "rows": [
+            {
+                "workload": name,
+                **_rates(run, seconds[name]),
+                **_shares(run, statistics.median(seconds[name]), flops, bandwidth),
+            }
+            for name, run in runs.items()
+        ],
+    }
+
+
+def _times(works: dict[str, Workload], repeats: int) -> dict[str, list[float]]:
+    """Seconds per run of each, without the warm-up."""
+    calls = {name: _warm_up(work.run) for name, work in works.items()}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in tqdm(range(repeats), desc="bench", unit="round"):
+        for name, work in works.items():
+            times[name].append(_seconds(work.run, calls[name]))
+    return times
+
+
+def _warm_up(run: Callable[[], Any]) -> int:
+    """How many runs make one measurement."""
+    seconds = _seconds(run)
+    if seconds < SHORTEST:
+        seconds = _seconds(run)  # the first one paid for what happens once
+    return max(1, min(1000, round(SHORTEST / seconds)))
+
+
+def _seconds(run: Callable[[], Any], calls: int = 1) -> float:
+    """Seconds per run; on a GPU from its own clock."""
+    if device().type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1000 / calls
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+def _rates(work: Workload, seconds: list[float]) -> dict[str, Any]:
+    median = statistics.median(seconds)
+    return {
+        "seconds": median,
+        "spread (%)": 100 * (max(seconds) - min(seconds)) / median,
+        "images/s": work.images / median if work.images else None,
+        "GFLOP": work.cost.flops / 1e9,
+        "GB": work.cost.bytes / 1e9,
+        "GFLOP/s": work.cost.flops / median / 1e9 or None,
+        "GB/s": work.cost.bytes / median / 1e9,
+    }
+
+
+def _shares(work: Workload, seconds: float, flops: float, bandwidth: float) -> dict[str, Any]:
+    """Against matmul rate (FLOP/s) and memory bandwidth (bytes/s)."""
+    return {
+        "share of matmul (%)": 100 * work.cost.flops / seconds / flops,
+        "share of attainable (%)": 100 * work.cost.seconds(flops, bandwidth) / seconds,
+        "bound by": "matmul" if work.cost.flops / flops > work.cost.bytes / bandwidth else "memory",
+    }
+
+
+def _device_name() -> str:
+    if device().type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------
+
+
+def _sweep(config: BenchConfig, name: str, base: dict[str, Any]) -> list[dict[str, Any]]:
+    """A point for each value of one size; where it is that of `config`, what was measured already."""
+    points = []
+    for value in getattr(config.over, name):
+        changed = _with(config, name, value)
+        x = value**2 if name == "grid" else value
+        points.append({"value": x, **(base if changed == config else measure(changed))})
+    return points
+
+
+def _with(config: BenchConfig, name: str, value: int) -> BenchConfig:
+    """`config` at another value of a setting of `Over`."""
+    changes: dict[str, dict[str, Any]] = {
+        "batch_size": {"batch_size": value, "images": value},
+        "grid": {"grid": (value, value)},
+        "vocab_size": {"vocab_size": value},
+        "depth": {"model": dataclasses.replace(config.model, depth=value)},
+    }
+    return dataclasses.replace(config, **changes[name])
+
+
+def _figure(sweeps: dict[str, list[dict[str, Any]]]) -> Any:
+    curves = {
+        AXES[name]: [{**row, "value": point["value"]} for point in points for row in point["rows"]]
+        for name, points in sweeps.items()
+    }
+    return scaling_curves(curves, ["images/s", "share of attainable (%)"])
+
+
+# --- tables and comparison --------------------------------------------------------------------------------
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Ceilings, workloads, every sweep, and memory."""
+    found = [_table(result["ceilings"], "images/s"), _table(result["rows"])]
+    for name, points in result["sweeps"].items():
+        workloads = zip(*(point["rows"] for point in points), strict=True)
+        values = [{AXES[name]: point["value"]} for point in points]
+        rows = [value | row for rows in workloads for value, row in zip(values, rows, strict=True)]
+        found.append(_table(rows, "GFLOP/s", "GB/s"))
+    return [*found, Table(list(result["memory"][0]), result["memory"])] if result["memory"] else found
+
+
+def _table(rows: list[dict[str, Any]], *without: str) -> Table:
+    shown = [
+        {key: value for key, value in row.items() if key not in ("GFLOP", "GB", *without)} for row in rows
+    ]
+    return Table(list(shown[0]), shown)
+
+
+def load_result(path: Path) -> dict[str, Any]:
+    """What `bench` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not the result of a bench.
+    """
+    result = read_json(path)
+    if not isinstance(result, dict) or not {"config", "device", "rows"} <= set(result):
+        raise ValueError(f"{path} is not a result of anyorder bench: give the JSON file that it wrote")
+    return result
+
+
+def against(new: dict[str, Any], old: dict[str, Any]) -> Table:
+    """Two results side by side: ratios of time below 1 are faster, ratios of shares above 1 are better.
+
+    Raises:
+        ValueError: they were measured at other sizes, or have no workload in common.
+    """
+    sizes = [_sizes(result) for result in (new, old)]
+    if other := [
+        f"{name} is {size} and {sizes[1][name]}" for name, size in sizes[0].items() if size != sizes[1][name]
+    ]:
+        raise ValueError(
+            f"the results are of different sizes: {', '.join(other)}; "
+            "run one of them again with the settings of the other"
+        )
+    after, before = _by_name(new), _by_name(old)
+    common = [name for name in after if name in before]
+    if not common:
+        raise ValueError(f"no workload is in both results: {'; '.join(after)} and {'; '.join(before)}")
+    rows = [_ratios(name, after[name], before[name]) for name in common]
+    caption = f"{new['device']} against {old['device']}"
+    return Table(list(rows[0]), rows, caption)
+
+
+def _sizes(result: dict[str, Any]) -> dict[str, Any]:
+    """By dotted name, with the defaults of settings that are newer than the result."""
+    values = {name: value for name, value in result["config"].items() if name in SIZES}
+    sizes: dict[str, Any] = {}
+    for name, size in dataclasses.asdict(parse(BenchConfig, values)).items():
+        if name in SIZES:
+            group = size if isinstance(size, dict) else {"": size}
+            sizes |= {f"{name}.{key}".rstrip("."): value for key, value in group.items()}
+    return sizes
+
+
+def _by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows by workload and, of sweeps, value."""
+    named = {row["workload"]: row for row in result["rows"]}
+    for name, points in result.get("sweeps", {}).items():
+        for point in points:
+            named |= {f"{row['workload']}, {AXES[name]} = {point['value']}": row for row in point["rows"]}
+    return named
+
+
+def _ratios(name: str, new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    def ratio(key: str) -> float | None:
+        return new[key] / old[key] if new.get(key) and old.get(key) else None
+
+    return {
+        "workload": name,
+        "seconds": new["seconds"],
+        "seconds before": old["seconds"],
+        "ratio of time": ratio("seconds"),
+        "ratio of share of matmul": ratio("share of matmul (%)"),
+        "ratio of share of attainable": ratio("share of attainable (%)"),
+        "spread (%)": max(new["spread (%)"], old["spread (%)"]),
+    }

@@ -1,0 +1,204 @@
+"""Files: written atomically, errors that name them, arrays that grow row by row and survive a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import secrets
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+MANIFEST = "manifest.json"
+TIMES = "seconds.npy"
+"""Ending of arrays that hold times: they differ from run to run and do not count as content."""
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that takes its place only if the block succeeds.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the old file is left as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # processes may share the folder
+    try:
+        yield temporary
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` atomically, UTF-8."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` atomically as indented JSON."""
+    write_text(path, json.dumps(value, indent=2, default=_jsonable) + "\n")
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"cannot write {type(value).__name__} to JSON")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not JSON; the message names it.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is not valid JSON ({e}); delete it and run the stage again") from e
+
+
+def sha256(path: str | Path) -> str:
+    """Hash of a file's bytes, hexadecimal."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the platform and the packages that numbers depend on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("anyorder", "torch", "numpy", "pillow", "torchmetrics"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a finished artifact.
+
+    Raises:
+        FileNotFoundError: `folder` is not a finished artifact; the message says how to make it.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a finished artifact (no {MANIFEST}): run its stage first")
+    return read_json(path)
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Short name of an artifact's *content*: equal if and only if its files are the same bytes."""
+    return read_manifest(folder)["fingerprint"]
+
+
+class RowWriter:
+    """Several `.npy` arrays that grow together, row by row, and survive a kill.
+
+    Rows go to `NAME.npy.partial`; `close` writes the final header and renames. Opening again continues
+    after the last row that all arrays hold; arrays that are finished already have all their rows. Plain
+    writes are used rather than a memory map, so that a full disk is an `OSError` and not a bus error.
+    """
+
+    rows: int
+    """Number of complete rows on disk."""
+    _HEADER = 128
+
+    def __init__(self, folder: str | Path, arrays: Mapping[str, tuple[tuple[int, ...], Any]]):
+        """Open or reopen; `arrays` maps a name to (shape of one row, dtype)."""
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.specs = {k: (tuple(shape), np.dtype(dtype)) for k, (shape, dtype) in arrays.items()}
+        self._row_bytes = {
+            k: int(np.prod(s, dtype=np.int64)) * d.itemsize for k, (s, d) in self.specs.items()
+        }
+        self._files: dict[str, BinaryIO] = {}
+        if all((self.folder / f"{name}.npy").is_file() for name in self.specs):
+            self.rows = min(len(load_array(self.folder / f"{name}.npy")) for name in self.specs)
+            return
+        for name in self.specs:
+            path = self._partial(name)
+            path.touch()
+            self._files[name] = open(path, "rb+")  # noqa: SIM115
+        sizes = (
+            (os.fstat(f.fileno()).st_size - self._HEADER) // self._row_bytes[k]
+            for k, f in self._files.items()
+        )
+        self.rows = max(0, min(sizes))
+        for name, file in self._files.items():
+            file.truncate(self._HEADER + self.rows * self._row_bytes[name])
+            file.seek(0, os.SEEK_END)
+
+    def _partial(self, name: str) -> Path:
+        return self.folder / f"{name}.npy.partial"
+
+    def append(self, **arrays: np.ndarray) -> None:
+        """Append the same number of rows to every array and flush them to disk.
+
+        Raises:
+            OSError: the disk is full; the rows before this call are kept.
+        """
+        assert arrays.keys() == self.specs.keys(), f"expected {list(self.specs)}, got {list(arrays)}"
+        counts = {len(a) for a in arrays.values()}
+        assert len(counts) == 1, f"arrays of unequal length: {counts}"
+        for name, rows in arrays.items():
+            shape, dtype = self.specs[name]
+            assert rows.shape[1:] == shape, f"{name}: rows of {rows.shape[1:]}, expected {shape}"
+            self._files[name].write(np.ascontiguousarray(rows, dtype=dtype).tobytes())
+        for file in self._files.values():
+            file.flush()
+        self.rows += counts.pop()
+
+    def close(self) -> None:
+        """Write the headers and give the arrays their final names."""
+        for name, file in self._files.items():
+            shape, dtype = self.specs[name]
+            file.seek(0)
+            file.write(_npy_header((self.rows, *shape), dtype, self._HEADER))
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            os.replace(self._partial(name), self.folder / f"{name}.npy")
+
+
+def _npy_header(shape: tuple[int, ...], dtype: np.dtype, length: int) -> bytes:
+    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    text = repr(description).encode()
+    prefix = np.lib.format.magic(1, 0)
+    padding = length - len(prefix) - 2 - len(text) - 1
+    assert padding >= 0, f"header of {description} is longer than {length} bytes"
+    return prefix + (length - len(prefix) - 2).to_bytes(2, "little") + text + b" " * padding + b"\n"
+
+
+def save_array(path: str | Path, array: np.ndarray) -> None:
+    """Write one `.npy` atomically."""
+    with atomic(path) as temporary, open(temporary, "wb") as f:
+        np.save(f, array)
+
+
+def load_array(path: str | Path) -> np.ndarray:
+    """Open a `.npy` as a read-only memory map.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: truncated or not an array; the message names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: run the stage that writes it")
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as e:
+        raise ValueError(f"{path} is damaged ({e}); delete its folder and run the stage again") from e

@@ -1,0 +1,1 @@
+"""Inference: pipelines, inpainting, loading and converting weights, the device."""

@@ -1,0 +1,206 @@
+"""In- and outpainting of pixels with any tokenizer and any any-order model (OAR v2, arXiv 2504.17069).
+
+Attention and GroupNorm make a token's receptive field the whole picture. Masked pixels are therefore replaced
+before anything is encoded, by the nearest known ones: what is kept and what is drawn cannot depend on them.
+Tokens whose own patch is known throughout are kept. They have seen the replacement, not the truth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anyorder.contracts import AnyOrderModel, Grid, OrderPolicy, Tokenizer, Trace
+from anyorder.data.images import from_float
+from anyorder.method.decoding import complete
+from anyorder.method.policy_config import PolicyConfig
+from anyorder.method.sampling import Sampling, Streams
+
+
+@dataclass
+class Completion:
+    """Pictures with their holes filled."""
+
+    images: Tensor
+    """(B, 3, H, W) uint8; known pixels are those of the input, bit by bit."""
+    known: Tensor
+    """(B, N) bool, the tokens that were kept."""
+    trace: Trace
+    """Kept tokens come first, at log-probability 0."""
+
+
+@dataclass(frozen=True)
+class Filling:
+    """How holes are filled."""
+
+    margin: int = 0
+    """Patches around the hole whose tokens are drawn, too: they saw most of what stood in for the hole. Their
+    known pixels are kept all the same."""
+    feather: int = 2
+    """Pixels inside the hole over which the step at its seam fades out; 0 leaves the drawn pixels alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("margin", "feather"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+
+
+def complete_images(
+    model: AnyOrderModel,
+    tokenizer: Tokenizer,
+    images: Tensor,
+    mask: Tensor,
+    order: str | Tensor | OrderPolicy | PolicyConfig,
+    streams: Streams,
+    *,
+    condition: Tensor | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    scorer: AnyOrderModel | None = None,
+    filling: Filling = Filling(),
+) -> Completion:
+    """Draw what is masked; the result does not depend on the masked pixels at all.
+
+    Args:
+        model: any-order model, possibly `Guided`.
+        tokenizer: the one whose tokens it was trained on.
+        images: (B, 3, H, W) uint8, sides divisible by the tokenizer's `factor`.
+        mask: (B, H, W) bool, True where pixels are to be drawn; all True is sampling.
+        order: what `make_policy` takes, for the open positions.
+        streams: one random stream per image.
+        condition: (B,) int64 class labels, or None.
+        sampling: temperature and truncation.
+        scorer: see `decode.generate`.
+        filling: see `Filling`.
+
+    Raises:
+        ValueError: sides that are not divisible by the factor, or a mask that does not fit.
+    """
+    grid = grid_of(images, tokenizer.factor)
+    known = ~open_tokens(mask, tokenizer.factor, filling.margin)
+    kept = ~mask[:, None]
+    pixels = to_float(images)
+    tokens = tokenizer.encode(torch.where(kept, pixels, extend(pixels, kept)[0]))
+    trace = complete(
+        model, tokens, known, order, streams,
+        condition=condition, grid=grid, sampling=sampling, scorer=scorer,
+    )  # fmt: skip
+    drawn = tokenizer.decode(trace.tokens, grid)
+    if filling.feather:
+        drawn = drawn + fading_step(pixels - drawn, kept, filling.feather)
+    return Completion(torch.where(kept, images, from_float(drawn)), known, trace)
+
+
+def vary_images(
+    model: AnyOrderModel,
+    tokenizer: Tokenizer,
+    images: Tensor,
+    keep: float,
+    order: str | Tensor | OrderPolicy | PolicyConfig,
+    streams: Streams,
+    *,
+    condition: Tensor | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    scorer: AnyOrderModel | None = None,
+) -> Completion:
+    """Variations of images: a random share of tokens is kept, the others are drawn; no pixel is pasted.
+
+    Args:
+        model: any-order model, possibly `Guided`.
+        tokenizer: the one whose tokens it was trained on.
+        images: (B, 3, H, W) uint8, sides divisible by the tokenizer's `factor`.
+        keep: share of tokens to keep, in [0, 1); each image's own stream says which.
+        order: what `make_policy` takes, for the open positions.
+        streams: one random stream per image.
+        condition: (B,) int64 class labels, or None.
+        sampling: temperature and truncation.
+        scorer: see `decode.generate`.
+
+    Raises:
+        ValueError: sides that are not divisible by the factor, or a share outside of [0, 1).
+    """
+    if not 0 <= keep < 1:
+        raise ValueError(f"keep must be a share of tokens in [0, 1), got {keep}")
+    grid = grid_of(images, tokenizer.factor)
+    # By rank rather than by threshold: every image keeps equally many, and all run as one batch.
+    rank = streams.uniform(grid.n).argsort(1).argsort(1)
+    known = rank < round(keep * grid.n)
+    trace = complete(
+        model, tokenizer.encode(to_float(images)), known, order, streams,
+        condition=condition, grid=grid, sampling=sampling, scorer=scorer,
+    )  # fmt: skip
+    return Completion(from_float(tokenizer.decode(trace.tokens, grid)), known, trace)
+
+
+def grid_of(images: Tensor, factor: int) -> Grid:
+    """The grid of tokens of images (B, 3, H, W).
+
+    Raises:
+        ValueError: sides that are not divisible by `factor`.
+    """
+    h, w = images.shape[2:]
+    if h % factor or w % factor:
+        raise ValueError(
+            f"images of {h} x {w} pixels (height x width) cannot be cut into patches of {factor} x {factor}: "
+            f"resize, crop or pad both sides to a multiple of {factor}"
+        )
+    return Grid(h // factor, w // factor)
+
+
+def open_tokens(mask: Tensor, factor: int, margin: int = 0) -> Tensor:
+    """Tokens to draw, (B, N) bool: patches with a masked pixel, and `margin` patches around them."""
+    touched = F.max_pool2d(mask[:, None].float(), factor)
+    for _ in range(margin):
+        touched = F.max_pool2d(touched, 3, stride=1, padding=1)
+    return touched.flatten(1) > 0
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+# --- from the known pixels into the hole ------------------------------------------------------------------
+
+
+def extend(values: Tensor, known: Tensor, rings: int | None = None) -> tuple[Tensor, Tensor]:
+    """Carry known values outwards, ring by ring; a pixel takes the mean of its known neighbours.
+
+    Args:
+        values: (B, C, H, W); what stands at unknown pixels is ignored.
+        known: (B, 1, H, W) bool.
+        rings: how far to go; everywhere by default.
+
+    Returns:
+        (B, C, H, W), the known values with their extension and 0 where it does not reach, and (B, 1, H, W)
+        int64, the ring of each pixel: 0 if known, -1 where the extension does not reach.
+    """
+    values, reached = values * known, known.to(values.dtype)
+    ring = torch.where(known, 0, -1)
+    while bool((reached == 0).any()) and (rings is None or int(ring.max()) < rings):
+        number = 9 * F.avg_pool2d(reached, 3, stride=1, padding=1)
+        fresh = (reached == 0) & (number > 0.5)
+        if not bool(fresh.any()):  # nothing is known at all
+            break
+        total = 9 * F.avg_pool2d(values, 3, stride=1, padding=1)
+        values = torch.where(fresh, total / number.clamp_min(1), values)
+        reached = reached + fresh
+        ring = torch.where(fresh, ring.max() + 1, ring)
+    return values, ring
+
+
+def fading_step(step: Tensor, known: Tensor, width: int) -> Tensor:
+    """The step between known and drawn pixels, carried into the hole and fading out over `width` pixels.
+
+    Args:
+        step: (B, C, H, W), known minus drawn; ignored inside the hole.
+        known: (B, 1, H, W) bool.
+        width: in pixels, >= 1.
+
+    Returns:
+        (B, C, H, W), to be added to the drawn pixels; zero from `width` + 1 pixels inside the hole on.
+    """
+    carried, ring = extend(step, known, width)
+    return torch.where(ring > 0, carried * (1 - ring / (width + 1)), 0)

@@ -1,0 +1,1 @@
+"""The method: order policies, the one decoding loop, draws and confidence scores, guidance, the loss."""

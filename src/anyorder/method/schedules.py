@@ -1,0 +1,133 @@
+"""How many positions are revealed at each step, where several are drawn at once.
+
+A schedule says what share of the positions is still open after the share r of the steps:
+
+    name           open after r           steps     used by
+    constant       1 - r                  even
+    cosine         cos(r pi / 2)          few first, many last: MaskGIT (arXiv 2202.04200), MAR
+                                          (arXiv 2406.11838), RandAR (arXiv 2412.01827)
+    arccos         arccos(r) 2 / pi       nearly even, many in the last: Halton-MaskGIT (arXiv 2503.17076),
+                                          ARPG (arXiv 2503.10568)
+    one_minus_cos  1 - cos((1 - r) pi/2)  many first, few last: cosine backwards
+
+Few first spends the steps where nothing is known yet and positions say most of one another.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from anyorder.contracts import Grid, Progress
+
+Shape = Literal["constant", "cosine", "arccos", "one_minus_cos"]
+
+OPEN: dict[str, Callable[[float], float]] = {
+    "constant": lambda r: 1 - r,
+    "cosine": lambda r: math.cos(r * math.pi / 2),
+    "arccos": lambda r: math.acos(r) * 2 / math.pi,
+    "one_minus_cos": lambda r: 1 - math.cos((1 - r) * math.pi / 2),
+}
+"""Share of the positions that is open after a share of the steps, both in [0, 1]."""
+
+
+def reveals(n: int, steps: int, schedule: Shape = "constant") -> list[int]:
+    """Positions revealed at each step.
+
+    Args:
+        n: open positions, >= 0.
+        steps: in how many steps; more than n are n.
+        schedule: see above.
+
+    Returns:
+        min(n, steps) numbers, each >= 1, that sum to n.
+
+    Raises:
+        ValueError: an unknown schedule, or no steps.
+    """
+    if schedule not in OPEN:
+        raise ValueError(f"unknown schedule '{schedule}': choose one of {', '.join(OPEN)}")
+    if steps < 1:
+        raise ValueError(f"steps must be >= 1, got {steps}")
+    steps = min(n, steps)
+    done = [0]
+    for step in range(1, steps + 1):
+        goal = n - math.floor(n * OPEN[schedule](step / steps) + 0.5)
+        done.append(min(max(goal, done[-1] + 1), n - (steps - step)))  # every step has a position left
+    return [after - before for before, after in itertools.pairwise(done)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How many positions are revealed together at each step, and how far apart they lie.
+
+    Positions of one step are drawn in parallel: none of them knows the others' tokens. That is for models
+    that were trained on random orders; one that was trained on a single order (raster, those of classes) has
+    only learnt to predict the very next position of it.
+    """
+
+    per_step: int = 1
+    """Positions revealed in parallel, K."""
+    steps: int = 0
+    """Reveal everything in so many steps, whatever is open; 0: `per_step` decides."""
+    schedule: Shape = "constant"
+    """How `steps` share the positions, see `schedules`."""
+    spread: float = 0.0
+    """Positions of one step lie at least so many patches apart, while there are such positions."""
+
+    def __post_init__(self) -> None:
+        if self.per_step < 1:
+            raise ValueError(f"per_step must be >= 1, got {self.per_step}")
+        if self.steps < 0:
+            raise ValueError(f"steps must be >= 0 (0: per_step decides), got {self.steps}")
+        if self.schedule not in OPEN:
+            raise ValueError(f"unknown schedule '{self.schedule}': choose one of {', '.join(OPEN)}")
+        if self.steps and self.per_step > 1:
+            raise ValueError(f"give either per_step or steps, got {self.per_step} and {self.steps}")
+        if self.schedule != "constant" and not self.steps:
+            raise ValueError(f"schedule '{self.schedule}' needs to know in how many steps: give steps=...")
+        if self.spread < 0:
+            raise ValueError(f"spread must be >= 0, got {self.spread}")
+
+    def sizes(self, n: int) -> list[int]:
+        """Positions revealed at each step, out of n open ones."""
+        if self.steps:
+            return reveals(n, self.steps, self.schedule)
+        return [min(self.per_step, n - done) for done in range(0, n, self.per_step)]
+
+    def take(self, progress: Progress, waiting: int) -> int:
+        """How many of the `waiting` open positions of each image are revealed now."""
+        if self.steps:
+            return self.sizes(progress.total)[progress.step]
+        return min(self.per_step, waiting)
+
+    def best(self, positions: Tensor, wanted: Tensor, k: int, grid: Grid) -> Tensor:
+        """Columns (B, K) of the most wanted positions, best first, `spread` patches apart if possible.
+
+        Greedy: the best of those that keep the distance to all before; where none is left, the best.
+
+        Args:
+            positions: (B, M) int64, all different in each row.
+            wanted: (B, M), larger is wanted more.
+            k: K <= M.
+            grid: where the positions lie.
+        """
+        if k == 1 or not self.spread:
+            return wanted.topk(k, dim=1).indices
+        at = grid.coordinates(positions.device)
+        near = torch.cdist(at, at) < self.spread - 1e-4
+        m, chosen = positions.shape[1], []
+        rank = wanted.argsort(dim=1, descending=True, stable=True).argsort(1)
+        for _ in range(k):
+            column = rank.argmin(1, keepdim=True)
+            chosen.append(column)
+            crowded = near[positions.gather(1, column)[:, 0]].gather(1, positions)
+            rank = rank + m * (crowded & (rank < m))  # behind all that keep the distance
+            rank = rank.scatter(1, column, 2 * m)  # and what is chosen behind everything
+        return torch.cat(chosen, dim=1)

@@ -1,0 +1,191 @@
+"""Curves of training logs and of measurements."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from anyorder.report.figures import COLOURS, _figure, _rendered
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def loss_curves(
+    runs: Sequence[tuple[str, str | Path]],
+    ylabel: str = "loss (nats per token)",
+    starts: Sequence[int] | None = None,
+) -> Image.Image:
+    """Training loss (thin: as logged, thick: smoothed), test loss (dots) and speed of several runs.
+
+    Args:
+        runs: (name, path of its `metrics.jsonl`): lines with `step` and `loss`, some with `test_nll` or
+            `test_loss`, some with `examples_per_second`. Where a resumed run repeats a step, the last counts.
+        ylabel: what the loss is, with its unit.
+        starts: steps that each run's model had behind it when the run began; 0 by default.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a line is not JSON, or a file holds no loss at all.
+    """
+    offsets = starts or [0] * len(runs)
+    logs = [
+        (name, [{**line, "step": line["step"] + start} for line in read_metrics(path)])
+        for (name, path), start in zip(runs, offsets, strict=True)
+    ]
+    for (_, path), (_, log) in zip(runs, logs, strict=True):
+        if not any("loss" in line for line in log):
+            raise ValueError(f"{path} holds no losses yet: train for a while and draw again")
+    with_speed = any("examples_per_second" in line for _, log in logs for line in log)
+    with _figure(9.2 if with_speed else 5.6, 3.4) as figure:
+        panels = figure.subplots(1, 1 + with_speed, squeeze=False, width_ratios=[1.7, 1][: 1 + with_speed])[0]
+        for i, (name, log) in enumerate(logs):
+            _draw_run(panels, name, log, COLOURS[i % len(COLOURS)])
+        for axis, label in zip(panels, (ylabel, "examples per second"), strict=False):
+            axis.set(xlabel="step", ylabel=label)
+            axis.margins(x=0.02)
+        if with_speed:
+            panels[1].set_ylim(bottom=0)
+        # The cliff of the first steps would hide all differences: let the curves enter from above.
+        top = max(
+            _smooth(losses)[len(losses) // 20 :].max()
+            for losses in (_series(log, "loss")[1] for _, log in logs)
+        )
+        panels[0].set_ylim(top=top + 0.05 * (top - panels[0].get_ylim()[0]))
+        panels[0].legend(loc="upper right")
+        return _rendered(figure)
+
+
+def quality_against_steps(
+    cells: Sequence[tuple[str, str, int, Mapping[str, float]]], panels: Mapping[str, str]
+) -> Image.Image:
+    """Metrics against the number of steps: a line for each kind of order, a mark for each variation of it.
+
+    Args:
+        cells: (kind, variation, steps, metrics); what has no variation ("") lies on the line of its kind.
+        panels: names of metrics, each with the label of its axis.
+    """
+    kinds = list(dict.fromkeys(kind for kind, *_ in cells))
+    variations = list(dict.fromkeys(variation for _, variation, *_ in cells if variation))
+    colours, marks = dict(zip(kinds, COLOURS, strict=False)), dict(zip(variations, "^vsDPX*", strict=False))
+    with _figure(3.6 * len(panels) + 1.6, 3.4) as figure:
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (metric, label) in zip(axes, panels.items(), strict=True):
+            for kind in kinds:
+                line = sorted((steps, m[metric]) for k, v, steps, m in cells if k == kind and not v)
+                axis.plot(*zip(*line, strict=True), "o-", color=colours[kind], label=kind)
+            for kind, variation, steps, metrics in cells:
+                if variation:
+                    axis.plot(steps, metrics[metric], marks[variation], color=colours[kind], mfc="none")
+            axis.set(xlabel="steps", ylabel=label)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(ticks := sorted({steps for _, _, steps, _ in cells}), [str(t) for t in ticks])
+        for variation in variations:
+            axes[-1].plot([], [], marks[variation], color="#444444", mfc="none", label=variation)
+        figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right upper")
+        return _rendered(figure)
+
+
+def _draw_run(panels: Sequence[Axes], name: str, log: list[dict[str, Any]], colour: str) -> None:
+    steps, losses = _series(log, "loss")
+    panels[0].plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
+    panels[0].plot(steps, _smooth(losses), color=colour, linewidth=1.8, label=name)
+    for key in ("test_nll", "test_loss"):
+        steps, values = _series(log, key)
+        if len(steps):
+            label = f"{name}, test"
+            panels[0].plot(steps, values, "o--", color=colour, markersize=4, linewidth=0.8, label=label)
+    if len(panels) > 1:
+        panels[1].plot(*_series(log, "examples_per_second"), color=colour, linewidth=1.2)
+
+
+def _series(log: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    points = {line["step"]: line[key] for line in log if line.get(key) is not None}
+    steps = sorted(points)
+    return np.array(steps), np.array([points[step] for step in steps], dtype=float)
+
+
+def _smooth(values: np.ndarray, window: float = 0.02) -> np.ndarray:
+    """Centred moving average over a share of the curve: no lag, shorter at the ends."""
+    kernel = np.ones(min(len(values), 1 + 2 * round(window / 2 * len(values))))
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line cut short by a killed process is left out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another line is not a JSON object with a `step`; file and line are named.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no metrics at {path}: give the metrics.jsonl of a training run")
+    result = []
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            result.append(json.loads(line))
+            result[-1]["step"]
+        except (json.JSONDecodeError, KeyError, TypeError) as e:
+            raise ValueError(
+                f"{path}, line {number}: not a JSON object with a step: {line.strip()[:80]}"
+            ) from e
+    return result
+
+
+def scaling_curves(sweeps: Mapping[str, Sequence[Mapping[str, Any]]], measures: Sequence[str]) -> Image.Image:
+    """How measures of several workloads change with sizes: a column of panels per size, a row per measure.
+
+    Args:
+        sweeps: for each size, named as its axis shall be, rows with "workload", "value" and the measures.
+        measures: keys of the rows, with units; shares in percent are drawn on a linear scale, rates on a
+            logarithmic one.
+
+    Raises:
+        ValueError: no size or no measure.
+    """
+    if not sweeps or not measures:
+        raise ValueError("give at least one size and one measure to draw")
+    names = list(dict.fromkeys(row["workload"] for rows in sweeps.values() for row in rows))
+    with _figure(3.4 * len(sweeps) + 2.2, 2.6 * len(measures)) as figure:
+        panels = figure.subplots(len(measures), len(sweeps), squeeze=False, sharex="col", sharey="row")
+        for column, (size, rows) in enumerate(sweeps.items()):
+            for axis, measure in zip(panels[:, column], measures, strict=True):
+                for i, name in enumerate(names):
+                    _draw_scaling(axis, i, name, [row for row in rows if row["workload"] == name], measure)
+                _scale(axis, sorted({row["value"] for row in rows}), measure)
+            panels[-1, column].set_xlabel(size)
+        for axis, measure in zip(panels[:, 0], measures, strict=True):
+            axis.set_ylabel(measure)
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper")
+        return _rendered(figure)
+
+
+def _draw_scaling(axis: Axes, i: int, name: str, rows: list[Mapping[str, Any]], measure: str) -> None:
+    points = sorted((row["value"], row[measure]) for row in rows if row.get(measure) is not None)
+    style = ("o-", "s--")[i // len(COLOURS) % 2]
+    x, y = ([point[k] for point in points] for k in (0, 1))
+    axis.plot(x, y, style, color=COLOURS[i % len(COLOURS)], markersize=4, linewidth=1.2, label=name)
+
+
+def _scale(axis: Axes, values: list[int], measure: str) -> None:
+    """Sizes grow by factors; only those that were measured are named."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(values, [f"{value:,d}" for value in values])
+    axis.minorticks_off()
+    if measure.endswith("(%)"):
+        axis.set_ylim(bottom=0)
+    else:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter("{x:,g}")

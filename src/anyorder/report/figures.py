@@ -1,0 +1,336 @@
+"""Pictures of pictures: sample grids, maps of the generation order, drawings, curves of loss and of scale.
+
+Images are uint8 (n, H, W, 3), orders (n, N) int as in `contracts`. Every function returns a Pillow image
+and gives the same pixels for the same input; `save_image` and `drawing_animation` write atomically.
+matplotlib is imported where it is used, and never through pyplot, so that no display or global state is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from anyorder.contracts import Grid
+from anyorder.files import atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+UNREVEALED = 128
+"""Grey value of patches that are not drawn yet."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe-Ito: distinguishable under all common colour-vision deficiencies."""
+MAP = "viridis_r"
+"""Light is first, dark is last; perceptually uniform, so that equal steps look equal."""
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": False,
+}
+
+
+def save_image(image: Image.Image, path: str | Path) -> None:
+    """Write an image atomically, in the format that the file's ending names.
+
+    Raises:
+        ValueError: Pillow writes no such format.
+    """
+    with atomic(path) as temporary:
+        image.save(temporary, format=_format(path))
+
+
+def _format(path: str | Path) -> str:
+    suffix = Path(path).suffix.lower()
+    if suffix not in (known := Image.registered_extensions()):
+        raise ValueError(f"cannot write '{suffix}' images ({path}): choose .png, .webp or .gif")
+    return known[suffix]
+
+
+def image_grid(images: np.ndarray, columns: int = 8, scale: int = 1, gap: int = 2) -> Image.Image:
+    """Images in rows on white; a last row that is not full stays white.
+
+    Args:
+        images: (n, H, W, 3) uint8, n >= 1.
+        columns: images per row, at most.
+        scale: every pixel becomes scale x scale pixels, without smoothing.
+        gap: white pixels between images.
+
+    Raises:
+        ValueError: the images are not uint8 (n, H, W, 3), or there are none.
+    """
+    _require_images(images)
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    n, height, width, _ = images.shape
+    columns = min(columns, n)
+    rows = math.ceil(n / columns)
+    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
+    canvas = np.full(shape, 255, dtype=np.uint8)
+    for i, image in enumerate(images):
+        y, x = i // columns * (height + gap), i % columns * (width + gap)
+        canvas[y : y + height, x : x + width] = image
+    return Image.fromarray(canvas)
+
+
+def prompt_grid(rows: Sequence[np.ndarray], prompts: Sequence[str], scale: int = 3) -> Image.Image:
+    """A row of images below each prompt.
+
+    Args:
+        rows: for each prompt (n, H, W, 3) uint8.
+        prompts: the texts.
+        scale: enlargement of the images.
+    """
+    font, strips, line = ImageFont.load_default(12), [], 18
+    for images, prompt in zip(rows, prompts, strict=True):
+        row = image_grid(images, columns=len(images), scale=scale)
+        width = max(row.width, math.ceil(font.getlength(prompt)) + 8)
+        strip = Image.new("RGB", (width, row.height + line), "white")
+        strip.paste(row, (0, line))
+        ImageDraw.Draw(strip).text((2, 2), prompt, "black", font)
+        strips.append(strip)
+    canvas = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    for top, strip in zip(np.cumsum([0, *(s.height for s in strips)]), strips, strict=False):
+        canvas.paste(strip, (0, int(top)))
+    return canvas
+
+
+def _require_images(images: np.ndarray) -> None:
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) == 0:
+        raise ValueError(
+            f"figures take one or more uint8 images (n, H, W, 3), got {images.dtype} of shape {images.shape}"
+        )
+
+
+def ranks(orders: np.ndarray, grid: Grid) -> np.ndarray:
+    """Orders (n, N) to the step at which each patch is revealed, (n, h, w).
+
+    Raises:
+        ValueError: a row is not a permutation of the grid's positions.
+    """
+    orders = np.asarray(orders)
+    if orders.shape[1:] != (grid.n,) or (np.sort(orders, axis=1) != np.arange(grid.n)).any():
+        raise ValueError(
+            f"orders must be permutations of the {grid.n} positions of a {grid.h}x{grid.w} grid, "
+            f"got shape {orders.shape}"
+        )
+    return orders.argsort(axis=1).reshape(-1, grid.h, grid.w)
+
+
+def order_map(
+    rank: np.ndarray, size: tuple[int, int], over: np.ndarray | None = None, opacity: float = 0.65
+) -> np.ndarray:
+    """Heat map of when each patch was drawn, light first, dark last.
+
+    Args:
+        rank: (h, w) steps or mean steps, from 0 to N - 1.
+        size: (H, W) of the result in pixels, at least (h, w).
+        over: image (H, W, 3) uint8 that shines through, or None.
+        opacity: of the map over the image, in [0, 1].
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    from matplotlib import colormaps
+
+    h, w = rank.shape
+    rows, columns = np.arange(size[0]) * h // size[0], np.arange(size[1]) * w // size[1]
+    heat = colormaps[MAP](rank / max(1, rank.size - 1))[rows][:, columns, :3] * 255
+    if over is not None:
+        heat = opacity * heat + (1 - opacity) * over
+    return heat.round().astype(np.uint8)
+
+
+def order_panel(
+    images: np.ndarray, orders: np.ndarray, grid: Grid, columns: int = 4, scale: int = 2
+) -> Image.Image:
+    """Each image beside the map of its own order, with a key.
+
+    Args:
+        images: (n, H, W, 3) uint8.
+        orders: (n, N) int, the order that each image was generated in, or that was extracted from it.
+        grid: the grid of the orders.
+        columns: pairs per row, at most.
+        scale: enlargement of the images.
+    """
+    _require_images(images)
+    maps = [order_map(rank, images.shape[1:3]) for rank in ranks(orders, grid)]
+    if len(maps) != len(images):
+        raise ValueError(f"got {len(images)} images and {len(maps)} orders: give one order for each image")
+    pairs = np.concatenate([images, np.stack(maps)], axis=2)
+    return _with_key(image_grid(pairs, columns, scale, gap=6), grid.n)
+
+
+def _with_key(panel: Image.Image, steps: int, height: int = 26) -> Image.Image:
+    """Add a strip below: the colour of the first and of the last step."""
+    font = ImageFont.load_default(12)
+    first, last = "first", f"last of {steps}"
+    left, right = font.getlength(first) + 8, font.getlength(last) + 8
+    bar = min(160, max(40, int(panel.width - left - right)))
+    width = max(panel.width, math.ceil(left + bar + right))
+    canvas = Image.new("RGB", (width, panel.height + height), "white")
+    canvas.paste(panel, (0, 0))
+    gradient = order_map(np.arange(bar)[None], (10, bar))
+    canvas.paste(Image.fromarray(gradient), (int(left), panel.height + 10))
+    draw = ImageDraw.Draw(canvas)
+    middle = panel.height + 15
+    draw.text((2, middle), first, "#333333", font, anchor="lm")
+    draw.text((left + bar + 6, middle), last, "#333333", font, anchor="lm")
+    return canvas
+
+
+def mean_rank_per_class(
+    orders: np.ndarray, labels: np.ndarray, classes: Sequence[str], grid: Grid, columns: int = 6
+) -> Image.Image:
+    """When each patch is drawn on average: one map for all images, and one for each class that occurs.
+
+    Args:
+        orders: (n, N) int.
+        labels: (n,) int, indices into `classes`.
+        classes: names of the classes.
+        grid: the grid of the orders.
+        columns: maps per row, at most.
+    """
+    rank, labels = ranks(orders, grid), np.asarray(labels)
+    maps = [(f"all ({len(rank)})", rank.mean(0))]
+    for label in np.unique(labels):
+        members = rank[labels == label]
+        name = classes[label]
+        name = name if len(name) <= 16 else f"{name[:15]}…"
+        maps.append((f"{name} ({len(members)})", members.mean(0)))
+    columns = min(columns, len(maps))
+    rows = math.ceil(len(maps) / columns)
+    with _figure(1.45 * columns + 0.8, 1.45 * rows * grid.h / grid.w + 0.35 * rows) as figure:
+        axes = figure.subplots(rows, columns, squeeze=False)
+        stack = np.stack([mean for _, mean in maps])
+        for axis in axes.flat:
+            axis.set_axis_off()
+        for axis, (name, mean) in zip(axes.flat, maps, strict=False):
+            shown = axis.imshow(mean, cmap=MAP, vmin=stack.min(), vmax=stack.max())
+            axis.set_title(name, fontsize=8)
+        bar = figure.colorbar(shown, ax=axes, shrink=min(1.0, 2 / rows), pad=0.02)
+        bar.set_label(f"mean step (0 to {grid.n - 1})")
+        bar.outline.set_visible(False)
+        return _rendered(figure)
+
+
+def drawing_frames(
+    decode: Callable[[np.ndarray], np.ndarray], orders: np.ndarray, grid: Grid, frames: int = 24
+) -> np.ndarray:
+    """Images being drawn in their orders, from an empty grid to the full one.
+
+    Args:
+        decode: given which positions are revealed, (n, N) bool, the images (n, H, W, 3) uint8. It may
+            decode the revealed tokens only, or return the finished images every time.
+        orders: (n, N) int.
+        grid: the grid of the orders.
+        frames: how many moments to show, evenly spaced over the steps; at least 2.
+
+    Returns:
+        (T, n, H, W, 3) uint8, T <= frames; patches not yet revealed are grey.
+    """
+    if frames < 2:
+        raise ValueError(f"an animation needs at least 2 frames, got {frames}")
+    rank = ranks(orders, grid)
+    moments = np.unique(np.linspace(0, grid.n, frames).round().astype(int))
+    return np.stack([_reveal(decode, rank < moment) for moment in moments])
+
+
+def _reveal(decode: Callable[[np.ndarray], np.ndarray], revealed: np.ndarray) -> np.ndarray:
+    n, h, w = revealed.shape
+    images = decode(revealed.reshape(n, h * w))
+    _require_images(images)
+    rows, columns = (np.arange(size) * k // size for size, k in zip(images.shape[1:3], (h, w), strict=True))
+    shown = revealed[:, rows][:, :, columns, None]
+    return np.where(shown, images, np.uint8(UNREVEALED))
+
+
+def drawing_pictures(
+    folder: Path, images: np.ndarray, orders: np.ndarray, grid: Grid, columns: int = 4, scale: int = 3
+) -> None:
+    """Write grid.png, orders.png (when each patch of the first half was drawn) and drawing.webp to a folder.
+
+    Args:
+        folder: where to.
+        images: (n, H, W, 3) uint8.
+        orders: (n, N) int, the orders that they were drawn in.
+        grid: the grid of the orders.
+        columns: images per row, at most.
+        scale: screen pixels per pixel.
+    """
+    save_image(image_grid(images, columns, scale), folder / "grid.png")
+    half = slice(max(1, len(images) // 2))
+    panel = order_panel(images[half], orders[half], grid, columns=max(1, columns // 2), scale=scale)
+    save_image(panel, folder / "orders.png")
+    frames = drawing_frames(lambda revealed: images, orders, grid)
+    drawing_animation(folder / "drawing.webp", frames, columns=columns, scale=scale)
+
+
+def drawing_animation(
+    path: str | Path,
+    frames: np.ndarray,
+    columns: int = 8,
+    scale: int = 2,
+    seconds: float = 4.0,
+    hold: float = 2.0,
+) -> None:
+    """Write an endless animation of a grid of images, atomically.
+
+    Args:
+        path: `.gif` or `.webp` file (WebP is lossless and smaller).
+        frames: (T, n, H, W, 3) uint8, see `drawing_frames`.
+        columns: images per row, at most.
+        scale: enlargement.
+        seconds: how long the drawing takes, without the last frame.
+        hold: seconds for which the last frame stays.
+
+    Raises:
+        ValueError: the file's ending names no animated format, or there are fewer than 2 frames.
+    """
+    if _format(path) not in ("GIF", "WEBP"):
+        raise ValueError(f"animations are .gif or .webp files, got {path}")
+    if len(frames) < 2:
+        raise ValueError(f"an animation needs at least 2 frames, got {len(frames)}")
+    first, *rest = [image_grid(images, columns, scale) for images in frames]
+    durations = [round(1000 * seconds / len(rest))] * len(rest) + [round(1000 * hold)]
+    with atomic(path) as temporary:
+        first.save(
+            temporary,
+            format=_format(path),
+            save_all=True,
+            append_images=rest,
+            duration=durations,
+            loop=0,
+            lossless=True,
+        )
+
+
+@contextlib.contextmanager
+def _figure(width: float, height: float, dpi: int = 160) -> Iterator[Figure]:
+    """A matplotlib figure in the house style, without pyplot; sizes in inches."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+def _rendered(figure: Figure) -> Image.Image:
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())  # type: ignore[attr-defined]
+    return Image.fromarray(pixels[..., :3].copy())

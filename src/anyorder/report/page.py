@@ -1,0 +1,146 @@
+"""One self-contained HTML page: tables, pictures and manifests, with nothing to load and no script.
+
+A report is a list of `Section`s; a section holds text and items, and an item is a `Table`, a `Figure`, a
+`Gallery` of figures side by side, or `Details` that unfold. All text is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+import anyorder
+from anyorder.files import write_text
+from anyorder.report.tables import Table
+
+"""An en dash: what a cell without a value shows."""
+
+
+@dataclass
+class Figure:
+    """One picture.
+
+    Attributes:
+        image: a Pillow image, the bytes of an image file, or its path (animations stay animated).
+        caption: text below the picture.
+        alt: what it shows, for readers who cannot see it; must not be empty.
+    """
+
+    kind: ClassVar[str] = "figure"
+    image: Image.Image | bytes | str | Path
+    caption: str
+    alt: str
+
+    def __post_init__(self) -> None:
+        if not self.alt.strip():
+            raise ValueError(f"figure '{self.caption}' needs an alt text: say in words what it shows")
+        self._data = _image_bytes(self.image)
+        try:
+            with Image.open(io.BytesIO(self._data)) as image:
+                self.width, self.height = image.size
+                self._mime = Image.MIME[image.format or ""]
+        except OSError as e:
+            raise ValueError(f"figure '{self.caption}' is not an image that Pillow can read: {e}") from e
+
+    @property
+    def uri(self) -> str:
+        """The picture itself as a `data:` address."""
+        return f"data:{self._mime};base64,{base64.b64encode(self._data).decode()}"
+
+
+def _image_bytes(image: Image.Image | bytes | str | Path) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, Image.Image):
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG", optimize=True)
+        return buffer.getvalue()
+    if not Path(image).is_file():
+        raise FileNotFoundError(f"no picture at {image}: run the stage that draws it")
+    return Path(image).read_bytes()
+
+
+@dataclass
+class Gallery:
+    """Figures side by side, for comparison; they wrap on narrow screens."""
+
+    kind: ClassVar[str] = "gallery"
+    figures: Sequence[Figure]
+
+
+@dataclass
+class Details:
+    """Something long that unfolds on demand: a command, a log, or a manifest (shown as JSON)."""
+
+    kind: ClassVar[str] = "details"
+    title: str
+    content: str | Mapping[str, Any]
+
+    @property
+    def text(self) -> str:
+        """The content as shown."""
+        if isinstance(self.content, str):
+            return self.content
+        return json.dumps(self.content, indent=2, default=str, ensure_ascii=False)
+
+
+Item = Table | Figure | Gallery | Details
+
+
+@dataclass
+class Section:
+    """A heading with text (blank lines separate paragraphs) and items."""
+
+    title: str
+    text: str = ""
+    items: Sequence[Item] = ()
+
+    @property
+    def paragraphs(self) -> list[str]:
+        """The paragraphs of the text."""
+        return [p.strip() for p in self.text.split("\n\n") if p.strip()]
+
+
+def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> None:
+    """Write a page that needs no other file, atomically; the same sections give the same bytes.
+
+    Args:
+        path: the `.html` file.
+        title: of the page.
+        sections: its content, in order.
+    """
+    environment = Environment(
+        loader=PackageLoader("anyorder.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("report.html.j2")
+    write_text(path, template.render(title=title, sections=sections, version=anyorder.__version__))
+
+
+def write_markdown(path: str | Path, title: str, sections: Sequence[Section]) -> None:
+    """Write the headings, texts and tables of a report as Markdown; pictures and details are left out.
+
+    Args:
+        path: the `.md` file.
+        title: of the page.
+        sections: its content; those without text and tables are skipped.
+    """
+    blocks = [f"# {title}"]
+    for section in sections:
+        tables = [item for item in section.items if isinstance(item, Table)]
+        if tables:
+            blocks += [f"## {section.title}", *section.paragraphs]
+            for table in tables:
+                blocks += [table.markdown(), *([table.caption] if table.caption else [])]
+    write_text(path, "\n\n".join(blocks) + "\n")

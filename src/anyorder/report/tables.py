@@ -1,0 +1,122 @@
+"""Tables for the report, as text, HTML and Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from statistics import mean, stdev
+from typing import Any, ClassVar, Literal
+
+MISSING = "\u2013"
+
+
+class Spread(float):
+    """The mean of several values, shown with their sample standard deviation.
+
+    Attributes:
+        deviation: sample standard deviation, 0 for a single value.
+    """
+
+    deviation: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Mean and deviation of one or more values."""
+        result = cls(mean(values))
+        result.deviation = stdev(values) if len(values) > 1 else 0.0
+        return result
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One formatted value of a table."""
+
+    text: str
+    best: bool
+
+
+@dataclass
+class Table:
+    """Rows by column name.
+
+    Attributes:
+        columns: names, in the order shown; the first column names the rows.
+        rows: a mapping per row; a key that is absent, None or NaN is shown as a dash.
+        caption: what the table shows.
+        best: for some columns whether the least or the greatest value is the best; it is highlighted.
+    """
+
+    kind: ClassVar[str] = "table"
+    columns: Sequence[str]
+    rows: Sequence[Mapping[str, Any]]
+    caption: str = ""
+    best: Mapping[str, Literal["min", "max"]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known, allowed = set(self.columns), {"min", "max"}
+        for what, names in (("best", self.best), *((f"row {i}", row) for i, row in enumerate(self.rows))):
+            if unknown := sorted(set(names) - known):
+                raise ValueError(
+                    f"{what} names columns {unknown} that the table has not: {list(self.columns)}"
+                )
+        if wrong := {k: v for k, v in self.best.items() if v not in allowed}:
+            raise ValueError(f"the best value of a column is its 'min' or its 'max', got {wrong}")
+
+    def cells(self) -> list[list[Cell]]:
+        """The formatted values, row by row."""
+        targets = {column: self._target(column) for column in self.best}
+        return [[self._cell(row.get(c), targets.get(c)) for c in self.columns] for row in self.rows]
+
+    def text(self) -> str:
+        """The table in aligned columns, for terminals."""
+        lines = [list(self.columns), *([cell.text for cell in row] for row in self.cells())]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rows = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+        return "\n".join(rows)
+
+    def markdown(self) -> str:
+        """The table in Markdown, the best values bold."""
+        rows = [[f"**{c.text}**" if c.best else c.text for c in row] for row in self.cells()]
+        rule = ["---:" if numeric else "---" for numeric in self.numeric]
+        escaped = [[text.replace("|", "\\|") for text in row] for row in [list(self.columns), rule, *rows]]
+        return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold a number; these are aligned right."""
+        return [any(_is_number(row.get(c)) for row in self.rows) for c in self.columns]
+
+    def _target(self, column: str) -> float | None:
+        """The best value of a column, unless there is nothing to compare it with."""
+        values = [row[column] for row in self.rows if _is_number(row.get(column))]
+        return {"min": min, "max": max}[self.best[column]](values) if len(values) > 1 else None
+
+    @staticmethod
+    def _cell(value: Any, target: float | None) -> Cell:
+        return Cell(format_value(value), _is_number(value) and value == target)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def format_value(value: Any) -> str:
+    """Four significant digits, thousands separated, yes or no, and a dash where a value is missing.
+
+    A `Spread` is shown as mean ± deviation, to the mean's decimals.
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or (isinstance(value, Real) and math.isnan(value)):
+        return MISSING
+    if isinstance(value, Integral):
+        return f"{value:,d}"
+    if not isinstance(value, Real) or not math.isfinite(value):
+        return str(value)
+    decimals = 3 - math.floor(math.log10(abs(value))) if value else 0
+    if isinstance(value, Spread):
+        places = min(max(0, decimals), 7)
+        return f"{float(value):,.{places}f} \u00b1 {value.deviation:,.{places}f}"
+    return f"{float(value):.2e}" if decimals > 7 else f"{float(value):,.{max(0, decimals)}f}"

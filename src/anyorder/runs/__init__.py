@@ -1,1 +1,0 @@
-"""Runs: typed configurations, checkpoints, the trainer and the stages of the pipeline."""

@@ -1,0 +1,1 @@
+"""Stages: each reads artifact folders and writes one; experiment files run several."""

@@ -1,0 +1,93 @@
+"""The command `anyorder convert`: a downloaded file of weights becomes a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from anyorder.contracts import AnyOrderNetwork
+from anyorder.files import fingerprint, sha256
+from anyorder.inference.convert import Kind, _existing, build, combine, log, read_tokenizer
+from anyorder.inference.folders import INDEX, Parts, save_parts
+from anyorder.inference.weights import kind_of, save_model
+from anyorder.method.policy_config import PolicyConfig
+from anyorder.stages.artifacts import Artifact
+
+
+@dataclass
+class ConvertConfig:
+    """Turn a downloaded file (.pt, .bin, .safetensors) of a published model into a folder.
+
+    A tokenizer becomes a tokenizer folder. An any-order model becomes a model folder, or with tokenizer=
+    a pipeline folder for Pipeline.from_pretrained.
+    """
+
+    source: Path
+    """The downloaded file."""
+    tokenizer: Path | None = None
+    """The tokenizer that the model was trained with: another downloaded file, or a converted folder."""
+    kind: Kind = "auto"
+    """What the file holds; auto looks at its tensors."""
+    grid: tuple[int, int] = (16, 16)
+    """Rows and columns of patches in training, which the file does not say; (24, 24) at 384 pixels."""
+    heads: int = 0
+    """Attention heads, which the file does not say either; 0: as published for its width."""
+    joint_steps: bool = False
+    """Positions of one step see one another as in the published samplers; see docs/adapters.md."""
+    extrapolated: int | None = None
+    """Rotary frequencies that are not stretched on other grids (RandAR: 2); see docs/adapters.md."""
+    policy: PolicyConfig | None = None
+    """The order that the pipeline draws in; random by default, raster for LlamaGen."""
+
+
+def convert(config: ConvertConfig, out: Path) -> None:
+    """Write the folder, unless it is up to date.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file of a known model, tensors that do not fit, or a tokenizer that does not.
+    """
+    identity = {**dataclasses.asdict(config), "sha256": _hashes(config)}
+    if Artifact.is_current(out, "convert", identity, {}):
+        log.info("%s is up to date", out)
+        return
+    model = build(config.source, config.kind, config.grid, config.heads, config.joint_steps)
+    if config.extrapolated is not None:
+        if not isinstance(model, AnyOrderNetwork):
+            raise ValueError("extrapolated is a setting of any-order models: a tokenizer has no positions")
+        model.config = dataclasses.replace(model.config, extrapolated=config.extrapolated)
+    parts = _parts(model, config) if config.tokenizer is not None else None
+    artifact = Artifact(out, "convert", identity, {})
+    if parts is None:
+        (out / INDEX).unlink(missing_ok=True)  # of an earlier conversion to a pipeline
+        save_model(out, model, model.config, kind_of(model))
+    else:
+        save_parts(out, parts)
+    parameters = sum(p.numel() for p in model.parameters())
+    artifact.finish(kind=kind_of(model), parameters=parameters)
+    log.info("%s: %s, %.1f million parameters", out, type(model).__name__, parameters / 1e6)
+
+
+def _hashes(config: ConvertConfig) -> dict[str, str]:
+    """What the files hold, so that a file that was replaced is converted again."""
+    found = {}
+    for role, path in (("source", config.source), ("tokenizer", config.tokenizer)):
+        if path is not None:
+            found[role] = fingerprint(path) if path.is_dir() else sha256(_existing(path))
+    return found
+
+
+def _parts(model: torch.nn.Module, config: ConvertConfig) -> Parts:
+    """The model with its tokenizer.
+
+    Raises:
+        ValueError: they do not belong together.
+    """
+    assert config.tokenizer is not None
+    if not isinstance(model, AnyOrderNetwork):
+        raise ValueError(f"{config.source} is a tokenizer itself: leave tokenizer= out")
+    tokenizer = read_tokenizer(config.tokenizer)
+    return combine(model, tokenizer, config.policy)

@@ -1,0 +1,85 @@
+"""Running one stage: skipped if its artifact is up to date, resumed if it was killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from anyorder.stages.artifacts import Artifact
+
+log = logging.getLogger("anyorder")
+
+Completion = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def execute(name: str, stage: Any, out: Path) -> bool:
+    """Run one stage unless its artifact is up to date.
+
+    Args:
+        name: what its manifest calls the stage.
+        stage: its configuration.
+        out: folder of the artifact.
+
+    Returns:
+        Whether anything was done.
+
+    Raises:
+        ValueError, FileNotFoundError: bad configuration or inputs.
+        OSError: the disk is full; what was finished is kept.
+    """
+    settings, inputs, completion = split(stage)
+    artifact = Artifact(out, name, settings, inputs, completion)
+    if artifact.current:
+        log.info("%s is up to date", out)
+        return False
+    log.info("%s -> %s", name, out)
+    facts = stage.run(artifact)
+    artifact.finish(facts.pop("examples", None), facts.pop("seconds", None), **facts)
+    return True
+
+
+def split(stage: Any) -> tuple[dict[str, Any], dict[str, Path], Completion]:
+    """What a stage is told, the artifacts it reads by role, and how to complete what an older one was told.
+
+    The artifacts' folders are no settings: moving them leaves what was made of them up to date. Nor are the
+    fields that a stage puts `aside`, which change how it works but not what it writes.
+    """
+    settings = dataclasses.asdict(stage)
+    given = {role: settings.pop(role) for role in stage.inputs}
+    inputs = {role: path for role, path in given.items() if path is not None}
+    aside = getattr(stage, "aside", ())
+    settings = {key: value for key, value in settings.items() if key not in aside}
+    return settings, inputs, lambda then: completed(then, stage, without=(*stage.inputs, *aside))
+
+
+def completed(then: dict[str, Any], like: Any, without: Collection[str] = ()) -> dict[str, Any]:
+    """A recorded configuration with the defaults of settings that did not exist when it was recorded.
+
+    A new setting's default is what was done before it existed, so that it makes no artifact stale.
+
+    Args:
+        then: as recorded.
+        like: the configuration of now, a dataclass, for its fields.
+        without: fields that are no settings.
+    """
+    found = {key: value for key, value in then.items() if key not in without}
+    for field in dataclasses.fields(like):
+        value = getattr(like, field.name)
+        if isinstance(then.get(field.name), dict) and dataclasses.is_dataclass(value):
+            found[field.name] = completed(then[field.name], value)
+        elif field.name not in then and field.name not in without:
+            found |= _default(field)
+    return found
+
+
+def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """The default of a field by its name, nothing if it has none."""
+    if field.default is not dataclasses.MISSING:
+        return {field.name: field.default}
+    if field.default_factory is dataclasses.MISSING:
+        return {}
+    value = field.default_factory()
+    return {field.name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value}  # type: ignore[arg-type]

@@ -1,0 +1,133 @@
+"""The stage that makes the features that samples are compared in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from anyorder.data.caches import ImageSet
+from anyorder.data.images import uint8_batches
+from anyorder.data.rows import batches, evenly_spaced
+from anyorder.evaluation import metrics
+from anyorder.evaluation.features import Classifier, ClassifierConfig, ClassifierFeatures, Inception2015
+from anyorder.files import read_json, write_json
+from anyorder.inference.device import device
+from anyorder.inference.weights import load_model, save_model
+from anyorder.stages.artifacts import Artifact
+from anyorder.stages.common import fit, training_facts
+from anyorder.tokenizers.vq import VQConfig
+from anyorder.training.trainer import TrainConfig
+
+SMALL = VQConfig(
+    channels=32,
+    multipliers=(1, 2, 2),
+    groups=2,  # on a CPU, GroupNorm in bf16 is quick from 16 channels per group on
+    res_blocks=1,
+    attention=False,
+    z_channels=64,
+    vocab_size=512,
+    codebook_update="ema",
+    revive_after=100,
+)
+"""A tokenizer of factor 4 for small images, the default of the stage."""
+
+
+TRAINING = "train.safetensors"
+"""Features of training images in a features artifact, for the nearest one of a sample."""
+NEIGHBOURS = 50_000
+"""At most this many training images may be the nearest one of a sample: 400 MB at 2,048 features."""
+
+
+@dataclass
+class FeaturesStage:
+    """The feature space of FD, and the reference statistics of the test split in it."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("data",)
+    data: Path
+    extractor: Literal["classifier", "inception"] = "classifier"
+    """A classifier trained on the data set's own labels (FD), or Inception-2015 (FID)."""
+    label: str | None = None
+    """Attribute that the classifier learns instead of the class; images without a value are left out."""
+    channels: tuple[int, ...] = (32, 64, 128)
+    """Widths of the classifier's stages."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Training of the classifier."""
+
+    def __post_init__(self) -> None:
+        if self.label is not None and self.extractor != "classifier":
+            raise ValueError(f"label={self.label} is what a classifier learns: set extractor=classifier")
+
+    def run(self, artifact: Artifact) -> dict[str, Any]:
+        """Write the classifier and `{reference,train}.safetensors`; say how far real images are from real."""
+        images, test = ImageSet(self.data), ImageSet(self.data, "test")
+        facts = self._train(artifact, images, test) if self.extractor == "classifier" else {}
+        write_json(artifact.folder / "extractor.json", {"extractor": self.extractor})
+        extractor = load_extractor(artifact.folder)
+        batches = uint8_batches(test.images)
+        reference = metrics.statistics(extractor, batches, test.fingerprint, "test features")
+        reference.save(artifact.folder / "reference.safetensors")
+        (artifact.folder / TRAINING).unlink(missing_ok=True)  # of an earlier configuration
+        training_features(artifact.folder, extractor, images)
+        batches = uint8_batches(images.images[: len(test)])
+        floor = metrics.statistics(extractor, batches, description="train features")
+        return {
+            "extractor": extractor.name,
+            "metric_name": extractor.metric,
+            "distance_of_training_images": metrics.frechet_distance(reference.gaussian, floor.gaussian),
+            **facts,
+        }
+
+    def _train(self, artifact: Artifact, images: ImageSet, test: ImageSet) -> dict[str, Any]:
+        names = images.labels_of(self.label)[1]
+        (labels, known), (test_labels, test_known) = (_labelled(some, self.label) for some in (images, test))
+        config = ClassifierConfig(len(names), min(images.size), self.channels)
+        torch.manual_seed(self.train.seed)
+        model = Classifier(config)
+
+        def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
+            assert isinstance(model, Classifier)
+            pixels, _ = images.batch(known[rows])
+            return model.loss(pixels.to(device()), torch.from_numpy(labels[known[rows]]).to(device()))
+
+        def evaluate(model: nn.Module, step: int) -> dict[str, float]:
+            hits = 0
+            for rows in batches(test_known, 512):
+                found = model(test.batch(rows)[0].to(device()))[1].argmax(1).cpu().numpy()
+                hits += int((found == test_labels[rows]).sum())
+            return {"test_accuracy": hits / max(1, len(test_known))}
+
+        result = fit(artifact, model, loss, len(known), self.train, evaluate=evaluate)
+        save_model(artifact.folder, result.model, config, "classifier")
+        return {"test": evaluate(result.model, result.steps), **training_facts(result)}
+
+
+def _labelled(images: ImageSet, attribute: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (n,) int64, and the rows (k,) int64 that have one."""
+    labels = np.array(images.labels_of(attribute)[0])
+    return labels, np.flatnonzero(labels >= 0)
+
+
+def load_extractor(folder: Path) -> ClassifierFeatures | Inception2015:
+    """The feature extractor of a features artifact."""
+    if read_json(folder / "extractor.json")["extractor"] == "inception":
+        return Inception2015(device=device())
+    model = load_model(folder, "classifier").to(device())
+    assert isinstance(model, Classifier)
+    return ClassifierFeatures(model)
+
+
+def training_features(
+    folder: Path, extractor: ClassifierFeatures | Inception2015, images: ImageSet
+) -> metrics.FeatureStatistics:
+    """Features of (at most 50,000) training images, computed once and kept in the features artifact."""
+    path = folder / TRAINING
+    if not path.is_file():
+        rows = batches(evenly_spaced(NEIGHBOURS, len(images)), 256)
+        pixels = (torch.from_numpy(np.array(images.images[some])).permute(0, 3, 1, 2) for some in rows)
+        metrics.statistics(extractor, pixels, images.fingerprint, "training features").save(path)
+    return metrics.FeatureStatistics.load(path, extractor.name, images.fingerprint)

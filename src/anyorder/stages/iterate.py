@@ -1,0 +1,130 @@
+"""The stage that repeats extraction and fine-tuning, the second future work of OAR (arXiv 2504.17069 v1).
+
+Hard EM on q(order, x) = prod q(position) q(token | position). E-step: for each training image the order that
+is greedily the most likely under the current model, its tokens being given. M-step: fine-tune content and
+location head on these orders. -log q(order, x) of the extracted order bounds -log p(x) from above.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from anyorder.files import atomic, read_manifest
+from anyorder.inference.device import device
+from anyorder.inference.weights import CONFIG, WEIGHTS, load_any_order
+from anyorder.method.policy_config import PolicyConfig
+from anyorder.models.transformer import Architecture
+from anyorder.stages.artifacts import Artifact
+from anyorder.stages.execute import execute
+from anyorder.stages.orders import OrdersStage
+from anyorder.stages.train import TrainStage
+from anyorder.training.trainer import TrainConfig
+
+log_likelihood = PolicyConfig("token_likelihood", location=1.0)
+"""The greedy E-step: position and true token together as likely as can be."""
+
+
+@dataclass
+class IterateStage:
+    """Rounds of {extract orders with the current model, fine-tune on them}: hard EM on q(order, x)."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("model", "tokens")
+    model: Path
+    """Any-order model to start from, with or without a location head."""
+    tokens: Path
+    rounds: int = 3
+    """At most so many."""
+    patience: int = 1
+    """Rounds without a lower bound on the test split after which to stop; the best round's model is kept."""
+    first: PolicyConfig = field(default_factory=PolicyConfig)
+    """How orders are extracted in the first round by a model without a location head."""
+    policy: PolicyConfig = field(default_factory=lambda: log_likelihood)
+    """How orders are extracted once there is a location head."""
+    limit: int | None = None
+    """Only the first images of the training split."""
+    test_limit: int = 512
+    """Images of the test split that the bound is measured on."""
+    jitter: float = 0.0
+    """Steps of noise on the ranks, see `train`."""
+    random_share: float = 0.5
+    """Share of random orders in the first round; later rounds go down to the floor in equal parts."""
+    random_floor: float = 0.1
+    """Share of random orders in the last round: keeps the any-order ability that extraction needs."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Of each round."""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.patience < 1:
+            raise ValueError(f"rounds and patience must be >= 1, got {self.rounds} and {self.patience}")
+        if not 0 <= self.random_floor <= self.random_share <= 1:
+            raise ValueError(
+                "random_floor <= random_share must lie in [0, 1], got "
+                f"{self.random_floor} and {self.random_share}"
+            )
+
+    def run(self, artifact: Artifact) -> dict[str, Any]:
+        """Write `round-N/{orders,model}`, and the model of the best round."""
+        history: list[dict[str, Any]] = []
+        model = self.model
+        while len(history) < self.rounds and not self._exhausted(history):
+            model = self._round(artifact.folder / f"round-{len(history) + 1}", model, len(history))
+            history.append(self._facts(model))
+        best = min(history, key=lambda facts: facts["test_bound"])
+        winner = artifact.folder / f"round-{history.index(best) + 1}" / "model"
+        for name in (CONFIG, WEIGHTS):
+            with atomic(artifact.folder / name) as temporary:
+                shutil.copyfile(winner / name, temporary)
+        keys = ("parameters", "training_tokens", "training_seconds", "test_nll", "test_bound")
+        return {
+            **{key: value for key, value in read_manifest(winner).items() if key in keys},
+            "rounds": history,
+            "best_round": history.index(best) + 1,
+            "extraction_evaluations": sum(facts["extraction_evaluations"] for facts in history),
+            "device": str(device()),
+        }
+
+    def _round(self, folder: Path, model: Path, done: int) -> Path:
+        """One E-step and one M-step; either is skipped if it is finished."""
+        located = getattr(load_any_order(model).config, "location", False)
+        extraction = OrdersStage(
+            model=model,
+            tokens=self.tokens,
+            policy=self.policy if located else self.first,
+            limit=self.limit,
+            test_limit=self.test_limit,
+            seed=self.train.seed,
+        )
+        execute("orders", extraction, folder / "orders")
+        above = (self.random_share - self.random_floor) * (1 - done / max(1, self.rounds - 1))
+        training = TrainStage(
+            tokens=self.tokens,
+            orders=folder / "orders",
+            init=model,
+            jitter=self.jitter,
+            random_share=self.random_floor + above,
+            model=Architecture(location=True),
+            train=dataclasses.replace(self.train, seed=self.train.seed + done),
+        )
+        execute("train", training, folder / "model")
+        return folder / "model"
+
+    def _facts(self, model: Path) -> dict[str, Any]:
+        """What a finished round came to, from its manifests."""
+        trained, orders = read_manifest(model), read_manifest(model.parent / "orders")
+        keys = ("train_bound", "test_bound", "train_nll", "test_nll")
+        return {
+            "policy": orders["policy"],
+            "random_share": trained["config"]["random_share"],
+            **{key: trained[key] for key in keys},
+            "gap": trained["test_bound"] - trained["train_bound"],
+            "training_tokens": trained["training_tokens"],
+            "extraction_evaluations": orders["extraction_evaluations"],
+        }
+
+    def _exhausted(self, history: list[dict[str, Any]]) -> bool:
+        bounds = [facts["test_bound"] for facts in history]
+        return bool(bounds) and len(bounds) - 1 - bounds.index(min(bounds)) >= self.patience

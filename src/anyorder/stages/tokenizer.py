@@ -1,0 +1,81 @@
+"""The stage that trains the tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from anyorder.data.caches import ImageSet
+from anyorder.data.images import to_uint8
+from anyorder.data.rows import batches, evenly_spaced
+from anyorder.evaluation import metrics
+from anyorder.inference.device import device
+from anyorder.inference.weights import save_model
+from anyorder.report import figures
+from anyorder.stages.artifacts import Artifact
+from anyorder.stages.common import SHOWN, fit, training_facts
+from anyorder.stages.features import SMALL
+from anyorder.tokenizers.losses import LossConfig, TokenizerLoss, codebook_usage
+from anyorder.tokenizers.vq import VQConfig, VQModel
+from anyorder.training.trainer import TrainConfig
+
+
+@dataclass
+class TokenizerStage:
+    """Train the VQ tokenizer and measure it on the test split."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("data",)
+    data: Path
+    model: VQConfig = field(default_factory=lambda: SMALL)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def run(self, artifact: Artifact) -> dict[str, Any]:
+        """Write the model, its log, and reconstructions of test images."""
+        images, test = ImageSet(self.data), ImageSet(self.data, "test")
+        torch.manual_seed(self.train.seed)
+        model, objective = VQModel(self.model), TokenizerLoss(self.loss).to(device())
+
+        def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
+            assert isinstance(model, VQModel)
+            return objective(model, images.batch(rows)[0].to(device()), step)
+
+        def evaluate(model: nn.Module, step: int) -> dict[str, float]:
+            assert isinstance(model, VQModel)
+            return {f"test_{key}": value for key, value in measure_tokenizer(model, test, 1024).items()}
+
+        adversary = objective if any(True for _ in objective.parameters()) else None
+        result = fit(artifact, model, loss, len(images), self.train, extra=adversary, evaluate=evaluate)
+        best = result.model
+        assert isinstance(best, VQModel)
+        save_model(artifact.folder, best, self.model, "vq")
+        figures.save_image(reconstructions(best, test), artifact.folder / "reconstructions.png")
+        return {"test": measure_tokenizer(best, test, len(test)), **training_facts(result)}
+
+
+def measure_tokenizer(model: VQModel, images: ImageSet, limit: int) -> dict[str, float]:
+    """PSNR (dB), SSIM, codebook usage and perplexity over at most `limit` images."""
+    tokens, psnr, ssim, some = [], 0.0, 0.0, evenly_spaced(limit, len(images))
+    n = len(some)
+    for rows in batches(some, 256):
+        pixels = images.batch(rows)[0].to(device())
+        found = model.encode(pixels)
+        decoded = model.decode(found, model.grid(pixels)).clamp(-1, 1)
+        psnr += float(metrics.psnr(decoded, pixels).sum())
+        ssim += float(metrics.ssim(decoded, pixels).sum())
+        tokens.append(found.cpu())
+    usage, perplexity = codebook_usage(torch.cat(tokens), model.vocab_size)
+    return {"psnr": psnr / n, "ssim": ssim / n, "codebook_usage": usage, "codebook_perplexity": perplexity}
+
+
+def reconstructions(model: VQModel, images: ImageSet) -> Any:
+    """Test images above their reconstructions, a Pillow image."""
+    pixels = images.batch(np.arange(min(SHOWN, len(images))))[0].to(device())
+    decoded = model.decode(model.encode(pixels), model.grid(pixels))
+    both = np.concatenate((to_uint8(pixels), to_uint8(decoded)))
+    return figures.image_grid(both, columns=len(pixels), scale=2)

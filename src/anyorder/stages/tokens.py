@@ -1,0 +1,86 @@
+"""The stage that encodes images as tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from tqdm import tqdm
+
+from anyorder.contracts import Grid, TokenizerNetwork
+from anyorder.data.caches import TEXT, ImageSet
+from anyorder.data.captions import CaptionTokenizer, TextConfig
+from anyorder.data.rows import slices
+from anyorder.files import RowWriter, save_array, write_text
+from anyorder.inference.device import device
+from anyorder.inference.weights import load_tokenizer
+from anyorder.stages.artifacts import Artifact
+
+
+@dataclass
+class TokensStage:
+    """Encode every image once."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("data", "tokenizer")
+    data: Path
+    tokenizer: Path
+    batch_size: int = 256
+    """Images per call."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """How captions become tokens, where the data have captions."""
+
+    def run(self, artifact: Artifact) -> dict[str, Any]:
+        """Write `{train,test}.{tokens,labels}.npy`, of data with more `{attributes,captions}.npy`, too."""
+        further = self._conditions(artifact)
+        model = load_tokenizer(self.tokenizer)
+        examples = sum(self._encode(model, split, artifact) for split in ("train", "test"))
+        images = ImageSet(self.data)
+        grid = [side // model.factor for side in images.size]
+        return {
+            "examples": examples,
+            "grid": grid,
+            "vocab_size": model.vocab_size,
+            "classes": images.classes,
+            "image_size": list(images.size),
+            "tokenizer": artifact.identity["inputs"]["tokenizer"],
+            "data": artifact.identity["inputs"]["data"],
+            **further,
+        }
+
+    def _conditions(self, artifact: Artifact) -> dict[str, Any]:
+        """Write attributes and caption tokens of both splits; facts for the manifest."""
+        (artifact.folder / TEXT).unlink(missing_ok=True)  # of an earlier configuration
+        sets = [ImageSet(self.data, split) for split in ("train", "test")]
+        facts: dict[str, Any] = {}
+        if sets[0].attributes:
+            facts["attributes"] = sets[0].attributes
+            for images in sets:
+                save_array(artifact.folder / f"{images.split}.attributes.npy", images.attribute_values())
+        captions = [images.captions() for images in sets]
+        if captions[0] is None:
+            if self.text != TextConfig():
+                raise ValueError(f"{self.data} has no captions: leave out text.*, or run data with captions=")
+            return facts
+        tokenizer = CaptionTokenizer.train(captions[0], self.text.vocab_size)
+        write_text(artifact.folder / TEXT, tokenizer.definition)
+        for images, some in zip(sets, captions, strict=True):
+            tokens = tokenizer.encode(some or [], self.text.length).astype(np.int32)
+            save_array(artifact.folder / f"{images.split}.captions.npy", tokens)
+        return facts | {"text": {"vocab_size": tokenizer.vocab_size, "length": self.text.length}}
+
+    def _encode(self, model: TokenizerNetwork, split: str, artifact: Artifact) -> int:
+        """Encode one split, going on where a killed run stopped; the number of images."""
+        images = ImageSet(self.data, split)
+        n = Grid(*(side // model.factor for side in images.size)).n
+        names = {f"{split}.tokens": ((n,), np.int32), f"{split}.labels": ((), np.int64)}
+        rows = RowWriter(artifact.folder, names)
+        with tqdm(total=len(images), initial=rows.rows, desc=f"{split} tokens", unit="image") as bar:
+            for some in slices(len(images), self.batch_size, rows.rows):
+                pixels, labels = images.batch(some)
+                tokens = model.encode(pixels.to(device())).cpu().numpy()
+                rows.append(**{f"{split}.tokens": tokens, f"{split}.labels": labels.numpy()})
+                bar.update(len(some))
+        rows.close()
+        return len(images)

@@ -1,0 +1,284 @@
+"""What a tokenizer is trained on: pixels, codebook, perception and, from some step on, an adversary.
+
+The sum is that of VQGAN (arXiv 2012.09841, Sec. 3.1 and Eq. 7), arranged so that one backward pass and one
+optimizer train both sides: the generator's term sees the discriminator's weights detached, the
+discriminator's term sees the reconstructions detached.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from anyorder.tokenizers.vq import VQModel, VQOutput
+
+
+@dataclass
+class LossConfig:
+    """Weights of the tokenizer's losses; a weight of zero leaves the term and its network out."""
+
+    l1: float = 1.0
+    """Weight of the mean absolute error of pixels."""
+    l2: float = 1.0
+    """Weight of the mean squared error of pixels."""
+    lpips: float = 0.0
+    """Weight of the perceptual distance; needs `vgg_path`."""
+    vgg_path: str | None = None
+    """VGG16 weights with torchvision's keys `features.N.weight` and `.bias`, .safetensors or .pth."""
+    lpips_path: str | None = None
+    """LPIPS's linear heads `linN.model.1.weight`; None: every channel counts the same."""
+    adversarial: float = 0.0
+    """Weight of the adversarial term, times the adaptive weight."""
+    discriminator_start: int = 0
+    """Training step at which both adversarial terms set in."""
+    discriminator_channels: int = 64
+    """Width after the discriminator's first layer, a multiple of 8."""
+    discriminator_layers: int = 3
+    """Times the discriminator halves the image; 3 judges patches of 70 pixels, 2 of 34, 1 of 16."""
+    seed: int = 0
+    """Of the draws that re-seed unused codes; combined with the step, so a resumed run draws the same."""
+
+    def __post_init__(self) -> None:
+        for name in ("l1", "l2", "lpips", "adversarial", "discriminator_start", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.lpips > 0 and self.vgg_path is None:
+            raise ValueError(
+                f"lpips={self.lpips} needs vgg_path, a file with torchvision's VGG16 weights "
+                "(vgg16-397923af.pth or its .safetensors); give one or set lpips=0"
+            )
+        if self.discriminator_channels < 8 or self.discriminator_channels % 8:
+            raise ValueError(
+                f"discriminator_channels must be a positive multiple of 8, got {self.discriminator_channels}"
+            )
+        if self.discriminator_layers < 1:
+            raise ValueError(f"discriminator_layers must be at least 1, got {self.discriminator_layers}")
+
+
+class TokenizerLoss(nn.Module):
+    """The training loss of a `VQModel`; its own parameters, the discriminator's, go to the same optimizer."""
+
+    def __init__(self, config: LossConfig):
+        super().__init__()
+        self.config = config
+        self.perceptual: PerceptualLoss | None = None
+        self.discriminator: Discriminator | None = None
+        if config.lpips and config.vgg_path:
+            self.perceptual = PerceptualLoss(config.vgg_path, config.lpips_path)
+        if config.adversarial:
+            self.discriminator = Discriminator(config.discriminator_channels, config.discriminator_layers)
+
+    def forward(self, model: VQModel, images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one training batch; also updates the codebook, after the forward pass.
+
+        Only ever called in training, once per step: `model.update_codebook` is part of the call.
+
+        Args:
+            model: the tokenizer in training.
+            images: (B, 3, H, W) float in [-1, 1].
+            step: training step, from 0; decides whether the adversary plays and seeds the codebook's draws.
+
+        Returns:
+            The sum to differentiate, a float32 scalar, and its detached parts before their weights, float32
+            scalars: `l1`, `l2`, `commitment` (weighted), `codebook`; where they apply `lpips`, `generator`,
+            `discriminator` and `adaptive_weight`; and of the latest 65,536 training tokens `codebook_usage`
+            in (0, 1] and `codebook_perplexity` in [1, V].
+        """
+        output = model(images)
+        fake, real = output.reconstruction.float(), images.float()
+        reconstruction, parts = self._reconstruction(fake, real)
+        total = reconstruction + output.commitment_loss + output.codebook_loss
+        parts |= {"commitment": output.commitment_loss, "codebook": output.codebook_loss}
+        if self.discriminator is not None and step >= self.config.discriminator_start:
+            generator = generator_loss(self.discriminator, fake)
+            weight = adaptive_weight(reconstruction, generator, model.decoder.conv_out.weight)
+            discriminator = discriminator_loss(self.discriminator, real, fake)
+            total = total + self.config.adversarial * weight * generator + discriminator
+            parts |= {"generator": generator, "discriminator": discriminator, "adaptive_weight": weight}
+        parts |= self._update_codebook(model, output, step)
+        return total, {name: part.detach() for name, part in parts.items()}
+
+    def _reconstruction(self, fake: Tensor, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        parts = {"l1": F.l1_loss(fake, real), "l2": F.mse_loss(fake, real)}
+        total = self.config.l1 * parts["l1"] + self.config.l2 * parts["l2"]
+        if self.perceptual is not None:
+            parts["lpips"] = self.perceptual(fake, real)
+            total = total + self.config.lpips * parts["lpips"]
+        return total, parts
+
+    def _update_codebook(self, model: VQModel, output: VQOutput, step: int) -> dict[str, Tensor]:
+        # Hashed, because a CPU generator reads no more than the low 32 bits of its seed.
+        seed = int(np.random.SeedSequence((self.config.seed, step)).generate_state(1)[0])
+        model.update_codebook(output, torch.Generator(output.latents.device).manual_seed(seed))
+        recent = model.quantize.codebook_used
+        usage, perplexity = codebook_usage(recent[recent >= 0].long(), model.vocab_size)
+        return {"codebook_usage": torch.tensor(usage), "codebook_perplexity": torch.tensor(perplexity)}
+
+
+def codebook_usage(tokens: Tensor, vocab_size: int) -> tuple[float, float]:
+    """How much of the codebook a set of tokens uses.
+
+    Args:
+        tokens: int64 of any shape, in [0, vocab_size), at least one.
+        vocab_size: number of codes, V.
+
+    Returns:
+        The share of codes that occur, in (0, 1], and the perplexity of their frequencies, in [1, V].
+    """
+    frequency = torch.bincount(tokens.flatten(), minlength=vocab_size).double() / tokens.numel()
+    entropy = torch.special.entr(frequency).sum()
+    return (frequency > 0).double().mean().item(), entropy.exp().item()
+
+
+def generator_loss(discriminator: Discriminator, fake: Tensor) -> Tensor:
+    """Hinge loss of the generator; gives the discriminator's weights no gradient."""
+    frozen = {name: p.detach() for name, p in discriminator.named_parameters()}
+    return -torch.func.functional_call(discriminator, frozen, (fake,)).float().mean()
+
+
+def discriminator_loss(discriminator: Discriminator, real: Tensor, fake: Tensor) -> Tensor:
+    """Hinge loss of the discriminator (arXiv 1705.02894); gives the generator no gradient."""
+    on_real, on_fake = discriminator(torch.cat((real, fake.detach()))).float().chunk(2)
+    return (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()) / 2
+
+
+def adaptive_weight(reconstruction: Tensor, generator: Tensor, last_layer: Tensor) -> Tensor:
+    """Weight that gives the adversary as much pull on the last layer as the reconstruction (VQGAN, Eq. 7).
+
+    Args:
+        reconstruction: scalar loss that depends on `last_layer`.
+        generator: scalar loss that depends on `last_layer`.
+        last_layer: the decoder's last weight.
+
+    Returns:
+        Detached scalar in [0, 10,000].
+    """
+    pulls = [
+        torch.autograd.grad(x, last_layer, retain_graph=True)[0].norm() for x in (reconstruction, generator)
+    ]
+    return (pulls[0] / (pulls[1] + 1e-4)).clamp(0, 1e4).detach()
+
+
+class Discriminator(nn.Sequential):
+    """PatchGAN (arXiv 1611.07004, Sec. 3.2.2): one logit per overlapping patch.
+
+    GroupNorm in place of BatchNorm, so that the verdict on an image does not depend on its batch.
+    """
+
+    def __init__(self, channels: int, layers: int):
+        super().__init__(nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2))
+        widths = [channels * min(2**i, 8) for i in range(layers + 1)]
+        for i, (before, width) in enumerate(itertools.pairwise(widths), start=1):
+            stride = 2 if i < layers else 1
+            self.append(nn.Conv2d(before, width, 4, stride=stride, padding=1, bias=False))
+            self.append(nn.GroupNorm(8, width))
+            self.append(nn.LeakyReLU(0.2))
+        self.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
+        self.smallest = 3 * 2**layers
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] to logits (B, 1, h, w), positive for real.
+
+        Raises:
+            ValueError: images too small to leave a patch.
+        """
+        if min(images.shape[2:]) < self.smallest:
+            raise ValueError(
+                f"the discriminator takes images of {self.smallest} x {self.smallest} pixels or more, got "
+                f"{images.shape[2]} x {images.shape[3]}: give fewer discriminator_layers"
+            )
+        return super().forward(images)
+
+
+VGG16_STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+"""Indices of the convolutions in torchvision's `vgg16().features`; a 2 x 2 max-pool lies between stages."""
+
+
+class PerceptualLoss(nn.Module):
+    """Distance of images in the features of VGG16 (LPIPS, arXiv 1801.03924, Eq. 1).
+
+    Weights are read from files into buffers outside the state dict: they neither train nor enter checkpoints.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, vgg_path: str | Path, lpips_path: str | Path | None = None):
+        """Read the weights.
+
+        Args:
+            vgg_path: VGG16 with torchvision's keys, .safetensors or a file of `torch.save`.
+            lpips_path: the five linear heads `lin{0..4}.model.1.weight`; None weighs every channel with one.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file without the expected weights.
+        """
+        super().__init__()
+        names = [
+            f"features.{i}.{kind}" for stage in VGG16_STAGES for i in stage for kind in ("weight", "bias")
+        ]
+        for name, value in _read_weights(vgg_path, names, "torchvision's VGG16").items():
+            self.register_buffer(name.replace(".", "_"), value.float(), persistent=False)
+        heads = [f"lin{i}.model.1.weight" for i in range(len(VGG16_STAGES))]
+        given = _read_weights(lpips_path, heads, "LPIPS's VGG16 heads") if lpips_path else {}
+        for i, name in enumerate(heads):
+            head = given[name].float() if given else torch.ones(())
+            self.register_buffer(f"head_{i}", head, persistent=False)
+        # ImageNet's mean and standard deviation, for images in [-1, 1] instead of [0, 1].
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        self.register_buffer("mean", (2 * mean - 1)[:, None, None], persistent=False)
+        self.register_buffer("std", (2 * std)[:, None, None], persistent=False)
+
+    def forward(self, fake: Tensor, real: Tensor) -> Tensor:
+        """Mean distance of two batches (B, 3, H, W) in [-1, 1], a float32 scalar; sides of 16 pixels or more.
+
+        Raises:
+            ValueError: images smaller than 16 x 16.
+        """
+        if min(fake.shape[2:]) < 16:
+            raise ValueError(
+                f"lpips takes images of 16 x 16 pixels or more, got {fake.shape[2]} x {fake.shape[3]}: "
+                "set lpips=0"
+            )
+        with torch.no_grad():
+            targets = self._features(real)
+        distances = [
+            (getattr(self, f"head_{i}") * (a - b) ** 2).sum(1).mean()
+            for i, (a, b) in enumerate(zip(self._features(fake), targets, strict=True))
+        ]
+        return torch.stack(distances).sum()
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        """Unit-length features (B, C, h, w) float32 at the end of each stage."""
+        x, features = (images - self.mean) / self.std, []
+        for i, stage in enumerate(VGG16_STAGES):
+            x = F.max_pool2d(x, 2) if i else x
+            for j in stage:
+                weight, bias = getattr(self, f"features_{j}_weight"), getattr(self, f"features_{j}_bias")
+                x = F.relu(F.conv2d(x, weight, bias, padding=1))
+            features.append(F.normalize(x.float(), dim=1, eps=1e-10))
+        return features
+
+
+def _read_weights(path: str | Path, names: list[str], what: str) -> dict[str, Tensor]:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: give the path of {what} weights")
+    if path.suffix == ".safetensors":
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise ValueError(
+            f"{path} has no {missing[0]} ({len(missing)} of {len(names)} missing): not {what} weights"
+        )
+    return {name: state[name] for name in names}

@@ -1,0 +1,1 @@
+"""Training: the one trainer, its checkpoints, low-rank updates, orders extracted while training."""

@@ -1,0 +1,96 @@
+"""Making a published model one's own: other classes, another grid, low-rank updates."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from anyorder.contracts import AnyOrderNetwork, Grid
+from anyorder.inference.weights import kind_of
+
+CLASS_TABLES = {
+    "llamagen": "cls_embedding.embedding_table.weight",
+    "randar": "cls_embedding.embedding_table.weight",
+    "arpg": "embeddings.weight",
+}
+"""Kind of model -> the tensor that holds a row for each class, then one for no class."""
+
+HEADS = ("head", "output")
+"""The last matrix, which low-rank training leaves alone: it is as large as the codebook."""
+
+
+def adapt(model: AnyOrderNetwork, grid: Grid, num_classes: int) -> AnyOrderNetwork:
+    """A published model for other classes and another grid; everything else is as it was.
+
+    New classes begin as "no class" does, which every guided model has learnt. As many classes as before are
+    taken to be the same ones.
+
+    Args:
+        model: one of the adapters; it is not changed.
+        grid: of the tokens that it is to learn.
+        num_classes: of these; without any there is one that all images belong to.
+    """
+    num_classes = max(1, num_classes)
+    config = dataclasses.replace(model.config, grid=(grid.h, grid.w), num_classes=num_classes)
+    tensors = model.state_dict()
+    if num_classes != model.num_classes:
+        name = CLASS_TABLES[kind_of(model)]
+        first = model.vocab_size + 1 if kind_of(model) == "arpg" else 0  # after the codes and the mask
+        tensors[name] = _resized(tensors[name], first, model.num_classes, num_classes)
+    adapted = type(model)(config).to(next(model.parameters()).device)
+    adapted.load_state_dict(tensors)
+    return adapted.train(model.training)
+
+
+def _resized(table: Tensor, first: int, before: int, now: int) -> Tensor:
+    """The table with `now` classes in the place of `before` from row `first` on, all alike."""
+    none = table[first + before]
+    return torch.cat((table[:first], none.expand(now, -1), table[first + before :]))
+
+
+# --- low-rank updates -------------------------------------------------------------------------------------
+
+
+class LowRank(nn.Module):
+    """W to W + up down, of rank r (LoRA, arXiv 2106.09685, Sec. 4.1); nothing changes at first."""
+
+    def __init__(self, weight: Tensor, rank: int):
+        """For a matrix (out, in)."""
+        super().__init__()
+        out, into = weight.shape
+        self.down = nn.Parameter(torch.randn(rank, into, device=weight.device) * into**-0.5)
+        self.up = nn.Parameter(torch.zeros(out, rank, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """(out, in) to (out, in)."""
+        return weight + self.up @ self.down
+
+
+def add_low_rank(model: AnyOrderNetwork, rank: int) -> None:
+    """Freeze a model, except for low-rank updates of its matrices, its class table and its location head.
+
+    Args:
+        model: changed in place.
+        rank: r, >= 1.
+    """
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if name.partition(".")[0] == "location":
+            module.requires_grad_(True)
+        elif isinstance(module, nn.Linear) and name not in HEADS:
+            parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank))
+    table = CLASS_TABLES.get(kind_of(model), "condition_embedding.weight")
+    model.get_parameter(table).requires_grad_(True)
+
+
+def merge_low_rank(model: nn.Module) -> None:
+    """Add the updates to the weights, in place: what is left is an ordinary model.
+
+    Copies made with the updates share their classes, and are of no use afterwards.
+    """
+    for module in model.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
