@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from anyorder.data import images as images_module
-from anyorder.data.images import BadImage, ingest, load_image
+from anyorder.data import ingest as ingest_module
+from anyorder.data.images import BadImage, load_image
+from anyorder.data.ingest import ingest
 from anyorder.data.sources import FolderSource, HubSource, ParquetSource, open_source
 from anyorder.stages.artifacts import Artifact
 
@@ -166,6 +168,7 @@ def test_skipped(name, tmp_path):
     for source in (data, tmp_path / name):
         with pytest.raises(BadImage) as caught:
             load_image(source, SIZE)
+        assert (str(tmp_path / name) in str(caught.value)) == (source is not data)
         assert caught.value.kind == kind
         assert str(caught.value).startswith(kind + ": ")
 
@@ -183,7 +186,7 @@ def test_no_file(tmp_path):
 def test_permission_denied(tmp_path, monkeypatch):
     (tmp_path / "secret.png").write_bytes(encode(plain(RED)))
 
-    def refuse(path):
+    def refuse(path, **_):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Image, "open", refuse)
@@ -223,7 +226,7 @@ def test_alpha_is_composited_on_fill():
 def test_max_pixels_is_checked_before_decoding(monkeypatch):
     data = encode(plain(RED, side=20))
     assert load_image(data, SIZE, max_pixels=400).shape == (8, 8, 3)
-    monkeypatch.setattr(images_module, "_decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(images_module, "_upright", lambda *_: pytest.fail("decoded"))
     with pytest.raises(BadImage, match=r"too many pixels: 20 x 20 pixels, allowed are 399 \(max_pixels\)"):
         load_image(data, SIZE, max_pixels=399)
 
@@ -419,12 +422,12 @@ def test_finished_split_is_not_decoded_again(tmp_path, monkeypatch):
             raise RuntimeError("killed")
         return load_image(image, *args, **options)
 
-    monkeypatch.setattr(images_module, "load_image", lambda *a, **k: load(*a, dying=True, **k))
+    monkeypatch.setattr(ingest_module, "load_image", lambda *a, **k: load(*a, dying=True, **k))
     with pytest.raises(RuntimeError, match="killed"):
         ingest(source, tmp_path / "out", SIZE)
     assert "train" in decoded
     decoded.clear()
-    monkeypatch.setattr(images_module, "load_image", lambda *a, **k: load(*a, dying=False, **k))
+    monkeypatch.setattr(ingest_module, "load_image", lambda *a, **k: load(*a, dying=False, **k))
     assert ingest(source, tmp_path / "out", SIZE)["counts"] == {"train": 3, "test": 3}
     assert decoded == ["test"] * 3
     decoded.clear()

@@ -74,7 +74,7 @@ def test_every_form_of_import_is_seen():
 import anyorder.models.vq, numpy
 from anyorder import demo as d, __version__
 def f():
-    from anyorder.data.images import ingest
+    from anyorder.data.ingest import ingest
     import anyorder.stages as stages
 """
     assert imported(source) == {"models", "demo", "data", "stages"}

@@ -17,7 +17,7 @@ from anyorder import Pipeline
 from anyorder.cli import main as cli
 from anyorder.data.caches import ImageSet, TokenSet
 from anyorder.data.captions import CaptionTokenizer, TextConfig, Vocabulary, index_of
-from anyorder.data.images import ingest
+from anyorder.data.ingest import ingest
 from anyorder.data.sources import open_source
 from anyorder.evaluation.classes import agreement
 from anyorder.files import load_array, read_json, read_manifest

@@ -1,35 +1,37 @@
-"""From any image file to a fixed-size array, and from a source of images to a data artifact."""
+"""The one reader of images and masks: files, bytes, Pillow images and arrays, to RGB or to a mask."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import islice
-from multiprocessing.pool import ThreadPool
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
 from anyorder.data.rows import slices
-from anyorder.data.sources import Item, Source
-from anyorder.files import RowWriter, read_json, write_json
 
 Size = tuple[int, int]
 Color = tuple[int, int, int]
+ImageLike = bytes | str | os.PathLike[str] | Image.Image | np.ndarray
 
-SPLITS = ("train", "test")
+FORMATS = (
+    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA",
+    "TIFF", "WEBP",
+)  # fmt: skip
+"""Formats that are read. EPS and its kind are left out: Pillow starts another program for them."""
+WHITE: Color = (255, 255, 255)
 MAX_PIXELS = 64_000_000
+MAX_BYTES = 2**29
+"""Larger files are refused before they are opened."""
+GENERATE = 128
+"""Grey values of a mask from here on are generated."""
 _GAP = 3.0  # how much larger than needed a cheap first reduction may leave the image; 3 is visually lossless
-_BLOCK = 256  # images in memory at a time
-_LISTED = 1000  # skipped images named in the manifest
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,31 +42,39 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 
 class BadImage(ValueError):
-    """An image that cannot be used; `kind` is one of few words to count by, the message says more."""
+    """An image that cannot be used.
 
-    def __init__(self, kind: str, detail: str):
-        super().__init__(f"{kind}: {detail}")
-        self.kind = kind
+    Attributes:
+        kind: one of few phrases to count by, such as "damaged image".
+        detail: the rest of the message.
+    """
+
+    def __init__(self, kind: str, detail: str, where: str = ""):
+        super().__init__(f"{kind}: {where}{detail}")
+        self.kind, self.detail = kind, detail
 
 
 def load_image(
-    image: bytes | str | Path,
-    size: Size,
+    image: ImageLike,
+    size: Size | None = None,
     fit: str = "crop",
-    fill: Color = (255, 255, 255),
+    fill: Color = WHITE,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """Decode one image, upright, in RGB, at a fixed size.
+    """Read one image, upright, in RGB (sRGB if it has a colour profile).
 
-    Of an animation the first frame is taken; 16- and 32-bit samples are scaled to 8 bits.
+    Of an animation the first frame is taken. Samples of 16 and 32 bits and floats are scaled to 8 bits: the
+    smallest common range that holds them all (1, 255 or 65535; 2**31 for integers) becomes 255.
 
     Args:
-        image: the file's bytes or its path.
-        size: (height, width) in pixels.
-        fit: "crop" covers the size and cuts the overhang evenly; "letterbox" shows all of the image and
+        image: a path, the bytes of a file, a Pillow image of any mode, or an array (H, W), (H, W, 3) or
+            (H, W, 4) of bool, uint8, uint16 or float.
+        size: (height, width) in pixels; None leaves the size as it is.
+        fit: "crop" covers `size` and cuts what hangs over evenly; "letterbox" shows all of the image and
             fills the rest.
         fill: RGB in [0, 255] behind transparent pixels and around a letterboxed image.
         max_pixels: larger images are refused before they are decoded (so are those beyond Pillow's own
@@ -74,73 +84,179 @@ def load_image(
         (height, width, 3) uint8.
 
     Raises:
-        BadImage: the image is unreadable, too large, damaged or no image at all.
+        BadImage: the image is unreadable, too large, damaged, or no image; the message has its path.
         ValueError: `size` or `fit` is not allowed.
     """
-    _check_format(size, fit)
-    try:
-        with _open(image) as opened:
-            if opened.width * opened.height > max_pixels:
-                detail = f"{opened.width} x {opened.height} pixels, allowed are {max_pixels} (max_pixels)"
-                raise BadImage("too many pixels", detail)
-            rgb = _decode(opened, size, fill)
-        return np.asarray(_crop(rgb, size) if fit == "crop" else _letterbox(rgb, size, fill))
-    except BadImage:
-        raise
-    except Image.DecompressionBombError as e:
-        raise BadImage("too many pixels", str(e)) from e
-    except UnidentifiedImageError as e:
-        raise BadImage("not an image", "no decoder knows its first bytes") from e
-    except Exception as e:  # foreign bytes make decoders raise anything: struct.error, SyntaxError, ...
-        from_system = getattr(e, "errno", None) is not None
-        kind = "unreadable file" if from_system else "damaged image"
-        raise BadImage(kind, f"{type(e).__name__}: {e}") from e
+    check_format(size, fit)
+    with _errors(image):
+        rgb = _decode(image, size, fill, max_pixels)
+        if size is not None:
+            rgb = _crop(rgb, size) if fit == "crop" else _letterbox(rgb, size, fill)
+        return np.array(rgb)
 
 
-def _check_format(size: Size, fit: str) -> None:
-    if len(size) != 2 or min(size) < 1:
+def load_mask(mask: ImageLike, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Read a mask: white is to be generated, black and transparent are kept.
+
+    A mask of the values 0 and 1 alone is understood, too.
+
+    Args:
+        mask: as `image` of `load_image`.
+        max_pixels: see `load_image`.
+
+    Returns:
+        (H, W) bool, True where pixels are to be generated.
+
+    Raises:
+        BadImage: see `load_image`.
+    """
+    with _errors(mask):
+        grey = np.asarray(_decode(mask, None, (0, 0, 0), max_pixels).convert("L"))
+    return grey == 1 if grey.max() == 1 else grey >= GENERATE
+
+
+def check_format(size: Size | None, fit: str) -> None:
+    """Raise a ValueError for a size or a way to fit that `load_image` does not know."""
+    if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"size must be a positive (height, width) in pixels, got {size}")
     if fit not in ("crop", "letterbox"):
         raise ValueError(f"fit must be 'crop' or 'letterbox', got {fit!r}")
 
 
-def _open(image: bytes | str | Path) -> Image.Image:
+@contextlib.contextmanager
+def _errors(image: ImageLike) -> Iterator[None]:
+    """Turn whatever decoders raise into `BadImage` with the path; foreign bytes make them raise anything."""
+    where = f"{os.fspath(image)}: " if isinstance(image, str | os.PathLike) else ""
+    try:
+        yield
+    except BadImage as e:
+        raise BadImage(e.kind, e.detail, where) from e.__cause__
+    except Image.DecompressionBombError as e:
+        raise BadImage("too many pixels", str(e), where) from e
+    except UnidentifiedImageError as e:
+        raise BadImage("not an image", "no decoder knows its first bytes", where) from e
+    except Exception as e:
+        from_system = getattr(e, "errno", None) is not None
+        kind = "unreadable file" if from_system else "damaged image"
+        raise BadImage(kind, f"{type(e).__name__}: {e}", where) from e
+
+
+def _decode(image: ImageLike, size: Size | None, fill: Color, max_pixels: int) -> Image.Image:
+    """Upright RGB at full size or, where the format has a cheap way to it, not much larger than `size`."""
+    if isinstance(image, np.ndarray):
+        image = _from_array(image)
+    opened = contextlib.nullcontext(image) if isinstance(image, Image.Image) else _open(image)
+    with opened as found:
+        if found.width * found.height > max_pixels:
+            detail = f"{found.width} x {found.height} pixels, allowed are {max_pixels} (max_pixels)"
+            raise BadImage("too many pixels", detail)
+        if found.format not in (None, *FORMATS):
+            raise BadImage("not an image", f"{found.format} files are not read")
+        if size is not None and found is not image:  # a user's image stays as it is
+            side = int(_GAP * max(size))
+            found.draft(None, (side, side))
+        return _upright(found, fill)
+
+
+def _open(image: bytes | str | os.PathLike[str]) -> Image.Image:
     if isinstance(image, bytes):
-        if not image:
-            raise BadImage("empty file", "zero bytes")
-        return Image.open(io.BytesIO(image))
-    if not os.path.isfile(image):  # opening a pipe would wait for ever
-        raise BadImage("unreadable file", f"{image} is no regular file, or a broken link")
-    if not os.path.getsize(image):
+        file: io.BytesIO | Path = io.BytesIO(image)
+        length = len(image)
+    else:
+        file = path = Path(image).expanduser()
+        if not os.path.isfile(path):  # opening a pipe or a device would wait for ever
+            raise BadImage("unreadable file", "no regular file, or a broken link")
+        length = os.path.getsize(path)
+    if not length:
         raise BadImage("empty file", "zero bytes")
-    return Image.open(image)
+    if length > MAX_BYTES:
+        raise BadImage("too many bytes", f"{length:,} bytes, allowed are {MAX_BYTES:,}")
+    return Image.open(file, formats=_openable())
 
 
-def _decode(image: Image.Image, size: Size, fill: Color) -> Image.Image:
-    """Upright RGB at full or, where the format has a cheap way to it, reduced size."""
-    side = int(_GAP * max(size))
-    image.draft(None, (side, side))
+@functools.cache
+def _openable() -> tuple[str, ...]:
+    """The formats that this build of Pillow has; MPO is read by the reader of JPEG."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def suffixes() -> set[str]:
+    """Endings of the names of image files, such as ".jpg"."""
+    formats = _openable()
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in (*formats, "MPO")}
+
+
+def _upright(image: Image.Image, fill: Color) -> Image.Image:
     image.load()
     orientation = None
     with contextlib.suppress(Exception):  # broken EXIF is no reason to lose a whole image
         orientation = image.getexif().get(_ORIENTATION_TAG)
     if image.mode == "F" or image.mode.startswith("I"):
-        image = _eight_bits(image)
+        image = _from_samples(image)
+    profile = image.info.get("icc_profile")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
-        image = Image.new("RGBA", layer.size, (*fill, 255))
-        image.alpha_composite(layer)
-    image = image.convert("RGB")
+        behind = Image.new("RGB", layer.size, fill)
+        image = Image.composite(_rgb(layer.convert("RGB"), profile), behind, layer.getchannel("A"))
+    else:
+        image = _rgb(image, profile)
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale the smallest common range that holds all samples to [0, 255]; Pillow's `convert` would clip."""
-    samples = np.nan_to_num(np.asarray(image, np.float32))
-    ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0, 2.0**31)
-    top = float(samples.max())
+def _rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """sRGB; an image without a profile, or with an unsound one, is taken to be sRGB."""
+    if image.mode == "LAB":
+        return _to_srgb(image, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")))
+    with contextlib.suppress(Exception):
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
+        mode = _PROFILE_MODES[source.profile.xcolor_space]
+        fits = (mode == "CMYK") == (image.mode == "CMYK")
+        if fits and "sRGB" not in ImageCms.getProfileDescription(source):
+            return _to_srgb(image.convert(mode), source)
+    return image.convert("RGB")
+
+
+def _to_srgb(image: Image.Image, source: ImageCms.ImageCmsProfile) -> Image.Image:
+    target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+    assert converted is not None, "only in-place conversion returns nothing"
+    return converted
+
+
+def _from_samples(image: Image.Image) -> Image.Image:
+    """A grey image of more than 8 bits at 8 bits; Pillow's `convert` would clip."""
+    samples = np.asarray(image)
+    grey = Image.fromarray(_eight_bits(samples))
+    grey.info = {key: image.info[key] for key in ("icc_profile",) if key in image.info}
+    if isinstance(clear := image.info.get("transparency"), int):
+        grey.putalpha(Image.fromarray((samples != clear) * np.uint8(255)))
+    return grey
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    known = array.dtype in (np.bool_, np.uint8, np.uint16) or array.dtype.kind == "f"
+    if not known or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)) or not array.size:
+        raise BadImage(
+            "not an image",
+            "arrays must be (H, W), (H, W, 3) or (H, W, 4) of bool, uint8, uint16 or float, "
+            f"got {array.dtype} of shape {array.shape}",
+        )
+    return Image.fromarray(np.ascontiguousarray(_eight_bits(array)))
+
+
+def _eight_bits(samples: np.ndarray) -> np.ndarray:
+    """Samples of any type to uint8: the smallest common range that holds them all becomes [0, 255]."""
+    if samples.dtype == np.uint8 or samples.dtype == np.bool_:
+        return samples * np.uint8(255) if samples.dtype == np.bool_ else samples
+    values = np.asarray(samples, np.float32)
+    top = float(values.max(where=np.isfinite(values), initial=0))
+    values = np.nan_to_num(values, posinf=top)
+    ranges = (1.0, 255.0, 65535.0) if samples.dtype.kind == "f" else (65535.0, 2.0**31)
     white = next((r for r in ranges if top <= r), top)
-    return Image.fromarray((samples.clip(0) * (255 / white)).round().astype(np.uint8))
+    return (values.clip(0) * (255 / white)).round().astype(np.uint8)
 
 
 def _crop(image: Image.Image, size: Size) -> Image.Image:
@@ -159,129 +275,6 @@ def _letterbox(image: Image.Image, size: Size, fill: Color) -> Image.Image:
     resized = image.resize(inner, Image.Resampling.LANCZOS, reducing_gap=_GAP)
     canvas.paste(resized, ((w - inner[0]) // 2, (h - inner[1]) // 2))
     return canvas
-
-
-def ingest(
-    source: Source,
-    folder: str | Path,
-    size: Size,
-    fit: str = "crop",
-    fill: Color = (255, 255, 255),
-    max_pixels: int = MAX_PIXELS,
-    max_train: int | None = None,
-    max_test: int | None = None,
-) -> dict[str, Any]:
-    """Decode a source into the arrays of a data artifact.
-
-    Writes `{split}.images.npy` (n, H, W, 3) uint8 and `{split}.labels.npy` (n,) int64 (index into
-    `classes`, 0 where there are none) for the splits train and test; where the source has them, also
-    `{split}.attributes.npy` (n, A) int64 (index into the values, -1 for none or a value that the train
-    split does not have) and `{split}.captions.json`, a list of n texts, empty where there is none.
-    Called again after a kill, a finished split is not decoded a second time.
-
-    Args:
-        source: where the images come from.
-        folder: the artifact's folder.
-        size: (height, width) in pixels.
-        fit: see `load_image`.
-        fill: see `load_image`.
-        max_pixels: see `load_image`.
-        max_train: how many training images to take, spread evenly over the source; None for all.
-        max_test: the same for the test split.
-
-    Returns:
-        Facts for the manifest: `classes` (names, sorted, from the whole train split), `attributes` (name to
-        sorted values) if there are any, `counts` by split, and `skipped` by split: `reasons` (kind to count)
-        and `first` (name and reason of up to 1000).
-
-    Raises:
-        ValueError: not one image of a split could be used, or `size`, `fit` or a limit is not allowed.
-    """
-    _check_format(size, fit)
-    if min(max_train or 0, max_test or 0) < 0:
-        raise ValueError(f"max_train and max_test must not be negative, got {max_train} and {max_test}")
-    decoding = {"size": size, "fit": fit, "fill": fill, "max_pixels": max_pixels}
-    classes = source.classes()
-    attributes = source.attributes()
-    facts: dict[str, Any] = {"classes": classes, "counts": {}, "skipped": {}}
-    facts |= {"attributes": attributes} if attributes else {}
-    for split, limit in zip(SPLITS, (max_train, max_test), strict=True):
-        done = Path(folder) / f".{split}.partial"  # the suffix makes Artifact drop it with other old work
-        settings = repr((source, decoding, limit))
-        if not (done.is_file() and read_json(done)["settings"] == settings):
-            count, skipped = _ingest_split(source, Path(folder), split, limit, classes, attributes, decoding)
-            write_json(done, {"settings": settings, "count": count, "skipped": skipped})
-        result = read_json(done)
-        facts["counts"][split], facts["skipped"][split] = result["count"], result["skipped"]
-    return facts
-
-
-def _ingest_split(
-    source: Source,
-    folder: Path,
-    split: str,
-    limit: int | None,
-    classes: list[str],
-    attributes: dict[str, list[str]],
-    decoding: dict[str, Any],
-) -> tuple[int, dict[str, Any]]:
-    for path in (*folder.glob(f"{split}.*.npy*"), *folder.glob(f"{split}.captions.json")):
-        path.unlink()
-    arrays: dict[str, Any] = {"images": ((*decoding["size"], 3), np.uint8), "labels": ((), np.int64)}
-    arrays |= {"attributes": ((len(attributes),), np.int64)} if attributes else {}
-    writer = RowWriter(folder, {f"{split}.{name}": kind for name, kind in arrays.items()})
-    index = {name: i for i, name in enumerate(classes)}
-    reasons: Counter[str] = Counter()
-    first: list[dict[str, str]] = []
-    captions: list[str] = []
-    codes = [{value: i for i, value in enumerate(values)} for values in attributes.values()]
-
-    def read(item: Item) -> dict[str, Any] | BadImage:
-        try:
-            found = {"images": load_image(item.image, **decoding), "labels": _label(item.label, index)}
-        except BadImage as e:
-            return e
-        values = zip(codes, item.attributes, strict=True)
-        return found | {"attributes": [code.get(value, -1) if value else -1 for code, value in values]}
-
-    total = source.count(split)
-    taken = min(total, total if limit is None else limit)
-    items = _spread(source.items(split), total, taken)
-    with ThreadPool(os.cpu_count()) as pool, tqdm(total=taken, desc=f"{split} images", unit="image") as bar:
-        while block := list(islice(items, _BLOCK)):
-            results = pool.map(read, block, chunksize=8)
-            good = [r for r in results if not isinstance(r, BadImage)]
-            for item, result in zip(block, results, strict=True):
-                if isinstance(result, BadImage):
-                    reasons[result.kind] += 1
-                    first += [{"name": item.name, "reason": str(result)}] * (len(first) < _LISTED)
-                else:
-                    captions.append(item.caption or "")
-            if good:
-                writer.append(**{f"{split}.{name}": np.array([r[name] for r in good]) for name in arrays})
-            bar.update(len(block))
-    if not writer.rows and (first or split == "train"):
-        listed = "; ".join(f"{skip['name']}: {skip['reason']}" for skip in first[:5])
-        raise ValueError(f"none of {taken} {split} images could be used: {listed or 'there are none'}")
-    writer.close()
-    if source.captioned:
-        write_json(folder / f"{split}.captions.json", captions)
-    return writer.rows, {"reasons": dict(reasons), "first": first}
-
-
-def _label(label: str | None, index: dict[str, int]) -> int:
-    if not index:
-        return 0
-    if label is None:
-        raise BadImage("no label", "the other images have one")
-    if label not in index:
-        raise BadImage("unknown label", f"{label!r} does not occur in the train split")
-    return index[label]
-
-
-def _spread(items: Iterable[Item], total: int, taken: int) -> Iterator[Item]:
-    """`taken` of `total` items at even distances: sources are often sorted by class."""
-    return (item for i, item in enumerate(items) if (i + 1) * taken // total > i * taken // total)
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

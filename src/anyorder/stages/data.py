@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from anyorder.data.images import ingest
+from anyorder.data.ingest import ingest
 from anyorder.data.sources import open_source
 from anyorder.data.sunsets import write_sunsets
 from anyorder.stages.artifacts import Artifact
