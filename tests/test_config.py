@@ -1,17 +1,19 @@
+import json
 import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anyorder.settings import describe, load_yaml, parse
+from anyorder.settings import as_overrides, describe, load_yaml, parse, read_stored
 
 
 @dataclass
@@ -87,6 +89,7 @@ runs = st.builds(
 @given(runs)
 def test_yaml_round_trip(run):
     values = {**asdict(run), "out": str(run.out)}
+    run.out = run.out.expanduser()
     assert parse(Run, yaml.safe_load(yaml.safe_dump(values))) == run
 
 
@@ -144,7 +147,7 @@ def test_the_later_one_wins():
         ({"first": {"stepz": 1}}, [], r"'first\.stepz', did you mean first\.steps"),
         ({"frist": {"steps": 1}}, [], r"'frist\.steps', did you mean first\.steps"),
         ({}, ["steps=1"], r"'steps', did you mean first\.steps or second\.steps"),
-        ({}, ["zzzz=1"], r"(?s)'zzzz'\nallowed: name, .*second\.lr"),
+        ({}, ["zzzz=1"], r"unknown setting 'zzzz'; allowed: name, .*second\.lr"),
         ({"zzzz": {}}, [], "unknown setting 'zzzz'"),
         ({"first": 5}, [], r"'first', did you mean first\.lr"),
         ({"kind": {"x": 1}}, [], r"kind=\{'x': 1\}: expected 'a'"),
@@ -157,7 +160,7 @@ def test_the_later_one_wins():
         ({"first": {"steps": [1]}}, [], r"first\.steps=\[1\]: expected int"),
         ({"first": {"nesterov": 1}}, [], r"first\.nesterov=1: expected bool"),
         ({"size": [1]}, [], r"size=\[1\]: expected tuple\[int, int\] \| null"),
-        ({"tags": "a"}, ["tags=[a"], r"tags=\[a: expected tuple\[str, \.\.\.\], got malformed YAML"),
+        ({"tags": "a"}, ["tags=[a"], r"tags='\[a': expected tuple\[str, \.\.\.\], got malformed YAML"),
         ({"kind": "c"}, [], r"kind='c': expected 'a' \| 'b'"),
         ({}, ["second.steps=0"], "^second: steps must be at least 1, got 0"),
     ],
@@ -218,13 +221,124 @@ def test_load_yaml(tmp_path):
     assert load_yaml(path) == {"a": {"b": 1}, "c": {"b": 1, "d": 2}}
 
 
-def test_importing_costs_neither_tyro_nor_torch():
-    code = "import sys, anyorder.settings; sys.exit(bool({'tyro', 'torch'} & sys.modules.keys()))"
+def test_importing_costs_neither_pydantic_nor_torch():
+    code = (
+        "import sys, anyorder.settings; sys.exit(bool({'pydantic', 'torch', 'numpy'} & sys.modules.keys()))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_threads_convert_one_at_a_time():
-    """Side by side they once took each other's output, and good values for bad ones."""
+def test_threads_convert_side_by_side():
+    """They once took each other's output, and good values for bad ones."""
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda i: parse(Optim, {"lr": i / 1000, "steps": i + 1}), range(40)))
     assert [(one.lr, one.steps) for one in found] == [(i / 1000, i + 1) for i in range(40)]
+
+
+NAMES = [
+    "010",
+    "yes",
+    "1.10",
+    "null",
+    "1:30",
+    "0x1F",
+    "a, b",
+    "~x",
+    "1e5",
+    "True",
+    "é",
+    "#1",
+    "a: b",
+    "- c",
+    "5",
+]
+
+
+def test_texts_stay_texts(tmp_path):
+    listed = json.dumps(NAMES, ensure_ascii=False)
+    assert parse(Run, {}, [f"tags={listed}"]).tags == tuple(NAMES)
+    assert parse(Run, {}, ["tags=010,yes,1.10,null,1:30,0x1F"]).tags == tuple(NAMES[:6])
+    assert parse(Run, {}, ["tags=a, b"]).tags == ("a", "b")
+    assert parse(Run, {}, ["tags='a"]).tags == ("'a",)
+    assert parse(Run, {}, ['tags="a, b",c']).tags == ("a, b", "c")
+    assert parse(Run, {}, ["labels=a: 010, b: yes"]).labels == {"a": "010", "b": "yes"}
+    path = tmp_path / "a.yaml"
+    path.write_text(f"tags: {listed}")
+    assert parse(Run, load_yaml(path)).tags == tuple(NAMES)
+    path.write_text("tags: [010, yes, 1.10, null, 1:30, 0x1F, 'a, b', 2024-01-01, 5, true]\nname: 0o7")
+    run = parse(Run, load_yaml(path))
+    assert run.tags == ("010", "yes", "1.10", "null", "1:30", "0x1F", "a, b", "2024-01-01", "5", "true")
+    assert run.name == "0o7"
+
+
+def test_numbers_of_yaml_and_numpy(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("first: {lr: 1e-3, steps: 7, nesterov: yes}\nsize: 32,16\nnote: null\nout: ~/x")
+    run = parse(Run, load_yaml(path))
+    assert (run.first.lr, run.first.steps, run.first.nesterov) == (1e-3, 7, True)
+    assert (run.size, run.note, run.out) == ((32, 16), None, Path.home() / "x")
+    run = parse(Run, {"first.lr": np.float32(0.5), "first.steps": np.int64(3), "size": [np.int8(1), 2]})
+    assert (run.first.lr, run.first.steps, run.size) == (0.5, 3, (1, 2))
+    assert parse(Run, {}, ["out=~/y"]).out == Path.home() / "y"
+    for bad in ("nan", math.nan):
+        with pytest.raises(ValueError, match=r"first\.lr=.*: expected float"):
+            parse(Run, {"first": {"lr": bad}})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: " + "[" * 5000, "nested too deeply"),
+        ("a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1},' * 10}]\n" for i in range(1, 30)), "aliases"),
+        ("a: &a [*a]", "nested too deeply"),
+        ("a: " + "x" * (1 << 20), "larger than 1 MiB"),
+    ],
+)
+def test_hostile_yaml(tmp_path, content, message):
+    path = tmp_path / "a.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"a\.yaml.*{message}") as caught:
+        load_yaml(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_long_values_are_cut_in_messages():
+    with pytest.raises(ValueError, match=r"first\.lr=x{90}\.\.\.: expected float"):
+        parse(Run, {}, [f"first.lr={'x' * 1000}"])
+
+
+@dataclass
+class Changed:
+    renamed: ClassVar[dict[str, str]] = {"spread": "min_distance", "order=own": "order=per_image"}
+    removed: ClassVar[dict[str, Any]] = {"full_every": 0}
+    min_distance: float = 0.0
+    order: Literal["per_image", "class_mean"] = "per_image"
+
+
+@dataclass
+class Holder:
+    renamed: ClassVar[dict[str, str]] = {"rule": "policy"}
+    policy: Changed = field(default_factory=Changed)
+
+
+def test_settings_that_were_renamed():
+    stored = {"rule": {"spread": 2.0, "order": "own", "full_every": 0}}
+    found = read_stored(Holder, stored)
+    assert found == {"policy": {"min_distance": 2.0, "order": "per_image"}}
+    assert parse(Holder, found) == Holder(Changed(2.0))
+    assert stored == {"rule": {"spread": 2.0, "order": "own", "full_every": 0}}
+    with pytest.raises(ValueError, match="full_every=3 cannot be read"):
+        read_stored(Holder, {"policy": {"full_every": 3}})
+    with pytest.raises(ValueError, match=r"'policy\.spread' is now called 'policy\.min_distance'"):
+        parse(Holder, {}, ["policy.spread=2"])
+    with pytest.raises(ValueError, match=r"'policy\.full_every' no longer exists"):
+        parse(Holder, {"policy": {"full_every": 0}})
+
+
+def test_options_are_settings():
+    given = ["run", "--first.lr", "1", "--nesterov=no", "size=3", "--dry-run", "--data-images", "-1"]
+    wanted = ["run", "first.lr=1", "nesterov=no", "size=3", "--dry-run", "data_images=-1"]
+    assert as_overrides(given, ["--dry-run"]) == wanted
+    for bad in (["--lr"], ["--lr", "--dry-run"]):
+        with pytest.raises(ValueError, match="--lr VALUE"):
+            as_overrides(bad, ["--dry-run"])

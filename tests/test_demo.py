@@ -195,7 +195,7 @@ def test_blank_patches_borrow_from_the_nearest():
         ("seed=-1", "seed must lie in"),
         ("seed=2147483648", "seed must lie in"),
         ("temperature=warm", "temperature='warm': expected float"),
-        ("temperature=nan", "temperature must be 0 or lie in"),
+        ("temperature=nan", "temperature='nan': expected float"),
         ("temperature=1e-9", "temperature must be 0 or lie in"),
         ("label=red&guidance=inf", "guidance must lie in"),
         ("guidance=2", "guidance 2 pulls towards a class or text"),

@@ -1,47 +1,46 @@
-"""Typed configurations: dataclasses filled from YAML files and dotted `key=value` overrides.
+"""Settings: dataclasses filled from YAML files, stored JSON and `key=value` texts.
 
-A *setting* is a leaf of the nested dataclasses, named by its dotted key (`train.learning_rate`). tyro
-converts and checks each value by the annotation of its field, so that what PyYAML reads as a string
-(`1e-3`) still becomes the number that the field asks for.
+A *setting* is a leaf of nested dataclasses, named by its dotted key (`train.learning_rate`). Pydantic checks
+each value by the annotation of its field. A text means what its field says: `1e-3` is a number for a float, a
+text for a str, so that class names such as `010`, `yes`, `null` or `1:30` stay what they are.
+
+A dataclass says how older versions called its fields, see `read_stored`:
+
+    renamed: ClassVar[dict[str, str]] = {"spread": "min_distance", "order=own": "order=per_image"}
+    removed: ClassVar[dict[str, Any]] = {"full_every": 0}
 """
 
 from __future__ import annotations
 
 import ast
-import contextlib
+import csv
 import dataclasses
 import difflib
 import functools
 import inspect
-import io
 import itertools
 import json
-import operator
+import re
 import textwrap
-import threading
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 Config = TypeVar("Config")
-_ALONE = threading.Lock()
-"""tyro and the redirection of its complaints are of the whole process: one thread converts at a time."""
-_CONTAINERS = (tuple, list, set, frozenset, dict)
+LARGEST_YAML, MOST_VALUES = 1 << 20, 100_000
+"""Limits of a YAML file: bytes, and values after its aliases are expanded."""
 
 
 class Setting(NamedTuple):
-    """One leaf of a configuration."""
+    """One leaf of a configuration; its default is `dataclasses.MISSING` if it is required."""
 
     hint: Any
-    """Annotation of the field."""
     default: Any
-    """Its default, or `dataclasses.MISSING` if the setting is required."""
-    owner: type
-    """The dataclass that the field belongs to."""
+    doc: str
 
 
 def parse(
@@ -62,40 +61,62 @@ def parse(
     settings = _settings(config_class)
     texts = dict(_split(text) for text in overrides)
     given = _flatten(values or {}, settings)
-    _refuse_unknown([*given, *texts], settings)
-    given |= {key: _from_text(key, settings[key].hint, text) for key, text in texts.items()}
+    _refuse_unknown([*given, *texts], settings, dict(_old_names(config_class)))
+    for key, text in texts.items():
+        none = _optional(settings[key].hint) and text in ("null", "None", "none", "~")
+        given[key] = None if none else text
     return _build(config_class, {key: _convert(key, settings[key].hint, v) for key, v in given.items()})
 
 
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file that holds one mapping; an empty file is an empty mapping.
+def read_stored(config_class: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What an older version stored, under today's names; for `parse` or the constructor.
+
+    `renamed` of a dataclass maps old names (or `name=value`) to new ones; `removed` maps names that are gone
+    to the value that changed nothing.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not YAML, not a mapping, or a key that is given twice; the message says where.
+        ValueError: a removed setting had another value.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no configuration file {path}")
-    try:
-        # _UniqueKeys is a SafeLoader: it builds plain values only.
-        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not valid YAML: {e}") from e
-    if values is not None and not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping (key: value), got {type(values).__name__}")
-    return values or {}
+    found = dict(values)
+    for name, neutral in getattr(config_class, "removed", {}).items():
+        if (got := found.pop(name, neutral)) != neutral:
+            raise ValueError(f"{name}={got!r} cannot be read: the setting no longer exists")
+    for old, new in getattr(config_class, "renamed", {}).items():
+        (name, _, value), (new_name, _, new_value) = old.partition("="), new.partition("=")
+        if name in found and (not value or found[name] == value):
+            stored = found.pop(name)
+            found[new_name] = new_value or stored
+    for name, group, *_ in _fields(config_class):
+        if group and isinstance(found.get(name), Mapping):
+            found[name] = read_stored(group, found[name])
+    return found
+
+
+def as_overrides(arguments: Iterable[str], flags: Sequence[str] = ()) -> list[str]:
+    """Arguments with `--key value` and `--key=value` as `key=value`; `flags` have no value and stay.
+
+    Raises:
+        ValueError: an option without a value.
+    """
+    found, rest = [], iter(arguments)
+    for argument in rest:
+        if argument.startswith("--") and argument not in flags:
+            key, equals, value = argument[2:].partition("=")
+            value = value if equals else next(rest, "--")
+            if not equals and value.startswith("--"):
+                raise ValueError(f"unknown option {argument}, or its value is missing: {argument} VALUE")
+            argument = f"{key.replace('-', '_')}={value}"
+        found.append(argument)
+    return found
 
 
 def describe(config_class: type) -> str:
     """Help text: every setting as `key=default  (type)`, with its documentation below."""
     lines = []
-    for key, setting in _settings(config_class).items():
-        if setting.default is MISSING:
-            lines.append(f"{key}=...  ({_name(setting.hint)}, required)")
-        else:
-            lines.append(f"{key}={json.dumps(setting.default, default=str)}  ({_name(setting.hint)})")
-        doc = _docs(setting.owner).get(key.rpartition(".")[2], "")
+    for key, (hint, default, doc) in _settings(config_class).items():
+        required = default is MISSING
+        value = "..." if required else json.dumps(default, default=str)
+        lines.append(f"{key}={value}  ({_name(hint)}{', required' if required else ''})")
         lines += textwrap.wrap(doc, 100, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
 
@@ -106,43 +127,107 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     return f", did you mean '{close[0]}'?" if close else ""
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML silently takes the last of two equal keys; a configuration must not."""
+# --- YAML -----------------------------------------------------------------------------------------------
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that holds one mapping; an empty file is an empty mapping.
+
+    Scalars stay texts, except `true`, `false`, `null` and integers that YAML itself would write so.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, not a mapping, too large, or a key that is given twice; the message says where.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration file {path}")
+    if path.stat().st_size > LARGEST_YAML:
+        raise ValueError(f"{path} is larger than {LARGEST_YAML >> 20} MiB: that is no configuration")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader: plain values only
+    except RecursionError:
+        raise ValueError(f"{path} is not valid YAML: nested too deeply") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping (key: value), got {type(values).__name__}")
+    return values or {}
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses equal keys and alias bombs; what YAML would write differently (010, yes, 1.10) stays text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(f"tag:yaml.org,2002:{tag}", re.compile(pattern))]
+        for tag, pattern, firsts in (
+            ("bool", "(true|false)$", "tf"),
+            ("null", "(null|~|)$", ["n", "~", ""]),
+            ("int", "(0|-?[1-9][0-9]{0,17})$", "-0123456789"),
+            ("merge", "<<$", "<"),
+        )
+        for first in firsts
+    }
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _size(node, {}) > MOST_VALUES:
+            raise yaml.YAMLError(f"more than {MOST_VALUES} values, with its aliases expanded")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for i, (key, _) in enumerate(node.value):
-            if key.value in keys[:i]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key.value}' is given twice", key.start_mark
-                )
+        seen = set()
+        for key, _ in node.value:
+            if (name := str(key.value)) in seen:
+                raise yaml.MarkedYAMLError(None, None, f"key '{name}' is given twice", key.start_mark)
+            seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Number of values in a node, an alias counted as often as it is used."""
+    if id(node) not in known:
+        parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+        nodes = itertools.chain(*parts) if isinstance(node, yaml.MappingNode) else parts
+        known[id(node)] = 1 + sum(_size(part, known) for part in nodes)
+    return known[id(node)]
 
 
 # --- what a configuration class asks for ----------------------------------------------------------------
 
 
-def _fields(config_class: type, base: Any = None) -> Iterator[tuple[str, Any, Any]]:
-    """Name, annotation and default of each field; defaults come from the instance `base` if there is one."""
+def _fields(config_class: type, base: Any = None) -> Iterator[tuple[str, type | None, Any, Any]]:
+    """Name, nested dataclass, annotation and default (that of the instance `base`) of each field."""
     hints = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        if base is not None:
-            default = getattr(base, field.name)
-        elif field.default_factory is not MISSING:
-            default = field.default_factory()
-        else:
-            default = field.default
-        yield field.name, hints[field.name], default
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        inner = _required(hints[field.name])
+        yield (
+            field.name,
+            inner if isinstance(inner, type) and dataclasses.is_dataclass(inner) else None,
+            hints[field.name],
+            default if base is None else getattr(base, field.name),
+        )
 
 
 def _settings(config_class: type, prefix: str = "", base: Any = None) -> dict[str, Setting]:
     settings: dict[str, Setting] = {}
-    for name, hint, default in _fields(config_class, base):
-        if group := _group(hint):
+    for name, group, hint, default in _fields(config_class, base):
+        if group:
             settings |= _settings(group, f"{prefix}{name}.", None if default is MISSING else default)
         else:
-            settings[prefix + name] = Setting(hint, default, config_class)
+            settings[prefix + name] = Setting(hint, default, _docs(config_class).get(name, ""))
     return settings
+
+
+def _old_names(config_class: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names of older versions and those of today, empty where there is none."""
+    removed = dict.fromkeys(getattr(config_class, "removed", ()), "")
+    for old, new in (getattr(config_class, "renamed", {}) | removed).items():
+        yield prefix + old, new and prefix + new
+    for name, group, *_ in _fields(config_class):
+        if group:
+            yield from _old_names(group, f"{prefix}{name}.")
 
 
 @functools.cache
@@ -159,32 +244,24 @@ def _docs(config_class: type) -> dict[str, str]:
     return docs
 
 
-def _without_none(hint: Any) -> Any:
-    """`X` of `X | None`."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return functools.reduce(operator.or_, (arg for arg in get_args(hint) if arg is not type(None)))
-    return hint
-
-
-def _group(hint: Any) -> type | None:
-    """The dataclass that a field nests, if it does."""
-    inner = _without_none(hint)
-    return inner if isinstance(inner, type) and dataclasses.is_dataclass(inner) else None
-
-
-def _allows_none(hint: Any) -> bool:
+def _optional(hint: Any) -> bool:
     return type(None) in get_args(hint)
 
 
+def _required(hint: Any) -> Any:
+    """`X` of `X | None`."""
+    args = tuple(arg for arg in get_args(hint) if arg is not type(None))
+    return Union[args] if _optional(hint) else hint  # noqa: UP007
+
+
 def _name(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return " | ".join(map(repr, get_args(hint)))
-    if get_origin(hint) in (Union, types.UnionType):
-        return " | ".join("null" if arg is type(None) else _name(arg) for arg in get_args(hint))
-    if get_origin(hint):
-        inside = ", ".join("..." if arg is ... else _name(arg) for arg in get_args(hint))
-        return f"{get_origin(hint).__name__}[{inside}]"
-    return getattr(hint, "__name__", str(hint))
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " | ".join(map(repr, args))
+    names = ["null" if arg is type(None) else "..." if arg is ... else _name(arg) for arg in args]
+    if origin in (Union, types.UnionType):
+        return " | ".join(names)
+    return f"{origin.__name__}[{', '.join(names)}]" if origin else getattr(hint, "__name__", str(hint))
 
 
 # --- what a user gives ----------------------------------------------------------------------------------
@@ -210,60 +287,86 @@ def _split(override: str) -> tuple[str, str]:
     return key.strip(), text
 
 
-def _refuse_unknown(keys: Sequence[str], settings: Mapping[str, Setting]) -> None:
-    unknown = [key for key in keys if key not in settings]
-    if not unknown:
-        return
-    lines = []
-    for key in unknown:
+def _refuse_unknown(keys: Sequence[str], settings: Mapping[str, Setting], old: Mapping[str, str]) -> None:
+    problems = []
+    for key in (key for key in keys if key not in settings):
         close = [known for known in settings if known.startswith(f"{key}.") or known.endswith(f".{key}")][:3]
         close = close or difflib.get_close_matches(key, settings)
-        lines.append(f"unknown setting '{key}'" + (f", did you mean {' or '.join(close)}?" if close else ""))
-    raise ValueError("\n".join(lines) + f"\nallowed: {', '.join(settings)}")
-
-
-def _from_text(key: str, hint: Any, text: str) -> Any:
-    """What the text of an override would be in YAML; texts of strings, paths and numbers stay as they are."""
-    inner = _without_none(hint)
-    if _allows_none(hint) and text in ("null", "None", "none", "~"):
-        return None
-    if inner is not bool and get_origin(inner) not in _CONTAINERS:
-        return text
-    if get_origin(inner) in _CONTAINERS and not text.startswith(("[", "{")):
-        text = f"{{{text}}}" if get_origin(inner) is dict else f"[{text}]"
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise ValueError(f"{key}={text}: expected {_name(hint)}, got malformed YAML") from e
+        if key in old:
+            now = f"is now called '{old[key]}'" if old[key] else "no longer exists: leave it out"
+            problems.append(f"setting '{key}' {now}")
+        elif close:
+            problems.append(f"unknown setting '{key}', did you mean {' or '.join(close)}?")
+        else:
+            problems.append(f"unknown setting '{key}'; allowed: {', '.join(settings)}")
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def _convert(key: str, hint: Any, value: Any) -> Any:
-    """A YAML value as an instance of `hint`.
+    """A value as an instance of `hint`.
 
     Raises:
         ValueError: it is none; the message names key, value and type.
     """
-    if value is None and _allows_none(hint):
+    if value is None and _optional(hint):
         return None
-    import tyro  # 60 ms, which a mere `import anyorder` should not cost
-
-    inner = _without_none(hint)
+    got = value if isinstance(value, str) and len(value) > 90 else repr(value)
+    if len(got) > 90:
+        got = f"{got[:90]}..."
+    kind = _required(hint)
     try:
-        if value is None or (isinstance(value, _CONTAINERS) and get_origin(inner) not in _CONTAINERS):
-            raise SystemExit
-        silent = io.StringIO()
-        with _ALONE, contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
-            return tyro.cli(inner, args=["--", *_arguments(value)])
-    except SystemExit:
-        raise ValueError(f"{key}={value!r}: expected {_name(hint)}") from None
+        if isinstance(value, str) and get_origin(kind) in (tuple, list, dict):
+            value = _items(value, get_origin(kind) is dict)
+        if value is not None:
+            return _adapter(kind).validate_python(value)
+    except (yaml.YAMLError, csv.Error, RecursionError):
+        raise ValueError(f"{key}={got}: expected {_name(hint)}, got malformed YAML") from None
+    except ValueError:  # pydantic's message has several lines
+        pass
+    raise ValueError(f"{key}={got}: expected {_name(hint)}")
 
 
-def _arguments(value: Any) -> list[str]:
-    if isinstance(value, Mapping):
-        value = itertools.chain.from_iterable(value.items())
-    elif not isinstance(value, _CONTAINERS):
-        return [str(value)]
-    return [argument for item in value for argument in _arguments(item)]
+def _items(text: str, mapping: bool) -> Any:
+    """The texts in a text: `a, b`, `[a, b]`, `a: b` or `{a: b}`."""
+    if text.startswith(("[", "{")):
+        return yaml.load(text, yaml.BaseLoader)
+    if mapping:
+        return yaml.load(f"{{{text}}}", yaml.BaseLoader)
+    return [item.strip() for item in next(csv.reader([text], skipinitialspace=True), [])]
+
+
+@functools.cache
+def _adapter(hint: Any) -> Any:
+    from pydantic import TypeAdapter  # 90 ms, which a mere `import anyorder` should not cost
+
+    return TypeAdapter(_checked(hint))
+
+
+def _checked(hint: Any) -> Any:
+    """The annotation, with values prepared for pydantic by `_prepared`."""
+    from pydantic import BeforeValidator
+
+    if get_origin(hint) not in (None, Literal):
+        return get_origin(hint)[tuple(arg if arg is ... else _checked(arg) for arg in get_args(hint))]
+    return Annotated[hint, BeforeValidator(functools.partial(_prepared, hint))]
+
+
+def _prepared(hint: Any, value: Any) -> Any:
+    """What pydantic should see: it takes True for 1, no number for a text and no text for `Literal[1]`."""
+    if hasattr(value, "tolist"):  # of NumPy
+        value = value.tolist()
+    if hint is str and isinstance(value, bool | int | float | None):
+        return json.dumps(value)
+    if hint is Path and isinstance(value, str | Path):
+        return Path(value).expanduser()
+    if get_origin(hint) is Literal:
+        return {str(arg): arg for arg in get_args(hint)}.get(str(value))
+    if isinstance(value, bool) != (hint is bool) and not isinstance(value, str):
+        raise ValueError
+    if str(value).strip().lower() in ("nan", "+nan", "-nan") and hint is float:
+        raise ValueError
+    return value
 
 
 def _build(
@@ -271,9 +374,9 @@ def _build(
 ) -> Config:
     """An instance of `config_class` from converted settings, starting at `base` if there is one."""
     changes: dict[str, Any] = {}
-    for name, hint, default in _fields(config_class, base):
+    for name, group, hint, default in _fields(config_class, base):
         key = prefix + name
-        if group := _group(hint):
+        if group:
             if default is not None or any(known.startswith(f"{key}.") for known in values):
                 start = None if default is MISSING else default
                 changes[name] = _build(group, values, f"{key}.", start)
