@@ -35,7 +35,7 @@ from anyorder.stages.experiment import STAGES, load_experiment
 from anyorder.stages.iterate import IterateStage
 from anyorder.stages.orders import OrdersStage, class_orders
 from anyorder.stages.train import TrainStage
-from anyorder.training.trainer import TrainConfig
+from anyorder.training.config import TrainConfig
 
 TINY_VQ = {
     "channels": 8, "multipliers": [1, 1, 2], "groups": 1, "res_blocks": 1, "attention": False,

@@ -21,9 +21,10 @@ from torch import nn
 from anyorder.inference.weights import read_tensors
 from anyorder.method.loss import token_nll
 from anyorder.orders import random_orders
-from anyorder.training import checkpoint, trainer
+from anyorder.training import checkpoint, log, trainer
 from anyorder.training.checkpoint import Checkpoints
-from anyorder.training.trainer import NonFiniteLoss, TrainConfig, batch_indices, learning_rate, train
+from anyorder.training.config import TrainConfig, batch_indices, learning_rate
+from anyorder.training.trainer import NonFiniteLoss, train
 
 EXAMPLES = 10
 CONFIG = {
@@ -124,7 +125,7 @@ def die_in_log():
             f.truncate(f.tell() - len('{"step": ' + str(step) + ', "lo'))
         whole(self, step, values)
 
-    whole, trainer._Log.write = trainer._Log.write, write
+    whole, log.Log.write = log.Log.write, write
     return {}
 
 
@@ -268,8 +269,10 @@ def test_damaged_checkpoint_goes_back_to_the_one_before(tmp_path, uninterrupted,
 
 def test_another_configuration_or_model_is_refused(tmp_path):
     run(tmp_path, steps=4)
-    with pytest.raises(ValueError, match=r"made with steps=4 \(now 12\), seed=7 \(now 8\): use these"):
+    with pytest.raises(ValueError, match=r"made with seed=7 \(now 8\): use these"):
         run(tmp_path, seed=8)
+    with pytest.raises(ValueError, match=r"made with steps=4 \(now 3\): .*only steps may grow"):
+        run(tmp_path, steps=3)
     with pytest.raises(ValueError, match=r"examples=10 \(now 3\)"):
         run(tmp_path, steps=4, examples=3)
     wide = Tiny()
@@ -279,6 +282,35 @@ def test_another_configuration_or_model_is_refused(tmp_path):
     ):
         run(tmp_path, model=wide, steps=4)
     assert run(tmp_path, steps=4, log_every=1, save_every=9, keep=1).steps == 4
+
+
+def test_more_steps_extend_a_run_and_say_what_becomes_of_the_learning_rate(tmp_path, caplog):
+    first = run(tmp_path / "a", steps=4)
+    with caplog.at_level("INFO", "anyorder"):
+        longer = run(tmp_path / "a", steps=12)
+    assert "extended from 4 to 12 steps: from step 5 on, the learning rate follows" in caplog.text
+    assert (first.steps, longer.steps) == (4, 12)
+    rates = {row["step"]: row["lr"] for row in lines(tmp_path / "a") if "lr" in row}
+    long, short = TrainConfig(**CONFIG), TrainConfig(**{**CONFIG, "steps": 4})
+    assert rates == {s: learning_rate(short if s <= 4 else long, s) for s in (3, 4, 6, 9, 12)}
+    run(tmp_path / "b", steps=4)  # extended in two parts as in one, if the length is said at once
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", partial(stopping, 7))
+    run(tmp_path / "b")
+    assert_equal(state(tmp_path / "a"), state(tmp_path / "b"))
+
+
+def stopping(step, model, indices, now, generator):
+    if now == step:
+        signal.raise_signal(signal.SIGINT)
+    return squared_error(model, indices, now, generator)
+
+
+def test_values_that_are_not_finite_are_null_in_the_log(tmp_path):
+    result = run(tmp_path, evaluate=lambda model, step: {"test_psnr": float("inf"), "test_x": 1.0})
+    assert [row["test_psnr"] for row in lines(tmp_path) if "test_psnr" in row] == [None, None]
+    assert "test_psnr" not in result.metrics
+    assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_full_disk_stops_the_run_with_the_earlier_checkpoint(tmp_path, monkeypatch):
@@ -638,12 +670,12 @@ def test_epochs_and_seeds_shuffle_differently():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_steps_never_wait_for_the_device(tmp_path, monkeypatch):
-    update = trainer._Run.update
+    step = trainer.Trainer.step
 
     def watched(self):
-        torch.cuda.set_sync_debug_mode("error" if self.step > 1 else "default")
+        torch.cuda.set_sync_debug_mode("error" if self.step_number > 1 else "default")
         try:
-            update(self)
+            step(self)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -651,7 +683,7 @@ def test_steps_never_wait_for_the_device(tmp_path, monkeypatch):
         x = torch.randn(8, 4, device="cuda", generator=generator)
         return (model(x) - x.sum(1, keepdim=True)).square().mean(), {}
 
-    monkeypatch.setattr(trainer._Run, "update", watched)
+    monkeypatch.setattr(trainer.Trainer, "step", watched)
     config = TrainConfig(**{**CONFIG, "bf16": True})
     result = train(Tiny(), loss, EXAMPLES, config, tmp_path, device="cuda")
     assert result.metrics["loss"] > 0
@@ -710,6 +742,19 @@ def test_what_is_watched_must_be_evaluated(tmp_path):
         run(tmp_path, patience=1)
     with pytest.raises(ValueError, match="patience needs evaluations"):
         TrainConfig(patience=1, eval_every=0)
+
+
+def test_what_should_rise_is_watched_for_rising(tmp_path):
+    values, seen = {2: 1.0, 4: 3.0, 6: 2.0, 8: 2.5, 10: 4.0, 12: 5.0}, {}
+
+    def evaluate(model, step):
+        return {"test_psnr": scripted(values, seen)(model, step)["test_nll"]}
+
+    result = run(tmp_path, evaluate=evaluate, eval_every=2, patience=2, watch="test_psnr")
+    assert result.steps == 8
+    assert_equal(result.model.state_dict(), seen[4])
+    with pytest.raises(ValueError, match="watch=test_psnr is for patience"):
+        TrainConfig(watch="test_psnr")
 
 
 def test_losses_may_watch_the_averaged_model(tmp_path):

@@ -14,7 +14,8 @@ from anyorder.files import fingerprint, read_json, read_manifest
 from anyorder.inference.device import device
 from anyorder.inference.weights import CONFIG, _part
 from anyorder.stages.artifacts import Artifact
-from anyorder.training.trainer import TrainConfig, TrainResult, train
+from anyorder.training.config import TrainConfig
+from anyorder.training.trainer import TrainResult, train
 
 log = logging.getLogger("anyorder")
 

@@ -21,7 +21,7 @@ from anyorder.inference.weights import load_model, save_model
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import fit, training_facts
 from anyorder.tokenizers.vq import VQConfig
-from anyorder.training.trainer import TrainConfig
+from anyorder.training.config import TrainConfig
 
 SMALL = VQConfig(
     channels=32,

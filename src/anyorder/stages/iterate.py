@@ -22,7 +22,7 @@ from anyorder.stages.artifacts import Artifact
 from anyorder.stages.execute import execute
 from anyorder.stages.orders import OrdersStage
 from anyorder.stages.train import TrainStage
-from anyorder.training.trainer import TrainConfig
+from anyorder.training.config import TrainConfig
 
 log_likelihood = PolicyConfig("token_likelihood", location=1.0)
 """The greedy E-step: position and true token together as likely as can be."""

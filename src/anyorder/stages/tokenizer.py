@@ -22,7 +22,7 @@ from anyorder.stages.common import SHOWN, fit, training_facts
 from anyorder.stages.features import SMALL
 from anyorder.tokenizers.losses import LossConfig, TokenizerLoss, codebook_usage
 from anyorder.tokenizers.vq import VQConfig, VQModel
-from anyorder.training.trainer import TrainConfig
+from anyorder.training.config import TrainConfig
 
 
 @dataclass

@@ -35,9 +35,9 @@ from anyorder.stages.common import (
     trained_before,
     training_facts,
 )
+from anyorder.training.config import TrainConfig
 from anyorder.training.lora import adapt, add_low_rank, merge_low_rank
 from anyorder.training.online import OnlineOrders
-from anyorder.training.trainer import TrainConfig
 
 Own = Callable[[np.ndarray], Tensor]
 """Rows (B,) to the images' own orders (B, N) int64."""
