@@ -24,7 +24,7 @@ from torch import Tensor
 
 from anyorder.contracts import AnyOrderModel
 from anyorder.files import versions, write_json
-from anyorder.method.sampling import Sampling, Streams, draw, truncate
+from anyorder.method.sampling import Sampling, Streams, sample_tokens, truncate
 
 SIZE = compare.LARGE._replace(rows=8)
 Pair = tuple[str, int, Callable[[], Any], Callable[[], Any]]
@@ -40,7 +40,9 @@ def drawn(model: AnyOrderModel, labels: Tensor, order: Tensor, steps: list[int])
     )
     for positions in order.split(steps, dim=1):
         log_p = model.score(state, positions).float().log_softmax(-1)
-        found = draw(truncate(log_p, Sampling()), streams.uniform(order.shape[1]).gather(1, positions))
+        found = sample_tokens(
+            truncate(log_p, Sampling()), streams.uniform(order.shape[1]).gather(1, positions)
+        )
         tokens.scatter_(1, positions, found)
         state = model.append(state, positions, found)
     return tokens

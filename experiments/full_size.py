@@ -31,7 +31,7 @@ from anyorder.method.sampling import Streams
 
 KINDS = {"randar": (RandAR, "model"), "arpg": (ARPG, "state_dict")}
 IMAGES = 8
-REFRESH = 32
+RESCORE = 0.05
 """Positions decided by one scoring: at 1 these models would score 32,896 candidates an image."""
 
 
@@ -63,7 +63,7 @@ def main(kind: str, out: Path) -> None:
         writer.join()
         model = measure(rows, "load", lambda: build(file).eval())
     streams, labels = Streams(range(IMAGES)), torch.arange(IMAGES)
-    inferred = PolicyConfig(order="entropy", refresh=REFRESH)
+    inferred = PolicyConfig(order="entropy", rescore=RESCORE)
     made = measure(
         rows,
         f"sample {IMAGES} images, random order",
@@ -71,12 +71,12 @@ def main(kind: str, out: Path) -> None:
     )
     measure(
         rows,
-        f"sample {IMAGES} images, entropy order, refresh {REFRESH}",
+        f"sample {IMAGES} images, entropy order, rescore {RESCORE}",
         lambda: sample(model, inferred, streams, condition=labels),
     )
     measure(
         rows,
-        f"extract orders of {IMAGES} images, entropy, refresh {REFRESH}",
+        f"extract orders of {IMAGES} images, entropy, rescore {RESCORE}",
         lambda: extract_orders(
             model, made.tokens, inferred.build(model.grid, streams), streams, condition=labels
         ),

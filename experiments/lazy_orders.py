@@ -40,13 +40,9 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.01},
     {"rescore": 0.1},
     {"rescore": 0.2},
-    {"rescore": 0.2, "full_every": 16},
     {"rescore": 0.35},
     {"rescore": 0.5},
     {"rescore": 0.7},
-    {"refresh": 2},
-    {"refresh": 4},
-    {"refresh": 8},
 )
 
 

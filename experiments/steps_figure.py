@@ -20,7 +20,7 @@ CELLS = Path("docs/results/steps")
 PANELS = {"fd": "FD (own classifier)", "recall": "recall", "nll": "exact likelihood (nats per token)"}
 ANY_ORDER = ("random", "inferred", "follows")
 """Kinds that are drawn by the any-order model; the others are far off the scale."""
-WHOLE = {"lazy": 64, "refresh4": 64}
+WHOLE = {"lazy": 64}
 """Cells that are named for what they do, in as many steps as there are positions."""
 
 

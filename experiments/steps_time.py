@@ -22,12 +22,11 @@ from anyorder.method.sampling import Streams
 RUNS = Path("runs/evidence")
 OUT = Path("docs/results/steps-time.json")
 IMAGES, REPEATS = 100, 3
-FEW = {"schedule": "cosine", "spread": 2.0}
+FEW = {"schedule": "cosine", "min_distance": 2.0}
 WAYS: tuple[dict[str, Any], ...] = (
     *({"order": "random", **more} for more in ({}, *({"steps": k, **FEW} for k in (32, 16, 8)))),
     {"order": "entropy", "sign": -1},
     *({"order": "entropy", "sign": -1, "rescore": share} for share in (0.5, 0.2)),
-    {"order": "entropy", "sign": -1, "refresh": 4},
     *({"order": "entropy", "sign": -1, "steps": k, **FEW} for k in (16, 8)),
     {"order": "entropy", "sign": -1, "steps": 16, **FEW, "rescore": 0.5},
 )

@@ -259,13 +259,13 @@ for score, sign, temperature, (distance, to), k in product(
         )
     )
 for settings in (
-    {"order": "random", "steps": 3, "schedule": "cosine", "spread": 1.5},
+    {"order": "random", "steps": 3, "schedule": "cosine", "min_distance": 1.5},
     {"order": "halton", "steps": 2, "schedule": "one_minus_cos"},
-    {"order": "entropy", "sign": -1, "steps": 3, "schedule": "arccos", "spread": 1.2},
+    {"order": "entropy", "sign": -1, "steps": 3, "schedule": "arccos", "min_distance": 1.2},
     {"order": "entropy", "rescore": 0.3},
-    {"order": "entropy", "sign": -1, "rescore": 0.5, "full_every": 2},
+    {"order": "entropy", "sign": -1, "rescore": 0.5},
     {"order": "margin", "rescore": 0.4, "temperature": 0.7, "distance": 0.5},
-    {"order": "max_prob", "rescore": 0.3, "steps": 3, "spread": 2.0},
+    {"order": "max_prob", "rescore": 0.3, "steps": 3, "min_distance": 2.0},
     {"order": "token_likelihood", "rescore": 0.4},
 ):
     POLICIES[",".join(f"{key}={value}" for key, value in settings.items())] = _configured(**settings)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from anyorder.contracts import AnyOrderModel, AnyOrderNetwork, Grid, Tokenizer
-from anyorder.method.decoding import generate, given, sample, trace
+from anyorder.method.decoding import generate, sample, trace
 from anyorder.method.loss import token_nll
 from anyorder.method.sampling import Streams
 from anyorder.orders import permute, random_orders
@@ -172,8 +172,8 @@ SAMPLED = (
     "random,per_step=4",
     "entropy,sign=-1,temperature=0.7,distance=0.0-last,per_step=1",
     "token_likelihood,sign=1,temperature=0.0,distance=0.5-nearest,per_step=1",
-    "order=random,steps=3,schedule=cosine,spread=1.5",
-    "order=entropy,sign=-1,rescore=0.5,full_every=2",
+    "order=random,steps=3,schedule=cosine,min_distance=1.5",
+    "order=entropy,sign=-1,rescore=0.5",
 )
 
 
@@ -202,8 +202,8 @@ def test_log_prob_of_the_loop_is_the_one_of_training(subject):
     steps = generate(
         subject.model,
         POLICIES["entropy,sign=1,temperature=0.0,distance=0.0-last,per_step=1"](subject.model.grid, streams),
-        given(tokens),
         streams,
+        targets=tokens,
         condition=condition,
     )
     found = trace(steps)

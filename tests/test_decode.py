@@ -9,10 +9,8 @@ from torch.testing import assert_close
 from anyorder.contracts import Grid, OrderPolicy, Progress
 from anyorder.method.decoding import (
     complete,
-    drawn,
     extract_orders,
     generate,
-    given,
     sample,
     sample_coarse_to_fine,
     trace,
@@ -21,7 +19,7 @@ from anyorder.method.guidance import GuidanceConfig, Guided
 from anyorder.method.loss import token_nll
 from anyorder.method.policies import FixedOrder, InferredOrder, InformativeOrder
 from anyorder.method.policy_config import PolicyConfig
-from anyorder.method.sampling import SCORES, TOKEN_BLIND, Sampling, Streams, entropy
+from anyorder.method.sampling import SCORES, TOKEN_BLIND, Sampling, Streams
 from anyorder.orders import STATIC, kendall, permute, random_orders, static_order
 
 MODEL = transformer(depth=1, num_classes=3)
@@ -82,7 +80,7 @@ def test_log_prob_of_a_sample_is_teacher_forced(order):
 def test_steps_describe_what_happened():
     streams = Streams(range(2))
     rule = InferredOrder("margin", per_step=4)
-    steps = list(generate(MODEL, rule, drawn(Sampling()), streams, condition=LABELS[:2]))
+    steps = list(generate(MODEL, rule, streams, condition=LABELS[:2]))
     assert [(s.index, s.total, tuple(s.positions.shape)) for s in steps] == [(0, 6, (2, 4)), (1, 6, (2, 2))]
     result = trace(iter(steps))
     assert torch.equal(result.order, torch.cat([s.positions for s in steps], dim=1))
@@ -99,11 +97,11 @@ def test_policies_are_told_where_the_loop_is():
             return super().propose(progress)
 
     rule, streams = Spy(torch.arange(6), GRID, per_step=2), Streams(range(2))
-    list(generate(MODEL, rule, drawn(Sampling()), streams, condition=LABELS[:2]))
+    list(generate(MODEL, rule, streams, condition=LABELS[:2]))
     assert seen == [(0, [-1, -1], [0, 0]), (1, [1, 1], [2, 2]), (2, [3, 3], [4, 4])]
     seen.clear()
     known = (torch.tensor([[5, 2], [0, 1]]), torch.zeros(2, 2, dtype=torch.int64))
-    list(generate(MODEL, rule, drawn(Sampling()), streams, condition=LABELS[:2], known=known))
+    list(generate(MODEL, rule, streams, condition=LABELS[:2], known=known))
     assert seen == [(0, [2, 1], [2, 2]), (1, [1, 3], [4, 4])]
 
 
@@ -165,11 +163,6 @@ def test_cost_of_an_inferred_order(score):
     assert (candidates, through) == (pairs + again, pairs)
 
 
-def test_cost_of_rare_scorings():
-    """One scoring decides 3 positions: 6 + 3 candidates, and all but the first of each 3 are run again."""
-    assert evaluations(InferredOrder(refresh=3)) == (2 + 6, 5, 6 + 3 + 6, 6 + 3 + 4)
-
-
 def test_cost_of_parallel_decoding():
     """Of each 3 revealed together 2 are run again, behind the first; after the last reveal nothing is run."""
     assert evaluations(InferredOrder(per_step=3)) == (2 + 2, 1, 6 + 3 + 6, 6 + 3 + 2)
@@ -179,11 +172,10 @@ def test_cost_of_parallel_decoding():
     "config",
     [
         PolicyConfig("entropy"),
-        PolicyConfig("entropy", refresh=4),
         PolicyConfig("entropy", per_step=4),
         PolicyConfig("entropy", rescore=0.3),
-        PolicyConfig("max_prob", sign=-1, rescore=0.6, full_every=2),
-        PolicyConfig("entropy", steps=3, schedule="cosine", spread=1.5),
+        PolicyConfig("max_prob", sign=-1, rescore=0.6),
+        PolicyConfig("entropy", steps=3, schedule="cosine", min_distance=1.5),
         PolicyConfig("entropy", steps=3, schedule="cosine", rescore=0.5),
         PolicyConfig("raster", steps=2),
     ],
@@ -268,22 +260,21 @@ def test_extraction_refuses_another_length():
         extract_orders(MODEL, torch.zeros(1, 5, dtype=torch.int64))
 
 
-# --- lazy, rare and expected information
+# --- lazy orders and expected information
 
 
 @pytest.mark.parametrize(("score", "sign"), [("entropy", 1), ("margin", -1), ("token_likelihood", 1)])
-@pytest.mark.parametrize("lazy", [{"rescore": 0.999}, {"rescore": 0.2, "full_every": 1}])
-def test_a_lazy_order_that_scores_everything_is_exact(score, sign, lazy):
+def test_a_lazy_order_that_scores_everything_is_exact(score, sign):
     exact, all_of_it = (
         sample(MODEL, InferredOrder(score, sign, **settings), Streams(range(4)), condition=LABELS)
-        for settings in ({}, lazy)
+        for settings in ({}, {"rescore": 0.999})
     )
     assert torch.equal(all_of_it.order, exact.order)
     assert torch.equal(all_of_it.tokens, exact.tokens)
     assert torch.equal(all_of_it.log_prob, exact.log_prob)
 
 
-@pytest.mark.parametrize("settings", [{"rescore": 0.3}, {"rescore": 0.5, "full_every": 2, "sign": -1}])
+@pytest.mark.parametrize("settings", [{"rescore": 0.3}, {"rescore": 0.5, "sign": -1}])
 @pytest.mark.parametrize("chunk", [1, 64])
 def test_lazy_orders_draw_from_the_current_prefix(settings, chunk):
     """Log-probabilities are those of teacher forcing, alone, guided, and with a scorer."""
@@ -314,8 +305,8 @@ def test_completion_with_lazy_orders_and_few_steps():
     tokens, known = cases()
     for config in (
         PolicyConfig("entropy", rescore=0.4),
-        PolicyConfig("entropy", steps=2, schedule="cosine", spread=1.5, rescore=0.5),
-        PolicyConfig("random", steps=2, spread=1.5),
+        PolicyConfig("entropy", steps=2, schedule="cosine", min_distance=1.5, rescore=0.5),
+        PolicyConfig("random", steps=2, min_distance=1.5),
     ):
         found = complete(Watched(MODEL), tokens, known, config, Streams(range(4)), condition=LABELS)
         assert torch.equal(found.tokens[known], tokens[known])
@@ -331,32 +322,6 @@ def test_completion_takes_a_policy_with_an_order_for_each_image():
     )
     assert torch.equal(found.order, expected.order)
     assert torch.equal(found.tokens, expected.tokens)
-
-
-def test_one_scoring_decides_the_next_positions():
-    """With refresh=3 the order is that of three scorings in one, yet every token is drawn after the last."""
-    tokens = sample(MODEL, InferredOrder(refresh=3), Streams(range(4)), condition=LABELS)
-    state = MODEL.start(4, LABELS)
-    everywhere = torch.arange(GRID.n).expand(4, -1)
-    surest = entropy(MODEL.score(state, everywhere).log_softmax(-1), everywhere).topk(3, dim=1).indices
-    assert torch.equal(tokens.order[:, :3], surest)
-    nll = token_nll(MODEL, tokens.tokens, LABELS, tokens.order)
-    assert_close(-tokens.log_prob, nll, **STRICT)
-
-
-def test_refresh_one_is_the_exact_order():
-    exact, rare = (
-        sample(MODEL, InferredOrder(refresh=k), Streams(range(4)), condition=LABELS) for k in (1, 6)
-    )
-    named = sample(MODEL, "entropy", Streams(range(4)), condition=LABELS)
-    assert torch.equal(exact.order, named.order)
-    assert not torch.equal(rare.order, exact.order)
-
-
-def test_rare_scorings_need_an_order_that_is_decided_before_the_tokens():
-    for wrong in ({"score": "token_likelihood", "refresh": 2}, {"per_step": 2, "refresh": 2}, {"refresh": 0}):
-        with pytest.raises(ValueError, match="refresh"):
-            InferredOrder(**wrong)
 
 
 def test_expected_information_begins_where_most_is_learned():
@@ -385,10 +350,9 @@ BLIND_RULES = {
     "noise": InferredOrder("entropy", temperature=0.5),
     "distance": InferredOrder("max_prob", distance=0.3),
     "reversed": InferredOrder("margin", sign=-1, distance=0.3, distance_to="nearest"),
-    "rare scorings": InferredOrder("entropy", refresh=3),
     "information": InformativeOrder(top=2),
     "lazy": InferredOrder("entropy", rescore=0.4),
-    "lazy, full every 2": InferredOrder("margin", sign=-1, rescore=0.3, full_every=2),
+    "lazy, reversed": InferredOrder("margin", sign=-1, rescore=0.3),
 }
 
 
@@ -399,7 +363,7 @@ def test_token_blind_orders_sample_the_joint_distribution(order):
     assert chi_square(found.tokens, joint(model)) < limit(16)
 
 
-@pytest.mark.parametrize("order", ["entropy", "margin", "rare scorings", "information", "lazy"])
+@pytest.mark.parametrize("order", ["entropy", "margin", "information", "lazy"])
 def test_samples_follow_the_density_of_their_own_order(order):
     """Also where the conditionals agree with no joint: p(x) along the order that the image determines."""
     rule = BLIND_RULES.get(order, order)
@@ -433,8 +397,8 @@ def test_revealing_all_at_once_samples_the_product_of_marginals():
 
 PARALLEL = [
     InferredOrder("entropy", per_step=2),
-    InferredOrder("margin", sign=-1, steps=3, schedule="cosine", spread=1.2, rescore=0.5),
-    FixedOrder(torch.tensor([3, 0, 1, 2]), SMALL.grid, steps=2, spread=1.2),
+    InferredOrder("margin", sign=-1, steps=3, schedule="cosine", min_distance=1.2, rescore=0.5),
+    FixedOrder(torch.tensor([3, 0, 1, 2]), SMALL.grid, steps=2, min_distance=1.2),
 ]
 
 
@@ -571,7 +535,7 @@ def test_known_tokens_come_first_in_the_loop():
     streams = Streams(range(2))
     rule = POLICIES["raster,per_step=1"](GRID, streams)
     found = trace(
-        generate(MODEL, rule, given(tokens), streams, condition=LABELS[:2], known=prefix),
+        generate(MODEL, rule, streams, targets=tokens, condition=LABELS[:2], known=prefix),
         prefix,
     )
     assert found.order.tolist() == [[4, 1, 0, 2, 3, 5], [0, 5, 1, 2, 3, 4]]

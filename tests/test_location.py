@@ -8,7 +8,7 @@ from conftest import GRID, Watched, seeded, transformer
 from torch.testing import assert_close
 
 from anyorder.contracts import Grid, LocatingModel
-from anyorder.method.decoding import extract_orders, generate, given, sample
+from anyorder.method.decoding import extract_orders, generate, sample
 from anyorder.method.guidance import GuidanceConfig, Guided
 from anyorder.method.loss import joint_nll, token_nll
 from anyorder.method.policies import InferredOrder, LocatedOrder
@@ -143,11 +143,11 @@ def test_a_location_costs_what_a_fixed_order_costs():
 
 def test_locations_in_few_steps_keep_their_distance():
     """What the head wants most, without the neighbours (the diagonal is far enough)."""
-    model, rule = located(), LocatedOrder(temperature=0, steps=3, spread=1.4)
-    content = given(torch.zeros(2, 6).long())
-    steps = list(generate(model, rule, content, Streams(range(2))))
+    model, rule = located(), LocatedOrder(temperature=0, steps=3, min_distance=1.4)
+    targets = torch.zeros(2, 6).long()
+    steps = list(generate(model, rule, Streams(range(2)), targets=targets))
     assert [step.positions.shape[1] for step in steps] == [2, 2, 2]
-    first = next(generate(model, LocatedOrder(temperature=0), content, Streams(range(2)))).positions
+    first = next(generate(model, LocatedOrder(temperature=0), Streams(range(2)), targets=targets)).positions
     assert torch.equal(steps[0].positions[:, :1], first)
     at = GRID.coordinates()[steps[0].positions]
     assert ((at[:, 0] - at[:, 1]).norm(dim=-1) >= 1.4).all()
@@ -155,8 +155,8 @@ def test_locations_in_few_steps_keep_their_distance():
 
 @pytest.mark.parametrize("per_step", [2, 4])
 def test_several_locations_in_one_step(per_step):
-    content, policy = given(torch.zeros(2, 6).long()), LocatedOrder(per_step=per_step)
-    steps = list(generate(located(), policy, content, Streams([0, 1])))
+    targets, policy = torch.zeros(2, 6).long(), LocatedOrder(per_step=per_step)
+    steps = list(generate(located(), policy, Streams([0, 1]), targets=targets))
     assert [step.positions.shape[1] for step in steps] == {2: [2, 2, 2], 4: [4, 2]}[per_step]
     assert sorted(torch.cat([step.positions for step in steps], 1)[0].tolist()) == list(range(6))
 

@@ -14,10 +14,10 @@ from anyorder.method.sampling import (
     TOKEN_BLIND,
     Sampling,
     Streams,
-    draw,
     entropy,
     margin,
     max_prob,
+    sample_tokens,
     token_likelihood,
     truncate,
 )
@@ -94,14 +94,14 @@ def test_sampling_refuses(settings, message):
 
 def test_draw_frequencies():
     n = 20_000
-    tokens = draw(P.log().expand(n, -1), torch.rand(n, generator=seeded(0)))
+    tokens = sample_tokens(P.log().expand(n, -1), torch.rand(n, generator=seeded(0)))
     counts = tokens.bincount(minlength=4)
     assert ((counts - n * P) ** 2 / (n * P)).sum() < 16.3  # chi-square, 3 degrees of freedom: p < 0.001
 
 
 def test_draw_inverts_the_distribution_function():
     uniform = torch.tensor([0.0, 0.09, 0.11, 0.49, 0.51, 0.69, 0.71, 0.99])
-    assert draw(P.log().expand(8, -1), uniform).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert sample_tokens(P.log().expand(8, -1), uniform).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, LARGEST_UNIFORM])
@@ -111,7 +111,7 @@ def test_impossible_tokens_are_never_drawn(uniform, data):
     scale = data.draw(st.sampled_from([0.1, 3.0, 30.0]))
     logits = scale * torch.randn(len(possible), generator=seeded(data.draw(st.integers(0, 99))))
     logits = logits.masked_fill(~torch.tensor(possible), -torch.inf)
-    token = draw(logits[None], torch.tensor([uniform]))
+    token = sample_tokens(logits[None], torch.tensor([uniform]))
     assert logits.softmax(-1)[token] > 0
 
 
@@ -119,7 +119,7 @@ def test_largest_uniform_is_safe_in_a_large_vocabulary():
     logits = torch.full((50, 16_384), -torch.inf)
     logits[:, 100:600] = torch.randn(50, 500, generator=seeded(0))
     for uniform in (0.0, LARGEST_UNIFORM):
-        tokens = draw(logits, torch.full((50,), uniform))
+        tokens = sample_tokens(logits, torch.full((50,), uniform))
         assert ((tokens >= 100) & (tokens < 600)).all()
 
 
@@ -138,16 +138,18 @@ def test_impossible_tokens_stay_impossible_when_sums_run_in_parallel(monkeypatch
     sums = scan(p, -1)
     assert (sums.diff()[p[1:] == 0] != 0).any()
     monkeypatch.setattr(Tensor, "cumsum", scan)
-    tokens = draw(p.log().expand(4096, -1), sums.clamp_max(LARGEST_UNIFORM))
+    tokens = sample_tokens(p.log().expand(4096, -1), sums.clamp_max(LARGEST_UNIFORM))
     assert (p[tokens] > 0).all()
 
 
 def test_draw_keeps_the_shape():
     logits = torch.randn(2, 3, 5, generator=seeded(0))
     uniform = torch.rand(2, 3, generator=seeded(1))
-    tokens = draw(logits, uniform)
+    tokens = sample_tokens(logits, uniform)
     assert tokens.dtype == torch.int64
-    assert torch.equal(tokens, torch.stack([draw(*row) for row in zip(logits, uniform, strict=True)]))
+    assert torch.equal(
+        tokens, torch.stack([sample_tokens(*row) for row in zip(logits, uniform, strict=True)])
+    )
 
 
 # --- streams

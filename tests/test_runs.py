@@ -81,7 +81,7 @@ EXPERIMENT = {
         "eval-by-class": {"stage": "eval", "samples": "by-class", "model": "classes", "orders": "orders",
                           **MEASURED, "nll_images": 8},
         "online": {"stage": "train", "tokens": "tokens", "init": "any", "model": {"location": True},
-                   "online": {"order": "entropy", "refresh": 4}, "train": {**STEPS, "ema": 0.5}},
+                   "online": {"order": "entropy", "rescore": 0.25}, "train": {**STEPS, "ema": 0.5}},
         "iterate": {"model": "any", "tokens": "tokens", "rounds": 2, "limit": 16, "test_limit": 8,
                     "policy": {"order": "token_likelihood", "location": 1.0, "per_step": 4}, "train": STEPS},
     }

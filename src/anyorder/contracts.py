@@ -13,7 +13,6 @@ Factorisation (OAR, arXiv 2504.17069, Sec. 3): log p(x | pi, c) = sum_i log p(x[
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -139,13 +138,15 @@ class Progress:
 
     grid: Grid
     revealed: Tensor
-    """(B, N) bool, positions already given or drawn."""
+    """(B, N) bool, positions already known or generated."""
     last: Tensor
     """(B,) int64, the position revealed last, -1 before the first."""
     step: int
     """How many reveals the loop has made."""
     total: int
     """How many positions of each image the loop set out to reveal."""
+    open: int
+    """How many positions of each image are still open."""
     noise: Tensor
     """(B, N) float32, one standard Gumbel number per position for this step, from each row's generator."""
     ratings: Tensor
@@ -154,10 +155,8 @@ class Progress:
     """(B, N) int64, the step at which each position was scored last, -1 before."""
     revealed_at: Tensor
     """(B, N) int64, the step at which the loop revealed each position, -1 for open and known ones."""
-    where: Tensor | None = None
+    location: Tensor | None = None
     """(B, N) float32, the model's log q(next position), for policies that are `located`."""
-    uncertainty_after: Callable[[Tensor], Tensor] | None = None
-    """Positions (B,) to (B,) nats: summed entropy of the other open positions once that one is revealed."""
 
 
 class OrderPolicy(Protocol):
@@ -180,12 +179,16 @@ class OrderPolicy(Protocol):
 
     @property
     def located(self) -> bool:
-        """True if it reads `Progress.where`, which takes a `LocatingModel`."""
+        """True if it reads `Progress.location`, which takes a `LocatingModel`."""
         ...
 
     @property
-    def sequential(self) -> bool:
-        """True if the selected positions are drawn one after another, False if in parallel."""
+    def look_ahead(self) -> int:
+        """How many of the best rated candidates are rated anew by expected information; 0: none."""
+        ...
+
+    def subset(self, rows: Tensor) -> OrderPolicy:
+        """The same policy for some images (R,) int64 of the batch."""
         ...
 
     def propose(self, progress: Progress) -> Tensor:
@@ -193,11 +196,11 @@ class OrderPolicy(Protocol):
         ...
 
     def rate(self, log_p: Tensor, tokens: Tensor) -> Tensor:
-        """How much each candidate wants to be next, (B, M) nats, from log-probabilities (B, M, V)."""
+        """Ratings (B, M) in nats, larger is revealed earlier, from log-probabilities (B, M, V)."""
         ...
 
     def select(self, progress: Progress, candidates: Tensor, ratings: Tensor) -> Tensor:
-        """Columns (B, K) int64 of `candidates` to reveal now, in sequence; ratings are 0 if not `rated`."""
+        """Columns (B, K) int64 of `candidates` to reveal now, all different; ratings are 0 if not `rated`."""
         ...
 
 

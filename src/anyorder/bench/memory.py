@@ -16,9 +16,8 @@ from torch import Tensor
 from anyorder.bench.costs import FLOAT32
 from anyorder.bench.workloads import Subject
 from anyorder.contracts import Grid
-from anyorder.method.decoding import drawn, generate, sample
+from anyorder.method.decoding import generate, sample
 from anyorder.method.policies import InferredOrder
-from anyorder.method.sampling import Sampling
 from anyorder.models.attention import State
 from anyorder.models.transformer import AnyOrderTransformer
 
@@ -81,7 +80,6 @@ def _peak(subject: Subject, grid: Grid, known: int, steps: int) -> int:
         run = generate(
             _Piecewise(subject.model, config.chunk),
             InferredOrder(),
-            drawn(Sampling()),
             subject.streams,
             grid=grid,
             known=(given, tokens),

@@ -75,7 +75,7 @@ def load_parts(folder: str | Path) -> Parts:
             f"{folder / INDEX} has format {index.get('format')}, this version reads 1: update anyorder"
         )
     scorer = load_any_order(folder / "scorer") if index["scorer"] else None
-    policy, orders = PolicyConfig(**index["policy"]), folder / CLASS_ORDERS
+    policy, orders = PolicyConfig.from_stored(index["policy"]), folder / CLASS_ORDERS
     return Parts(
         load_any_order(folder / "model"),
         load_tokenizer(folder / "tokenizer"),

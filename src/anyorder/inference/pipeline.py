@@ -20,7 +20,7 @@ from anyorder.inference.folders import INDEX, Parts, load_parts, save_parts
 from anyorder.inference.inpainting import Completion, Filling, complete_images, vary_images
 from anyorder.inference.masks import pad as pad_canvas
 from anyorder.inference.masks import read_masks, read_pictures
-from anyorder.method.decoding import drawn, generate, sample_coarse_to_fine, trace
+from anyorder.method.decoding import generate, sample_coarse_to_fine, trace
 from anyorder.method.guidance import GuidanceConfig, Guided, Schedule
 from anyorder.method.policies import InferredOrder, LocatedOrder
 from anyorder.method.policy_config import INFERRED, PolicyConfig, make_policy
@@ -223,10 +223,9 @@ class Pipeline:
         grid = self._grid(grid)
         streams = Streams(_seeds(generator, n), self._device)
         policy = make_policy(self._order(order, condition, n, grid), grid, streams)
-        content = drawn(sampling or Sampling())
         return generate(
-            self._drawer(guidance_scale, guidance_schedule), policy, content, streams,
-            condition=condition, grid=grid, scorer=self._scorer(policy),
+            self._drawer(guidance_scale, guidance_schedule), policy, streams,
+            condition=condition, grid=grid, sampling=sampling or Sampling(), scorer=self._scorer(policy),
         )  # fmt: skip
 
     def complete(

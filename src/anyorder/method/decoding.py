@@ -1,208 +1,26 @@
 """The one loop: score open positions, put a token on each, reveal some, repeat.
 
 Sampling in a given order, sampling with inferred locations, order extraction and completion are all
-`generate` with another policy and another source of content (OAR, arXiv 2504.17069 v1, Sec. 3).
+`generate` with another policy and another source of tokens (OAR, arXiv 2504.17069 v1, Sec. 3).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from anyorder.contracts import AnyOrderModel, Grid, OrderPolicy, Progress, Step, Trace
-from anyorder.method.guidance import for_locations
-from anyorder.method.policies import FixedOrder, InformativeOrder
-from anyorder.method.policy_config import PolicyConfig, make_policy
-from anyorder.method.sampling import Sampling, Streams, draw, entropy, token_likelihood, truncate
+from anyorder.method import sampling as draws
+from anyorder.method.guidance import rating_log_probs
+from anyorder.method.policy_config import Order, make_policy
+from anyorder.method.sampling import Sampling, Streams
 
 Content = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(positions (B, M), log-probabilities (B, M, V), uniform (B, M)) -> tokens (B, M)."""
-
-
-def drawn(sampling: Sampling) -> Content:
-    """Content of generation: a token drawn from the model for each candidate."""
-    return lambda positions, log_p, uniform: draw(truncate(log_p, sampling), uniform)
-
-
-def given(tokens: Tensor) -> Content:
-    """Content of order extraction: the true tokens (B, N) of a training image."""
-    return lambda positions, log_p, uniform: tokens.gather(1, positions)
-
-
-def _blank(positions: Tensor, log_p: Tensor, uniform: Tensor) -> Tensor:
-    """No content: for token-blind ratings."""
-    return torch.zeros_like(positions)
-
-
-@torch.no_grad()
-def generate(
-    model: AnyOrderModel,
-    policy: OrderPolicy,
-    content: Content,
-    streams: Streams,
-    *,
-    condition: Tensor | None = None,
-    grid: Grid | None = None,
-    known: tuple[Tensor, Tensor] | None = None,
-    scorer: AnyOrderModel | None = None,
-    chunk: int | None = None,
-) -> Iterator[Step]:
-    """Reveal every open position, step by step; progress bars and animations read this stream.
-
-    Costs per image, N positions: a fixed order and the location head evaluate N candidates; an inferred
-    order N (N + 1) / (2 refresh), about the share `rescore` of it if it is lazy, and N of the drawer if it is
-    decided before the tokens are drawn; expected information 1 + top times that. In S steps, N^2 / 2 becomes
-    about N S / 2.
-    Memory: the model's cache, O(depth * B * N * D), plus O(B * chunk * (D + V)), see `_chunk`.
-
-    Args:
-        model: any-order model, the drawer: it decides what.
-        policy: where to go.
-        content: what to put there.
-        streams: one random stream per image; its length is the batch size B.
-        condition: (B,) or (B, 1 + A + L) int64, see `contracts`, or None.
-        grid: the grid to draw on; the model's own by default.
-        known: positions (B, K) and tokens (B, K) that are given, revealed first.
-        scorer: the model that decides where, if it is not the drawer itself: for a drawer that was
-            fine-tuned on the scorer's orders. The drawer then evaluates the chosen positions only. A fixed
-            order needs none, and leaves it unused.
-        chunk: candidates scored per call; by default as many as keep memory within bounds, see `_chunk`.
-
-    Yields:
-        Step: after each reveal.
-
-    Raises:
-        ValueError: a scorer of its own with a policy that looks at the drawn tokens, or a policy that asks a
-            location head of a model that has none.
-    """
-    if scorer is not None and not policy.token_blind:
-        raise ValueError(
-            f"'{policy.name}' looks at the drawer's tokens, so no other model can score: leave scorer out, "
-            "or choose a token-blind order"
-        )
-    scorer = None if isinstance(policy, FixedOrder) else scorer
-    if policy.located and not hasattr(scorer or model, "locate"):
-        raise ValueError(f"'{policy.name}' asks a location head: this model has none, choose another order")
-    grid = grid or model.grid
-    device = streams.device
-    batch = len(streams)
-    state = model.start(batch, condition, grid)
-    guide = scorer.start(batch, condition, grid) if scorer is not None else None
-    progress = _nothing_revealed(grid, batch, device)
-    if known is not None and known[0].shape[1]:
-        state = model.append(state, *known)
-        guide = scorer.append(guide, *known) if scorer is not None else None
-        progress.revealed.scatter_(1, known[0], True)
-        progress.last = known[0][:, -1]
-    total = progress.total = int((~progress.revealed[0]).sum())
-    done = 0
-    while done < total:
-        uniform, progress.noise = streams.uniform(grid.n), streams.gumbel(grid.n)
-        by, its = (model, state) if scorer is None else (scorer, guide)
-        positions, peeked = _where(by, its, policy, content, progress, uniform, chunk)
-        written = []
-        for some in positions.split(1 if policy.sequential else positions.shape[1], dim=1):
-            tokens, log_prob = peeked or _look(model, state, policy, content, some, uniform, chunk)[:2]
-            done += some.shape[1]
-            if done < total:  # after the last reveal nothing is scored any more
-                state = model.append(state, some, tokens)
-            written.append(tokens)
-            progress.revealed.scatter_(1, some, True)
-            progress.revealed_at.scatter_(1, some, progress.step)
-            progress.last = some[:, -1]
-            progress.step += 1
-            yield Step(progress.step - 1, total, some, tokens, log_prob)
-        if scorer is not None and done < total:
-            guide = scorer.append(guide, positions, torch.cat(written, dim=1))
-
-
-def _nothing_revealed(grid: Grid, batch: int, device: torch.device | str) -> Progress:
-    """Where the loop is before anything is given or drawn."""
-    never = torch.full((batch, grid.n), -1, device=device)
-    return Progress(
-        grid=grid,
-        revealed=torch.zeros(batch, grid.n, dtype=torch.bool, device=device),
-        last=never[:, 0].clone(),
-        step=0,
-        total=grid.n,
-        noise=torch.zeros(batch, grid.n, device=device),
-        ratings=torch.zeros(batch, grid.n, device=device),
-        rated_at=never,
-        revealed_at=never.clone(),
-    )
-
-
-def _where(
-    by: AnyOrderModel,
-    state: Any,
-    policy: OrderPolicy,
-    content: Content,
-    progress: Progress,
-    uniform: Tensor,
-    chunk: int | None,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Positions (B, K) to reveal now; if the policy peeked, their tokens and log-probabilities, too."""
-    if policy.located:
-        progress.where = by.locate(state, progress.revealed)  # type: ignore[attr-defined]
-    if isinstance(policy, InformativeOrder):
-        progress.uncertainty_after = partial(_uncertainty_after, by, state, progress, chunk)
-    candidates = policy.propose(progress)
-    if not policy.rated:
-        ratings = torch.zeros(candidates.shape, device=candidates.device)
-        return candidates.gather(1, policy.select(progress, candidates, ratings)), None
-    what = _blank if policy.token_blind else content
-    tokens, log_prob, ratings = _look(by, state, policy, what, candidates, uniform, chunk)
-    progress.ratings.scatter_(1, candidates, ratings)
-    progress.rated_at.scatter_(1, candidates, progress.step)
-    chosen = policy.select(progress, candidates, ratings)
-    peeked = None if policy.token_blind else (tokens.gather(1, chosen), log_prob.gather(1, chosen))
-    return candidates.gather(1, chosen), peeked
-
-
-def _uncertainty_after(
-    model: AnyOrderModel, state: Any, progress: Progress, chunk: int | None, position: Tensor
-) -> Tensor:
-    """Summed entropy (B,) nats of the open positions after the likeliest token is put on `position` (B,)."""
-    fork, position = copy.deepcopy(state), position[:, None]
-    token = for_locations(fork, _log_p(model, fork, position)).argmax(-1)
-    fork = model.append(fork, position, token)
-    others = (~progress.revealed.scatter(1, position, True)).nonzero()[:, 1].view(len(position), -1)
-    total = torch.zeros(len(position), device=position.device)
-    for some in others.split(chunk or _chunk(model, others), dim=1):
-        total -= entropy(for_locations(fork, _log_p(model, fork, some)), some).sum(1)
-    return total
-
-
-def _look(
-    model: AnyOrderModel,
-    state: object,
-    policy: OrderPolicy,
-    content: Content,
-    candidates: Tensor,
-    uniform: Tensor,
-    chunk: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What would be there, how likely, and how much it is wanted: three (B, M), chunk by chunk."""
-    parts = []
-    for positions in candidates.split(chunk or _chunk(model, candidates), dim=1):
-        log_p = _log_p(model, state, positions)
-        tokens = content(positions, log_p, uniform.gather(1, positions))
-        parts.append(
-            (tokens, token_likelihood(log_p, tokens), policy.rate(for_locations(state, log_p), tokens))
-        )
-    tokens, log_prob, ratings = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-    return tokens, log_prob, ratings
-
-
-def _log_p(model: AnyOrderModel, state: Any, positions: Tensor) -> Tensor:
-    """Log-probabilities (B, M, V) float32; on a GPU the kernel casts, so that no float32 logits exist."""
-    return model.score(state, positions).log_softmax(-1, dtype=torch.float32)
-
 
 ROWS = {"cpu": 2**10, "cuda": 2**14}
 """Candidates of all images together that are scored at once: enough to keep the device busy. On a CPU, where
@@ -211,10 +29,260 @@ LOGITS = 2**26
 """Logits held at once, 256 MiB in float32: fewer candidates where the codebook is large."""
 
 
+class GenerationOptions(TypedDict, total=False):
+    """Keyword arguments of `generate` and of all functions that call it; every one may be left out."""
+
+    condition: Tensor | None
+    """(B,) class labels or (B, 1 + A + L), see `contracts`; integers. None: unconditional."""
+    grid: Grid | None
+    """The grid to generate on; by default the one that the model was trained on."""
+    sampling: Sampling
+    """Temperature and truncation of sampled tokens."""
+    scorer: AnyOrderModel | None
+    """The scoring model, which decides where; by default the generator itself. For a generator that was
+    fine-tuned on the orders of this model: it then scores chosen positions only. Unused by fixed orders."""
+    chunk: int | None
+    """Candidates per image that are scored at once; by default as many as `ROWS` and `LOGITS` allow."""
+
+
+def generate(
+    model: AnyOrderModel,
+    order: Order,
+    streams: Streams,
+    *,
+    targets: Tensor | None = None,
+    known: tuple[Tensor, Tensor] | None = None,
+    condition: Tensor | None = None,
+    grid: Grid | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    scorer: AnyOrderModel | None = None,
+    chunk: int | None = None,
+) -> Iterator[Step]:
+    """Reveal every open position, step by step; progress bars and animations read this stream.
+
+    Candidates evaluated per image of N positions: N for a fixed order and for the location head; for an
+    inferred order N (N + 1) / 2, about the share `rescore` of it if that is below 1, and another N by the
+    generator if it is token-blind; expected information 1 + top times that.
+    Memory: the model's cache, O(depth * B * N * D), plus O(B * chunk * (D + V)).
+
+    Args:
+        model: any-order model, the generator: it decides what.
+        order: where to go; whatever `make_policy` takes.
+        streams: one random stream per image; their number is the batch size B >= 1.
+        targets: (B, N) int64, raster order: put these tokens instead of sampled ones (order extraction).
+        known: positions (B, K) and tokens (B, K) that are given, revealed first.
+        condition: this and what follows: see `GenerationOptions`.
+        grid: the grid.
+        sampling: temperature and truncation.
+        scorer: the scoring model.
+        chunk: candidates per call.
+
+    Returns:
+        An iterator of `Step`, one after each reveal.
+
+    Raises:
+        ValueError: no images, an order that `make_policy` refuses, a separate scorer for a policy that looks
+            at the generator's tokens, or a policy that needs a location head and a model without one.
+    """
+    if not len(streams):
+        raise ValueError("there are no images to generate: give at least one random stream")
+    grid = grid or model.grid
+    policy = make_policy(order, grid, streams)
+    if scorer is not None and not policy.token_blind:
+        raise ValueError(
+            f"'{policy.name}' looks at the generator's tokens, so no other model can score: leave scorer "
+            "out, or choose a token-blind order"
+        )
+    if not (policy.rated or policy.located):
+        scorer = None
+    if policy.located and not hasattr(scorer or model, "locate"):
+        raise ValueError(f"'{policy.name}' asks a location head: this model has none, choose another order")
+    content = sampled(sampling) if targets is None else given(targets)
+    condition = None if condition is None else condition.to(streams.device, torch.int64)
+    return _reveal_all(model, scorer, policy, content, streams, condition, grid, known, chunk)
+
+
+@torch.no_grad()
+def _reveal_all(
+    model: AnyOrderModel,
+    scorer: AnyOrderModel | None,
+    policy: OrderPolicy,
+    content: Content,
+    streams: Streams,
+    condition: Tensor | None,
+    grid: Grid,
+    known: tuple[Tensor, Tensor] | None,
+    chunk: int | None,
+) -> Iterator[Step]:
+    """The loop itself; long, so that a reader and a traceback find every step in one place."""
+    state = model.start(len(streams), condition, grid)
+    scorer_state = scorer.start(len(streams), condition, grid) if scorer is not None else None
+    progress = _nothing_revealed(grid, len(streams), streams.device)
+    if known is not None and known[0].shape[1]:
+        state = model.append(state, *known)
+        scorer_state = scorer.append(scorer_state, *known) if scorer is not None else None
+        progress.revealed.scatter_(1, known[0], True)
+        progress.last = known[0][:, -1]
+        progress.open = progress.total = grid.n - known[0].shape[1]
+    while progress.open:
+        # Every step takes the same numbers from each stream, used or not: what is sampled at a step then does
+        # not depend on the number of candidates, on chunks, or on the other images.
+        uniform, progress.noise = streams.uniform(grid.n), streams.gumbel(grid.n)
+        scoring_model, scoring_state = (model, state) if scorer is None else (scorer, scorer_state)
+        if policy.located:
+            progress.location = scoring_model.locate(scoring_state, progress.revealed)  # type: ignore[attr-defined]
+        candidates = policy.propose(progress)
+        ratings = torch.zeros(candidates.shape, device=candidates.device)
+        if policy.rated:
+            proposed = no_content if policy.token_blind else content
+            tokens, log_prob, ratings = score_candidates(
+                scoring_model, scoring_state, candidates, proposed, uniform, policy.rate, chunk
+            )
+            progress.ratings.scatter_(1, candidates, ratings)
+            progress.rated_at.scatter_(1, candidates, progress.step)
+        if policy.look_ahead:
+            candidates, ratings = expected_information(
+                scoring_model, scoring_state, progress, candidates, ratings, policy.look_ahead, chunk
+            )
+        chosen = policy.select(progress, candidates, ratings)
+        positions = candidates.gather(1, chosen)
+        if policy.token_blind:
+            # Score the chosen positions again rather than sample a token for every candidate: only a model
+            # that generates needs content, and its `append` continues from what it scored last.
+            tokens, log_prob, _ = score_candidates(model, state, positions, content, uniform, None, chunk)
+        else:
+            # These tokens decided where to go: sampling others now would be another distribution.
+            tokens, log_prob = tokens.gather(1, chosen), log_prob.gather(1, chosen)
+        progress.open -= positions.shape[1]
+        if progress.open:  # after the last reveal nothing is scored any more
+            state = model.append(state, positions, tokens)
+            scorer_state = scorer.append(scorer_state, positions, tokens) if scorer is not None else None
+        progress.revealed.scatter_(1, positions, True)
+        progress.revealed_at.scatter_(1, positions, progress.step)
+        progress.last = positions[:, -1]
+        progress.step += 1
+        yield Step(progress.step - 1, progress.total, positions, tokens, log_prob)
+
+
+def _nothing_revealed(grid: Grid, batch: int, device: torch.device | str) -> Progress:
+    """Where the loop is before anything is given or generated."""
+    never = torch.full((batch, grid.n), -1, device=device)
+    return Progress(
+        grid=grid,
+        revealed=torch.zeros(batch, grid.n, dtype=torch.bool, device=device),
+        last=never[:, 0].clone(),
+        step=0,
+        total=grid.n,
+        open=grid.n,
+        noise=torch.zeros(batch, grid.n, device=device),
+        ratings=torch.zeros(batch, grid.n, device=device),
+        rated_at=never,
+        revealed_at=never.clone(),
+    )
+
+
+# --- one step: what would be there, and how good is it? ---------------------------------------------------
+
+
+def sampled(sampling: Sampling) -> Content:
+    """Content of generation: a token sampled from the model for each candidate."""
+    return lambda positions, log_p, uniform: draws.sample_tokens(draws.truncate(log_p, sampling), uniform)
+
+
+def given(tokens: Tensor) -> Content:
+    """Content of order extraction: the true tokens (B, N) of an image."""
+    return lambda positions, log_p, uniform: tokens.gather(1, positions)
+
+
+def no_content(positions: Tensor, log_p: Tensor, uniform: Tensor) -> Tensor:
+    """For ratings that do not look at tokens."""
+    return torch.zeros_like(positions)
+
+
+def score_candidates(
+    model: AnyOrderModel,
+    state: Any,
+    candidates: Tensor,
+    content: Content,
+    uniform: Tensor,
+    rate: Callable[[Tensor, Tensor], Tensor] | None,
+    chunk: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, their log-probabilities and the ratings of candidates (B, M): three (B, M), chunk by chunk.
+
+    Args:
+        model: what scores.
+        state: its state, which is left as it is.
+        candidates: (B, M) int64, open positions.
+        content: tokens from log-probabilities.
+        uniform: (B, N) float32 in [0, 1), one number per position.
+        rate: ratings (B, M) from log-probabilities (B, M, V) and tokens (B, M); None: the log-probabilities.
+        chunk: candidates per image and call.
+    """
+    parts = []
+    for positions in candidates.split(chunk or _chunk(model, candidates), dim=1):
+        # On a GPU the kernel casts, so that no float32 logits exist.
+        log_p = model.score(state, positions).log_softmax(-1, dtype=torch.float32)
+        tokens = content(positions, log_p, uniform.gather(1, positions))
+        log_prob = draws.token_likelihood(log_p, tokens)
+        parts.append((tokens, log_prob, rate(rating_log_probs(state, log_p), tokens) if rate else log_prob))
+    tokens, log_prob, ratings = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    return tokens, log_prob, ratings
+
+
+def expected_information(
+    model: AnyOrderModel,
+    state: Any,
+    progress: Progress,
+    candidates: Tensor,
+    ratings: Tensor,
+    top: int,
+    chunk: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The `top` best rated candidates, and how much is learnt about the other open positions at each.
+
+    The gain is the fall in their summed entropy when the most likely token is revealed there, in nats.
+
+    Args:
+        model: the scoring model.
+        state: its state, which is left as it is.
+        progress: where the loop is.
+        candidates: (B, M) int64, all open positions.
+        ratings: (B, M) float32, their entropies in nats, of either sign.
+        top: how many are looked up, one step ahead.
+        chunk: see `GenerationOptions`.
+
+    Returns:
+        Positions (B, min(top, M)) int64 and gains of the same shape, float32.
+    """
+    listed = ratings.argsort(dim=1, descending=True, stable=True)[:, :top]
+    positions, entropies = candidates.gather(1, listed), ratings.abs()
+    if listed.shape[1] == 1:  # nothing to choose from
+        return positions, ratings.gather(1, listed)
+    before = entropies.sum(1, keepdim=True) - entropies.gather(1, listed)
+    after = [_entropy_after(model, state, progress.revealed, p, chunk) for p in positions.split(1, dim=1)]
+    return positions, before - torch.stack(after, dim=1)
+
+
+def _entropy_after(
+    model: AnyOrderModel, state: Any, revealed: Tensor, position: Tensor, chunk: int | None
+) -> Tensor:
+    """Summed entropy (B,) nats of what is open after the likeliest token is put on `position` (B, 1)."""
+    fork = copy.deepcopy(state)  # `append` uses a state up
+    log_p = model.score(fork, position).log_softmax(-1, dtype=torch.float32)
+    fork = model.append(fork, position, rating_log_probs(fork, log_p).argmax(-1))
+    others = (~revealed.scatter(1, position, True)).nonzero()[:, 1].view(len(position), -1)
+    unused = torch.zeros(revealed.shape, device=revealed.device)
+    return -score_candidates(model, fork, others, no_content, unused, draws.entropy, chunk)[2].sum(1)
+
+
 def _chunk(model: AnyOrderModel, positions: Tensor) -> int:
     """Candidates per image and call: B * chunk within `ROWS`, B * chunk * V within `LOGITS`."""
     rows = min(ROWS.get(positions.device.type, 2**12), LOGITS // model.vocab_size)
     return max(1, rows // len(positions))
+
+
+# --- whole images -----------------------------------------------------------------------------------------
 
 
 def trace(steps: Iterator[Step], known: tuple[Tensor, Tensor] | None = None) -> Trace:
@@ -227,202 +295,134 @@ def trace(steps: Iterator[Step], known: tuple[Tensor, Tensor] | None = None) -> 
 
 
 def sample(
-    model: AnyOrderModel,
-    order: str | Tensor | OrderPolicy | PolicyConfig,
-    streams: Streams,
-    *,
-    condition: Tensor | None = None,
-    grid: Grid | None = None,
-    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
-    scorer: AnyOrderModel | None = None,
-    chunk: int | None = None,
+    model: AnyOrderModel, order: Order, streams: Streams, **options: Unpack[GenerationOptions]
 ) -> Trace:
-    """Draw images in a fixed, random or inferred order.
-
-    Args:
-        model: any-order model, possibly `Guided`.
-        order: what `make_policy` takes.
-        streams: one random stream per image.
-        condition: (B,) or (B, 1 + A + L) int64, see `contracts`, or None.
-        grid: the grid to draw on.
-        sampling: temperature and truncation.
-        scorer: see `generate`.
-        chunk: see `generate`.
-    """
-    policy = make_policy(order, grid or model.grid, streams)
-    return trace(
-        generate(
-            model,
-            policy,
-            drawn(sampling),
-            streams,
-            condition=condition,
-            grid=grid,
-            scorer=scorer,
-            chunk=chunk,
-        )
-    )
+    """Sample images in a fixed, random or inferred order; arguments and errors as of `generate`."""
+    return trace(generate(model, order, streams, **options))
 
 
 def extract_orders(
     model: AnyOrderModel,
     tokens: Tensor,
-    order: str | OrderPolicy = "entropy",
+    order: Order = "entropy",
     streams: Streams | None = None,
-    *,
-    condition: Tensor | None = None,
-    grid: Grid | None = None,
-    scorer: AnyOrderModel | None = None,
-    chunk: int | None = None,
+    **options: Unpack[GenerationOptions],
 ) -> Trace:
     """Recover the order in which the model itself would reveal each image (OAR v1, Sec. 3).
 
     Args:
         model: any-order model.
-        tokens: (B, N) int64, raster order.
-        order: an inferred-order policy or the name of a score. "token_likelihood" is the paper's rule.
+        tokens: (B, N) integers, raster order.
+        order: where to go; "token_likelihood" is the paper's rule.
         streams: only needed for a location temperature; seeds 0..B-1 by default.
-        condition: (B,) or (B, 1 + A + L) int64, see `contracts`, or None.
-        grid: the grid of `tokens`.
-        scorer: see `generate`; `log_prob` is still that of `model`.
-        chunk: see `generate`.
+        **options: see `GenerationOptions`; `log_prob` is that of `model` also where another model scores.
 
     Returns:
         Trace: `order` as extracted and `log_prob` of the true tokens in it.
 
     Raises:
-        ValueError: tokens of another length than the grid.
+        ValueError: tokens of another length than the grid; see `generate`.
     """
-    grid = grid or model.grid
-    _check_length(tokens, grid)
+    _check_length(tokens, options.get("grid") or model.grid)
     streams = streams or Streams(range(len(tokens)), tokens.device)
-    policy = make_policy(order, grid, streams)
-    steps = generate(
-        model, policy, given(tokens), streams, condition=condition, grid=grid, scorer=scorer, chunk=chunk
-    )
-    return trace(steps)
-
-
-def _check_length(tokens: Tensor, grid: Grid) -> None:
-    if tokens.shape[1] != grid.n:
-        raise ValueError(f"{tokens.shape[1]} tokens per image do not fill a {grid.h} x {grid.w} grid")
+    return trace(generate(model, order, streams, targets=_integers(tokens, streams), **options))
 
 
 def complete(
     model: AnyOrderModel,
     tokens: Tensor,
     known: Tensor,
-    order: str | Tensor | OrderPolicy | PolicyConfig,
+    order: Order,
     streams: Streams,
-    *,
-    condition: Tensor | None = None,
-    grid: Grid | None = None,
-    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
-    scorer: AnyOrderModel | None = None,
-    chunk: int | None = None,
+    **options: Unpack[GenerationOptions],
 ) -> Trace:
-    """Draw what is missing: in- and outpainting without retraining (OAR v2).
+    """Generate what is missing: in- and outpainting without retraining (OAR v2).
 
     Args:
         model: any-order model.
-        tokens: (B, N) int64, raster order; what stands at unknown positions is ignored.
+        tokens: (B, N) integers, raster order; what stands at unknown positions is ignored.
         known: (B, N) bool; rows may know different numbers of positions.
-        order: what `make_policy` takes, for the open positions.
+        order: where to go, for the open positions.
         streams: one random stream per image.
-        condition: (B,) or (B, 1 + A + L) int64, see `contracts`, or None.
-        grid: the grid of `tokens`.
-        sampling: temperature and truncation.
-        scorer: see `generate`.
-        chunk: see `generate`.
+        **options: see `GenerationOptions`.
 
     Raises:
-        ValueError: `known` of another shape than `tokens`, or tokens of another length than the grid.
+        ValueError: `known` of another shape than `tokens`, tokens of another length than the grid; see
+            `generate`.
     """
     if known.shape != tokens.shape or known.dtype != torch.bool:
         raise ValueError(
             f"known must be bool of shape {tuple(tokens.shape)}, got {known.dtype} {tuple(known.shape)}"
         )
-    grid = grid or model.grid
+    grid = options.get("grid") or model.grid
     _check_length(tokens, grid)
-    counts = known.sum(1)
+    tokens, known = _integers(tokens, streams), known.to(streams.device)
+    # One policy for the whole batch, since orders of images belong to rows; its subsets follow below.
+    policy, condition = make_policy(order, grid, streams), options.pop("condition", None)
     result = Trace(tokens.clone(), torch.empty_like(tokens), torch.zeros(tokens.shape, device=tokens.device))
-    for count in counts.unique().tolist():  # rows that know equally many positions run as one batch
+    counts = known.sum(1)
+    # A batch advances all its rows by as many positions at each step, so rows run together only if they have
+    # equally many to go. The streams of a row are its own: the grouping does not change what it gets.
+    for count in counts.unique().tolist():
         rows = (counts == count).nonzero().squeeze(1)
-        here = known[rows].nonzero(as_tuple=True)[1].reshape(len(rows), count)
-        prefix = (here, tokens[rows].gather(1, here))
-        some = streams.subset(rows.tolist())
-        own = order[rows] if isinstance(order, Tensor) and order.ndim == 2 else order
-        own = own.of(rows) if isinstance(own, FixedOrder) else own
-        steps = generate(
-            model,
-            make_policy(own, grid, some),
-            drawn(sampling),
-            some,
-            condition=None if condition is None else condition[rows],
-            grid=grid,
-            known=prefix,
-            scorer=scorer,
-            chunk=chunk,
-        )
-        part = trace(steps, prefix)
-        result.tokens[rows], result.order[rows], result.log_prob[rows] = (
-            part.tokens,
-            part.order,
-            part.log_prob,
-        )
+        at = known[rows].nonzero(as_tuple=True)[1].reshape(len(rows), count)
+        prefix = (at, tokens[rows].gather(1, at))
+        options["condition"] = None if condition is None else condition.to(streams.device)[rows]
+        part = trace(
+            generate(
+                model, policy.subset(rows), streams.subset(rows.tolist()),
+                known=prefix, **options,
+            ),
+            prefix,
+        )  # fmt: skip
+        result.tokens[rows], result.order[rows] = part.tokens, part.order
+        result.log_prob[rows] = part.log_prob
     return result
 
 
 def sample_coarse_to_fine(
     model: AnyOrderModel,
-    order: str | PolicyConfig,
+    order: Order,
     streams: Streams,
     factor: int = 2,
-    *,
-    condition: Tensor | None = None,
-    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
-    scorer: AnyOrderModel | None = None,
-    chunk: int | None = None,
+    **options: Unpack[GenerationOptions],
 ) -> Trace:
-    """Draw on a grid `factor` times that of training: first every factor-th patch, then the others.
+    """Sample on a grid `factor` times that of training: first every factor-th patch, then the others.
 
-    The first ones are drawn on the grid of training, so that the whole picture is laid out as it was learnt;
-    then they are the known ones of the large grid (RandAR, arXiv 2412.01827, resolution extrapolation).
+    The first ones are sampled on the grid of training, so that the image is laid out as it was learnt; then
+    they are the known ones of the large grid (RandAR, arXiv 2412.01827, resolution extrapolation).
 
     Args:
         model: any-order model.
         order: name of an order or a `PolicyConfig`, on both grids.
         streams: one random stream per image.
         factor: >= 2.
-        condition: (B,) int64 class labels, or None.
-        sampling: temperature and truncation.
-        scorer: see `generate`.
-        chunk: see `generate`.
+        **options: see `GenerationOptions`; `grid` is the coarse one.
 
     Returns:
-        Trace of the large grid; `log_prob` is zero for the patches that were drawn on the small one.
+        Trace of the large grid; `log_prob` is zero for the patches that were sampled on the small one.
 
     Raises:
-        ValueError: a factor below 2.
+        ValueError: a factor below 2; see `generate`.
     """
     if factor < 2:
-        raise ValueError(f"factor must be >= 2, got {factor}: draw on the grid of training instead")
-    coarse, fine = model.grid, Grid(factor * model.grid.h, factor * model.grid.w)
-    first = sample(model, order, streams, condition=condition, sampling=sampling, scorer=scorer, chunk=chunk)
+        raise ValueError(f"factor must be >= 2, got {factor}: generate on the grid of training instead")
+    coarse = options.get("grid") or model.grid
+    fine = Grid(factor * coarse.h, factor * coarse.w)
+    first = sample(model, order, streams, **options)
+    options["grid"] = fine
     at = factor * torch.arange(coarse.n, device=first.tokens.device)
     there = at // (factor * coarse.w) * factor * fine.w + at % (factor * coarse.w)
     tokens = first.tokens.new_zeros(len(first.tokens), fine.n)
     known = torch.zeros_like(tokens, dtype=torch.bool)
     tokens[:, there], known[:, there] = first.tokens, True
-    return complete(
-        model,
-        tokens,
-        known,
-        order,
-        streams,
-        condition=condition,
-        grid=fine,
-        sampling=sampling,
-        scorer=scorer,
-        chunk=chunk,
-    )
+    return complete(model, tokens, known, order, streams, **options)
+
+
+def _integers(tokens: Tensor, streams: Streams) -> Tensor:
+    return tokens.to(streams.device, torch.int64)
+
+
+def _check_length(tokens: Tensor, grid: Grid) -> None:
+    if tokens.shape[1] != grid.n:
+        raise ValueError(f"{tokens.shape[1]} tokens per image do not fill a {grid.h} x {grid.w} grid")

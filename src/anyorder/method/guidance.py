@@ -63,7 +63,7 @@ class GuidedState:
     """(B, M, V) conditional logits of the last call of `score`, where locations are to be unguided."""
 
 
-def for_locations(state: Any, log_p: Tensor) -> Tensor:
+def rating_log_probs(state: Any, log_p: Tensor) -> Tensor:
     """What positions are rated by: `log_p` (B, M, V), unless guidance is to keep out of it.
 
     Args:

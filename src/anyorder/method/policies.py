@@ -4,40 +4,50 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from anyorder.contracts import Grid, Progress
 from anyorder.method.sampling import SCORES, TOKEN_BLIND
-from anyorder.method.schedules import Pace
+from anyorder.method.schedules import ParallelSchedule
 from anyorder.orders import inverse, validate
 
 Score = Literal["entropy", "max_prob", "margin", "token_likelihood"]
+Policy = TypeVar("Policy", bound="_Policy")
 
 
-def waiting_positions(progress: Progress) -> Tensor:
+def open_positions(progress: Progress) -> Tensor:
     """All open positions (B, M) int64, in raster order."""
     return (~progress.revealed).nonzero()[:, 1].reshape(len(progress.revealed), -1)
 
 
+@dataclass(frozen=True)
+class _Policy(ParallelSchedule):
+    """What policies share; see `contracts.OrderPolicy`."""
+
+    def subset(self: Policy, rows: Tensor) -> Policy:
+        """The same policy for some images (R,) int64 of the batch."""
+        return self
+
+
 @dataclass(frozen=True, eq=False)
-class _Decided(Pace):
+class _Decided(_Policy):
     """A policy that proposes just what is to be revealed: nothing is left to rate or select."""
 
     token_blind = True
     rated = False
-    sequential = False
+    located = False
+    look_ahead = 0
 
-    def _next(self, progress: Progress, wanted: Tensor) -> Tensor:
-        """The positions (B, K) to go to now; wanted (B, N), larger is wanted more."""
-        waiting = waiting_positions(progress)
-        k = self.take(progress, waiting.shape[1])
-        return waiting.gather(1, self.best(waiting, wanted.gather(1, waiting), k, progress.grid))
+    def _next(self, progress: Progress, priority: Tensor) -> Tensor:
+        """The positions (B, K) to go to now, by priority (B, N): the largest first."""
+        positions = open_positions(progress)
+        return positions.gather(1, self.first(progress, positions, priority.gather(1, positions)))
 
     def rate(self, log_p: Tensor, tokens: Tensor) -> Tensor:
-        """All candidates are wanted: zeros (B, M)."""
+        """Nothing to tell apart: zeros (B, M)."""
         return torch.zeros(tokens.shape, device=tokens.device)
 
     def select(self, progress: Progress, candidates: Tensor, ratings: Tensor) -> Tensor:
@@ -49,10 +59,10 @@ class _Decided(Pace):
 class FixedOrder(_Decided):
     """Follows an order given beforehand, skipping positions that are known already.
 
-    With `spread` it goes to the next position that keeps the distance to those of the same step first.
+    With `min_distance` the next position that keeps it to the others of the same step goes first.
 
     Raises:
-        ValueError: not a permutation of the grid, or a pace that makes no sense.
+        ValueError: not a permutation of the grid, or a schedule that makes no sense.
     """
 
     order: Tensor
@@ -62,17 +72,15 @@ class FixedOrder(_Decided):
     name: str = field(default="given", kw_only=True)
     """For reports."""
     rank: Tensor = field(init=False, repr=False)
-    """Its inverse."""
-
-    located = False
+    """Inverse of `order`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "rank", inverse(validate(self.order, self.grid)))
 
-    def of(self, rows: Tensor) -> FixedOrder:
-        """The same for some images (R,) int64 of the batch."""
-        return replace(self, order=self.order[rows]) if self.order.ndim == 2 else self
+    def subset(self, rows: Tensor) -> FixedOrder:
+        """The orders of some images (R,) int64 of the batch."""
+        return replace(self, order=self.order[rows.to(self.order.device)]) if self.order.ndim == 2 else self
 
     def propose(self, progress: Progress) -> Tensor:
         """The next K open positions of the order, (B, K)."""
@@ -80,11 +88,11 @@ class FixedOrder(_Decided):
 
 
 @dataclass(frozen=True)
-class InferredOrder(Pace):
-    """The model chooses: every open position is scored, the K that it is surest of are revealed.
+class InferredOrder(_Policy):
+    """The model chooses: every open position is scored, the K with the highest ratings are revealed.
 
     With `score="token_likelihood"` this is the paper's rule (OAR, arXiv 2504.17069 v1, Sec. 3: the most
-    likely position-token pair), which looks at the drawn token and so changes the distribution that is
+    likely position-token pair), which looks at the sampled token and so changes the distribution that is
     sampled. The other scores are token-blind: p(x) stays a normalised autoregressive density.
 
     With `rescore` below 1 it is lazy: half of what is scored at a step are the positions that their last
@@ -93,25 +101,22 @@ class InferredOrder(Pace):
     """
 
     score: Score = "entropy"
-    """How sure the model is of a position, in nats."""
+    """Confidence score of a position, in nats."""
     sign: Literal[1, -1] = 1
     """1: most certain first; -1: least certain first."""
     temperature: float = 0.0
-    """Gumbel noise of this scale (nats) on the ratings: 0 takes the best, larger explores."""
+    """Gumbel noise of this scale (nats) on the ratings: 0 takes the highest, larger explores."""
     distance: float = 0.0
-    """Nats lost per patch of distance; keeps the drawing local."""
+    """Nats lost per patch of distance: neighbouring positions follow one another."""
     distance_to: Literal["last", "nearest"] = "last"
     """Distance to the patch revealed last, or to the nearest revealed one."""
     location: float = 0.0
     """Weight of the location head's log-probability in the ratings. At 1, with the likelihood of the true
     token, extraction is the greedy E-step of hard EM on q(order, x)."""
-    refresh: int = 1
-    """Steps between two scorings: one scoring decides the next `refresh` positions, which are still drawn one
-    after another. Costs N (N + 1) / (2 refresh) evaluations."""
     rescore: float = 1.0
-    """Share of the open positions that is scored at each step; 1 scores all, the exact order."""
-    full_every: int = 0
-    """Where `rescore` is below 1: score all open positions every so many steps; 0: at the first only."""
+    """Share of the open positions that is scored at each step but the first; 1: all, the exact order."""
+
+    rated = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,34 +124,15 @@ class InferredOrder(Pace):
             raise ValueError(f"unknown score '{self.score}': choose one of {', '.join(SCORES)}")
         if self.sign not in (1, -1):
             raise ValueError(f"sign must be 1 (most certain first) or -1, got {self.sign}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
+        for name in ("temperature", "location"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if not math.isfinite(self.distance):
+            raise ValueError(f"distance must be a number, got {self.distance}")
         if self.distance_to not in ("last", "nearest"):
             raise ValueError(f"distance_to must be 'last' or 'nearest', got '{self.distance_to}'")
-        if self.location < 0:
-            raise ValueError(f"location must be >= 0, got {self.location}")
-        if self.refresh < 1:
-            raise ValueError(f"refresh must be >= 1, got {self.refresh}")
-        if self.refresh > 1 and (self.per_step > 1 or self.steps or not self.token_blind):
-            raise ValueError(
-                "refresh > 1 needs per_step=1, steps=0 and an order that is decided before the tokens"
-            )
         if not 0 < self.rescore <= 1:
             raise ValueError(f"rescore must lie in (0, 1], got {self.rescore}")
-        if self.full_every < 0 or (self.full_every and self.rescore == 1):
-            raise ValueError(f"full_every must be >= 0 and needs rescore < 1, got {self.full_every}")
-        if self.rescore < 1 and self.refresh > 1:
-            raise ValueError("rescore < 1 and refresh > 1 are two ways to score less: give one of them")
-
-    @property
-    def rated(self) -> bool:
-        """Every candidate is scored."""
-        return True
-
-    @property
-    def sequential(self) -> bool:
-        """Whether one scoring decides several positions."""
-        return self.refresh > 1
 
     @property
     def name(self) -> str:
@@ -163,50 +149,47 @@ class InferredOrder(Pace):
         """False for the paper's rule."""
         return self.score in TOKEN_BLIND
 
-    def sizes(self, n: int) -> list[int]:
-        """Positions decided by each scoring, out of n open ones."""
-        return super().sizes(n) if self.refresh == 1 else Pace(per_step=self.refresh).sizes(n)
-
-    def take(self, progress: Progress, waiting: int) -> int:
-        """How many of the `waiting` open positions this scoring decides."""
-        return super().take(progress, waiting) if self.refresh == 1 else min(self.refresh, waiting)
+    @property
+    def look_ahead(self) -> int:
+        """How many positions are looked up one step ahead."""
+        return 0
 
     def evaluations(self, n: int) -> int:
         """Candidate evaluations to decide where, per image of n open positions."""
         total, waiting = 0, n
         for step, k in enumerate(self.sizes(n)):
-            total += self._budget(step, waiting, k)
+            total += self._scored(step, waiting, k)
             waiting -= k
         return total
 
-    def _budget(self, step: int, waiting: int, k: int) -> int:
+    def _scored(self, step: int, waiting: int, k: int) -> int:
         """How many of the `waiting` positions are scored at a step that reveals k of them."""
-        if self.rescore == 1 or step == 0 or (self.full_every and step % self.full_every == 0):
+        if self.rescore == 1 or step == 0:
             return waiting
         return min(waiting, max(k, math.ceil(self.rescore * waiting - 1e-9)))
 
     def propose(self, progress: Progress) -> Tensor:
-        """Open positions (B, M) in raster order: all, or those that are worth another look."""
-        waiting = waiting_positions(progress)
+        """Open positions (B, M) in raster order: all, or those whose ratings may have changed most."""
+        waiting = open_positions(progress)
         n = waiting.shape[1]
-        m = self._budget(progress.step, n, self.take(progress, n))
+        m = self._scored(progress.step, n, self.take(progress))
         if m == n:
             return waiting
-        best = self._wanted(progress, waiting, progress.ratings.gather(1, waiting)).topk((m + 1) // 2, 1)
-        news = _news(progress).gather(1, waiting).scatter(1, best.indices, -1)
-        rest = news.argsort(dim=1, descending=True, stable=True)[:, : m // 2]
-        columns = torch.cat((best.indices, rest), dim=1)
+        priority = self._priority(progress, waiting, progress.ratings.gather(1, waiting))
+        highest = _descending(priority)[:, : (m + 1) // 2]
+        staleness = _staleness(progress).gather(1, waiting).scatter(1, highest, -1)
+        columns = torch.cat((highest, _descending(staleness)[:, : m // 2]), dim=1)
         return waiting.gather(1, columns.sort(1).values)
 
     def rate(self, log_p: Tensor, tokens: Tensor) -> Tensor:
-        """Confidence (B, M) in nats, larger is wanted more."""
+        """Confidence scores (B, M) in nats, those to be revealed first are the largest."""
         return self.sign * SCORES[self.score](log_p, tokens)
 
-    def _wanted(self, progress: Progress, positions: Tensor, ratings: Tensor) -> Tensor:
-        """Ratings (B, M) after the location head, location noise and distance prior."""
+    def _priority(self, progress: Progress, positions: Tensor, ratings: Tensor) -> Tensor:
+        """Ratings (B, M) after the location head, noise and the distance prior."""
         if self.location:
-            assert progress.where is not None
-            ratings = ratings + self.location * progress.where.gather(1, positions)
+            assert progress.location is not None
+            ratings = ratings + self.location * progress.location.gather(1, positions)
         if self.temperature:
             ratings = ratings + self.temperature * progress.noise.gather(1, positions)
         if self.distance:
@@ -214,10 +197,8 @@ class InferredOrder(Pace):
         return ratings
 
     def select(self, progress: Progress, candidates: Tensor, ratings: Tensor) -> Tensor:
-        """The K most wanted, best first."""
-        wanted = self._wanted(progress, candidates, ratings)
-        k = self.take(progress, int((~progress.revealed[0]).sum()))
-        return self.best(candidates, wanted, k, progress.grid)
+        """The K of highest priority, highest first."""
+        return self.first(progress, candidates, self._priority(progress, candidates, ratings))
 
 
 @dataclass(frozen=True)
@@ -227,7 +208,8 @@ class InformativeOrder(InferredOrder):
     The gain of a position is the fall in the summed entropy of all other open positions when its most
     likely token is revealed, looked up one step ahead for the `top` positions that the ratings put first
     (the least certain: no position can tell more than its own entropy). Costs `top` further scorings of all
-    open positions per step. The looked-up token is the model's, not the drawn one: the order is token-blind.
+    open positions per step. The looked-up token is the model's, not the sampled one: the order is
+    token-blind.
     """
 
     sign: Literal[1, -1] = -1
@@ -237,11 +219,8 @@ class InformativeOrder(InferredOrder):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        exact = self.refresh == 1 and self.rescore == 1
-        if self.score != "entropy" or not exact or self.per_step != 1 or self.steps:
-            raise ValueError(
-                "expected information takes score='entropy', per_step=1, steps=0, refresh=1 and rescore=1"
-            )
+        if self.score != "entropy" or self.rescore != 1 or self.per_step != 1 or self.steps:
+            raise ValueError("expected information takes score='entropy', per_step=1, steps=0 and rescore=1")
         if self.distance or self.location:
             raise ValueError("expected information knows no distance and no location head: leave them at 0")
         if self.top < 1:
@@ -252,52 +231,47 @@ class InformativeOrder(InferredOrder):
         """For reports."""
         return "information"
 
+    @property
+    def look_ahead(self) -> int:
+        """How many positions are looked up."""
+        return self.top
+
     def evaluations(self, n: int) -> int:
         """Candidate evaluations to decide where, those of looking ahead included."""
         return super().evaluations(n) * (1 + self.top)
-
-    def select(self, progress: Progress, candidates: Tensor, ratings: Tensor) -> Tensor:
-        """The most informative of the short list, (B, 1)."""
-        assert progress.uncertainty_after is not None
-        entropy = -self.sign * ratings
-        listed = ratings.topk(min(self.top, candidates.shape[1]), dim=1).indices
-        if listed.shape[1] == 1:
-            return listed
-        before = entropy.sum(1, keepdim=True) - entropy.gather(1, listed)
-        positions = candidates.gather(1, listed)
-        after = torch.stack([progress.uncertainty_after(p) for p in positions.unbind(1)], dim=1)
-        gain = before - after
-        if self.temperature:
-            gain = gain + self.temperature * progress.noise.gather(1, positions)
-        return listed.gather(1, gain.argmax(1, keepdim=True))
 
 
 @dataclass(frozen=True)
 class LocatedOrder(_Decided):
     """The location head chooses: no candidate is scored to decide where; it costs what a fixed order does.
 
-    At temperature 1 (order, x) is drawn ancestrally from q(order, x); several positions of one step are
-    drawn without replacement.
+    At temperature 1 (order, x) is sampled ancestrally from q(order, x); several positions of one step are
+    sampled without replacement.
     """
 
     temperature: float = 1.0
-    """Gumbel noise of this scale on log q(position): 1 draws from the head, 0 takes its likeliest."""
+    """Gumbel noise of this scale on log q(position): 1 samples from the head, 0 takes its likeliest."""
 
     name = "location"
     located = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be >= 0, got {self.temperature}")
 
     def propose(self, progress: Progress) -> Tensor:
-        """The K positions that the head wants most, (B, K)."""
-        assert progress.where is not None
-        return self._next(progress, progress.where + self.temperature * progress.noise)
+        """The K positions that the head prefers, (B, K)."""
+        assert progress.location is not None
+        return self._next(progress, progress.location + self.temperature * progress.noise)
 
 
-def _news(progress: Progress) -> Tensor:
+def _descending(values: Tensor) -> Tensor:
+    """Columns (B, M) by value (B, M), the largest first, ties by column."""
+    return values.argsort(dim=1, descending=True, stable=True)
+
+
+def _staleness(progress: Progress) -> Tensor:
     """How much was revealed around each position since it was scored last, (B, N) float32."""
     at = progress.grid.coordinates(progress.revealed.device)
     # Whole numbers add up exactly in any sequence: the choice does not depend on the batch.
@@ -308,7 +282,7 @@ def _news(progress: Progress) -> Tensor:
 
 def _distance(progress: Progress, candidates: Tensor, to: str) -> Tensor:
     """Euclidean distance in patches, (B, M); zero while nothing is revealed."""
-    if not bool(progress.revealed.any()):
+    if progress.open == progress.grid.n:
         return torch.zeros(candidates.shape, device=candidates.device)
     at = progress.grid.coordinates(candidates.device)
     here = at[candidates]

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from anyorder.contracts import Grid, OrderPolicy
-from anyorder.method.policies import FixedOrder, InferredOrder, InformativeOrder, LocatedOrder
+from anyorder.method import policies
 from anyorder.method.sampling import SCORES, TOKEN_BLIND, Streams
-from anyorder.method.schedules import Pace, Shape
+from anyorder.method.schedules import ParallelSchedule
 from anyorder.orders import STATIC, random_orders, static_order
+
+INFERRED = (*SCORES, "information")
+"""Orders that score every open position at every step."""
+_SCHEDULE = {field.name for field in fields(ParallelSchedule)}
+_OF_SCORES = frozenset({"sign", "temperature", "distance", "distance_to", "location", "rescore"})
+_SETTINGS: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("random", *STATIC), frozenset()),
+    **dict.fromkeys(SCORES, _OF_SCORES),
+    "information": frozenset({"sign", "temperature"}),
+    "location": frozenset({"temperature"}),
+    "class_mean": frozenset(),
+}
+"""Every order, and the settings that mean something for it beside those of `ParallelSchedule`."""
 
 
 def random_rows(grid: Grid, streams: Streams) -> Tensor:
@@ -20,109 +34,111 @@ def random_rows(grid: Grid, streams: Streams) -> Tensor:
     return torch.cat([random_orders(1, grid, g) for g in streams.generators]).to(streams.device)
 
 
-def make_policy(
-    order: str | Tensor | OrderPolicy | PolicyConfig, grid: Grid, streams: Streams, *, per_step: int = 1
-) -> OrderPolicy:
+def make_policy(order: Order, grid: Grid, streams: Streams, *, per_step: int = 1) -> OrderPolicy:
     """A policy from what users write.
 
     Args:
         order: the name of a static order, "random", the name of a score (most certain first), an order
-            (N,) or (B, N), a `PolicyConfig`, or a policy, which is returned as it is.
+            (N,) or (B, N) of integers, a `PolicyConfig`, or a policy, which is returned as it is.
         grid: the grid to cover.
         streams: random orders come from each image's own stream.
-        per_step: positions per step, for names and tensors.
+        per_step: positions per step, for names and orders.
 
     Raises:
-        ValueError: unknown name (the message lists all), or an order that is no permutation.
+        ValueError: unknown name (the message lists all), or an order that is no permutation of the grid or
+            not of as many images as there are streams.
     """
-    if isinstance(order, Tensor):
-        return FixedOrder(order, grid, per_step=per_step)
     if isinstance(order, str):
         order = PolicyConfig(order, per_step=per_step)
-    return order.build(grid, streams) if isinstance(order, PolicyConfig) else order
+    if isinstance(order, PolicyConfig):
+        return order.build(grid, streams)
+    if isinstance(order, Sequence) or hasattr(order, "__array__"):
+        return policies.FixedOrder(_given_order(order, streams), grid, per_step=per_step)
+    return order
 
 
-OWN = ("information", "location", "class_mean")
-"""Orders with a rule of their own; class_mean needs the orders of each class, see `PolicyConfig.build`."""
-INFERRED = (*SCORES, "information")
-"""Orders that score every open position at every step."""
-
-
-def _unknown(order: str) -> str:
-    names = f"random, one of {', '.join(STATIC)}, or one of {', '.join((*SCORES, *OWN))}"
-    return f"unknown order '{order}': choose {names}"
+def _given_order(order: Any, streams: Streams) -> Tensor:
+    """An order as users have it (a tensor of any integer type, an array, a list) on the streams' device."""
+    order = torch.as_tensor(order)
+    if order.is_floating_point():
+        raise ValueError(f"an order holds integers, got {order.dtype}")
+    if order.ndim == 2 and len(order) != len(streams):
+        raise ValueError(f"got {len(order)} orders for {len(streams)} images: give one for all, or one each")
+    return order.to(streams.device, torch.int64)
 
 
 @dataclass(frozen=True)
-class PolicyConfig:
+class PolicyConfig(ParallelSchedule):
     """A policy as configuration files write it."""
 
     order: str = "entropy"
-    """random, a static order (raster, hilbert, ...), a score (entropy, max_prob, margin, ...), information
-    (expected information), location (the location head), or class_mean (one order for each class)."""
+    """random, a static order (raster, hilbert, ...), a score (entropy, max_prob, margin, token_likelihood),
+    information (expected information), location (the location head), or class_mean (one order per class)."""
     sign: Literal[1, -1] | None = None
-    """Of a score; 1: most certain first (the default); -1: least. Of information: which are looked up."""
+    """For a score, 1: most certain first (the default); -1: least. For information: which are looked up."""
     temperature: float | None = None
-    """Of an inferred order; Gumbel noise of this scale (nats): 0 by default, 1 for the location head."""
+    """For inferred orders, Gumbel noise of this scale (nats) on the ratings: by default 0, no noise; for the
+    location head by default 1, which samples from it."""
     distance: float = 0.0
-    """Of a score; nats lost per patch of distance."""
+    """For a score, nats lost per patch of distance; larger keeps successive positions together."""
     distance_to: Literal["last", "nearest"] = "last"
-    """Of a score; distance to the patch revealed last, or to the nearest revealed one."""
-    per_step: int = 1
-    """Positions revealed in parallel, K."""
+    """For a score, distance to the patch revealed last, or to the nearest revealed one."""
     location: float = 0.0
-    """Of a score; weight of the location head's log-probability."""
-    refresh: int = 1
-    """Of a score; positions decided by one scoring, drawn one after another."""
-    steps: int = 0
-    """Reveal everything in so many steps, several positions in parallel; 0: `per_step` decides. For models
-    that were trained on random orders."""
-    schedule: Shape = "constant"
-    """How `steps` share the positions: cosine few first, arccos many last, one_minus_cos many first."""
-    spread: float = 0.0
-    """Positions of one step lie at least so many patches apart, while there are such positions."""
+    """For a score, weight of the location head's log-probability in the ratings; 0 ignores the head."""
     rescore: float = 1.0
-    """Of a score; share of the open positions that is scored at each step: 1 is the exact order."""
-    full_every: int = 0
-    """Of a score, where `rescore` is below 1: score all open positions every so many steps."""
+    """For a score, share of the open positions that is scored at each step: 1 is the exact order, 0.5 nearly
+    the same at half the cost."""
+
+    renamed: ClassVar[dict[str, str]] = {"spread": "min_distance"}
+    """Settings by their earlier names."""
+    removed: ClassVar[dict[str, Any]] = {"refresh": 1, "full_every": 0}
+    """Settings of earlier versions, with the value that changed nothing."""
 
     def __post_init__(self) -> None:
-        if self.order not in ("random", *STATIC, *SCORES, *OWN):
-            raise ValueError(_unknown(self.order))
-        if self.order not in ("information", "location"):  # what these would do anyway is left unsaid
+        if self.order not in _SETTINGS:
+            raise ValueError(f"unknown order '{self.order}': choose one of {', '.join(_SETTINGS)}")
+        if self.order not in ("information", "location"):  # their defaults are others
             object.__setattr__(self, "sign", None if self.sign == 1 else self.sign)
             object.__setattr__(self, "temperature", self.temperature or None)
-        changed = {key for key, value in vars(self).items() if value != getattr(PolicyConfig, key)}
-        if wrong := changed - self._settings():
+        if wrong := self._changed() - _SCHEDULE - _SETTINGS[self.order]:
             raise ValueError(
-                "sign, temperature, distance, location, refresh, rescore and full_every belong to inferred "
-                f"orders ({', '.join(INFERRED)}; temperature to location, too), not to '{self.order}': "
+                "sign, temperature, distance, location and rescore belong to inferred orders "
+                f"({', '.join(INFERRED)}; temperature to location, too), not to '{self.order}': "
                 f"remove {', '.join(sorted(wrong))}"
             )
-        if self.order in (*SCORES, "information", "location"):
-            self._rule()
-        Pace(**self._of(Pace))
+        super().__post_init__()
+        self._inferred_policy()
 
-    def _settings(self) -> set[str]:
-        """The fields that mean something for this order."""
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Any]) -> PolicyConfig:
+        """The configuration that an artifact holds, also one of an earlier version.
+
+        Raises:
+            ValueError: unknown settings, or such as this version no longer has.
+        """
+        values = {cls.renamed.get(name, name): value for name, value in stored.items()}
+        for name, default in cls.removed.items():
+            if values.pop(name, default) != default:
+                raise ValueError(
+                    f"policy.{name} no longer exists: make this artifact anew with policy.rescore, the share "
+                    "of the open positions that is scored at each step"
+                )
+        if unknown := values.keys() - {field.name for field in fields(cls)}:
+            raise ValueError(f"unknown settings of a policy: {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+    def _changed(self) -> set[str]:
+        """The settings that are not the defaults."""
+        return {key for key, value in vars(self).items() if value != getattr(PolicyConfig, key)} - {"order"}
+
+    def _inferred_policy(self) -> policies.InferredOrder | policies.LocatedOrder | None:
+        """The policy, unless it follows an order that is fixed beforehand."""
+        settings = {name: getattr(self, name) for name in self._changed()}
         if self.order in SCORES:
-            return set(vars(self))
-        own = {"information": {"sign", "temperature"}, "location": {"temperature"}}
-        return {"order", *self._of(Pace)} | own.get(self.order, set())
-
-    def _of(self, policy: type) -> dict[str, Any]:
-        """The settings that `policy` has, too, where they are given."""
-        mine = vars(self)
-        names = [field.name for field in fields(policy) if mine.get(field.name) is not None]
-        return {name: mine[name] for name in names}
-
-    def _rule(self) -> InferredOrder | LocatedOrder:
-        """The policy of an inferred order or of a location head."""
-        if self.order == "location":
-            return LocatedOrder(**self._of(LocatedOrder))
+            return policies.InferredOrder(self.order, **settings)  # type: ignore[arg-type]
         if self.order == "information":
-            return InformativeOrder(**self._of(InformativeOrder))
-        return InferredOrder(self.order, **self._of(InferredOrder))  # type: ignore[arg-type]
+            return policies.InformativeOrder(**settings)
+        return policies.LocatedOrder(**settings) if self.order == "location" else None
 
     @property
     def inferred(self) -> bool:
@@ -131,17 +147,17 @@ class PolicyConfig:
 
     def evaluations(self, n: int) -> int:
         """Candidate evaluations per image of n positions: what deciding where costs the scorer."""
-        rule = self._rule() if self.inferred else None
-        return rule.evaluations(n) if isinstance(rule, InferredOrder) else 0
+        policy = self._inferred_policy()
+        return policy.evaluations(n) if isinstance(policy, policies.InferredOrder) else 0
 
     @property
     def parallel(self) -> bool:
-        """Whether several positions are drawn at once, blind to one another."""
+        """Whether several positions are sampled at once, blind to one another."""
         return self.per_step > 1 or self.steps > 0
 
     @property
     def deterministic(self) -> bool:
-        """Whether an image determines its own order: with `token_blind`, p(x) is an exact density."""
+        """Whether an image determines its order: with `token_blind`, p(x) is an exact density."""
         noise = float(self.order == "location") if self.temperature is None else self.temperature
         return noise == 0 and self.order != "random"
 
@@ -153,13 +169,14 @@ class PolicyConfig:
     @property
     def label(self) -> str:
         """Short name for tables: the order and every setting that is not the default."""
-        default = PolicyConfig(order=self.order)
-        changed = [
-            f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in vars(self).items()
-            if value != getattr(default, key)
-        ]
-        return ", ".join([self.order, *changed])
+        changed = self._changed()
+        names = sorted(
+            (field.name for field in fields(self) if field.name in changed), key=_SCHEDULE.__contains__
+        )
+        values = ((name, getattr(self, name)) for name in names)
+        return ", ".join(
+            [self.order, *(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in values)]
+        )
 
     def build(self, grid: Grid, streams: Streams, orders: Tensor | None = None) -> OrderPolicy:
         """The policy for a batch; random orders come from the images' streams.
@@ -172,15 +189,19 @@ class PolicyConfig:
         Raises:
             ValueError: class_mean without `orders`.
         """
-        pace = self._of(Pace)
-        if self.order == "class_mean":
-            if orders is None:
-                raise ValueError(
-                    "class_mean needs the orders of the classes: give each image's as a tensor (B, N)"
-                )
-            return FixedOrder(orders, grid, name="class_mean", **pace)
+        if (policy := self._inferred_policy()) is not None:
+            return policy
         if self.order == "random":
-            return FixedOrder(random_rows(grid, streams), grid, name="random", **pace)
-        if self.order in STATIC:
-            return FixedOrder(static_order(self.order, grid), grid, name=self.order, **pace)
-        return self._rule()
+            orders = random_rows(grid, streams)
+        elif self.order in STATIC:
+            orders = static_order(self.order, grid)
+        elif orders is None:
+            raise ValueError(
+                "class_mean needs the orders of the classes: give each image's as a tensor (B, N)"
+            )
+        schedule = {name: getattr(self, name) for name in _SCHEDULE}
+        return policies.FixedOrder(orders, grid, name=self.order, **schedule)
+
+
+Order = str | Tensor | Sequence[Any] | OrderPolicy | PolicyConfig
+"""Where to go next, as `make_policy` takes it."""

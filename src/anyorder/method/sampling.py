@@ -54,8 +54,8 @@ def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one token from each row of logits (..., V) by inverting the distribution function.
+def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Sample one token from each row of logits (..., V) by inverting the distribution function.
 
     One uniform number per draw (rather than V) makes a generator per image cheap.
 

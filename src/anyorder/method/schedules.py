@@ -1,4 +1,4 @@
-"""How many positions are revealed at each step, where several are drawn at once.
+"""How many positions are revealed at each step, where several are sampled at once.
 
 A schedule says what share of the positions is still open after the share r of the steps:
 
@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from anyorder.contracts import Grid, Progress
+from anyorder.contracts import Progress
 
 Shape = Literal["constant", "cosine", "arccos", "one_minus_cos"]
 
@@ -64,22 +64,23 @@ def reveals(n: int, steps: int, schedule: Shape = "constant") -> list[int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
+class ParallelSchedule:
     """How many positions are revealed together at each step, and how far apart they lie.
 
-    Positions of one step are drawn in parallel: none of them knows the others' tokens. That is for models
+    Positions of one step are sampled in parallel: none of them knows the others' tokens. That is for models
     that were trained on random orders; one that was trained on a single order (raster, those of classes) has
     only learnt to predict the very next position of it.
     """
 
     per_step: int = 1
-    """Positions revealed in parallel, K."""
+    """Positions revealed at each step, in parallel; more than 1 is faster and less exact."""
     steps: int = 0
-    """Reveal everything in so many steps, whatever is open; 0: `per_step` decides."""
+    """Reveal everything in so many steps, several positions in parallel; 0: `per_step` decides. For models
+    that were trained on random orders."""
     schedule: Shape = "constant"
-    """How `steps` share the positions, see `schedules`."""
-    spread: float = 0.0
-    """Positions of one step lie at least so many patches apart, while there are such positions."""
+    """How `steps` share the positions: cosine few first, arccos many last, one_minus_cos many first."""
+    min_distance: float = 0.0
+    """Smallest distance in patches between positions of one step, kept while there are such positions."""
 
     def __post_init__(self) -> None:
         if self.per_step < 1:
@@ -92,8 +93,8 @@ class Pace:
             raise ValueError(f"give either per_step or steps, got {self.per_step} and {self.steps}")
         if self.schedule != "constant" and not self.steps:
             raise ValueError(f"schedule '{self.schedule}' needs to know in how many steps: give steps=...")
-        if self.spread < 0:
-            raise ValueError(f"spread must be >= 0, got {self.spread}")
+        if not self.min_distance >= 0:
+            raise ValueError(f"min_distance must be >= 0, got {self.min_distance}")
 
     def sizes(self, n: int) -> list[int]:
         """Positions revealed at each step, out of n open ones."""
@@ -101,29 +102,30 @@ class Pace:
             return reveals(n, self.steps, self.schedule)
         return [min(self.per_step, n - done) for done in range(0, n, self.per_step)]
 
-    def take(self, progress: Progress, waiting: int) -> int:
-        """How many of the `waiting` open positions of each image are revealed now."""
+    def take(self, progress: Progress) -> int:
+        """How many open positions of each image are revealed now."""
         if self.steps:
             return self.sizes(progress.total)[progress.step]
-        return min(self.per_step, waiting)
+        return min(self.per_step, progress.open)
 
-    def best(self, positions: Tensor, wanted: Tensor, k: int, grid: Grid) -> Tensor:
-        """Columns (B, K) of the most wanted positions, best first, `spread` patches apart if possible.
+    def first(self, progress: Progress, positions: Tensor, priority: Tensor) -> Tensor:
+        """Columns (B, K) of the positions to reveal now, the highest priority first, ties by column.
 
-        Greedy: the best of those that keep the distance to all before; where none is left, the best.
+        Greedy: the first of those that keep `min_distance` to all before; where none is left, the first.
 
         Args:
-            positions: (B, M) int64, all different in each row.
-            wanted: (B, M), larger is wanted more.
-            k: K <= M.
-            grid: where the positions lie.
+            progress: where the loop is.
+            positions: (B, M) int64, all different in each row, M >= K.
+            priority: (B, M), larger is first.
         """
-        if k == 1 or not self.spread:
-            return wanted.topk(k, dim=1).indices
-        at = grid.coordinates(positions.device)
-        near = torch.cdist(at, at) < self.spread - 1e-4
-        m, chosen = positions.shape[1], []
-        rank = wanted.argsort(dim=1, descending=True, stable=True).argsort(1)
+        k = self.take(progress)
+        # Not `topk`, which breaks ties as it likes, differently for every size and device.
+        by_priority = priority.argsort(dim=1, descending=True, stable=True)
+        if k == 1 or not self.min_distance:
+            return by_priority[:, :k]
+        at = progress.grid.coordinates(positions.device)
+        near = torch.cdist(at, at) < self.min_distance - 1e-4
+        m, chosen, rank = positions.shape[1], [], by_priority.argsort(1)
         for _ in range(k):
             column = rank.argmin(1, keepdim=True)
             chosen.append(column)

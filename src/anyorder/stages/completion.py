@@ -22,7 +22,7 @@ from anyorder.inference.device import device, fast_dtype
 from anyorder.inference.inpainting import Completion, Filling, complete_images, grid_of, open_tokens, to_float
 from anyorder.inference.masks import shaped_mask
 from anyorder.inference.weights import load_any_order, load_tokenizer
-from anyorder.method.decoding import generate, given, trace
+from anyorder.method.decoding import generate, trace
 from anyorder.method.guidance import GuidanceConfig, Guided
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Sampling, Streams
@@ -213,8 +213,8 @@ def true_log_prob(
     grid = grid_of(images, tokenizer.factor)
     kept = made.known.nonzero()[:, 1].reshape(len(images), -1)
     known = kept, made.trace.tokens.gather(1, kept)
-    content = given(tokenizer.encode(to_float(images)))
+    targets = tokenizer.encode(to_float(images))
     steps = generate(
-        model, policy, content, streams, condition=condition, grid=grid, known=known, scorer=scorer
+        model, policy, streams, targets=targets, condition=condition, grid=grid, known=known, scorer=scorer
     )
     return trace(steps, known).log_prob

@@ -140,7 +140,7 @@ class EvalStage:
         is an upper bound on -log p(x); the order is the greedy maximum of q. None where the locations are
         drawn at another temperature or by another model.
         """
-        policy = PolicyConfig(**made["config"]["policy"])
+        policy = PolicyConfig.from_stored(made["config"]["policy"])
         exact = policy.token_blind and (policy.deterministic or policy.order == "random")
         located = policy.order == "location" and policy.temperature in (None, 1) and self.scorer is None
         located = located and not policy.parallel
