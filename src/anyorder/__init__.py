@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,6 +10,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Pipeline", "PipelineOutput", "__version__"]
+
+# OpenMP threads wait for one another by spinning, by default for milliseconds: beside other busy processes
+# they keep the very thread that they wait for off the processor. Read once, when PyTorch loads libgomp.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # about 0.1 ms, more than lies between two operations
 
 
 def __getattr__(name: str) -> Any:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from anyorder.files import write_json
-from anyorder.inference.device import fast_dtype
+from anyorder.inference.device import Threads, fast_dtype
 from anyorder.inference.weights import load_state, write_tensors
 from anyorder.models.compiled import require_compiler
 from anyorder.training.checkpoint import Checkpoints
@@ -116,9 +116,11 @@ def train(
         Log(trainer.folder, trainer.step_number, config.tensorboard) as log,
         _postponed_signals() as stopped,
         trainer.progress_bar() as bar,
+        trainer.threads,
     ):
         while trainer.step_number < config.steps and not stopped and not trainer.out_of_patience:
             trainer.step()
+            trainer.threads.step()
             bar.update(trainer.examples_per_step)
             if trainer.is_time(config.log_every):
                 log.write(trainer.step_number, trainer.summary())
@@ -173,6 +175,7 @@ class Trainer:
         """Values of the steps since the last line of the log."""
         self.nonfinite = torch.zeros((), device=device)
         """1 from the first non-finite step on."""
+        self.threads = Threads(device)
         self.clock = time.perf_counter()
 
     def step(self) -> None:
@@ -258,6 +261,7 @@ class Trainer:
         self._synchronize()
         yield
         self.clock = time.perf_counter()
+        self.threads.resume()
 
     def summary(self) -> dict[str, float]:
         """Means over the steps since the last summary, and the speed."""
@@ -319,6 +323,7 @@ class Trainer:
                 "metrics": self.metrics,
                 "window": self.window,
                 "watched": self.watched,
+                "threads": self.threads.best,
             }
             self.checkpoints.save(self.step_number, tensors | self._weights(), facts)
         self.saved_step = self.step_number
@@ -340,6 +345,7 @@ class Trainer:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.seconds, self.metrics, self.window = facts["seconds"], facts["metrics"], facts["window"]
         self.watched = facts["watched"]
+        self.threads = Threads(self.device, facts.get("threads"))
         self.saved_step = self.step_number
         self.clock = time.perf_counter()
 

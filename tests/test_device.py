@@ -1,0 +1,170 @@
+"""Where and how to compute: the one switch of bfloat16, waiting threads, and their number."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from anyorder.inference import device as module
+from anyorder.inference.device import BF16, Threads, fast_dtype, native_bf16
+from anyorder.training.config import TrainConfig
+from anyorder.training.trainer import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("hardware", [True, False])
+@pytest.mark.parametrize(
+    ("choice", "expected"), [("on", True), ("OFF", False), ("off", False), ("auto", None), (None, None)]
+)
+def test_one_variable_decides_about_bf16(monkeypatch, hardware, choice, expected):
+    monkeypatch.setattr(module, "_in_hardware", lambda device: hardware)
+    monkeypatch.delenv(BF16, raising=False)
+    if choice:
+        monkeypatch.setenv(BF16, choice)
+    expected = hardware if expected is None else expected
+    assert native_bf16(CPU) is expected
+    assert fast_dtype(CPU, True) == (torch.bfloat16 if expected else torch.float32)
+    assert fast_dtype(CPU, False) == torch.float32
+
+
+def test_another_choice_is_refused(monkeypatch):
+    monkeypatch.setenv(BF16, "yes")
+    with pytest.raises(ValueError, match="ANYORDER_BF16 must be auto, on or off, got 'yes'"):
+        native_bf16(CPU)
+
+
+def spin_count(**variables: str) -> str:
+    """The spin count that a process sees after it has imported the package."""
+    bare = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = "import anyorder, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=bare | variables, capture_output=True, text=True, check=True
+    )
+    return run.stdout.strip()
+
+
+def test_threads_spin_shortly_unless_the_user_decides():
+    assert spin_count() == "5000"
+    assert spin_count(GOMP_SPINCOUNT="7") == "7"
+    assert spin_count(OMP_WAIT_POLICY="PASSIVE") == "None"
+
+
+class Machine:
+    """A clock and a number of threads, without a processor."""
+
+    def __init__(self, monkeypatch, most: int):
+        self.now, self.threads, self.used = 0.0, most, []
+        self.seconds: dict[int, float] = {}
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setattr(module.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: self.threads)
+        monkeypatch.setattr(torch, "set_num_threads", self.set)
+
+    def set(self, threads: int) -> None:
+        self.threads = threads
+
+    def run(self, threads: Threads, steps: int) -> list[int]:
+        """Steps that take `seconds` by number of threads; the numbers that they ran on."""
+        used = []
+        for _ in range(steps):
+            used.append(self.threads)
+            self.now += self.seconds[self.threads]
+            threads.step()
+        return used
+
+
+def test_the_fastest_number_of_threads_is_taken(monkeypatch):
+    machine = Machine(monkeypatch, 4)
+    machine.seconds = {4: 3.0, 2: 1.0, 1: 2.0}
+    with Threads(CPU) as threads:
+        assert machine.run(threads, 13) == [4, *[4, 2, 1, 1, 2, 4] * 2]
+        assert threads.best == machine.threads == 2
+        assert threads.usual == 1.0
+        assert machine.run(threads, 20) == [2] * 20
+    assert machine.threads == 4
+
+
+def test_steps_that_become_faster_favour_no_number(monkeypatch):
+    machine = Machine(monkeypatch, 2)
+    threads = Threads(CPU)
+    for step in range(9):
+        machine.seconds = {2: 1.0 - 0.05 * step, 1: 1.05 - 0.05 * step}
+        machine.run(threads, 1)
+    assert threads.best == 2
+
+
+def test_half_the_speed_is_another_trial(monkeypatch):
+    machine = Machine(monkeypatch, 2)
+    machine.seconds = {2: 1.0, 1: 2.0}
+    threads = Threads(CPU)
+    machine.run(threads, 9)
+    assert threads.best == 2
+    assert set(machine.run(threads, 1000)) == {2}  # nothing changed, nothing is tried
+    machine.seconds = {2: 40.0, 1: 4.0}
+    machine.run(threads, 40)
+    assert threads.best == 1
+    # The other processes end: all threads come back without a drop of speed.
+    machine.seconds = {2: 1.0, 1: 2.0}
+    machine.run(threads, 6000)
+    assert threads.best == 2
+
+
+def test_trials_are_rare(monkeypatch):
+    """Where one thread is best, the others are tried again in a few of a hundred steps."""
+    machine = Machine(monkeypatch, 2)
+    machine.seconds = {2: 4.0, 1: 1.0}
+    threads = Threads(CPU)
+    used = machine.run(threads, 4000)[9:]
+    assert 0 < used.count(2) / len(used) < 0.01
+
+
+def test_other_work_is_not_timed(monkeypatch):
+    machine = Machine(monkeypatch, 2)
+    machine.seconds = {2: 1.0, 1: 1.5}
+    threads = Threads(CPU)
+    for _ in range(9):
+        machine.now += 100 * (machine.threads == 2)  # an evaluation
+        threads.resume()
+        machine.run(threads, 1)
+    assert threads.best == 2
+
+
+def test_a_run_goes_on_with_its_number(monkeypatch):
+    machine = Machine(monkeypatch, 2)
+    machine.seconds = {2: 1.0, 1: 2.0}
+    threads = Threads(CPU, threads=1)
+    assert machine.run(threads, 8 * 50) == [1] * 8 * 50
+    machine.run(threads, 8 * 5)
+    assert threads.best == 2
+    assert Threads(CPU, threads=64).best == 2  # of a larger machine
+
+
+def test_a_checkpoint_remembers_the_number(monkeypatch, tmp_path):
+    """Training ends with the threads it began with, and goes on with those that it took."""
+    machine = Machine(monkeypatch, 2)
+    machine.seconds = {2: 1.0, 1: 0.1}
+    used = []
+
+    def loss(model, indices, step, generator):
+        used.append(machine.threads)
+        machine.now += machine.seconds[machine.threads]
+        return model(torch.ones(1, 1)).sum(), {}
+
+    for steps in (12, 20):
+        config = TrainConfig(steps=steps, batch_size=1, bf16=False)
+        train(torch.nn.Linear(1, 1), loss, 4, config, tmp_path)
+        assert machine.threads == 2
+    assert used == [2, *[2, 1, 1, 2] * 2, 1, 1, 1, *[1] * 8]
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_what_the_user_or_the_device_decides_stays(monkeypatch, where):
+    machine = Machine(monkeypatch, 4)
+    machine.seconds = {4: 1.0}
+    if where == "cpu":
+        monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    with Threads(torch.device(where), threads=2) as threads:
+        assert machine.run(threads, 30) == [4] * 30
