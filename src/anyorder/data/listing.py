@@ -63,7 +63,9 @@ def list_files(root: Path) -> Listing:
         found.files += [path_of(folder, name) for name in files if name not in hidden]
         visible = sorted({*subfolders} - hidden, reverse=True)
         paths = {os.path.realpath(os.path.join(folder, s)): s for s in visible}
-        subfolders[:] = [s for path, s in paths.items() if path not in seen]  # links may lead in circles
+        subfolders[:] = sorted(
+            s for path, s in paths.items() if path not in seen
+        )  # links may lead in circles
         seen |= paths.keys()
     found.files.sort()
     return found
