@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -17,13 +18,14 @@ from anyorder.method.decoding import (
 )
 from anyorder.method.guidance import GuidanceConfig, Guided
 from anyorder.method.loss import token_nll
-from anyorder.method.policies import FixedOrder, InferredOrder, InformativeOrder
+from anyorder.method.policies import FixedOrder, InferredOrder
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import SCORES, TOKEN_BLIND, Sampling, Streams
 from anyorder.orders import STATIC, kendall, permute, random_orders, static_order
 
 MODEL = transformer(depth=1, num_classes=3)
 SMALL = transformer(vocab_size=3, grid=(2, 2))
+INFORMATION = InferredOrder(sign=-1, look_ahead=4)
 LABELS = torch.tensor([0, 1, 2, -1])
 STRICT = {"rtol": 1e-4, "atol": 2e-5}
 
@@ -128,6 +130,37 @@ def test_other_grids(grid):
         grid=grid,
     )
     assert again.order.shape == (2, grid.n)
+
+
+def test_integers_of_any_type_are_taken():
+    """int32 tokens and labels, as caches hold them."""
+    tokens, known = cases()
+    for convert in (torch.Tensor.int, torch.Tensor.long):
+        found = extract_orders(MODEL, convert(tokens), condition=convert(LABELS))
+        streams, condition = Streams(range(4)), convert(LABELS)
+        made = complete(MODEL, convert(tokens), known, "entropy", streams, condition=condition)
+        assert found.tokens.dtype == made.tokens.dtype == torch.int64
+        assert torch.equal(found.order, extract_orders(MODEL, tokens, condition=LABELS).order)
+
+
+def test_no_images_are_refused():
+    with pytest.raises(ValueError, match="no images to generate"):
+        sample(MODEL, "raster", Streams([]))
+
+
+@pytest.mark.parametrize("order", ["raster", "entropy", "token_likelihood", "margin"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_refused(order, value):
+    class Broken(Watched):
+        """From the third reveal on its first logit is broken."""
+
+        def score(self, state: Any, positions: Tensor) -> Tensor:
+            logits = super().score(state, positions).clone()
+            logits[..., 0] = value if self.appends > 1 else logits[..., 0]
+            return logits
+
+    with pytest.raises(ValueError, match="logits are not finite, seen at step 2"):
+        sample(Broken(MODEL), order, Streams(range(2)), condition=LABELS[:2])
 
 
 # --- what it costs
@@ -330,16 +363,16 @@ def test_expected_information_begins_where_most_is_learned():
     for side, fourth in ((0, 0), (0, 1), (1, 0), (1, 1)):
         coins[side, fourth, side, side] = 0.25  # the independent coin lies at position 1
     model = TabularModel(coins, Grid(2, 2))
-    order = sample(model, InformativeOrder(), Streams(range(8))).order
+    order = sample(model, INFORMATION, Streams(range(8))).order
     assert (order[:, 0] != 1).all()
-    first = sample(model, InformativeOrder(top=1), Streams([0])).order[0, 0]
+    first = sample(model, InferredOrder(sign=-1, look_ahead=1), Streams([0])).order[0, 0]
     assert first == sample(model, InferredOrder(sign=-1), Streams([0])).order[0, 0], "a short list of one"
 
 
 def test_expected_information_leaves_the_states_as_they_were():
-    made = sample(MODEL, InformativeOrder(), Streams(range(3)), condition=LABELS[:3])
+    made = sample(MODEL, INFORMATION, Streams(range(3)), condition=LABELS[:3])
     assert_close(-made.log_prob, token_nll(MODEL, made.tokens, LABELS[:3], made.order), **STRICT)
-    scored = sample(MODEL, InformativeOrder(), Streams(range(3)), condition=LABELS[:3], scorer=MODEL)
+    scored = sample(MODEL, INFORMATION, Streams(range(3)), condition=LABELS[:3], scorer=MODEL)
     assert torch.equal(scored.order, made.order)
 
 
@@ -350,7 +383,7 @@ BLIND_RULES = {
     "noise": InferredOrder("entropy", temperature=0.5),
     "distance": InferredOrder("max_prob", distance=0.3),
     "reversed": InferredOrder("margin", sign=-1, distance=0.3, distance_to="nearest"),
-    "information": InformativeOrder(top=2),
+    "information": InferredOrder(sign=-1, look_ahead=2),
     "lazy": InferredOrder("entropy", rescore=0.4),
     "lazy, reversed": InferredOrder("margin", sign=-1, rescore=0.3),
 }

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from conftest import GRID, Watched, incremental, seeded, transformer
@@ -136,6 +138,7 @@ def test_unguided_locations_leave_content_guided():
     [
         ({"schedule": "cosine"}, "constant, linear or power-cosine, got 'cosine'"),
         ({"power": 0}, "power"),
+        ({"scale": math.nan}, "scale must be a number"),
         ({"interval": (0.5, 0.2)}, "two rising shares in .0, 1., got 0.5 and 0.2"),
         ({"interval": (0.0, 1.5)}, "interval"),
         ({"locations": "both"}, "guided or unguided, got 'both'"),

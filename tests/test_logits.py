@@ -79,6 +79,7 @@ def test_truncation_is_row_by_row():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"temperature": math.nan}, "temperature must be >= 0"),
         ({"temperature": -1}, "temperature"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0}, "top_p"),

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from conftest import POLICIES, Watched, seeded, transformer
@@ -6,12 +8,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anyorder.contracts import Grid, Progress
-from anyorder.method.decoding import complete, generate, trace
-from anyorder.method.policies import FixedOrder, InferredOrder
+from anyorder.method.decoding import complete, generate, sample, trace
+from anyorder.method.policies import FixedOrder, InferredOrder, LocatedOrder
 from anyorder.method.policy_config import PolicyConfig, make_policy, random_rows
 from anyorder.method.sampling import SCORES, Streams
 from anyorder.method.schedules import reveals
 from anyorder.orders import STATIC, inverse, random_orders, static_order
+from anyorder.settings import parse, read_stored
 
 GRID = Grid(2, 3)
 MODEL = transformer(depth=1)
@@ -371,3 +374,57 @@ def test_policy_config_passes_every_setting_on():
 def test_policy_config_refuses(settings, message):
     with pytest.raises(ValueError, match=message):
         PolicyConfig(**settings)
+
+
+# --- settings of earlier versions
+
+
+def test_saved_policies_are_read_under_earlier_names():
+    stored = {"order": "entropy", "steps": 3, "spread": 1.5, "refresh": 1, "full_every": 0}
+    assert parse(PolicyConfig, read_stored(PolicyConfig, stored)) == PolicyConfig(steps=3, min_distance=1.5)
+    with pytest.raises(ValueError, match="refresh=8 cannot be read"):
+        read_stored(PolicyConfig, {"order": "entropy", "refresh": 8})
+    with pytest.raises(ValueError, match="min_distance"):
+        parse(PolicyConfig, {"spread": 1.5})
+
+
+# --- ties
+
+
+@pytest.mark.parametrize("n", [6, 40, 600])
+def test_equal_ratings_go_to_the_first_position(n):
+    """Whatever their number is, and however many are taken."""
+    now = progress(torch.zeros(2, n, dtype=torch.bool), grid=Grid(1, n))
+    now.step, now.rated_at = 1, torch.zeros(2, n, dtype=torch.int64)
+    equal = torch.zeros(2, n)
+    for k in (1, 3, 6):
+        first = torch.arange(k).expand(2, -1)
+        assert torch.equal(InferredOrder(per_step=k).select(now, torch.arange(n).expand(2, -1), equal), first)
+        now.location = equal
+        assert torch.equal(LocatedOrder(0.0, per_step=k).propose(now), first)
+    assert torch.equal(InferredOrder(rescore=4 / n).propose(now), torch.arange(4).expand(2, -1))
+    far = InferredOrder(per_step=3, min_distance=2.0).select(now, torch.arange(n).expand(2, -1), equal)
+    assert far.tolist() == [[0, 2, 4]] * 2
+
+
+# --- what users hand over
+
+
+@pytest.mark.parametrize("kind", [list, torch.Tensor.numpy, lambda x: x.int(), lambda x: x.to(torch.uint8)])
+def test_orders_of_any_integer_type_are_taken(kind):
+    order = torch.tensor([5, 0, 3, 1, 4, 2])
+    given = order.tolist() if kind is list else kind(order)
+    assert torch.equal(sample(MODEL, given, Streams(range(2))).order, order.expand(2, -1))
+
+
+def test_orders_that_do_not_fit_the_images_are_refused():
+    with pytest.raises(ValueError, match="got 3 orders for 2 images"):
+        make_policy(random_orders(3, GRID, seeded(0)), GRID, Streams(range(2)))
+    with pytest.raises(ValueError, match="an order holds integers"):
+        make_policy([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], GRID, Streams(range(2)))
+
+
+@pytest.mark.parametrize("name", ["temperature", "distance", "location", "min_distance"])
+def test_numbers_that_are_none_are_refused(name):
+    with pytest.raises(ValueError, match=name):
+        PolicyConfig("entropy", **{name: math.nan})

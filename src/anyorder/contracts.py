@@ -57,11 +57,9 @@ class Tokenizer(Protocol):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) float in [-1, 1] to tokens (B, N) int64."""
-        ...
 
     def decode(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Tokens (B, N) int64 to images (B, 3, H, W) float in [-1, 1]."""
-        ...
 
 
 @runtime_checkable
@@ -83,22 +81,18 @@ class AnyOrderModel(Protocol):
             order: (B, N) int64 permutation of raster positions in every row.
             grid: the grid of `tokens`, where it is not the model's own.
         """
-        ...
 
     def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> Any:
         """The state before anything is revealed."""
-        ...
 
     def score(self, state: Any, positions: Tensor) -> Tensor:
         """Logits (B, M, V) of open positions (B, M) int64; candidates are blind to one another."""
-        ...
 
     def append(self, state: Any, positions: Tensor, tokens: Tensor) -> Any:
         """Reveal tokens (B, K) at positions (B, K), in that sequence; the old state is used up.
 
         Never recomputes what `score` has already computed for the first of the positions.
         """
-        ...
 
 
 @runtime_checkable
@@ -109,11 +103,9 @@ class LocatingModel(AnyOrderModel, Protocol):
         self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
     ) -> tuple[Tensor, Tensor]:
         """Logits (B, N, V) as of `forward`; log q(position) (B, N, N) [step, position], -inf if revealed."""
-        ...
 
     def locate(self, state: Any, revealed: Tensor) -> Tensor:
         """Log q(next position), (B, N) float32 nats, -inf where `revealed` (B, N) bool; state unchanged."""
-        ...
 
 
 class TokenizerNetwork(nn.Module, Tokenizer):
@@ -158,6 +150,28 @@ class Progress:
     location: Tensor | None = None
     """(B, N) float32, the model's log q(next position), for policies that are `located`."""
 
+    @classmethod
+    def start(cls, grid: Grid, batch_size: int, device: torch.device | str) -> Progress:
+        """Nothing is revealed yet."""
+        numbers = torch.zeros(batch_size, grid.n, device=device)
+        never = torch.full_like(numbers, -1, dtype=torch.int64)
+        revealed, last = torch.zeros_like(never, dtype=torch.bool), never[:, 0].clone()
+        return cls(grid, revealed, last, 0, grid.n, grid.n, numbers, numbers.clone(), never, never.clone())
+
+    def give(self, positions: Tensor) -> None:
+        """Mark positions (B, K) as known; the loop then sets out to reveal the others."""
+        self.revealed.scatter_(1, positions, True)
+        self.last = positions[:, -1]
+        self.open = self.total = self.open - positions.shape[1]
+
+    def reveal(self, positions: Tensor) -> None:
+        """Mark positions (B, K) as revealed at this step, and go to the next step."""
+        self.revealed.scatter_(1, positions, True)
+        self.revealed_at.scatter_(1, positions, self.step)
+        self.last = positions[:, -1]
+        self.open -= positions.shape[1]
+        self.step += 1
+
 
 class OrderPolicy(Protocol):
     """Decides where to go: `propose` candidates, `rate` what the model says of them, `select` some."""
@@ -165,43 +179,34 @@ class OrderPolicy(Protocol):
     @property
     def name(self) -> str:
         """For reports."""
-        ...
 
     @property
     def token_blind(self) -> bool:
         """True if the choice ignores the candidate tokens; only then is p(x) a normalised density."""
-        ...
 
     @property
     def rated(self) -> bool:
         """True if `select` needs ratings: every candidate is scored to decide where."""
-        ...
 
     @property
     def located(self) -> bool:
         """True if it reads `Progress.location`, which takes a `LocatingModel`."""
-        ...
 
     @property
     def look_ahead(self) -> int:
         """How many of the best rated candidates are rated anew by expected information; 0: none."""
-        ...
 
     def subset(self, rows: Tensor) -> OrderPolicy:
         """The same policy for some images (R,) int64 of the batch."""
-        ...
 
     def propose(self, progress: Progress) -> Tensor:
         """Candidate positions (B, M) int64, all of them open."""
-        ...
 
     def rate(self, log_p: Tensor, tokens: Tensor) -> Tensor:
         """Ratings (B, M) in nats, larger is revealed earlier, from log-probabilities (B, M, V)."""
-        ...
 
     def select(self, progress: Progress, candidates: Tensor, ratings: Tensor) -> Tensor:
         """Columns (B, K) int64 of `candidates` to reveal now, all different; ratings are 0 if not `rated`."""
-        ...
 
 
 @dataclass

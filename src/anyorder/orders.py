@@ -26,11 +26,6 @@ def permute(values: Tensor, order: Tensor) -> Tensor:
     return values.gather(1, index)
 
 
-def unpermute(values: Tensor, order: Tensor) -> Tensor:
-    """Values (B, N, ...) in order steps, put back to raster positions; inverse of `permute`."""
-    return permute(values, inverse(order))
-
-
 def validate(order: Tensor, grid: Grid) -> Tensor:
     """Return `order` if every row is a permutation of the grid's positions.
 
@@ -91,7 +86,7 @@ def diagonal(grid: Grid) -> list[int]:
 
 
 def hilbert(grid: Grid) -> list[int]:
-    """A Hilbert-like curve for any h x w: neighbours in the walk are neighbours in the picture."""
+    """A Hilbert-like curve for any h x w: neighbours in the walk are neighbours in the image."""
     major, minor = (1, 1j) if grid.w >= grid.h else (1j, 1)
     size = {1: grid.w, 1j: grid.h}
     walk = _hilbert(0, size[major] * major, size[minor] * minor)
@@ -185,18 +180,6 @@ def of_classes(table: Tensor, labels: Tensor) -> Tensor:
 
 
 # --- statistics ----------------------------------------------------------------------------------------
-
-
-def mean_rank(order: Tensor, grid: Grid) -> Tensor:
-    """Mean step at which each position is revealed, (h, w) float64, from orders (B, N)."""
-    return inverse(order).double().mean(0).reshape(grid.h, grid.w)
-
-
-def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's rank correlation of orders (..., N), row by row, in [-1, 1]; nan for N = 1."""
-    n = a.shape[-1]
-    gap = (inverse(a) - inverse(b)).double()
-    return 1 - 6 * gap.square().sum(-1) / (n * (n * n - 1)) if n > 1 else torch.full(gap.shape[:-1], math.nan)
 
 
 def kendall(a: Tensor, b: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from anyorder.data.captions import CaptionTokenizer, Vocabulary
 from anyorder.files import load_array, read_json, save_array, write_json, write_text
 from anyorder.inference.weights import kind_of, load_any_order, load_tokenizer, save_model
 from anyorder.method.policy_config import PolicyConfig
+from anyorder.settings import parse, read_stored
 
 INDEX, CLASS_ORDERS = "pipeline.json", "class_order.npy"
 
@@ -75,7 +76,7 @@ def load_parts(folder: str | Path) -> Parts:
             f"{folder / INDEX} has format {index.get('format')}, this version reads 1: update anyorder"
         )
     scorer = load_any_order(folder / "scorer") if index["scorer"] else None
-    policy, orders = PolicyConfig.from_stored(index["policy"]), folder / CLASS_ORDERS
+    policy, orders = parse(PolicyConfig, read_stored(PolicyConfig, index["policy"])), folder / CLASS_ORDERS
     return Parts(
         load_any_order(folder / "model"),
         load_tokenizer(folder / "tokenizer"),

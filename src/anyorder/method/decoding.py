@@ -45,6 +45,7 @@ class GenerationOptions(TypedDict, total=False):
     """Candidates per image that are scored at once; by default as many as `ROWS` and `LOGITS` allow."""
 
 
+@torch.no_grad()
 def generate(
     model: AnyOrderModel,
     order: Order,
@@ -62,7 +63,7 @@ def generate(
 
     Candidates evaluated per image of N positions: N for a fixed order and for the location head; for an
     inferred order N (N + 1) / 2, about the share `rescore` of it if that is below 1, and another N by the
-    generator if it is token-blind; expected information 1 + top times that.
+    generator if it is token-blind; expected information (1 + `look_ahead`) times that.
     Memory: the model's cache, O(depth * B * N * D), plus O(B * chunk * (D + V)).
 
     Args:
@@ -72,63 +73,33 @@ def generate(
         targets: (B, N) int64, raster order: put these tokens instead of sampled ones (order extraction).
         known: positions (B, K) and tokens (B, K) that are given, revealed first.
         condition: this and what follows: see `GenerationOptions`.
-        grid: the grid.
-        sampling: temperature and truncation.
-        scorer: the scoring model.
-        chunk: candidates per call.
 
-    Returns:
-        An iterator of `Step`, one after each reveal.
+    Yields:
+        Step: after each reveal.
 
     Raises:
         ValueError: no images, an order that `make_policy` refuses, a separate scorer for a policy that looks
-            at the generator's tokens, or a policy that needs a location head and a model without one.
+            at the generator's tokens, a policy that needs a location head and a model without one, or logits
+            that are not finite.
     """
-    if not len(streams):
-        raise ValueError("there are no images to generate: give at least one random stream")
     grid = grid or model.grid
-    policy = make_policy(order, grid, streams)
-    if scorer is not None and not policy.token_blind:
-        raise ValueError(
-            f"'{policy.name}' looks at the generator's tokens, so no other model can score: leave scorer "
-            "out, or choose a token-blind order"
-        )
-    if not (policy.rated or policy.located):
-        scorer = None
-    if policy.located and not hasattr(scorer or model, "locate"):
-        raise ValueError(f"'{policy.name}' asks a location head: this model has none, choose another order")
+    policy = _check(make_policy(order, grid, streams), model, scorer, streams)
+    # The last of the models decides where; it needs a state only if the policy asks it anything.
+    separate = scorer is not None and (policy.rated or policy.located)
+    models = [model, scorer] if separate and scorer is not None else [model]
     content = sampled(sampling) if targets is None else given(targets)
     condition = None if condition is None else condition.to(streams.device, torch.int64)
-    return _reveal_all(model, scorer, policy, content, streams, condition, grid, known, chunk)
-
-
-@torch.no_grad()
-def _reveal_all(
-    model: AnyOrderModel,
-    scorer: AnyOrderModel | None,
-    policy: OrderPolicy,
-    content: Content,
-    streams: Streams,
-    condition: Tensor | None,
-    grid: Grid,
-    known: tuple[Tensor, Tensor] | None,
-    chunk: int | None,
-) -> Iterator[Step]:
-    """The loop itself; long, so that a reader and a traceback find every step in one place."""
-    state = model.start(len(streams), condition, grid)
-    scorer_state = scorer.start(len(streams), condition, grid) if scorer is not None else None
-    progress = _nothing_revealed(grid, len(streams), streams.device)
+    states = [each.start(len(streams), condition, grid) for each in models]
+    progress = Progress.start(grid, len(streams), streams.device)
+    finite = torch.ones((), dtype=torch.bool, device=streams.device)
     if known is not None and known[0].shape[1]:
-        state = model.append(state, *known)
-        scorer_state = scorer.append(scorer_state, *known) if scorer is not None else None
-        progress.revealed.scatter_(1, known[0], True)
-        progress.last = known[0][:, -1]
-        progress.open = progress.total = grid.n - known[0].shape[1]
+        states = [each.append(state, *known) for each, state in zip(models, states, strict=True)]
+        progress.give(known[0])
     while progress.open:
-        # Every step takes the same numbers from each stream, used or not: what is sampled at a step then does
-        # not depend on the number of candidates, on chunks, or on the other images.
+        # Every step takes the same numbers from each stream, used or not: a sample then does not depend on
+        # the number of candidates, on chunks, or on the other images of the batch.
         uniform, progress.noise = streams.uniform(grid.n), streams.gumbel(grid.n)
-        scoring_model, scoring_state = (model, state) if scorer is None else (scorer, scorer_state)
+        scoring_model, scoring_state = models[-1], states[-1]
         if policy.located:
             progress.location = scoring_model.locate(scoring_state, progress.revealed)  # type: ignore[attr-defined]
         candidates = policy.propose(progress)
@@ -147,38 +118,36 @@ def _reveal_all(
         chosen = policy.select(progress, candidates, ratings)
         positions = candidates.gather(1, chosen)
         if policy.token_blind:
-            # Score the chosen positions again rather than sample a token for every candidate: only a model
-            # that generates needs content, and its `append` continues from what it scored last.
-            tokens, log_prob, _ = score_candidates(model, state, positions, content, uniform, None, chunk)
+            # The generator scores the chosen positions alone: no token is sampled in vain, and `append`
+            # continues from what was scored last instead of computing it again.
+            tokens, log_prob, _ = score_candidates(model, states[0], positions, content, uniform, None, chunk)
         else:
-            # These tokens decided where to go: sampling others now would be another distribution.
+            # These very tokens decided where to go: to sample again would change the distribution.
             tokens, log_prob = tokens.gather(1, chosen), log_prob.gather(1, chosen)
-        progress.open -= positions.shape[1]
+        finite &= ~(log_prob.isnan().any() | ratings.isnan().any())
+        progress.reveal(positions)
+        # Reading the flag makes a GPU wait, so it is read there at the end only.
+        if (finite.device.type == "cpu" or not progress.open) and not finite:
+            raise ValueError(f"the model's logits are not finite, seen at step {progress.step - 1}")
         if progress.open:  # after the last reveal nothing is scored any more
-            state = model.append(state, positions, tokens)
-            scorer_state = scorer.append(scorer_state, positions, tokens) if scorer is not None else None
-        progress.revealed.scatter_(1, positions, True)
-        progress.revealed_at.scatter_(1, positions, progress.step)
-        progress.last = positions[:, -1]
-        progress.step += 1
+            states = [each.append(s, positions, tokens) for each, s in zip(models, states, strict=True)]
         yield Step(progress.step - 1, progress.total, positions, tokens, log_prob)
 
 
-def _nothing_revealed(grid: Grid, batch: int, device: torch.device | str) -> Progress:
-    """Where the loop is before anything is given or generated."""
-    never = torch.full((batch, grid.n), -1, device=device)
-    return Progress(
-        grid=grid,
-        revealed=torch.zeros(batch, grid.n, dtype=torch.bool, device=device),
-        last=never[:, 0].clone(),
-        step=0,
-        total=grid.n,
-        open=grid.n,
-        noise=torch.zeros(batch, grid.n, device=device),
-        ratings=torch.zeros(batch, grid.n, device=device),
-        rated_at=never,
-        revealed_at=never.clone(),
-    )
+def _check(
+    policy: OrderPolicy, model: AnyOrderModel, scorer: AnyOrderModel | None, streams: Streams
+) -> OrderPolicy:
+    """Return the policy if it goes with the models."""
+    if not len(streams):
+        raise ValueError("there are no images to generate: give at least one random stream")
+    if scorer is not None and not policy.token_blind:
+        raise ValueError(
+            f"'{policy.name}' looks at the generator's tokens, so no other model can score: leave scorer "
+            "out, or choose a token-blind order"
+        )
+    if policy.located and not hasattr(scorer or model, "locate"):
+        raise ValueError(f"'{policy.name}' asks a location head: this model has none, choose another order")
+    return policy
 
 
 # --- one step: what would be there, and how good is it? ---------------------------------------------------

@@ -16,20 +16,23 @@ Schedule = Literal["constant", "linear", "power-cosine"]
 
 @dataclass(frozen=True)
 class GuidanceConfig:
-    """How strongly samples are pulled towards their condition."""
+    """How strongly samples follow their condition."""
 
     scale: float = 1.0
-    """1 is no guidance; the final scale for schedules that grow."""
+    """1 is no guidance, larger follows the condition more closely and varies less; the final scale for
+    schedules that grow."""
     schedule: Schedule = "constant"
     """Constant, or growing from 1 to the scale: linearly, or by a power-cosine."""
     power: float = 2.75
     """Exponent of the power-cosine schedule; larger waits longer."""
     interval: tuple[float, float] = (0.0, 1.0)
-    """Shares of the image between which guidance acts, both included; outside of them the scale is 1."""
+    """Shares of the image, 0 to 1, between which guidance acts, both included; elsewhere the scale is 1."""
     locations: Literal["guided", "unguided"] = "guided"
     """Inferred orders rate positions by the guided distribution, or by the conditional one alone."""
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale must be a number, got {self.scale}")
         begin, end = self.interval
         if not 0 <= begin <= end <= 1:
             raise ValueError(f"interval must be two rising shares in [0, 1], got {begin:g} and {end:g}")
@@ -37,7 +40,7 @@ class GuidanceConfig:
             raise ValueError(f"locations must be guided or unguided, got '{self.locations}'")
         if self.schedule not in ("constant", "linear", "power-cosine"):
             raise ValueError(f"schedule must be constant, linear or power-cosine, got '{self.schedule}'")
-        if self.power <= 0:
+        if not self.power > 0:
             raise ValueError(f"power must be > 0, got {self.power}")
 
     def at(self, fraction: float) -> float:
@@ -64,11 +67,9 @@ class GuidedState:
 
 
 def rating_log_probs(state: Any, log_p: Tensor) -> Tensor:
-    """What positions are rated by: `log_p` (B, M, V), unless guidance is to keep out of it.
+    """What positions are rated by: `log_p` (B, M, V) of what `score` returned, or without guidance if asked.
 
-    Args:
-        state: of any model, after `score`.
-        log_p: log-probabilities of the logits that `score` returned.
+    `state` is that of any model, after `score`.
     """
     unguided = getattr(state, "unguided", None)
     return log_p if unguided is None else unguided.float().log_softmax(-1)
@@ -113,7 +114,7 @@ class Guided:
         return GuidedState(inner, state.revealed + positions.shape[1], state.n)
 
     def locate(self, state: GuidedState, revealed: Tensor) -> Tensor:
-        """Where the conditional half would go, (B, N) nats; guidance is for content only.
+        """Log q(next position) of the conditional half, (B, N) nats; guidance is for content only.
 
         Raises:
             ValueError: the wrapped model has no location head.

@@ -10,11 +10,7 @@ from anyorder.orders import permute
 
 
 def token_nll(
-    model: AnyOrderModel,
-    tokens: Tensor,
-    condition: Tensor | None,
-    order: Tensor,
-    grid: Grid | None = None,
+    model: AnyOrderModel, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
 ) -> Tensor:
     """-log p(x[pi_i] | x[pi_<i], pi_<=i, c) of every step (OAR, arXiv 2504.17069 v1, Sec. 3).
 
@@ -25,39 +21,30 @@ def token_nll(
         tokens: (B, N) int64 in raster order.
         condition: (B,) or (B, 1 + A + L) int64, see `contracts`, or None.
         order: (B, N) int64.
-        grid: the grid of `tokens`, where it is not the model's own.
+        grid: the grid of `tokens`, where it is not that of training.
 
     Returns:
         (B, N) float32, nats, in order steps.
     """
-    return _surprise(model.forward(tokens, condition, order, grid), tokens, order)
+    return cross_entropy(model.forward(tokens, condition, order, grid), tokens, order)
 
 
 def joint_nll(
-    model: LocatingModel,
-    tokens: Tensor,
-    condition: Tensor | None,
-    order: Tensor,
-    grid: Grid | None = None,
+    model: LocatingModel, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
 ) -> tuple[Tensor, Tensor]:
     """-log q(token | position) and -log q(position) of every step, q(order, x) being the product of both.
 
-    Their sum over all steps is -log q(order, x), an upper bound on -log p(x) for whatever order.
-
-    Args:
-        model: any-order model with a location head.
-        tokens: (B, N) int64 in raster order.
-        condition: (B,) or (B, 1 + A + L) int64, see `contracts`, or None.
-        order: (B, N) int64.
-        grid: the grid of `tokens`, where it is not the model's own.
+    Their sum over all steps is -log q(order, x), an upper bound on -log p(x) for whatever order. Arguments
+    as of `token_nll`, of a model with a location head.
 
     Returns:
         Two (B, N) float32, nats, in order steps: content and location.
     """
-    logits, where = model.joint(tokens, condition, order, grid)
-    return _surprise(logits, tokens, order), -where.gather(-1, order[..., None]).squeeze(-1)
+    logits, locations = model.joint(tokens, condition, order, grid)
+    return cross_entropy(logits, tokens, order), -locations.gather(-1, order[..., None]).squeeze(-1)
 
 
-def _surprise(logits: Tensor, tokens: Tensor, order: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, tokens: Tensor, order: Tensor) -> Tensor:
+    """-log p(token), (B, N) float32 nats, from logits (B, N, V) in order steps and tokens in raster order."""
     target = permute(tokens, order)
     return F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none").view_as(target)

@@ -98,6 +98,11 @@ class InferredOrder(_Policy):
     With `rescore` below 1 it is lazy: half of what is scored at a step are the positions that their last
     ratings put first, half are those around which most was revealed since (a reveal at d patches counts
     1 / d^2). Only what was scored at this step can be revealed, so log-probabilities stay exact.
+
+    With `look_ahead` it goes where the outcome tells most about the others, by greedy expected information:
+    the fall in the summed entropy of all other open positions when the most likely token is revealed. The
+    positions that the ratings put first are looked up (with sign -1 the least certain: no position can tell
+    more than its own entropy). The looked-up token is the model's, not the sampled one: it is token-blind.
     """
 
     score: Score = "entropy"
@@ -115,6 +120,8 @@ class InferredOrder(_Policy):
     token, extraction is the greedy E-step of hard EM on q(order, x)."""
     rescore: float = 1.0
     """Share of the open positions that is scored at each step but the first; 1: all, the exact order."""
+    look_ahead: int = 0
+    """How many positions are looked up one step ahead; each costs another scoring of all open positions."""
 
     rated = True
 
@@ -133,10 +140,20 @@ class InferredOrder(_Policy):
             raise ValueError(f"distance_to must be 'last' or 'nearest', got '{self.distance_to}'")
         if not 0 < self.rescore <= 1:
             raise ValueError(f"rescore must lie in (0, 1], got {self.rescore}")
+        if self.look_ahead < 0:
+            raise ValueError(f"look_ahead must be >= 0, got {self.look_ahead}")
+        exact = self.score == "entropy" and self.rescore == 1 and self.per_step == 1 and not self.steps
+        if self.look_ahead and (not exact or self.distance or self.location):
+            raise ValueError(
+                "expected information takes score='entropy', per_step=1, steps=0 and rescore=1, and knows no "
+                "distance and no location head"
+            )
 
     @property
     def name(self) -> str:
         """For reports: the score, marked where it is reversed."""
+        if self.look_ahead:
+            return "information"
         return self.score if self.sign == 1 else f"{self.score}-reversed"
 
     @property
@@ -149,18 +166,13 @@ class InferredOrder(_Policy):
         """False for the paper's rule."""
         return self.score in TOKEN_BLIND
 
-    @property
-    def look_ahead(self) -> int:
-        """How many positions are looked up one step ahead."""
-        return 0
-
     def evaluations(self, n: int) -> int:
-        """Candidate evaluations to decide where, per image of n open positions."""
+        """Candidate evaluations to decide where, looking ahead included, per image of n open positions."""
         total, waiting = 0, n
         for step, k in enumerate(self.sizes(n)):
             total += self._scored(step, waiting, k)
             waiting -= k
-        return total
+        return total * (1 + self.look_ahead)
 
     def _scored(self, step: int, waiting: int, k: int) -> int:
         """How many of the `waiting` positions are scored at a step that reveals k of them."""
@@ -199,46 +211,6 @@ class InferredOrder(_Policy):
     def select(self, progress: Progress, candidates: Tensor, ratings: Tensor) -> Tensor:
         """The K of highest priority, highest first."""
         return self.first(progress, candidates, self._priority(progress, candidates, ratings))
-
-
-@dataclass(frozen=True)
-class InformativeOrder(InferredOrder):
-    """Prefers the position whose outcome tells most about the others: greedy expected information.
-
-    The gain of a position is the fall in the summed entropy of all other open positions when its most
-    likely token is revealed, looked up one step ahead for the `top` positions that the ratings put first
-    (the least certain: no position can tell more than its own entropy). Costs `top` further scorings of all
-    open positions per step. The looked-up token is the model's, not the sampled one: the order is
-    token-blind.
-    """
-
-    sign: Literal[1, -1] = -1
-    """Which positions are looked up: 1 the most, -1 the least certain."""
-    top: int = 4
-    """How many positions are looked up at each step."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.score != "entropy" or self.rescore != 1 or self.per_step != 1 or self.steps:
-            raise ValueError("expected information takes score='entropy', per_step=1, steps=0 and rescore=1")
-        if self.distance or self.location:
-            raise ValueError("expected information knows no distance and no location head: leave them at 0")
-        if self.top < 1:
-            raise ValueError(f"top must be >= 1, got {self.top}")
-
-    @property
-    def name(self) -> str:
-        """For reports."""
-        return "information"
-
-    @property
-    def look_ahead(self) -> int:
-        """How many positions are looked up."""
-        return self.top
-
-    def evaluations(self, n: int) -> int:
-        """Candidate evaluations to decide where, those of looking ahead included."""
-        return super().evaluations(n) * (1 + self.top)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +17,8 @@ from anyorder.orders import STATIC, random_orders, static_order
 
 INFERRED = (*SCORES, "information")
 """Orders that score every open position at every step."""
+LOOK_AHEAD = 4
+"""Positions that order `information` looks up at each step."""
 _SCHEDULE = {field.name for field in fields(ParallelSchedule)}
 _OF_SCORES = frozenset({"sign", "temperature", "distance", "distance_to", "location", "rescore"})
 _SETTINGS: dict[str, frozenset[str]] = {
@@ -90,9 +92,9 @@ class PolicyConfig(ParallelSchedule):
     the same at half the cost."""
 
     renamed: ClassVar[dict[str, str]] = {"spread": "min_distance"}
-    """Settings by their earlier names."""
+    """Earlier names, see `settings.read_stored`."""
     removed: ClassVar[dict[str, Any]] = {"refresh": 1, "full_every": 0}
-    """Settings of earlier versions, with the value that changed nothing."""
+    """Settings that are gone: `rescore` was nearer to the exact order at the same cost."""
 
     def __post_init__(self) -> None:
         if self.order not in _SETTINGS:
@@ -109,24 +111,6 @@ class PolicyConfig(ParallelSchedule):
         super().__post_init__()
         self._inferred_policy()
 
-    @classmethod
-    def from_stored(cls, stored: Mapping[str, Any]) -> PolicyConfig:
-        """The configuration that an artifact holds, also one of an earlier version.
-
-        Raises:
-            ValueError: unknown settings, or such as this version no longer has.
-        """
-        values = {cls.renamed.get(name, name): value for name, value in stored.items()}
-        for name, default in cls.removed.items():
-            if values.pop(name, default) != default:
-                raise ValueError(
-                    f"policy.{name} no longer exists: make this artifact anew with policy.rescore, the share "
-                    "of the open positions that is scored at each step"
-                )
-        if unknown := values.keys() - {field.name for field in fields(cls)}:
-            raise ValueError(f"unknown settings of a policy: {', '.join(sorted(unknown))}")
-        return cls(**values)
-
     def _changed(self) -> set[str]:
         """The settings that are not the defaults."""
         return {key for key, value in vars(self).items() if value != getattr(PolicyConfig, key)} - {"order"}
@@ -137,7 +121,7 @@ class PolicyConfig(ParallelSchedule):
         if self.order in SCORES:
             return policies.InferredOrder(self.order, **settings)  # type: ignore[arg-type]
         if self.order == "information":
-            return policies.InformativeOrder(**settings)
+            return policies.InferredOrder(**{"sign": -1, "look_ahead": LOOK_AHEAD, **settings})
         return policies.LocatedOrder(**settings) if self.order == "location" else None
 
     @property

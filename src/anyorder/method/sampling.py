@@ -1,7 +1,8 @@
-"""From logits to tokens and confidences: truncated draws, and how sure the model is of a position."""
+"""From logits to tokens and ratings: truncated sampling, and confidence scores of positions."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,10 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits; the filters are applied in the order of the fields."""
+    """How a token is sampled from logits; the filters are applied in the order of the fields."""
 
     temperature: float = 1.0
-    """Logits are divided by it; 0 takes the most likely token."""
+    """Logits are divided by it: below 1 is more faithful and less diverse; 0 takes the most likely token."""
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -23,7 +24,7 @@ class Sampling:
     """Keep tokens at least min_p times as likely as the most likely one."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be >= 0, got {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be >= 0 (0 keeps all), got {self.top_k}")
@@ -34,7 +35,7 @@ class Sampling:
 
 
 def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Temperature and truncation: logits (..., V), float32, -inf for tokens that cannot be drawn."""
+    """Temperature and truncation: logits (..., V), float32, -inf for tokens that cannot be sampled."""
     logits = logits.float()
     if sampling.temperature == 0:
         return logits.masked_fill(logits < logits.amax(-1, keepdim=True), -torch.inf)
@@ -57,7 +58,7 @@ def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
 def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     """Sample one token from each row of logits (..., V) by inverting the distribution function.
 
-    One uniform number per draw (rather than V) makes a generator per image cheap.
+    One uniform number per token (rather than V) makes a generator per image cheap.
 
     Args:
         logits: (..., V), -inf for impossible tokens.
@@ -69,14 +70,15 @@ def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     # Integers add up exactly in any sequence; float sums waver on a GPU and would reach impossible tokens.
     cdf = (logits.float().softmax(-1) * 2**30).int().cumsum(-1, dtype=torch.int32)
     target = (uniform.double() * cdf[..., -1]).int()
-    return torch.searchsorted(cdf, target[..., None], right=True).squeeze(-1)
+    # The clamp matters for logits that are not finite only: `generate` reports those.
+    return torch.searchsorted(cdf, target[..., None], right=True).squeeze(-1).clamp_max(cdf.shape[-1] - 1)
 
 
 class Streams:
     """One random generator per image: an image depends neither on its neighbours nor on the batch size."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
-        """Take one seed per image; numbers are drawn on the CPU and sent to `device`."""
+        """Take one seed per image; numbers are made on the CPU and sent to `device`."""
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         self.device = device
 
@@ -99,12 +101,12 @@ class Streams:
         return part
 
 
-# --- confidence: how sure is the model of a position? -----------------------------------------------------
-# Each maps normalised log-probabilities (..., V) and tokens (...) to (...) nats; larger is surer.
+# --- confidence scores ------------------------------------------------------------------------------------
+# Each maps normalised log-probabilities (..., V) and tokens (...) to (...) nats; larger is more certain.
 
 
 def token_likelihood(log_p: Tensor, tokens: Tensor) -> Tensor:
-    """log p(token), the paper's score (OAR, arXiv 2504.17069 v1, Sec. 3); peeks at the token."""
+    """log p(token), the paper's score (OAR, arXiv 2504.17069 v1, Sec. 3); looks at the token."""
     return log_p.gather(-1, tokens[..., None]).squeeze(-1)
 
 
@@ -114,7 +116,7 @@ def max_prob(log_p: Tensor, tokens: Tensor) -> Tensor:
 
 
 def entropy(log_p: Tensor, tokens: Tensor) -> Tensor:
-    """Negative entropy of the distribution: larger is surer, 0 is certain."""
+    """Negative entropy of the distribution: 0 is certain."""
     finite = log_p.clamp_min(torch.finfo(log_p.dtype).min)  # 0 log 0 = 0
     return finite.mul_(log_p.exp()).sum(-1)
 
@@ -131,4 +133,4 @@ SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     f.__name__: f for f in (token_likelihood, max_prob, entropy, margin)
 }
 TOKEN_BLIND = frozenset(SCORES) - {"token_likelihood"}
-"""Scores that do not look at the token that was drawn or given."""
+"""Scores that do not look at the sampled or given token."""

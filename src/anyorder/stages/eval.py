@@ -26,6 +26,7 @@ from anyorder.method.decoding import extract_orders
 from anyorder.method.loss import joint_nll
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Streams
+from anyorder.settings import parse, read_stored
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import as_condition, require_made_from, trained_before
 from anyorder.stages.features import load_extractor, training_features
@@ -140,7 +141,7 @@ class EvalStage:
         is an upper bound on -log p(x); the order is the greedy maximum of q. None where the locations are
         drawn at another temperature or by another model.
         """
-        policy = PolicyConfig.from_stored(made["config"]["policy"])
+        policy = parse(PolicyConfig, read_stored(PolicyConfig, made["config"]["policy"]))
         exact = policy.token_blind and (policy.deterministic or policy.order == "random")
         located = policy.order == "location" and policy.temperature in (None, 1) and self.scorer is None
         located = located and not policy.parallel
