@@ -9,23 +9,23 @@ from PIL import Image
 
 from anyorder.contracts import Grid
 from anyorder.report import curves, figures
-from anyorder.report.curves import loss_curves, quality_against_steps, read_metrics, scaling_curves
+from anyorder.report.curves import loss_curves, read_metrics, scaling_curves
 from anyorder.report.figures import (
     UNREVEALED,
-    drawing_animation,
-    drawing_frames,
+    generation_frames,
     image_grid,
     mean_rank_per_class,
     order_map,
     order_panel,
     ranks,
+    save_animation,
     save_image,
 )
 
 GRID = Grid(2, 3)
 
 
-def pictures(n: int, height: int = 4, width: int = 6) -> np.ndarray:
+def images_of(n: int, height: int = 4, width: int = 6) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 100, (n, height, width, 3), dtype=np.uint8)
 
 
@@ -36,7 +36,7 @@ def permutations(n: int, grid: Grid = GRID, seed: int = 0) -> np.ndarray:
 @settings(max_examples=25, deadline=None)
 @given(n=st.integers(1, 9), columns=st.integers(1, 10), scale=st.integers(1, 3), gap=st.integers(0, 3))
 def test_grid_holds_every_image_in_place(n: int, columns: int, scale: int, gap: int) -> None:
-    images = pictures(n)
+    images = images_of(n)
     canvas = np.asarray(image_grid(images, columns, scale, gap))
     height, width = 4 * scale + gap, 6 * scale + gap
     used = min(columns, n)
@@ -59,7 +59,7 @@ def test_prompts_stand_above_their_rows() -> None:
     assert grid.shape[1] > 200
 
 
-@pytest.mark.parametrize("images", [np.zeros((1, 4, 4, 3)), np.zeros((4, 4, 3), np.uint8), pictures(0)])
+@pytest.mark.parametrize("images", [np.zeros((1, 4, 4, 3)), np.zeros((4, 4, 3), np.uint8), images_of(0)])
 def test_other_things_than_images_are_refused(images: np.ndarray) -> None:
     with pytest.raises(ValueError, match="one or more uint8 images"):
         image_grid(images)
@@ -84,17 +84,8 @@ def test_order_map_goes_from_light_to_dark_patch_by_patch() -> None:
     assert order_map(np.zeros((1, 1)), (2, 2)).shape == (2, 2, 3)
 
 
-def test_order_map_blends_with_the_image() -> None:
-    rank, image = np.arange(6).reshape(2, 3), pictures(1)[0]
-    heat = order_map(rank, (4, 6))
-    assert (order_map(rank, (4, 6), image, opacity=0) == image).all()
-    assert (order_map(rank, (4, 6), image, opacity=1) == heat).all()
-    half = order_map(rank, (4, 6), image, opacity=0.5).astype(float)
-    assert np.abs(half - (heat.astype(float) + image) / 2).max() <= 1
-
-
 def test_panel_shows_each_image_beside_its_own_order() -> None:
-    images, orders = pictures(4, 24, 60), permutations(4)
+    images, orders = images_of(4, 24, 60), permutations(4)
     panel = np.asarray(order_panel(images, orders, GRID, columns=2, scale=1))
     for i, rank in enumerate(ranks(orders, GRID)):
         y, x = i // 2 * 30, i % 2 * 126
@@ -106,19 +97,19 @@ def test_panel_shows_each_image_beside_its_own_order() -> None:
 
 
 def test_key_fits_beside_a_tiny_panel() -> None:
-    panel = order_panel(pictures(1, 2, 3), permutations(1), GRID, scale=1)
+    panel = order_panel(images_of(1, 2, 3), permutations(1), GRID, scale=1)
     assert panel.width > 40
 
 
 def test_panel_needs_an_order_for_each_image() -> None:
     with pytest.raises(ValueError, match="2 images and 3 orders"):
-        order_panel(pictures(2), permutations(3), GRID)
+        order_panel(images_of(2), permutations(3), GRID)
 
 
 def test_mean_rank_per_class_has_a_map_for_each_class_that_occurs(monkeypatch) -> None:
     shown = []
-    rendered = figures._rendered
-    monkeypatch.setattr(figures, "_rendered", lambda figure: shown.append(figure) or rendered(figure))
+    rendered = figures.rendered
+    monkeypatch.setattr(figures, "rendered", lambda figure: shown.append(figure) or rendered(figure))
     orders, labels = permutations(6), np.array([2, 0, 2, 0, 0, 2])
     long = "a class of a very long name"
     image = mean_rank_per_class(orders, labels, ["shoes", "never", long], GRID, columns=2)
@@ -135,42 +126,33 @@ def test_mean_rank_per_class_has_a_map_for_each_class_that_occurs(monkeypatch) -
     assert image == mean_rank_per_class(orders, labels, ["shoes", "never", long], GRID, columns=2)
 
 
+def test_animations_need_two_frames() -> None:
+    with pytest.raises(ValueError, match="at least 2 frames, got 1"):
+        generation_frames(images_of(1), permutations(1), GRID, frames=1)
+
+
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 1000), count=st.integers(2, 12))
 def test_frames_reveal_patches_in_order(seed: int, count: int) -> None:
-    images, orders = pictures(3), permutations(3, seed=seed)
-    frames = drawing_frames(lambda revealed: images, orders, GRID, count)
+    images, orders = images_of(3), permutations(3, seed=seed)
+    frames = generation_frames(images, orders, GRID, count)
     assert frames.shape[0] <= count
     assert (frames[0] == UNREVEALED).all()
     assert (frames[-1] == images).all()
     rank = ranks(orders, GRID).repeat(2, 1).repeat(2, 2)
     for frame in frames:
-        drawn = (frame != UNREVEALED).all(3)
-        steps = drawn[0].sum() // 4
-        assert (drawn == (rank < steps)).all()
-        assert (frame[drawn] == images[drawn]).all()
-
-
-def test_frames_decode_what_is_revealed_so_far() -> None:
-    seen = []
-
-    def decode(revealed: np.ndarray) -> np.ndarray:
-        seen.append(revealed)
-        return np.full((1, 4, 6, 3), len(seen), np.uint8)
-
-    frames = drawing_frames(decode, np.array([[3, 0, 1, 2, 4, 5]]), GRID, frames=7)
-    assert [np.flatnonzero(r[0]).tolist() for r in seen[:3]] == [[], [3], [0, 3]]
-    assert frames[1][0, 2:, :2].tolist() == np.full((2, 2, 3), 2).tolist()
-    with pytest.raises(ValueError, match="at least 2 frames, got 1"):
-        drawing_frames(decode, permutations(1), GRID, frames=1)
+        revealed = (frame != UNREVEALED).all(3)
+        steps = revealed[0].sum() // 4
+        assert (revealed == (rank < steps)).all()
+        assert (frame[revealed] == images[revealed]).all()
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp"])
 def test_animation_shows_every_frame_and_holds_the_last(tmp_path, suffix: str) -> None:
-    path = tmp_path / f"drawing.{suffix}"
-    images = pictures(3)
-    frames = drawing_frames(lambda revealed: images, permutations(3), GRID, frames=5)
-    drawing_animation(path, frames, columns=3, scale=2, seconds=1, hold=3)
+    path = tmp_path / f"generation.{suffix}"
+    images = images_of(3)
+    frames = generation_frames(images, permutations(3), GRID, frames=5)
+    save_animation(path, frames, columns=3, scale=2, seconds=1, hold=3)
     first = path.read_bytes()
     durations = []
     with Image.open(path) as animation:
@@ -184,21 +166,21 @@ def test_animation_shows_every_frame_and_holds_the_last(tmp_path, suffix: str) -
             assert error.max() <= (0 if suffix == "webp" else 40)  # GIF has 256 colours
     assert durations[-1] == 3000
     assert set(durations[:-1]) == {250}
-    drawing_animation(path, frames, columns=3, scale=2, seconds=1, hold=3)
+    save_animation(path, frames, columns=3, scale=2, seconds=1, hold=3)
     assert path.read_bytes() == first
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_animation_refuses_other_formats_and_still_pictures(tmp_path) -> None:
-    frames = np.stack([pictures(1)] * 2)
+def test_animation_refuses_other_formats_and_still_images_of(tmp_path) -> None:
+    frames = np.stack([images_of(1)] * 2)
     with pytest.raises(ValueError, match=r"\.gif or \.webp"):
-        drawing_animation(tmp_path / "a.png", frames)
+        save_animation(tmp_path / "a.png", frames)
     with pytest.raises(ValueError, match="at least 2 frames, got 1"):
-        drawing_animation(tmp_path / "a.gif", frames[:1])
+        save_animation(tmp_path / "a.gif", frames[:1])
 
 
 def test_save_image_is_lossless_and_atomic(tmp_path) -> None:
-    image = image_grid(pictures(2))
+    image = image_grid(images_of(2))
     save_image(image, tmp_path / "new" / "a.png")
     assert Image.open(tmp_path / "new" / "a.png").tobytes() == image.tobytes()
     with pytest.raises(ValueError, match=r"cannot write '.xyz' images"):
@@ -211,15 +193,15 @@ def write_log(path, *lines: dict) -> str:
     return str(path)
 
 
-def axes_of(monkeypatch, draw) -> list:
+def axes_of(monkeypatch, plot) -> list:
     shown = []
-    rendered = curves._rendered
-    monkeypatch.setattr(curves, "_rendered", lambda figure: shown.append(figure) or rendered(figure))
-    assert draw().mode == "RGB"
+    rendered = curves.rendered
+    monkeypatch.setattr(curves, "rendered", lambda figure: shown.append(figure) or rendered(figure))
+    assert plot().mode == "RGB"
     return shown[0].axes
 
 
-def test_loss_curves_draw_what_is_logged(tmp_path, monkeypatch) -> None:
+def test_loss_curves_show_what_is_logged(tmp_path, monkeypatch) -> None:
     a = write_log(
         tmp_path / "a.jsonl",
         {"step": 1, "loss": 9.0, "examples_per_second": 10.0},
@@ -239,41 +221,26 @@ def test_loss_curves_draw_what_is_logged(tmp_path, monkeypatch) -> None:
     assert loss.get_ylabel() == "loss (nats per token)"
 
 
-def test_quality_against_steps_has_a_line_for_each_kind_and_a_mark_for_each_variation(monkeypatch) -> None:
-    cells = [
-        ("random", "", 64, {"fd": 1.0, "recall": 0.8}),
-        ("random", "", 16, {"fd": 1.2, "recall": 0.7}),
-        ("random", "cosine", 16, {"fd": 1.1, "recall": 0.75}),
-        ("raster", "", 64, {"fd": 0.9, "recall": 0.8}),
-    ]
-    fd, recall = axes_of(monkeypatch, lambda: quality_against_steps(cells, {"fd": "FD", "recall": "recall"}))
-    random, raster, cosine = fd.lines[:3]
-    assert random.get_xydata().tolist() == [[16, 1.2], [64, 1.0]]
-    assert raster.get_xydata().tolist() == [[64, 0.9]]
-    assert cosine.get_xydata().tolist() == [[16, 1.1]]
-    assert (fd.get_ylabel(), recall.get_ylabel()) == ("FD", "recall")
-
-
 def test_loss_curves_without_speed_have_one_panel(tmp_path, monkeypatch) -> None:
     log = write_log(tmp_path / "a.jsonl", *({"step": i, "loss": 50.0 if i < 3 else 2.0} for i in range(100)))
     (panel,) = axes_of(monkeypatch, lambda: loss_curves([("a", log)]))
-    assert panel.get_ylim()[1] < 10  # the cliff at the begin does not set the scale
+    assert panel.get_ylim()[1] < 10  # the cliff at the start does not set the scale
 
 
 def test_scaling_curves_have_a_column_per_size_and_a_row_per_measure(monkeypatch) -> None:
     rows = [
         {"workload": "train", "value": 4, "images/s": 2.0, "share (%)": 50.0},
         {"workload": "train", "value": 1, "images/s": 1.0, "share (%)": 40.0},
-        {"workload": "draw", "value": 1, "images/s": 0.5, "share (%)": None},
+        {"workload": "sample", "value": 1, "images/s": 0.5, "share (%)": None},
     ]
     sizes = {"images at once, B": rows, "depth, blocks": rows[:1]}
     panels = axes_of(monkeypatch, lambda: scaling_curves(sizes, ["images/s", "share (%)"]))
     assert [panel.get_xlabel() for panel in panels] == ["", "", *sizes]
     assert [panel.get_ylabel() for panel in panels] == ["images/s", "", "share (%)", ""]
     assert [panel.get_yscale() for panel in panels] == ["log", "log", "linear", "linear"]
-    train, draw = panels[0].lines
+    train, sample = panels[0].lines
     assert train.get_xydata().tolist() == [[1, 1], [4, 2]]
-    assert draw.get_xydata().tolist() == [[1, 0.5]]
+    assert sample.get_xydata().tolist() == [[1, 0.5]]
     assert len(panels[2].lines[1].get_xdata()) == 0
     assert [tick.get_text() for tick in panels[2].get_xticklabels()] == ["1", "4"]
     with pytest.raises(ValueError, match="at least one size"):

@@ -80,8 +80,8 @@ def test_the_command_draws_pictures_and_an_animation(tmp_path, capsys):
     command = ["sample", "pipeline=fashion32", "labels=Shoes,Bags", "n=3", f"out={tmp_path}"]
     assert cli.main(command) == 0
     files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"0000.png", "0001.png", "0002.png", "grid.png", "orders.png", "drawing.webp"}
-    assert "drawing.webp" in capsys.readouterr().out
+    assert files == {"0000.png", "0001.png", "0002.png", "grid.png", "orders.png", "generation.webp"}
+    assert "generation.webp" in capsys.readouterr().out
     assert cli.main([*command, "--dry-run"]) == 0
     assert cli.main(["sample", "pipeline=fashion32", "labels=Shoos", f"out={tmp_path}"]) == 2
     assert "did you mean 'Shoes'" in capsys.readouterr().err

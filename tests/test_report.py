@@ -1,5 +1,6 @@
 import base64
 import io
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -8,7 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anyorder.report.page import Details, Figure, Gallery, Section, write_markdown, write_report
+from anyorder.report.page import (
+    Details,
+    Figure,
+    Gallery,
+    Section,
+    write_markdown,
+    write_records,
+    write_report,
+)
 from anyorder.report.tables import Table, format_value
 
 DASH = "\u2013"
@@ -52,11 +61,13 @@ class Page(HTMLParser):
         return [text for text, _ in self.all(tag)]
 
 
-def picture(colour: str = "red") -> Image.Image:
+def image_of(colour: str = "red") -> Image.Image:
     return Image.new("RGB", (6, 4), colour)
 
 
-def page(tmp_path, *sections: Section, title: str = "Report") -> Page:
+def page(tmp_path, *sections: Section, title: str = "Report", folded: int | None = None) -> Page:
+    if folded is not None:
+        sections[folded].folded = True
     write_report(tmp_path / "report.html", title, sections)
     return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
 
@@ -67,9 +78,13 @@ def full(tmp_path) -> Page:
         tmp_path,
         Section("Quality", "One.\n\nTwo.\n", [table]),
         Section(
-            "Samples", items=[Gallery([Figure(picture(), "a", "red"), Figure(picture("blue"), "", "blue")])]
+            "Samples", items=[Gallery([Figure(image_of(), "a", "red"), Figure(image_of("blue"), "", "blue")])]
         ),
-        Section("Runs", items=[Details("config", {"lr": 1e-3, "classes": ["é"]}), Details("command", "a b")]),
+        Section(
+            "Runs",
+            items=[Details("config", {"lr": 1e-3, "classes": ["é"]}), Details("command", "a b")],
+            folded=True,
+        ),
     )
 
 
@@ -78,10 +93,9 @@ def test_structure(tmp_path) -> None:
     assert result.texts("title") == result.texts("h1") == ["Report"]
     assert result.texts("h2") == ["Quality", "Samples", "Runs"]
     assert result.texts("p") == ["One.", "Two."]
-    assert [attrs["href"] for _, attrs in result.all("a")] == [
-        f"#{attrs['id']}" for _, attrs in result.all("section")
-    ]
-    assert result.texts("summary") == ["config", "command"]
+    assert [attrs["id"] for _, attrs in result.all("section")] == ["s1", "s2", "s3"]
+    assert result.texts("summary") == ["Runs", "config", "command"]
+    assert len(result.all("details")) == 3
     assert result.texts("pre") == ['{\n  "lr": 0.001,\n  "classes": [\n    "é"\n  ]\n}', "a b"]
     assert result.texts("figcaption") == ["a"]
     assert result.all("html", lang="en")
@@ -109,7 +123,7 @@ def test_all_text_is_escaped(tmp_path) -> None:
     table = Table([EVIL], [{EVIL: EVIL}], EVIL, {EVIL: "max"})
     items = [
         table,
-        Figure(picture(), EVIL, f'" onload="x{EVIL}'),
+        Figure(image_of(), EVIL, f'" onload="x{EVIL}'),
         Details(EVIL, {EVIL: EVIL}),
         Details("b", EVIL),
     ]
@@ -150,7 +164,6 @@ def test_table_cells_by_column(tmp_path) -> None:
     assert [text for text, attrs in cells if "best" in attrs["class"]] == ["0.5000", "0.5000", "27.10"]
     assert all("number" in attrs["class"] for _, attrs in cells)
     assert result.all("th", scope="col")[0][1].get("class") is None
-    assert not result.all("nav")  # one section needs no table of contents
     assert not result.all("caption")
 
 
@@ -202,10 +215,10 @@ def decoded(figure: Figure) -> Image.Image:
 
 
 def test_figures_embed_images_bytes_and_files(tmp_path) -> None:
-    picture().save(tmp_path / "a.gif", save_all=True, append_images=[picture("blue")], duration=100)
-    from_image, from_path = Figure(picture(), "", "red"), Figure(tmp_path / "a.gif", "", "red and blue")
+    image_of().save(tmp_path / "a.gif", save_all=True, append_images=[image_of("blue")], duration=100)
+    from_image, from_path = Figure(image_of(), "", "red"), Figure(tmp_path / "a.gif", "", "red and blue")
     from_bytes = Figure((tmp_path / "a.gif").read_bytes(), "", "red and blue")
-    assert decoded(from_image).tobytes() == picture().tobytes()
+    assert decoded(from_image).tobytes() == image_of().tobytes()
     assert decoded(from_path).n_frames == 2
     assert from_bytes.uri == from_path.uri
     assert (from_path.width, from_path.height) == (6, 4)
@@ -213,8 +226,8 @@ def test_figures_embed_images_bytes_and_files(tmp_path) -> None:
 
 def test_figures_that_cannot_be_shown_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="'a' needs an alt text"):
-        Figure(picture(), "a", " ")
-    with pytest.raises(FileNotFoundError, match="no picture at"):
+        Figure(image_of(), "a", " ")
+    with pytest.raises(FileNotFoundError, match="no image at"):
         Figure(tmp_path / "missing.png", "a", "b")
     with pytest.raises(ValueError, match="'a' is not an image"):
         Figure(b"text", "a", "b")
@@ -226,6 +239,30 @@ def test_same_content_gives_the_same_bytes(tmp_path) -> None:
     full(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == first
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_rows_below_the_others_are_not_the_best_of_them() -> None:
+    rows = [{"a": "x", "b": 2.0}, {"a": "y", "b": 3.0}, {"a": "floor", "b": 1.0}]
+    table = Table(["a", "b"], rows, best={"b": "min"}, unranked=1)
+    assert [row[1].best for row in table.cells()] == [True, False, False]
+
+
+def test_sentences_stand_between_tables(tmp_path) -> None:
+    table = Table(["a"], [{"a": "x"}])
+    sections = [Section("One", items=[table, "A verdict."])]
+    result = page(tmp_path, *sections)
+    assert [text for text, _ in result.all("p", **{"class": "lead"})] == ["A verdict."]
+    write_markdown(tmp_path / "r.md", "Title", sections)
+    assert (tmp_path / "r.md").read_text().endswith("| --- |\n| x |\n\nA verdict.\n")
+
+
+def test_records_hold_the_tables_and_the_versions(tmp_path) -> None:
+    sections = [Section("One", items=[Table(["a", "b"], [{"a": "x", "b": 1.5}], "What it is."), "Text."])]
+    write_records(tmp_path / "r.json", "Title", sections)
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["tables"] == [{"section": "One", "caption": "What it is.", "rows": [{"a": "x", "b": 1.5}]}]
+    assert found["title"] == "Title"
+    assert found["versions"]["torch"]
 
 
 def test_markdown_holds_tables_and_texts(tmp_path) -> None:

@@ -348,7 +348,7 @@ def test_report_is_one_page_with_the_comparison(experiment, tmp_path):
     page = (out / "report.html").read_text()
     assert "token_likelihood" in page
     assert "data:image/webp" in page
-    assert cli.main(["report", str(out), f"out={tmp_path}/r.html", "data_pictures=false"]) == 0
+    assert cli.main(["report", str(out), f"out={tmp_path}/r.html", "data_images=false"]) == 0
     without = (tmp_path / "r.html").read_text()
     assert "what the tokens keep" in page
     assert "what the tokens keep" not in without
@@ -462,7 +462,7 @@ def test_unknown_names_get_a_suggestion(tmp_path, text, overrides, message, caps
         (["quickstart", "--help"], 0, "out=runs/quickstart"),
         (["report"], 2, "run folders"),
         (["report", "nowhere"], 2, "no finished artifact"),
-        (["report", "x", "colour=red"], 2, "data_pictures"),
+        (["report", "x", "colour=red"], 2, "data_images"),
         (["report", "x", "--dry-run"], 0, "report of x"),
         (["report", "--help"], 0, "RUN"),
         (["bench", "--help"], 0, "batch_size"),

@@ -198,40 +198,34 @@ def _experiment(path: Path, overrides: list[str], dry_run: bool) -> None:
         print("\n".join(experiment.plan()))
         return
     experiment.run()
-    _write_report([experiment.out], experiment.out / "report.html", data_pictures=True)
+    _write_report([experiment.out], experiment.out / "report.html", data_images=True)
 
 
 def _report(arguments: list[str], dry_run: bool, asked_help: bool) -> None:
     if asked_help:
-        print("anyorder report RUN... [out=RUN/report.html] [data_pictures=true] [manifests=FOLDER]\n")
-        print("out=FILE.md writes conclusions and tables alone, as Markdown; manifests are enough for that")
-        print("manifests=FOLDER copies manifests and training logs there, for the records")
-        print("data_pictures=false leaves out reconstructions, which are pictures of the data set itself")
+        print("anyorder report RUN... [out=RUN/report.html] [data_images=true]\n")
+        print("run folders of one experiment are its seeds: stages of equal names are one variant")
+        print("out=FILE.md writes the tables alone as Markdown, out=FILE.json as JSON; manifests are enough")
+        print("data_images=false leaves out figures that contain images of the data set")
         return
     folders = [Path(a) for a in arguments if "=" not in a]
     if not folders:
         raise ValueError("give one or more run folders, for example runs/quickstart")
     out, rest = _out(arguments, str(folders[0] / "report.html"))
     settings = dict(a.split("=", 1) for a in rest if "=" in a)
-    pictures, records = settings.pop("data_pictures", "true").lower(), settings.pop("manifests", None)
-    if settings or pictures not in ("true", "false"):
-        raise ValueError(
-            f"report takes out=FILE, data_pictures=true|false and manifests=FOLDER, got {' '.join(rest)}"
-        )
+    images = settings.pop("data_images", "true").lower()
+    if settings or images not in ("true", "false"):
+        raise ValueError(f"report takes out=FILE and data_images=true|false, got {' '.join(rest)}")
     if dry_run:
         print(f"report of {', '.join(map(str, folders))} -> {out}")
         return
-    if records:
-        from anyorder.report.records import copy_records
-
-        print(f"manifests: {len(copy_records(folders, Path(records)))} in {records}")
-    _write_report(folders, out, data_pictures=pictures == "true")
+    _write_report(folders, out, data_images=images == "true")
 
 
-def _write_report(folders: list[Path], out: Path, data_pictures: bool) -> None:
+def _write_report(folders: list[Path], out: Path, data_images: bool) -> None:
     from anyorder.report.summary import report
 
-    table = report(folders, out, data_pictures=data_pictures)
+    table = report(folders, out, data_images=data_images)
     if table is not None:
         print(table.text())
     print(f"report: {out}")
@@ -303,7 +297,7 @@ def _draw(arguments: list[str], dry_run: bool) -> None:
     if dry_run:
         print(f"anyorder sample -> {out}\n{_settings(config)}")
         return
-    for path in [*draw(config, out), out / "drawing.webp"]:
+    for path in [*draw(config, out), out / "generation.webp"]:
         print(path)
 
 

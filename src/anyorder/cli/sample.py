@@ -17,9 +17,9 @@ from anyorder.report import figures
 
 @dataclass
 class DrawConfig:
-    """Draw pictures with a pipeline: 0000.png, 0001.png, ..., grid.png, orders.png and drawing.webp.
+    """Draw pictures with a pipeline: 0000.png, 0001.png, ..., grid.png, orders.png and generation.webp.
 
-    drawing.webp is an animation of the pictures being drawn, orders.png shows when each patch was.
+    generation.webp is an animation of the pictures being drawn, orders.png shows when each patch was.
     """
 
     pipeline: str
@@ -74,7 +74,7 @@ def draw(config: DrawConfig, out: Path) -> list[Path]:
     for path, image in zip(paths, made.images, strict=True):
         figures.save_image(image, path)
     images, orders = np.stack([np.asarray(image) for image in made.images]), made.order.cpu().numpy()
-    figures.drawing_pictures(out, images, orders, pipe.model.grid, min(8, config.n), config.scale)
+    figures.save_sample_figures(out, images, orders, pipe.model.grid, min(8, config.n), config.scale)
     return paths
 
 

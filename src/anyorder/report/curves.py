@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from anyorder.report.figures import COLOURS, _figure, _rendered
+from anyorder.report.figures import COLOURS, rendered, styled_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,71 +27,36 @@ def loss_curves(
         runs: (name, path of its `metrics.jsonl`): lines with `step` and `loss`, some with `test_nll` or
             `test_loss`, some with `examples_per_second`. Where a resumed run repeats a step, the last counts.
         ylabel: what the loss is, with its unit.
-        starts: steps that each run's model had behind it when the run began; 0 by default.
+        starts: steps that each run's model was trained for before; 0 by default.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a line is not JSON, or a file holds no loss at all.
     """
-    offsets = starts or [0] * len(runs)
-    logs = [
-        (name, [{**line, "step": line["step"] + start} for line in read_metrics(path)])
-        for (name, path), start in zip(runs, offsets, strict=True)
-    ]
-    for (_, path), (_, log) in zip(runs, logs, strict=True):
-        if not any("loss" in line for line in log):
-            raise ValueError(f"{path} holds no losses yet: train for a while and draw again")
+    logs = []
+    for (name, path), start in zip(runs, starts or [0] * len(runs), strict=True):
+        logs.append((name, [{**line, "step": line["step"] + start} for line in read_metrics(path)]))
+        if not any("loss" in line for line in logs[-1][1]):
+            raise ValueError(f"{path} holds no losses yet: train for a while and try again")
     with_speed = any("examples_per_second" in line for _, log in logs for line in log)
-    with _figure(9.2 if with_speed else 5.6, 3.4) as figure:
+    with styled_figure(9.2 if with_speed else 5.6, 3.4) as figure:
         panels = figure.subplots(1, 1 + with_speed, squeeze=False, width_ratios=[1.7, 1][: 1 + with_speed])[0]
         for i, (name, log) in enumerate(logs):
-            _draw_run(panels, name, log, COLOURS[i % len(COLOURS)])
+            _plot_run(panels, name, log, COLOURS[i % len(COLOURS)])
         for axis, label in zip(panels, (ylabel, "examples per second"), strict=False):
             axis.set(xlabel="step", ylabel=label)
             axis.margins(x=0.02)
         if with_speed:
             panels[1].set_ylim(bottom=0)
-        # The cliff of the first steps would hide all differences: let the curves enter from above.
-        top = max(
-            _smooth(losses)[len(losses) // 20 :].max()
-            for losses in (_series(log, "loss")[1] for _, log in logs)
-        )
+        # The steep fall of the first steps would hide all differences: let the curves enter from above.
+        losses = [_series(log, "loss")[1] for _, log in logs]
+        top = max(_smooth(values)[len(values) // 20 :].max() for values in losses)
         panels[0].set_ylim(top=top + 0.05 * (top - panels[0].get_ylim()[0]))
         panels[0].legend(loc="upper right")
-        return _rendered(figure)
+        return rendered(figure)
 
 
-def quality_against_steps(
-    cells: Sequence[tuple[str, str, int, Mapping[str, float]]], panels: Mapping[str, str]
-) -> Image.Image:
-    """Metrics against the number of steps: a line for each kind of order, a mark for each variation of it.
-
-    Args:
-        cells: (kind, variation, steps, metrics); what has no variation ("") lies on the line of its kind.
-        panels: names of metrics, each with the label of its axis.
-    """
-    kinds = list(dict.fromkeys(kind for kind, *_ in cells))
-    variations = list(dict.fromkeys(variation for _, variation, *_ in cells if variation))
-    colours, marks = dict(zip(kinds, COLOURS, strict=False)), dict(zip(variations, "^vsDPX*", strict=False))
-    with _figure(3.6 * len(panels) + 1.6, 3.4) as figure:
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axis, (metric, label) in zip(axes, panels.items(), strict=True):
-            for kind in kinds:
-                line = sorted((steps, m[metric]) for k, v, steps, m in cells if k == kind and not v)
-                axis.plot(*zip(*line, strict=True), "o-", color=colours[kind], label=kind)
-            for kind, variation, steps, metrics in cells:
-                if variation:
-                    axis.plot(steps, metrics[metric], marks[variation], color=colours[kind], mfc="none")
-            axis.set(xlabel="steps", ylabel=label)
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(ticks := sorted({steps for _, _, steps, _ in cells}), [str(t) for t in ticks])
-        for variation in variations:
-            axes[-1].plot([], [], marks[variation], color="#444444", mfc="none", label=variation)
-        figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right upper")
-        return _rendered(figure)
-
-
-def _draw_run(panels: Sequence[Axes], name: str, log: list[dict[str, Any]], colour: str) -> None:
+def _plot_run(panels: Sequence[Axes], name: str, log: list[dict[str, Any]], colour: str) -> None:
     steps, losses = _series(log, "loss")
     panels[0].plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
     panels[0].plot(steps, _smooth(losses), color=colour, linewidth=1.8, label=name)
@@ -144,31 +109,32 @@ def scaling_curves(sweeps: Mapping[str, Sequence[Mapping[str, Any]]], measures: 
     """How measures of several workloads change with sizes: a column of panels per size, a row per measure.
 
     Args:
-        sweeps: for each size, named as its axis shall be, rows with "workload", "value" and the measures.
-        measures: keys of the rows, with units; shares in percent are drawn on a linear scale, rates on a
+        sweeps: for each size, with the label of its axis as the key, rows with "workload", "value" and the
+            measures.
+        measures: keys of the rows, with units; shares in percent are plotted on a linear scale, rates on a
             logarithmic one.
 
     Raises:
         ValueError: no size or no measure.
     """
     if not sweeps or not measures:
-        raise ValueError("give at least one size and one measure to draw")
+        raise ValueError("give at least one size and one measure to plot")
     names = list(dict.fromkeys(row["workload"] for rows in sweeps.values() for row in rows))
-    with _figure(3.4 * len(sweeps) + 2.2, 2.6 * len(measures)) as figure:
+    with styled_figure(3.4 * len(sweeps) + 2.2, 2.6 * len(measures)) as figure:
         panels = figure.subplots(len(measures), len(sweeps), squeeze=False, sharex="col", sharey="row")
         for column, (size, rows) in enumerate(sweeps.items()):
             for axis, measure in zip(panels[:, column], measures, strict=True):
                 for i, name in enumerate(names):
-                    _draw_scaling(axis, i, name, [row for row in rows if row["workload"] == name], measure)
+                    _plot_scaling(axis, i, name, [row for row in rows if row["workload"] == name], measure)
                 _scale(axis, sorted({row["value"] for row in rows}), measure)
             panels[-1, column].set_xlabel(size)
         for axis, measure in zip(panels[:, 0], measures, strict=True):
             axis.set_ylabel(measure)
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper")
-        return _rendered(figure)
+        return rendered(figure)
 
 
-def _draw_scaling(axis: Axes, i: int, name: str, rows: list[Mapping[str, Any]], measure: str) -> None:
+def _plot_scaling(axis: Axes, i: int, name: str, rows: list[Mapping[str, Any]], measure: str) -> None:
     points = sorted((row["value"], row[measure]) for row in rows if row.get(measure) is not None)
     style = ("o-", "s--")[i // len(COLOURS) % 2]
     x, y = ([point[k] for point in points] for k in (0, 1))
@@ -184,8 +150,8 @@ def _scale(axis: Axes, values: list[int], measure: str) -> None:
     axis.minorticks_off()
     if measure.endswith("(%)"):
         axis.set_ylim(bottom=0)
-    else:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_major_formatter("{x:,g}")
+        return
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter("{x:,g}")

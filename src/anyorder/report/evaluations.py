@@ -1,88 +1,95 @@
-"""Evaluations side by side: every run, and the mean and spread of runs that differ in their seed only."""
+"""Finished artifacts, and evaluations side by side, with mean and spread over seeds.
+
+Several run folders of one experiment are its seeds: evaluations of equal name are one variant.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
 from anyorder.evaluation.bootstrap import Difference
-from anyorder.report.records import Found
+from anyorder.files import MANIFEST, read_manifest
 from anyorder.report.tables import Spread, Table
 
 NO_LIKELIHOOD = "not a likelihood"
-"""What a policy that looks at the drawn tokens has in the place of one."""
+"""In place of a number for policies that look at the sampled tokens before they choose the position."""
+FLOOR = "real images"
+"""Name of the row that says what real images score: no generator can be expected to do better."""
+NOT_MEASURED = "not measured"
 
-Best = Literal["min", "max"]
-QUALITY: dict[str, Best | None] = {
-    "distance": "min",
-    "KID x 1000": "min",
-    "precision": "max",
-    "recall": "max",
-    "IS": "max",
-    "consistency": "max",
-    "class coverage": "max",
-    "class agreement": "max",
-    "class distance": "min",
-    "attribute agreement": "max",
+Found = list[tuple[Path, dict[str, Any]]]
+"""Folders of artifacts with their manifests."""
+Columns = dict[str, tuple[str, Literal["min", "max"] | None]]
+"""By name of the column: key among the results of `eval`, and which end is the better one."""
+
+# fmt: off
+QUALITY: Columns = {
+    "FD": ("fd", "min"), "FID": ("fid", "min"), "KID x 1000": ("kid", "min"),
+    "precision": ("precision", "max"), "recall": ("recall", "max"), "IS": ("inception_score", "max"),
+    "consistency": ("consistency", "max"), "class coverage": ("class_coverage", "max"),
+    "class agreement": ("class_agreement", "max"), "class distance": ("class_distance", "min"),
+    "attribute agreement": ("attribute_agreement", "max"),
 }
-COST: dict[str, Best | None] = {
-    "nats/token (exact)": "min",
-    "nats/token (bound)": "min",
-    "bound: tokens": None,
-    "bound: locations": None,
-    "bits/dim": "min",
-    "s/image": "min",
-    "extraction evaluations": None,
-    "training tokens": None,
-    "training s": None,
+LIKELIHOOD: Columns = {
+    "nats/token (exact)": ("nll", "min"), "nats/token (bound)": ("bound", "min"),
+    "bound: tokens": ("bound_tokens", None), "bound: locations": ("bound_location", None),
+    "bits/dim": ("bits_per_dim", "min"),
 }
-COPIES: dict[str, Best | None] = {
-    "nearest training image, ratio": None,
-    "nearer than 99 % of test": None,
-    "equal tokens": None,
-    "equal tokens, test": None,
+COST: Columns = {
+    "s/image": ("seconds_per_image", "min"), "extraction evaluations": ("extraction_evaluations", None),
+    "training tokens": ("training_tokens", None), "training s": ("training_seconds", None),
 }
-"""Columns of the three tables about samples, and which end is better where one is."""
+COPIES: Columns = {
+    "nearest training image, ratio": ("nearest_training_ratio", None),
+    "nearer than 99 % of test": ("nearest_training_share", None),
+    "equal tokens": ("token_copies", None), "equal tokens, test": ("token_copies_of_test", None),
+}
+# fmt: on
+TABLES = {
+    "{metric}: of generated images to the test split.": QUALITY,
+    "Training tokens and seconds of all models used; extraction is counted apart.": LIKELIHOOD | COST,
+    "Ratio: median distance to the nearest training image over that of test images (1: as far). Nearer: "
+    "share of samples nearer to one than 99 % of the test images are (by chance 0.01). Equal tokens: share "
+    "of samples, and of test images, whose tokens are those of a training image.": COPIES,
+}
+"""The three tables about samples by caption."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluated set of samples."""
+    """One evaluated set of samples.
+
+    Attributes:
+        path: folder of the `eval` artifact; its parent is the run.
+        manifest: its manifest.
+        extraction: position evaluations spent on extracting the orders of its model, where known.
+        floor: the columns of `FLOOR` in the same feature space.
+    """
 
     path: Path
     manifest: dict[str, Any]
     extraction: int | None = None
-    """Position evaluations that extracting its model's orders took, where a manifest says so."""
+    floor: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """Short name, with the seed."""
+        """Name of the samples."""
         return short_name(self.path.name)
 
     @property
-    def variant(self) -> str:
-        """Name without the seed."""
-        return _unseeded(self.name)
-
-    @property
-    def seed(self) -> int | None:
-        """Seed at the end of the name, `-s3`, if there is one."""
-        found = re.search(r"-s(\d+)$", self.name)
-        return int(found[1]) if found else None
+    def run(self) -> Path:
+        """Folder of the run."""
+        return self.path.parent
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What the stage eval measured."""
+        """Results of the stage `eval`."""
         return self.manifest["metrics"]
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the artifact."""
-        return self.manifest["fingerprint"]
 
     @property
     def distance(self) -> float:
@@ -91,55 +98,32 @@ class Evaluation:
 
     @property
     def order(self) -> str:
-        """Policy, and the model that decides where if it is another one."""
+        """Policy, and the scoring model if it is another one."""
         scorer = self.metrics.get("scorer")
-        return f"{self.metrics['policy']} by {_unseeded(scorer)}" if scorer else self.metrics["policy"]
+        return f"{self.metrics['policy']} by {scorer}" if scorer else self.metrics["policy"]
 
     def row(self) -> dict[str, Any]:
         """Every column of the tables; None where there is no value."""
-        m = self.metrics
-        blind = m["token_blind"]
-        return {
-            "samples": self.name,
-            "order": self.order,
-            "token-blind": blind,
-            "distance": self.distance,
-            "KID x 1000": 1000 * m["kid"],
-            "precision": m["precision"],
-            "recall": m["recall"],
-            "IS": m["inception_score"],
-            "consistency": m.get("consistency"),
-            "class coverage": m.get("class_coverage"),
-            "class agreement": m.get("class_agreement"),
-            "class distance": m.get("class_distance"),
-            "attribute agreement": m.get(f"agreement_{m.get('attribute')}"),
-            "nats/token (exact)": m.get("nll") if blind else NO_LIKELIHOOD,
-            "nats/token (bound)": m.get("bound") if blind else NO_LIKELIHOOD,
-            "bound: tokens": m.get("bound_tokens") if blind else None,
-            "bound: locations": m.get("bound_location") if blind else None,
-            "bits/dim": m.get("bits_per_dim") if blind else None,
-            "s/image": m["seconds_per_image"],
-            "extraction evaluations": self.extraction,
-            "training tokens": m["training_tokens"],
-            "training s": m["training_seconds"],
-            "nearest training image, ratio": m.get("nearest_training_ratio"),
-            "nearer than 99 % of test": m.get("nearest_training_share"),
-            "equal tokens": m.get("token_copies"),
-            "equal tokens, test": m.get("token_copies_of_test"),
+        blind = self.metrics["token_blind"]
+        found = self.metrics | {
+            "kid": 1000 * self.metrics["kid"],
+            "attribute_agreement": self.metrics.get(f"agreement_{self.metrics.get('attribute')}"),
+            "extraction_evaluations": self.extraction,
         }
+        if not blind:
+            found |= {key: None for key, _ in LIKELIHOOD.values()} | dict.fromkeys(
+                ("nll", "bound"), NO_LIKELIHOOD
+            )
+        columns = {name: found.get(key) for table in TABLES.values() for name, (key, _) in table.items()}
+        return {"samples": self.name, "order": self.order, "token-blind": blind, **columns}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Evaluations that differ in their seed only, by seed."""
+    """Evaluations of equal name, one of each run."""
 
     name: str
     evaluations: Sequence[Evaluation]
-
-    @property
-    def order(self) -> str:
-        """Policy, and the model that decides where if it is another one."""
-        return self.evaluations[0].order
 
     @property
     def policy(self) -> str:
@@ -155,7 +139,7 @@ class Variant:
         """Every column of the tables, numbers as mean and spread."""
         rows = [evaluation.row() for evaluation in self.evaluations]
         averaged = {column: _together([row[column] for row in rows]) for column in rows[0]}
-        return {**averaged, "samples": self.name, "seeds": len(rows)}
+        return {**averaged, "seeds": len(rows)}
 
 
 def short_name(folder: str) -> str:
@@ -163,87 +147,103 @@ def short_name(folder: str) -> str:
     return folder.removeprefix("eval-")
 
 
-def _unseeded(name: str) -> str:
-    return re.sub(r"-s\d+$", "", name)
-
-
 def _together(values: list[Any]) -> Any:
-    """Mean and spread of numbers; what is not a number must be equal in all, or is left out."""
+    """Mean and spread of numbers; anything else must be equal in all, or is left out."""
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         return values[0] if len(set(values)) == 1 else Spread.of(values)
     return values[0] if all(value == values[0] for value in values) else None
 
 
+def find_artifacts(folders: Sequence[Path]) -> Found:
+    """Folder and manifest of every finished artifact in the run folders, oldest first.
+
+    Raises:
+        FileNotFoundError: a folder that holds none.
+    """
+    found: dict[Path, dict[str, Any]] = {}
+    for folder in folders:
+        manifests = {path.parent: read_manifest(path.parent) for path in sorted(Path(folder).rglob(MANIFEST))}
+        if not manifests:
+            raise FileNotFoundError(f"{folder} holds no finished artifact: run its experiment first")
+        found |= dict(sorted(manifests.items(), key=lambda item: _finished(*item)))
+    return list(found.items())
+
+
+def _finished(path: Path, manifest: dict[str, Any]) -> str:
+    """When an artifact was finished, ISO 8601 in UTC; without a record, the time of its file."""
+    time = datetime.fromtimestamp((path / MANIFEST).stat().st_mtime, UTC)
+    return manifest.get("finished", time.isoformat(timespec="milliseconds"))
+
+
 def read_evaluations(artifacts: Found) -> list[Evaluation]:
-    """The evaluations among the artifacts, with what the models behind them cost to make."""
+    """The evaluations among the artifacts, with extraction costs and floors; a copy of one is left out."""
     made = {manifest["fingerprint"]: manifest for _, manifest in artifacts}
-    return [
-        Evaluation(path, manifest, _extraction(manifest, made))
-        for path, manifest in artifacts
-        if manifest["stage"] == "eval"
-    ]
+    found = {(p.name, m["fingerprint"]): (p, m) for p, m in reversed(artifacts) if m["stage"] == "eval"}
+    return [Evaluation(p, m, _extraction(m, made), _floor(m, made)) for p, m in reversed(found.values())]
+
+
+def _floor(evaluation: dict[str, Any], made: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """What real training images score against the test split, from the manifest of the features."""
+    features = made.get(evaluation["inputs"].get("features", ""), {})
+    measured = {"fd": features.get("distance_of_training_images"), **features.get("floor", {})}
+    distance = "FID" if "fid" in evaluation["metrics"] else "FD"
+    names = {"fd": distance, "fid": distance, "precision": "precision", "recall": "recall"}
+    floor = {names[key]: value for key, value in measured.items() if key in names and value is not None}
+    return floor | ({"KID x 1000": 1000 * measured["kid"]} if "kid" in measured else {})
 
 
 def _extraction(evaluation: dict[str, Any], made: dict[str, dict[str, Any]]) -> int | None:
-    """Position evaluations spent on the orders behind a model: as said, or of all extractions behind it."""
+    """Position evaluations spent on the orders of a model: as recorded, or summed over its ancestors."""
     model = evaluation["inputs"].get("model", "")
     for manifest in (evaluation["metrics"], made.get(model, {})):
         if manifest.get("extraction_evaluations") is not None:
             return manifest["extraction_evaluations"]
-    behind, new = set[str](), {model}
-    while new:  # a model may be behind another in two ways: as its start, and by its orders
-        behind |= new
-        new = {f for b in new for f in made.get(b, {}).get("inputs", {}).values()} - behind
-    known = [
-        made[f]["extraction_evaluations"] for f in behind & made.keys() if "extraction_evaluations" in made[f]
-    ]
-    return sum(known) if known else None
+    ancestors, new = set[str](), {model}
+    while (
+        new
+    ):  # a model may have two parents: the model it started from, and the one that extracted its orders
+        ancestors |= new
+        new = {f for a in new for f in made.get(a, {}).get("inputs", {}).values()} - ancestors
+    known = [made[f].get("extraction_evaluations") for f in ancestors & made.keys()]
+    return sum(counts) if (counts := [count for count in known if count is not None]) else None
 
 
 def group(evaluations: Sequence[Evaluation]) -> list[Variant]:
-    """Evaluations of one folder that differ in the ending `-s<seed>` only, in the sequence they came."""
-    found: dict[tuple[Path, str], list[Evaluation]] = {}
+    """Evaluations of equal name as one variant, in the sequence of their first."""
+    found: dict[str, list[Evaluation]] = {}
     for evaluation in evaluations:
-        found.setdefault((evaluation.path.parent, evaluation.variant), []).append(evaluation)
-    return [
-        Variant(
-            name, sorted(members, key=lambda evaluation: (evaluation.seed is not None, evaluation.seed or 0))
-        )
-        for (_, name), members in found.items()
-    ]
+        found.setdefault(evaluation.name, []).append(evaluation)
+    return [Variant(name, members) for name, members in found.items()]
+
+
+def metric_names(evaluations: Sequence[Evaluation]) -> str:
+    """The feature spaces, for captions."""
+    return ", ".join(sorted({evaluation.metrics["metric_name"] for evaluation in evaluations}))
 
 
 def tables(rows: Sequence[dict[str, Any]], metric_name: str) -> list[Table]:
-    """Three tables about samples: quality; likelihood and cost; likeness to training images.
+    """Quality; likelihood and cost; closeness to training images: of evaluations, or of variants.
 
-    Args:
-        rows: of evaluations, or of variants.
-        metric_name: what the distance is called.
+    A column stays if any row has a number there, a table if any column stays.
     """
-    captions = (
-        (QUALITY, f"Distance is {metric_name} of generated images to the test split."),
-        (COST, "Training tokens and seconds of the whole chain of models; extraction is counted apart."),
-        (
-            COPIES,
-            "Ratio: median distance to the nearest training image over that of test images (1: as far). "
-            "Nearer: share of samples nearer to one than 99 % of the test images are (by chance 0.01). "
-            "Equal tokens: share of samples, and of test images, whose tokens are those of a training image.",
-        ),
-    )
-    return [table for columns, caption in captions if (table := _table(rows, columns, caption)) is not None]
+    made = []
+    for caption, columns in TABLES.items():
+        measured = [name for name in columns if any(isinstance(row[name], int | float) for row in rows)]
+        if measured:
+            first = ["samples", *(["seeds"] if "seeds" in rows[0] else []), "order", "token-blind"]
+            shown = [{name: row[name] for name in (*first, *measured)} for row in rows]
+            best = best_of(rows, measured)
+            made.append(Table([*first, *measured], shown, caption.format(metric=metric_name), best))
+    return made
 
 
-def _table(rows: Sequence[dict[str, Any]], columns: dict[str, Best | None], caption: str) -> Table | None:
-    """The columns that have a number in any of the rows, None if there are none."""
-    measured = [name for name in columns if any(isinstance(row[name], int | float) for row in rows)]
-    if not measured:
-        return None
-    first = ["samples", *(["seeds"] if "seeds" in rows[0] else []), "order", "token-blind"]
-    shown = [{name: row[name] for name in (*first, *measured)} for row in rows]
-    # A KID below zero is at its noise floor: no best then.
+def best_of(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> dict[str, Literal["min", "max"]]:
+    """The better end of columns that have one; KID below zero is within its noise: none is the best."""
     noise = {"KID x 1000"} if any((row["KID x 1000"] or 0) < 0 for row in rows) else set()
-    best = {name: end for name in measured if (end := columns[name]) is not None and name not in noise}
-    return Table([*first, *measured], shown, caption, best)
+    ends = {
+        name: QUALITY.get(name, (LIKELIHOOD | COST | COPIES).get(name, ("", None)))[1] for name in columns
+    }
+    return {name: end for name, end in ends.items() if end is not None and name not in noise}
 
 
 Differences = dict[tuple[str, str], dict[str, Difference]]
@@ -264,30 +264,25 @@ def read_differences(artifacts: Found) -> Differences:
 
 def difference_table(artifacts: Found) -> Table | None:
     """Every comparison among the artifacts, None if there are none."""
+    compared = [manifest for _, manifest in artifacts if manifest["stage"] == "compare"]
     rows = [
         {
             "a": short_name(manifest["a"]),
             "b": short_name(manifest["b"]),
             "metric": name,
-            "of a": values["a"],
-            "of b": values["b"],
             "a - b": values["difference"],
             "interval": f"{values['low']:+.4g} to {values['high']:+.4g}",
             "relative (%)": None if values["relative"] is None else 100 * values["relative"],
             "relative interval (%)": percent_interval(Difference(**values)),
             "differs": not values["low"] <= 0 <= values["high"],
         }
-        for _, manifest in artifacts
-        if manifest["stage"] == "compare"
+        for manifest in compared
         for name, values in manifest["metrics"].items()
     ]
     if not rows:
         return None
-    sure = sorted({m["config"]["confidence"] for _, m in artifacts if m["stage"] == "compare"})
-    caption = (
-        f"Intervals of {' and '.join(f'{100 * c:g} %' for c in sure)} from resampled samples; models and "
-        "test split stay as they are. KID is of all samples at once."
-    )
+    confidence = " and ".join(f"{100 * c:g} %" for c in sorted({m["config"]["confidence"] for m in compared}))
+    caption = f"Intervals of {confidence} from resampled samples; models and test split stay as they are."
     return Table(list(rows[0]), rows, caption)
 
 

@@ -1,15 +1,15 @@
-"""Pictures of pictures: sample grids, maps of the generation order, drawings, curves of loss and of scale.
+"""Figures made of images: sample grids, maps of the generation order, animations of a generation.
 
-Images are uint8 (n, H, W, 3), orders (n, N) int as in `contracts`. Every function returns a Pillow image
-and gives the same pixels for the same input; `save_image` and `drawing_animation` write atomically.
-matplotlib is imported where it is used, and never through pyplot, so that no display or global state is.
+Images are uint8 (n, H, W, 3), orders (n, N) int as in `contracts`. Every function gives the same pixels for
+the same input; `save_image` and `save_animation` write atomically. matplotlib is imported where it is used,
+and never through pyplot, which keeps global state and looks for a display.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 UNREVEALED = 128
-"""Grey value of patches that are not drawn yet."""
+"""Grey value of positions that have no token yet."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe-Ito: distinguishable under all common colour-vision deficiencies."""
 MAP = "viridis_r"
@@ -86,13 +86,7 @@ def image_grid(images: np.ndarray, columns: int = 8, scale: int = 1, gap: int = 
 
 
 def prompt_grid(rows: Sequence[np.ndarray], prompts: Sequence[str], scale: int = 3) -> Image.Image:
-    """A row of images below each prompt.
-
-    Args:
-        rows: for each prompt (n, H, W, 3) uint8.
-        prompts: the texts.
-        scale: enlargement of the images.
-    """
+    """A row of images below each prompt; for each prompt (n, H, W, 3) uint8, enlarged `scale` times."""
     font, strips, line = ImageFont.load_default(12), [], 18
     for images, prompt in zip(rows, prompts, strict=True):
         row = image_grid(images, columns=len(images), scale=scale)
@@ -115,7 +109,7 @@ def _require_images(images: np.ndarray) -> None:
 
 
 def ranks(orders: np.ndarray, grid: Grid) -> np.ndarray:
-    """Orders (n, N) to the step at which each patch is revealed, (n, h, w).
+    """Orders (n, N) to the step at which each position is revealed, (n, h, w).
 
     Raises:
         ValueError: a row is not a permutation of the grid's positions.
@@ -129,42 +123,25 @@ def ranks(orders: np.ndarray, grid: Grid) -> np.ndarray:
     return orders.argsort(axis=1).reshape(-1, grid.h, grid.w)
 
 
-def order_map(
-    rank: np.ndarray, size: tuple[int, int], over: np.ndarray | None = None, opacity: float = 0.65
-) -> np.ndarray:
-    """Heat map of when each patch was drawn, light first, dark last.
+def order_map(rank: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Heat map of when each position was generated, light first, dark last, (H, W, 3) uint8.
 
     Args:
         rank: (h, w) steps or mean steps, from 0 to N - 1.
         size: (H, W) of the result in pixels, at least (h, w).
-        over: image (H, W, 3) uint8 that shines through, or None.
-        opacity: of the map over the image, in [0, 1].
-
-    Returns:
-        (H, W, 3) uint8.
     """
     from matplotlib import colormaps
 
     h, w = rank.shape
     rows, columns = np.arange(size[0]) * h // size[0], np.arange(size[1]) * w // size[1]
     heat = colormaps[MAP](rank / max(1, rank.size - 1))[rows][:, columns, :3] * 255
-    if over is not None:
-        heat = opacity * heat + (1 - opacity) * over
     return heat.round().astype(np.uint8)
 
 
 def order_panel(
     images: np.ndarray, orders: np.ndarray, grid: Grid, columns: int = 4, scale: int = 2
 ) -> Image.Image:
-    """Each image beside the map of its own order, with a key.
-
-    Args:
-        images: (n, H, W, 3) uint8.
-        orders: (n, N) int, the order that each image was generated in, or that was extracted from it.
-        grid: the grid of the orders.
-        columns: pairs per row, at most.
-        scale: enlargement of the images.
-    """
+    """Each image beside the map of its order, with a key; `columns` pairs per row, at most."""
     _require_images(images)
     maps = [order_map(rank, images.shape[1:3]) for rank in ranks(orders, grid)]
     if len(maps) != len(images):
@@ -194,7 +171,7 @@ def _with_key(panel: Image.Image, steps: int, height: int = 26) -> Image.Image:
 def mean_rank_per_class(
     orders: np.ndarray, labels: np.ndarray, classes: Sequence[str], grid: Grid, columns: int = 6
 ) -> Image.Image:
-    """When each patch is drawn on average: one map for all images, and one for each class that occurs.
+    """When each position is generated on average: a map for all images, and for each class that occurs.
 
     Args:
         orders: (n, N) int.
@@ -212,7 +189,7 @@ def mean_rank_per_class(
         maps.append((f"{name} ({len(members)})", members.mean(0)))
     columns = min(columns, len(maps))
     rows = math.ceil(len(maps) / columns)
-    with _figure(1.45 * columns + 0.8, 1.45 * rows * grid.h / grid.w + 0.35 * rows) as figure:
+    with styled_figure(1.45 * columns + 0.8, 1.45 * rows * grid.h / grid.w + 0.35 * rows) as figure:
         axes = figure.subplots(rows, columns, squeeze=False)
         stack = np.stack([mean for _, mean in maps])
         for axis in axes.flat:
@@ -223,49 +200,41 @@ def mean_rank_per_class(
         bar = figure.colorbar(shown, ax=axes, shrink=min(1.0, 2 / rows), pad=0.02)
         bar.set_label(f"mean step (0 to {grid.n - 1})")
         bar.outline.set_visible(False)
-        return _rendered(figure)
+        return rendered(figure)
 
 
-def drawing_frames(
-    decode: Callable[[np.ndarray], np.ndarray], orders: np.ndarray, grid: Grid, frames: int = 24
-) -> np.ndarray:
-    """Images being drawn in their orders, from an empty grid to the full one.
+def generation_frames(images: np.ndarray, orders: np.ndarray, grid: Grid, frames: int = 24) -> np.ndarray:
+    """Images as they are revealed in their orders, from an empty grid to the full one.
 
     Args:
-        decode: given which positions are revealed, (n, N) bool, the images (n, H, W, 3) uint8. It may
-            decode the revealed tokens only, or return the finished images every time.
+        images: (n, H, W, 3) uint8.
         orders: (n, N) int.
         grid: the grid of the orders.
-        frames: how many moments to show, evenly spaced over the steps; at least 2.
+        frames: moments to show, evenly spaced over the steps; at least 2.
 
     Returns:
-        (T, n, H, W, 3) uint8, T <= frames; patches not yet revealed are grey.
+        (T, n, H, W, 3) uint8, T <= frames; positions not yet revealed are grey.
     """
     if frames < 2:
         raise ValueError(f"an animation needs at least 2 frames, got {frames}")
-    rank = ranks(orders, grid)
-    moments = np.unique(np.linspace(0, grid.n, frames).round().astype(int))
-    return np.stack([_reveal(decode, rank < moment) for moment in moments])
-
-
-def _reveal(decode: Callable[[np.ndarray], np.ndarray], revealed: np.ndarray) -> np.ndarray:
-    n, h, w = revealed.shape
-    images = decode(revealed.reshape(n, h * w))
     _require_images(images)
-    rows, columns = (np.arange(size) * k // size for size, k in zip(images.shape[1:3], (h, w), strict=True))
-    shown = revealed[:, rows][:, :, columns, None]
-    return np.where(shown, images, np.uint8(UNREVEALED))
+    rows, columns = (
+        np.arange(size) * k // size for size, k in zip(images.shape[1:3], (grid.h, grid.w), strict=True)
+    )
+    rank = ranks(orders, grid)[:, rows][:, :, columns, None]
+    moments = np.unique(np.linspace(0, grid.n, frames).round().astype(int))
+    return np.stack([np.where(rank < moment, images, np.uint8(UNREVEALED)) for moment in moments])
 
 
-def drawing_pictures(
+def save_sample_figures(
     folder: Path, images: np.ndarray, orders: np.ndarray, grid: Grid, columns: int = 4, scale: int = 3
 ) -> None:
-    """Write grid.png, orders.png (when each patch of the first half was drawn) and drawing.webp to a folder.
+    """Write grid.png, orders.png (order maps of the first half) and generation.webp to a folder.
 
     Args:
         folder: where to.
         images: (n, H, W, 3) uint8.
-        orders: (n, N) int, the orders that they were drawn in.
+        orders: (n, N) int, the orders that they were generated in.
         grid: the grid of the orders.
         columns: images per row, at most.
         scale: screen pixels per pixel.
@@ -274,11 +243,11 @@ def drawing_pictures(
     half = slice(max(1, len(images) // 2))
     panel = order_panel(images[half], orders[half], grid, columns=max(1, columns // 2), scale=scale)
     save_image(panel, folder / "orders.png")
-    frames = drawing_frames(lambda revealed: images, orders, grid)
-    drawing_animation(folder / "drawing.webp", frames, columns=columns, scale=scale)
+    frames = generation_frames(images, orders, grid)
+    save_animation(folder / "generation.webp", frames, columns=columns, scale=scale)
 
 
-def drawing_animation(
+def save_animation(
     path: str | Path,
     frames: np.ndarray,
     columns: int = 8,
@@ -290,10 +259,10 @@ def drawing_animation(
 
     Args:
         path: `.gif` or `.webp` file (WebP is lossless and smaller).
-        frames: (T, n, H, W, 3) uint8, see `drawing_frames`.
+        frames: (T, n, H, W, 3) uint8, see `generation_frames`.
         columns: images per row, at most.
         scale: enlargement.
-        seconds: how long the drawing takes, without the last frame.
+        seconds: duration without the last frame.
         hold: seconds for which the last frame stays.
 
     Raises:
@@ -305,20 +274,13 @@ def drawing_animation(
         raise ValueError(f"an animation needs at least 2 frames, got {len(frames)}")
     first, *rest = [image_grid(images, columns, scale) for images in frames]
     durations = [round(1000 * seconds / len(rest))] * len(rest) + [round(1000 * hold)]
+    options: dict[str, Any] = {"append_images": rest, "duration": durations, "loop": 0, "lossless": True}
     with atomic(path) as temporary:
-        first.save(
-            temporary,
-            format=_format(path),
-            save_all=True,
-            append_images=rest,
-            duration=durations,
-            loop=0,
-            lossless=True,
-        )
+        first.save(temporary, format=_format(path), save_all=True, **options)
 
 
 @contextlib.contextmanager
-def _figure(width: float, height: float, dpi: int = 160) -> Iterator[Figure]:
+def styled_figure(width: float, height: float, dpi: int = 160) -> Iterator[Figure]:
     """A matplotlib figure in the house style, without pyplot; sizes in inches."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -330,7 +292,8 @@ def _figure(width: float, height: float, dpi: int = 160) -> Iterator[Figure]:
         yield figure
 
 
-def _rendered(figure: Figure) -> Image.Image:
+def rendered(figure: Figure) -> Image.Image:
+    """The figure as an RGB image."""
     figure.canvas.draw()
     pixels = np.asarray(figure.canvas.buffer_rgba())  # type: ignore[attr-defined]
     return Image.fromarray(pixels[..., :3].copy())

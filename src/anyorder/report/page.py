@@ -1,7 +1,7 @@
-"""One self-contained HTML page: tables, pictures and manifests, with nothing to load and no script.
+"""One self-contained HTML page: tables, images and manifests, with nothing to load and no script.
 
-A report is a list of `Section`s; a section holds text and items, and an item is a `Table`, a `Figure`, a
-`Gallery` of figures side by side, or `Details` that unfold. All text is escaped.
+A report is a list of `Section`s; a section holds text and items, and an item is a sentence, a `Table`, a
+`Figure`, a `Gallery` of figures side by side, or `Details` that unfold. All text is escaped.
 """
 
 from __future__ import annotations
@@ -18,19 +18,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 import anyorder
-from anyorder.files import write_text
+from anyorder.files import versions, write_json, write_text
 from anyorder.report.tables import Table
-
-"""An en dash: what a cell without a value shows."""
 
 
 @dataclass
 class Figure:
-    """One picture.
+    """One image.
 
     Attributes:
         image: a Pillow image, the bytes of an image file, or its path (animations stay animated).
-        caption: text below the picture.
+        caption: text below the image.
         alt: what it shows, for readers who cannot see it; must not be empty.
     """
 
@@ -52,7 +50,7 @@ class Figure:
 
     @property
     def uri(self) -> str:
-        """The picture itself as a `data:` address."""
+        """The image itself as a `data:` address."""
         return f"data:{self._mime};base64,{base64.b64encode(self._data).decode()}"
 
 
@@ -64,7 +62,7 @@ def _image_bytes(image: Image.Image | bytes | str | Path) -> bytes:
         image.save(buffer, format="PNG", optimize=True)
         return buffer.getvalue()
     if not Path(image).is_file():
-        raise FileNotFoundError(f"no picture at {image}: run the stage that draws it")
+        raise FileNotFoundError(f"no image at {image}: run the stage that makes it")
     return Path(image).read_bytes()
 
 
@@ -92,16 +90,17 @@ class Details:
         return json.dumps(self.content, indent=2, default=str, ensure_ascii=False)
 
 
-Item = Table | Figure | Gallery | Details
+Item = str | Table | Figure | Gallery | Details
 
 
 @dataclass
 class Section:
-    """A heading with text (blank lines separate paragraphs) and items."""
+    """A heading with text (blank lines separate paragraphs) and items; on the page it may be folded."""
 
     title: str
     text: str = ""
     items: Sequence[Item] = ()
+    folded: bool = False
 
     @property
     def paragraphs(self) -> list[str]:
@@ -110,13 +109,7 @@ class Section:
 
 
 def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> None:
-    """Write a page that needs no other file, atomically; the same sections give the same bytes.
-
-    Args:
-        path: the `.html` file.
-        title: of the page.
-        sections: its content, in order.
-    """
+    """Write a page that needs no other file, atomically; the same sections give the same bytes."""
     environment = Environment(
         loader=PackageLoader("anyorder.report"),
         autoescape=True,
@@ -129,18 +122,25 @@ def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> N
 
 
 def write_markdown(path: str | Path, title: str, sections: Sequence[Section]) -> None:
-    """Write the headings, texts and tables of a report as Markdown; pictures and details are left out.
-
-    Args:
-        path: the `.md` file.
-        title: of the page.
-        sections: its content; those without text and tables are skipped.
-    """
+    """Write the sections that hold tables as Markdown, without images and details."""
     blocks = [f"# {title}"]
     for section in sections:
-        tables = [item for item in section.items if isinstance(item, Table)]
-        if tables:
+        if any(isinstance(item, Table) for item in section.items):
             blocks += [f"## {section.title}", *section.paragraphs]
-            for table in tables:
-                blocks += [table.markdown(), *([table.caption] if table.caption else [])]
+            for item in section.items:
+                if isinstance(item, str):
+                    blocks.append(item)
+                elif isinstance(item, Table):
+                    blocks += [item.markdown(), *([item.caption] if item.caption else [])]
     write_text(path, "\n\n".join(blocks) + "\n")
+
+
+def write_records(path: str | Path, title: str, sections: Sequence[Section]) -> None:
+    """Write the same tables as JSON, with the versions of the packages: a small file to keep with a study."""
+    tables = [
+        {"section": section.title, "caption": item.caption, "rows": [dict(row) for row in item.rows]}
+        for section in sections
+        for item in section.items
+        if isinstance(item, Table)
+    ]
+    write_json(path, {"title": title, "versions": versions(), "tables": tables})

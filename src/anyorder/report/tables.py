@@ -46,6 +46,7 @@ class Table:
         rows: a mapping per row; a key that is absent, None or NaN is shown as a dash.
         caption: what the table shows.
         best: for some columns whether the least or the greatest value is the best; it is highlighted.
+        unranked: number of last rows that do not compete for the best value.
     """
 
     kind: ClassVar[str] = "table"
@@ -53,13 +54,14 @@ class Table:
     rows: Sequence[Mapping[str, Any]]
     caption: str = ""
     best: Mapping[str, Literal["min", "max"]] = field(default_factory=dict)
+    unranked: int = 0
 
     def __post_init__(self) -> None:
         known, allowed = set(self.columns), {"min", "max"}
         for what, names in (("best", self.best), *((f"row {i}", row) for i, row in enumerate(self.rows))):
             if unknown := sorted(set(names) - known):
                 raise ValueError(
-                    f"{what} names columns {unknown} that the table has not: {list(self.columns)}"
+                    f"{what} names columns {unknown} that the table does not have: {list(self.columns)}"
                 )
         if wrong := {k: v for k, v in self.best.items() if v not in allowed}:
             raise ValueError(f"the best value of a column is its 'min' or its 'max', got {wrong}")
@@ -67,7 +69,11 @@ class Table:
     def cells(self) -> list[list[Cell]]:
         """The formatted values, row by row."""
         targets = {column: self._target(column) for column in self.best}
-        return [[self._cell(row.get(c), targets.get(c)) for c in self.columns] for row in self.rows]
+        ranked = len(self.rows) - self.unranked
+        return [
+            [self._cell(row.get(c), targets.get(c) if i < ranked else None) for c in self.columns]
+            for i, row in enumerate(self.rows)
+        ]
 
     def text(self) -> str:
         """The table in aligned columns, for terminals."""
@@ -90,7 +96,8 @@ class Table:
 
     def _target(self, column: str) -> float | None:
         """The best value of a column, unless there is nothing to compare it with."""
-        values = [row[column] for row in self.rows if _is_number(row.get(column))]
+        ranked = self.rows[: len(self.rows) - self.unranked]
+        values = [row[column] for row in ranked if _is_number(row.get(column))]
         return {"min": min, "max": max}[self.best[column]](values) if len(values) > 1 else None
 
     @staticmethod

@@ -161,7 +161,7 @@ class SampleStage:
             figures.save_image(figures.prompt_grid(rows, self.prompts), artifact.folder / "prompts.png")
         images = np.array(load_array(artifact.folder / "images.npy")[:SHOWN])
         orders = load_array(artifact.folder / "order.npy")[:SHOWN].astype(np.int64)
-        figures.drawing_pictures(artifact.folder, images, orders, tokens.grid)
+        figures.save_sample_figures(artifact.folder, images, orders, tokens.grid)
 
 
 def _of_classes(orders: Path | None) -> Callable[[Tensor], Tensor | None]:

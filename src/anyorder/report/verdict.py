@@ -1,0 +1,162 @@
+"""Which order wins: one table and one sentence, written from manifests.
+
+A variant wins against a baseline (samples in raster or random order) only if its Fréchet distance is lower in
+every seed with a bootstrap interval below zero, its mean KID is not higher, and its mean recall is not lower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from anyorder.evaluation.bootstrap import Difference
+from anyorder.report.evaluations import (
+    FLOOR,
+    NOT_MEASURED,
+    QUALITY,
+    Differences,
+    Evaluation,
+    Variant,
+    best_of,
+    metric_names,
+    percent_interval,
+)
+from anyorder.report.tables import Table
+
+BASELINES = ("raster", "random")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A variant against a baseline: pairs of evaluations of one run, and the comparison of each."""
+
+    variant: Variant
+    baseline: Variant
+    pairs: Sequence[tuple[Evaluation, Evaluation]]
+    differences: Sequence[dict[str, Difference] | None]
+
+    @property
+    def relative(self) -> float:
+        """Difference of the mean Fréchet distances, relative to the baseline's."""
+        ours, theirs = (mean(pair[side].distance for pair in self.pairs) for side in (0, 1))
+        return ours / theirs - 1
+
+    @property
+    def intervals(self) -> list[Difference]:
+        """The differences in distance that have an interval."""
+        return [found["distance"] for found in self.differences if found]
+
+    @property
+    def lower(self) -> int:
+        """Seeds whose interval lies below zero."""
+        return sum(interval.high < 0 for interval in self.intervals)
+
+    @property
+    def higher(self) -> int:
+        """Seeds whose interval lies above zero."""
+        return sum(interval.low > 0 for interval in self.intervals)
+
+    def change(self, key: str) -> float:
+        """Difference of the means of a metric."""
+        ours, theirs = (mean(pair[side].metrics[key] for pair in self.pairs) for side in (0, 1))
+        return ours - theirs
+
+    @property
+    def disagree(self) -> list[str]:
+        """What KID and recall say against the sign of the distance."""
+        kid, recall = self.change("kid"), self.change("recall")
+        if self.relative < 0:
+            return ["KID is higher"] * (kid > 0) + ["recall is lower"] * (recall < 0)
+        return ["KID is lower"] * (kid < 0) + ["recall is higher"] * (recall > 0)
+
+    @property
+    def outcome(self) -> str:
+        """The verdict in a few words, for tables."""
+        n, side = len(self.pairs), "lower" if self.relative < 0 else "higher"
+        if n == 1:
+            return "one seed"
+        if len(self.intervals) < n:
+            return "no intervals"
+        if n not in (self.lower, self.higher):
+            return "within noise"
+        if self.disagree:
+            return f"FD is {side}, but {' and '.join(self.disagree)}"
+        return "wins" if self.relative < 0 else "loses"
+
+    def sentence(self) -> str:
+        """The verdict in one sentence."""
+        names, n = f"{self.variant.name} against {self.baseline.name}", len(self.pairs)
+        numbers = (
+            f"FD {100 * self.relative:+.1f} %, KID x 1000 {1000 * self.change('kid'):+.3g}, "
+            f"recall {self.change('recall'):+.3f}"
+        )
+        if n == 1:
+            return f"One seed: no verdict ({names}: {numbers})."
+        counts = f"intervals of FD below zero in {self.lower} and above zero in {self.higher} of {n} seeds"
+        verdict = {
+            "no intervals": "no verdict, as intervals (stage compare) are missing",
+            "within noise": "the difference is within noise",
+            "wins": f"{self.variant.name} wins",
+            "loses": f"{self.variant.name} loses",
+        }.get(self.outcome, f"no winner, as {self.outcome}")
+        return f"{names}: {verdict} ({numbers}; {counts})."
+
+
+def strongest_baseline(variants: Sequence[Variant]) -> Variant | None:
+    """Of the samples in raster or random order those with the least mean distance."""
+    return min((v for v in variants if v.policy in BASELINES), key=lambda v: v.distance, default=None)
+
+
+def compare_with(variant: Variant, baseline: Variant, differences: Differences) -> Comparison | None:
+    """Pairs of the same run; None if the two share no run."""
+    theirs = {evaluation.run: evaluation for evaluation in baseline.evaluations}
+    pairs = [(ours, theirs[ours.run]) for ours in variant.evaluations if ours.run in theirs]
+    found = [differences.get((a.manifest["fingerprint"], b.manifest["fingerprint"])) for a, b in pairs]
+    return Comparison(variant, baseline, pairs, found) if pairs else None
+
+
+def best_comparison(variants: Sequence[Variant], differences: Differences) -> Comparison | None:
+    """The variant of least mean distance that is no baseline, against the strongest baseline."""
+    baseline = strongest_baseline(variants)
+    others = sorted((v for v in variants if v.policy not in BASELINES), key=lambda v: v.distance)
+    found = (compare_with(variant, baseline, differences) for variant in others if baseline is not None)
+    return next((comparison for comparison in found if comparison is not None), None)
+
+
+def verdict(variants: Sequence[Variant], differences: Differences) -> str:
+    """One sentence about the best variant and the strongest baseline."""
+    if strongest_baseline(variants) is None:
+        return "No samples in raster or random order: no verdict."
+    best = best_comparison(variants, differences)
+    return best.sentence() if best else "No other samples share a run with the baseline: no verdict."
+
+
+def main_table(variants: Sequence[Variant], differences: Differences) -> Table:
+    """FD, KID and recall of every variant, its comparison with the strongest baseline, and the floor."""
+    baseline = strongest_baseline(variants)
+    evaluations = [evaluation for variant in variants for evaluation in variant.evaluations]
+    rows = [_row(variant, baseline, differences) for variant in variants]
+    columns = [c for c in rows[0] if any(row[c] is not None for row in rows)]
+    floor = {c: evaluations[0].floor.get(c, NOT_MEASURED) for c in columns if c in QUALITY}
+    seeds = " and ".join(map(str, sorted({len(v.evaluations) for v in variants})))
+    spread = f"Mean ± standard deviation over {seeds} seeds. " if seeds != "1" else ""
+    caption = f"{spread}{metric_names(evaluations)}; last row: training against test images."
+    shown = [{c: row[c] for c in columns} for row in rows] + [{"samples": FLOOR, **floor}]
+    return Table(columns, shown, caption, best_of(rows, [c for c in columns if c in QUALITY]), unranked=1)
+
+
+def _row(variant: Variant, baseline: Variant | None, differences: Differences) -> dict[str, Any]:
+    row = variant.row()
+    cells = {column: row[column] for column in ("samples", "FD", "FID", "KID x 1000", "recall")}
+    if baseline is None:
+        return cells
+    found = compare_with(variant, baseline, differences) if variant is not baseline else None
+    against = f"against {baseline.name}"
+    if found is None:
+        return {**cells, f"FD {against}": None, "verdict": None}
+    change = f"{100 * found.relative:+.1f} %"
+    if len(found.pairs) == 1 and found.intervals and (interval := percent_interval(found.intervals[0])):
+        change += f" ({interval})"
+    return {**cells, f"FD {against}": change, "verdict": found.outcome}
