@@ -1,5 +1,6 @@
 """Reports from manifests alone: made-up numbers in, the right table and verdict out, whoever wins."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from anyorder.report import evaluations
 from anyorder.report.summary import report
 from anyorder.report.tables import MISSING, Spread, format_value
 
-COUNTER = count()
+COUNTER = itertools.count()
 POLICIES = {"raster": "raster", "random": "random", "ordered": "entropy", "paper": "token_likelihood"}
 
 TRAINED = {
