@@ -33,6 +33,7 @@ def artifact(folder: Path, stage: str, inputs: dict[str, str] | None = None, **f
         "stage": stage,
         "config": {},
         "inputs": inputs or {},
+        "finished": f"2026-01-01T00:00:00.{next(COUNTER):06d}+00:00",
         "fingerprint": f"{folder.parent.name}/{folder.name}",
     }
     manifest |= {
