@@ -12,7 +12,7 @@ from anyorder import Pipeline
 from anyorder.cli import main as cli
 from anyorder.contracts import TokenizerNetwork
 from anyorder.inference.inpainting import extend, fading_step, open_tokens
-from anyorder.inference.masks import box_mask, pad, read_masks, read_pictures, shaped_mask
+from anyorder.inference.masks import box_mask, canvas, read_images, shaped_mask
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.tokenizers.vq import VQConfig, VQModel
 
@@ -152,15 +152,15 @@ def test_other_forms_of_pictures_and_masks(ours):
     for form in forms:
         np.testing.assert_array_equal(arrays(ours.complete(Image.fromarray(given), form)), wanted)
         np.testing.assert_array_equal(arrays(ours.complete([given], [form])), wanted)
-    assert read_pictures(Image.new("RGBA", (16, 12))).shape == (1, 12, 16, 3)
-    assert read_pictures(Image.new("L", (16, 12))).shape == (1, 12, 16, 3)
+    assert read_images(Image.new("RGBA", (16, 12))).shape == (1, 12, 16, 3)
+    assert read_images(Image.new("L", (16, 12))).shape == (1, 12, 16, 3)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         ({"mask": np.ones((12, 12), bool)}, r"the mask has \(12, 12\) pixels \(height, width\)"),
-        ({"mask": np.zeros(SIZE, bool)}, "nothing to draw: white .True. marks the pixels to draw"),
+        ({"mask": np.zeros(SIZE, bool)}, "nothing to generate: white .True. marks the pixels to generate"),
         ({"mask": [np.ones(SIZE, bool)] * 3}, "got 3 masks for 2 images"),
         ({"mask": np.ones(SIZE)}, "bool or uint8 arrays"),
         ({"mask": HOLES["box"], "class_labels": 3}, r"lie in \[0, 3\)"),
@@ -170,7 +170,7 @@ def test_other_forms_of_pictures_and_masks(ours):
         ({"mask": HOLES["box"], "guidance_scale": 2.0}, "guidance needs class labels"),
         ({"mask": HOLES["box"], "feather": -1}, "feather must be >= 0"),
         ({"mask": HOLES["box"], "keep": 0.5}, "either keep"),
-        ({}, "say what to draw"),
+        ({}, "say what to generate"),
         ({"keep": 1.0}, "keep must be a share"),
         ({"pad": (0, 0, 0, 0)}, "pad must be pixels"),
         ({"pad": (4, 4)}, "pad must be pixels"),
@@ -238,8 +238,8 @@ def test_shapes_and_canvas():
         box_mask((0, 0, 9, 4), (8, 8))
     with pytest.raises(ValueError, match="left,top,right,bottom, got 1,2"):
         box_mask((1, 2), (8, 8))
-    canvas, mask = pad(pictures(1), read_masks(HOLES["box"], 1, SIZE), (0, 1, 2, 3))
-    assert canvas.shape == (1, 16, 18, 3)
+    large, mask = canvas(pictures(1), HOLES["box"], (0, 1, 2, 3))
+    assert large.shape == (1, 16, 18, 3)
     assert (mask[0, 1:13, :16] == HOLES["box"]).all()
     assert mask.sum() == HOLES["box"].sum() + 16 * 18 - 12 * 16
 
@@ -274,9 +274,9 @@ def test_the_command_writes_pictures(files, capsys):
     [
         (["mask=m", "box=0,0,1,1"], "either mask"),
         (["box=0,0,99,1"], "box must be"),
-        ([], "say what to draw"),
+        ([], "say what to generate"),
         (["keep=0.5", "out=x", "--dry-run"], "keep: 0.5"),
-        (["--help"], "white is drawn"),
+        (["--help"], "white is generated"),
     ],
 )
 def test_the_command_says_what_is_wrong(files, settings, said, capsys):
@@ -289,7 +289,7 @@ def test_no_picture_is_named(files, capsys):
     (files / "in.png").write_bytes(b"no picture")
     arguments = [f"pipeline={files}/pipe", f"image={files}/in.png", "keep=0.5", f"out={files}/o"]
     assert cli.main(["complete", *arguments]) == 2
-    assert "in.png is no picture" in capsys.readouterr().err
+    assert "in.png: no decoder knows its first bytes" in capsys.readouterr().err
 
 
 def test_output_of_a_call_knows_nothing_given(ours):

@@ -32,6 +32,9 @@ EXPERIMENT = {
         "tokens": {"data": "data", "tokenizer": "tokenizer"},
         "any": {"stage": "train", "tokens": "tokens", "model": {"depth": 1, "width": 32, "heads": 2},
                 "train": STEPS},
+        "orders": {"model": "any", "tokens": "tokens", "limit": 8, "test_limit": 4},
+        "by-class": {"stage": "completion", "model": "any", "orders": "orders", **MEASURED, "seeds": [0],
+                     "policy": {"order": "class_mean"}},
         "random": {"stage": "completion", "model": "any", **MEASURED, "policy": {"order": "random"},
                    "seeds": [0, 1]},
         "certain": {"stage": "completion", "model": "any", "scorer": "any", **MEASURED, "mask": "lower",
@@ -84,6 +87,17 @@ def test_completion_is_measured_over_seeds(experiment):
     assert "Completions" in page
 
 
+def test_completion_in_the_orders_of_the_classes(experiment):
+    _, out = experiment
+    rows = np.linspace(0, 11, 6).round().astype(int)
+    labels = load_array(out / "data" / "test.labels.npy")[rows]
+    ranks = load_array(out / "orders" / "class_order.npy").astype(int).argsort(1)[labels]
+    order = load_array(out / "by-class" / "0.order.npy").astype(int)
+    opened = np.take_along_axis(ranks, order[:, 12:], 1)
+    assert (np.diff(opened, axis=1) > 0).all(), "what is open follows the ranks of its class"
+    assert "hole_nll" in read_json(out / "by-class" / "metrics.json")
+
+
 def test_pixel_errors_are_those_of_the_hole(experiment, tmp_path):
     """By hand, from the images that were written."""
     _, out = experiment
@@ -111,7 +125,7 @@ def test_completions_depend_neither_on_the_batch_nor_on_a_kill(experiment, tmp_p
         ({"n": 3}, "n must be >= 4"),
         ({"seeds": []}, "seeds one number"),
         ({"mask": "center"}, "mask"),
-        ({"policy": {"order": "class_mean"}}, "class_mean is not supported"),
+        ({"policy": {"order": "class_mean"}}, "class_mean needs the orders of the classes"),
         ({"filling": {"margin": -1}}, "margin must be >= 0"),
     ],
 )

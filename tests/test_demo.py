@@ -75,9 +75,9 @@ def test_the_page_needs_nothing_from_elsewhere():
 
 
 def test_the_page_names_its_controls():
-    """Every field of a wish has a control of that name, and every id that the script asks for exists."""
+    """Every field of a request has a control of that name, and every id that the script asks for exists."""
     page = CLIENT.get("/").text
-    for name in server.Wish.__dataclass_fields__:
+    for name in server.GenerateRequest.__dataclass_fields__:
         assert re.search(rf'name="{name}"|name: "{name}"', page), name
     assert set(re.findall(r'\$\("([\w-]+)"\)', page)) == set(re.findall(r'id="([\w-]+)"', page))
 

@@ -25,9 +25,12 @@ EXPERIMENT = {
         "large-tokens": {"stage": "tokens", "data": "large", "tokenizer": "tokenizer"},
         "model": {"stage": "train", "tokens": "tokens", "model": SMALL, "train": STEPS},
         "there": {**ON, "model": "model", "other": "large-tokens", "guidance": {"scale": 1.5}},
+        "orders": {"model": "model", "tokens": "tokens", "limit": 8, "test_limit": 4},
+        "by-class": {**ON, "model": "model", "other": "large-tokens", "orders": "orders",
+                     "policy": {"order": "class_mean"}},
         "here": {**ON, "model": "model", "other": "tokens", "policy": {"order": "entropy"}},
     }
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,8 @@ def test_likelihoods_on_both_grids(run):
     assert read_manifest(run / "there")["grids"] == {"own": [4, 4], "other": [6, 4]}
     assert read_manifest(run / "there")["next_position"] == "relative"
     assert (run / "there" / "grid.png").stat().st_size > 0
+    assert (run / "by-class" / "grid.png").stat().st_size > 0
+    assert read_manifest(run / "by-class")["policy"] == "class_mean"
     assert "On other grids" in (run / "report.html").read_text()
 
 
@@ -55,5 +60,5 @@ def test_what_does_not_belong_together_is_refused(run, tmp_path, capsys):
     assert "was made with tokens" in capsys.readouterr().err
     inputs = dict.fromkeys(("model", "tokens", "other", "tokenizer"), "x")
     for settings in ({"n": 0}, {"seeds": []}, {"policy": {"order": "class_mean"}}):
-        with pytest.raises(ValueError, match=r"must be >= 1|choose another order"):
+        with pytest.raises(ValueError, match=r"must be >= 1|needs the orders of the classes"):
             parse(GridStage, {**inputs, **settings})

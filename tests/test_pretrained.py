@@ -7,7 +7,7 @@ from PIL import Image
 
 from anyorder import Pipeline
 from anyorder.cli import main as cli
-from anyorder.inference.pipeline import BUNDLED, bundled
+from anyorder.inference.folders import BUNDLED, bundled
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.schedules import reveals
 from anyorder.orders import inverse, validate
@@ -48,16 +48,10 @@ def test_without_a_class_it_follows_the_mean_of_all(pipe):
     assert pipe(num_images=1, order="raster").order[0].tolist() == list(range(64))
 
 
-def test_orders_of_classes_are_for_the_grid_of_training(pipe):
+def test_completion_follows_orders_of_classes_on_any_grid(pipe):
     white = Image.new("RGB", (32, 32), "white")
-    for call in (
-        lambda: pipe.coarse_to_fine("Shoes"),
-        lambda: pipe.complete(white, pad=(4, 0, 0, 0), class_labels="Shoes"),
-        lambda: pipe("Shoes", grid=(4, 4)),
-    ):
-        with pytest.raises(ValueError, match=r"class_mean covers 8 x 8 patches"):
-            call()
     assert pipe.complete(white, pad=(4, 0, 0, 0), order="raster").images[0].size == (36, 32)
+    assert pipe.complete(white, pad=(4, 0, 0, 0), class_labels="Shoes").images[0].size == (36, 32)
     mask = np.zeros((32, 32), bool)
     mask[8:24, 8:24] = True
     assert pipe.complete(white, mask, class_labels="Shoes").images[0].size == (32, 32)

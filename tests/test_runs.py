@@ -26,7 +26,6 @@ from anyorder.models import compiled as compiled_module
 from anyorder.report.summary import report
 from anyorder.settings import parse
 from anyorder.stages import orders as extract
-from anyorder.stages import sample as sample_stage
 from anyorder.stages import shards
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.compare import CompareStage
@@ -165,7 +164,7 @@ def test_orders_are_extracted_while_training(experiment):
     seen = orders[:, 0] != np.iinfo(np.uint16).max
     assert seen.sum() == 4 * 8
     trained = read_manifest(out / "online")
-    assert trained["extraction_evaluations"] == 4 * 8 * (16 + 12 + 8 + 4)
+    assert trained["extraction_evaluations"] == 4 * 8 * (16 + 3 * 4 + 4 * 3 + 4 * 2 + 4 * 1)
     assert (np.sort(orders[seen], axis=1) == np.arange(16)).all()
 
 
@@ -215,7 +214,7 @@ def test_compiled_stages_draw_and_order_what_eager_ones_do(experiment, tmp_path,
         compiled.append(model)
         compiled_module.compile_decoding(model, backend="eager")
 
-    for stage in (sample_stage, extract):
+    for stage in (pipeline, extract):
         monkeypatch.setattr(stage, "compile_decoding", compile_decoding)
     overrides = ["guided-by-any.compile=true", "orders.compile=true"]
     stages = load_experiment(path, overrides).stages

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anyorder.contracts import Grid
@@ -177,6 +178,27 @@ def of_classes(table: Tensor, labels: Tensor) -> Tensor:
     """
     of_all = inverse(table).double().mean(0).argsort(stable=True)
     return torch.where(labels[:, None] < 0, of_all, table[labels.clamp(min=0)])
+
+
+def stretch(order: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Orders of one grid on another one: the map of ranks is interpolated bilinearly between patch centres.
+
+    Positions outside of the outermost centres take the nearest rank; equal ranks go in raster order.
+
+    Args:
+        order: (B, N) int64 on `old`.
+        old: its grid.
+        new: the grid to cover.
+
+    Returns:
+        (B, new.n) int64; `order` itself if the grids are the same.
+    """
+    if old == new:
+        return order
+    ranks = inverse(order).double().view(-1, 1, old.h, old.w)
+    stretched = F.interpolate(ranks, (new.h, new.w), mode="bilinear", align_corners=False)
+    # Rounded, so that ranks which are equal but for rounding errors stay in raster order on every machine.
+    return stretched.flatten(1).mul(2**20).round().argsort(dim=1, stable=True)
 
 
 # --- statistics ----------------------------------------------------------------------------------------

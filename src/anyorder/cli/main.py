@@ -148,10 +148,10 @@ def _stage(name: str, arguments: list[str], dry_run: bool, asked_help: bool) -> 
         print(f"anyorder {name} out=FOLDER [key=value ...]\n\n{STAGES[name].__doc__}\n")
         print(describe(STAGES[name]))
         if name == "sample":
-            from anyorder.cli.sample import DrawConfig
+            from anyorder.cli.sample import SampleConfig
 
-            print(f"\nanyorder sample pipeline=NAME out=FOLDER [key=value ...]\n\n{DrawConfig.__doc__}\n")
-            print(describe(DrawConfig))
+            print(f"\nanyorder sample pipeline=NAME out=FOLDER [key=value ...]\n\n{SampleConfig.__doc__}\n")
+            print(describe(SampleConfig))
         return
     out, settings = _out(arguments)
     stage = parse(STAGES[name], {}, settings)
@@ -289,15 +289,15 @@ def _demo(arguments: list[str], dry_run: bool, asked_help: bool) -> None:
 
 
 def _draw(arguments: list[str], dry_run: bool) -> None:
-    from anyorder.cli.sample import DrawConfig, draw
+    from anyorder.cli.sample import SampleConfig, sample_files
     from anyorder.settings import parse
 
     out, settings = _out(arguments)
-    config = parse(DrawConfig, {}, settings)
+    config = parse(SampleConfig, {}, settings)
     if dry_run:
         print(f"anyorder sample -> {out}\n{_settings(config)}")
         return
-    for path in [*draw(config, out), out / "generation.webp"]:
+    for path in [*sample_files(config, out), out / "generation.webp"]:
         print(path)
 
 

@@ -1,4 +1,4 @@
-"""The command `anyorder sample pipeline=...`: pictures from a pipeline, being drawn in their order."""
+"""The command `anyorder sample pipeline=...`: images from a pipeline, and how they are generated."""
 
 from __future__ import annotations
 
@@ -16,55 +16,56 @@ from anyorder.report import figures
 
 
 @dataclass
-class DrawConfig:
-    """Draw pictures with a pipeline: 0000.png, 0001.png, ..., grid.png, orders.png and generation.webp.
+class SampleConfig:
+    """Generate images with a pipeline: 0000.png, 0001.png, ..., grid.png, orders.png and generation.webp.
 
-    generation.webp is an animation of the pictures being drawn, orders.png shows when each patch was.
+    orders.png shows when each patch was generated; generation.webp is an animation of it.
     """
 
     pipeline: str
-    """Folder of a pipeline, the name of one that comes with the package (fashion32), or a hub id."""
+    """Folder of a pipeline, "fashion32" (comes with the package), or a Hugging Face hub id."""
     labels: tuple[str, ...] = ()
-    """Names or numbers of classes, in turn; all classes in turn by default, none where a prompt is given."""
+    """Names or numbers of classes, in turn; by default all classes in turn, or none beside prompts or
+    attributes."""
     prompts: tuple[str, ...] = ()
-    """Texts, in turn, for a pipeline that takes them."""
+    """Texts, in turn, for a pipeline that was trained with captions."""
     attributes: dict[str, str] = field(default_factory=dict)
-    """Values by name, such as baseColour: Red, for a pipeline that takes them."""
+    """Values by name, such as baseColour: Red, for a pipeline that was trained with attributes."""
     n: int = 16
-    """How many pictures."""
+    """Number of images, at least 1; by default 16."""
     policy: PolicyConfig | None = None
-    """The order to draw in; the pipeline's own by default."""
+    """The order to generate in; by default the pipeline's policy."""
     sampling: Sampling = field(default_factory=Sampling)
     guidance: float = 1.0
-    """Classifier-free guidance scale; 1 is none."""
+    """Scale of classifier-free guidance: 1 (default) is none, larger follows class and prompt closer."""
     seed: int = 0
-    """Picture i is drawn from seed + i."""
+    """Image i is generated from seed + i; by default 0."""
     scale: int = 4
-    """Screen pixels per pixel in grid, orders and animation."""
+    """Screen pixels per image pixel in grid.png, orders.png and generation.webp; by default 4."""
     compile: bool = False
-    """Draw through compiled code, see `models.compiled`: for many pictures, since compiling takes a while."""
+    """Generate through compiled code: pays for many images only, since compiling takes a while."""
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.scale < 1:
             raise ValueError(f"n and scale must be >= 1, got {self.n} and {self.scale}")
 
 
-def draw(config: DrawConfig, out: Path) -> list[Path]:
-    """Draw the pictures and write the files; returns the paths of the pictures.
+def sample_files(config: SampleConfig, out: Path) -> list[Path]:
+    """Generate images and write the files; returns the paths of the images.
 
     Raises:
         FileNotFoundError: no such pipeline.
-        ValueError: an unknown class, attribute or value, prompts to a pipeline that takes none, or nothing
+        ValueError: an unknown class, attribute or value, prompts for a pipeline that takes none, or nothing
             to compile with.
     """
     pipe = Pipeline.from_pretrained(config.pipeline)
     if config.compile:
         pipe.compile_decoding()
-    wanted = [pipe.typed(label) for label in config.labels]
-    if not wanted and not config.prompts and not config.attributes:
-        wanted = list(range(pipe.model.num_classes))
+    labels: list[Any] = [pipe.typed(label) for label in config.labels]
+    if not labels and not config.prompts and not config.attributes:
+        labels = list(range(pipe.model.num_classes))
     made = pipe(
-        _in_turn(wanted, config.n), config.n, config.policy, config.guidance, config.seed,
+        _in_turn(labels, config.n), config.n, config.policy, config.guidance, config.seed,
         sampling=config.sampling,
         prompt=_in_turn(config.prompts, config.n),
         attributes=config.attributes,

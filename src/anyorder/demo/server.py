@@ -1,4 +1,4 @@
-"""A page that draws pictures step by step: `GET /`, `GET /about` and the event stream `GET /draw`."""
+"""A page that shows images being generated: `GET /`, `GET /about` and the event stream `GET /draw`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import uvicorn
 from PIL import Image
+from starlette import responses
 from starlette.applications import Starlette
 from starlette.concurrency import iterate_in_threadpool
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from torch import Tensor
 
@@ -32,8 +32,8 @@ from anyorder.orders import STATIC
 from anyorder.settings import parse
 
 FRAMES = 64
-"""Pictures sent of each order, at most about; large grids are painted every few steps."""
-MAX_PICTURES, MAX_ORDERS = 16, 6
+"""About how many PNGs are sent of each order at most; large grids are painted every few steps."""
+MAX_IMAGES, MAX_ORDERS = 16, 6
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data:; connect-src 'self'",
@@ -43,42 +43,43 @@ HEADERS = {
 
 @dataclass
 class DemoConfig:
-    """Serve a page on which pictures are drawn in several orders, side by side; Ctrl-C ends it."""
+    """Serve a page that generates images in several orders, side by side; Ctrl-C ends it."""
 
     pipeline: str
-    """Folder of a pipeline (the stage `pipeline` writes one), or a Hugging Face hub id."""
+    """Folder of a pipeline (the stage `pipeline` writes one), the name of one that comes with the package
+    (fashion32), or a Hugging Face hub id."""
     port: int = 8000
-    """TCP port to listen on."""
+    """TCP port to listen on, 0 to 65535; by default 8000."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other machines in."""
+    """Address to listen on; by default 127.0.0.1, this machine only. 0.0.0.0 lets other machines in."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.port < 65536, f"port must lie in [0, 65535], got {self.port}")
 
 
 @dataclass
-class Wish:
+class GenerateRequest:
     """What a page asks `/draw` for; the fields are the query's parameters."""
 
     orders: list[str] = field(default_factory=list)
-    """Names of orders, each drawn side by side; the pipeline's own if none is given."""
+    """Names of orders, side by side; by default the pipeline's policy."""
     label: str = ""
-    """Name or number of a class; empty draws without one."""
+    """Name or number of a class; empty (default) generates without one."""
     prompt: str = ""
-    """A text, for a pipeline that takes them; empty says nothing."""
+    """A text, for a pipeline that was trained with captions; empty (default) is none."""
     n: int = 4
-    """Pictures in each order."""
+    """Images in each order; by default 4."""
     seed: int = 0
-    """Of the first picture; picture i uses seed + i."""
+    """Image i is generated from seed + i; by default 0."""
     temperature: float = 1.0
-    """Of the tokens; 0 takes the most likely one."""
+    """Temperature of the tokens; 0 takes the most likely one."""
     guidance: float = 1.0
-    """Classifier-free guidance scale; 1 is none."""
+    """Scale of classifier-free guidance; 1 (default) is none."""
 
     def __post_init__(self) -> None:
         self.orders = list(dict.fromkeys(self.orders))
         _require(len(self.orders) <= MAX_ORDERS, f"at most {MAX_ORDERS} orders, got {len(self.orders)}")
-        _require(1 <= self.n <= MAX_PICTURES, f"n must lie in [1, {MAX_PICTURES}], got {self.n}")
+        _require(1 <= self.n <= MAX_IMAGES, f"n must lie in [1, {MAX_IMAGES}], got {self.n}")
         _require(0 <= self.seed < 2**31, f"seed must lie in [0, 2**31), got {self.seed}")
         _require(
             self.temperature == 0 or 0.01 <= self.temperature <= 10,
@@ -105,43 +106,43 @@ def serve(config: DemoConfig) -> None:
         ValueError: its folder is damaged.
     """
     app = create_app(Pipeline.from_pretrained(config.pipeline))
-    # A page that is still drawing must not hold up Ctrl-C.
+    # A page that is still waiting for images must not hold up Ctrl-C.
     uvicorn.run(app, host=config.host, port=config.port, timeout_graceful_shutdown=1)
 
 
 def create_app(pipe: Pipeline) -> Starlette:
-    """The web application around one pipeline; one request draws at a time, others wait their turn."""
+    """The web application around one pipeline; one request is served at a time, others wait their turn."""
     page = files("anyorder.demo").joinpath("index.html").read_text(encoding="utf-8")
     turn = asyncio.Lock()
 
-    async def index(request: Request) -> Response:
-        return HTMLResponse(page, headers=HEADERS)
+    async def index(request: Request) -> responses.Response:
+        return responses.HTMLResponse(page, headers=HEADERS)
 
-    async def about(request: Request) -> Response:
-        return JSONResponse(describe_pipeline(pipe))
+    async def about(request: Request) -> responses.Response:
+        return responses.JSONResponse(describe_pipeline(pipe))
 
-    async def draw(request: Request) -> Response:
+    async def draw(request: Request) -> responses.Response:
         try:
-            steps = drawings(pipe, read_wish(request.query_params))
+            events = generate_events(pipe, read_request(request.query_params))
         except ValueError as e:
-            return JSONResponse({"error": str(e)}, status_code=400)
+            return responses.JSONResponse({"error": str(e)}, status_code=400)
         # iterate_in_threadpool: a cancelled request (its client is gone) asks for no further step.
-        stream = _events(iterate_in_threadpool(steps), turn)
-        return StreamingResponse(stream, media_type="text/event-stream", headers=HEADERS)
+        stream = _messages(iterate_in_threadpool(events), turn)
+        return responses.StreamingResponse(stream, media_type="text/event-stream", headers=HEADERS)
 
     return Starlette(routes=[Route("/", index), Route("/about", about), Route("/draw", draw)])
 
 
-async def _events(steps: AsyncIterator[dict[str, Any]], turn: asyncio.Lock) -> AsyncIterator[str]:
+async def _messages(events: AsyncIterator[dict[str, Any]], turn: asyncio.Lock) -> AsyncIterator[str]:
     if turn.locked():
-        yield _event("waiting", {})
+        yield _message("waiting", {})
     async with turn:
-        async for step in steps:
-            yield _event("step", step)
-    yield _event("end", {})
+        async for event in events:
+            yield _message("step", event)
+    yield _message("end", {})
 
 
-def _event(name: str, data: dict[str, Any]) -> str:
+def _message(name: str, data: dict[str, Any]) -> str:
     return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
@@ -149,7 +150,7 @@ def _event(name: str, data: dict[str, Any]) -> str:
 
 
 def choices(pipe: Pipeline) -> dict[str, PolicyConfig]:
-    """Every order on offer by its label, the pipeline's own first."""
+    """Every order on offer by its label, the pipeline's policy first."""
     names = [*SCORES, "random", *STATIC]
     names += ["class_mean"] if pipe.class_orders is not None else []
     names += ["location"] if getattr(pipe.model.config, "location", False) else []
@@ -165,78 +166,82 @@ def describe_pipeline(pipe: Pipeline) -> dict[str, Any]:
         "grid": [grid.h, grid.w],
         "image": [grid.h * factor, grid.w * factor],
         "orders": [_about_order(name, policy) for name, policy in choices(pipe).items()],
-        "max_pictures": MAX_PICTURES,
+        "max_images": MAX_IMAGES,
         "max_orders": MAX_ORDERS,
     }
 
 
 def _about_order(name: str, policy: PolicyConfig) -> dict[str, Any]:
-    text = _WORDS.get(policy.order) or ({**SCORES, **STATIC}[policy.order].__doc__ or "").partition("\n")[0]
+    text = (
+        _DESCRIPTIONS.get(policy.order)
+        or ({**SCORES, **STATIC}[policy.order].__doc__ or "").partition("\n")[0]
+    )
     kind = "inferred" if policy.order in (*INFERRED, "location") else "given"
     return {"name": name, "kind": kind, "text": text, "token_blind": policy.token_blind}
 
 
-_WORDS = {
-    "random": "A random order of its own for each picture.",
-    "class_mean": "The order of its class: the mean of the orders of many pictures.",
-    "location": "The location head says where to go, at the price of a fixed order.",
-    "information": "The position first that tells most of the others.",
+_DESCRIPTIONS = {
+    "random": "Another random order for each image.",
+    "class_mean": "One order for each class: the mean of the orders of many images.",
+    "location": "The location head decides where to go, at the cost of a fixed order.",
+    "information": "First the position whose token says most about the others.",
 }
 
 
-def read_wish(query: QueryParams) -> Wish:
+def read_request(query: QueryParams) -> GenerateRequest:
     """The parameters of `/draw`.
 
     Raises:
         ValueError: an unknown parameter, or one of the wrong type or out of range.
     """
     given: dict[str, Any] = dict(query)
-    return parse(Wish, given | {"orders": query.getlist("orders")})
+    return parse(GenerateRequest, given | {"orders": query.getlist("orders")})
 
 
-# --- drawing -------------------------------------------------------------------------------------------
+# --- generation ----------------------------------------------------------------------------------------
 
 
-def drawings(pipe: Pipeline, wish: Wish) -> Iterator[dict[str, Any]]:
+def generate_events(pipe: Pipeline, asked: GenerateRequest) -> Iterator[dict[str, Any]]:
     """One event per step of each order, in turns, so that all orders grow together.
 
-    Every event has `order` (which of the wish), `done` and `total` (patches of each picture), `positions`,
-    `tokens` and `log_prob` (nats) of the patches just revealed (n, K), `seconds` spent drawing this order
-    so far, and now and then `png`: the n pictures side by side, base64, clear where nothing is drawn yet.
+    Every event has `order` (index into `asked.orders`), `done` and `total` (patches of each image),
+    `positions`, `tokens` and `log_prob` (nats) of the patches just revealed (n, K), `seconds` spent on this
+    order so far, and now and then `png`: the n images side by side, base64, transparent where nothing is
+    revealed yet.
 
     Raises:
         ValueError: unknown class or order, or a text where none is taken; at once, not at the first step.
     """
     offered = choices(pipe)
-    label = None if wish.label == "" else pipe.typed(wish.label)
+    label = None if asked.label == "" else pipe.typed(asked.label)
     streams: list[Iterator[dict[str, Any]]] = []
-    for name in wish.orders or [pipe.policy.label]:
+    for name in asked.orders or [pipe.policy.label]:
         _require(name in offered, f"unknown order '{name}': choose from {'; '.join(offered)}")
         steps = pipe.stream(
-            label, wish.n, offered[name], wish.guidance, wish.seed,
-            sampling=Sampling(wish.temperature),
-            prompt=wish.prompt or None,
+            label, asked.n, offered[name], asked.guidance, asked.seed,
+            sampling=Sampling(asked.temperature),
+            prompt=asked.prompt or None,
         )  # fmt: skip
-        streams.append(_drawing(pipe, steps, len(streams), wish.n))
+        streams.append(_events_of_order(pipe, steps, len(streams), asked.n))
     turns = itertools.zip_longest(*streams)
     return (event for turn in turns for event in turn if event is not None)
 
 
-def _drawing(pipe: Pipeline, steps: Iterator[Step], order: int, n: int) -> Iterator[dict[str, Any]]:
+def _events_of_order(pipe: Pipeline, steps: Iterator[Step], order: int, n: int) -> Iterator[dict[str, Any]]:
     grid = pipe.model.grid
     tokens = torch.zeros(n, grid.n, dtype=torch.int64)
     revealed = torch.zeros(n, grid.n, dtype=torch.bool)
     done, seconds, begin = 0, 0.0, time.perf_counter()
     for step in steps:
-        positions, drawn, log_prob = step.positions.cpu(), step.tokens.cpu(), step.log_prob.cpu()
+        positions, sampled, log_prob = step.positions.cpu(), step.tokens.cpu(), step.log_prob.cpu()
         seconds += time.perf_counter() - begin
         done += positions.shape[1]
         event = {
             "order": order, "done": done, "total": step.total,
-            "positions": positions.tolist(), "tokens": drawn.tolist(), "log_prob": log_prob.tolist(),
+            "positions": positions.tolist(), "tokens": sampled.tolist(), "log_prob": log_prob.tolist(),
             "seconds": round(seconds, 4),
         }  # fmt: skip
-        tokens.scatter_(1, positions, drawn)
+        tokens.scatter_(1, positions, sampled)
         revealed.scatter_(1, positions, True)
         if done == step.total or step.index % -(-step.total // FRAMES) == 0:
             event["png"] = base64.b64encode(paint(pipe, tokens, revealed)).decode()
@@ -245,7 +250,7 @@ def _drawing(pipe: Pipeline, steps: Iterator[Step], order: int, n: int) -> Itera
 
 
 def paint(pipe: Pipeline, tokens: Tensor, revealed: Tensor) -> bytes:
-    """The pictures so far, side by side in one PNG, transparent where nothing is revealed.
+    """The images so far, side by side in one PNG, transparent where nothing is revealed.
 
     Args:
         pipe: its tokenizer paints.
@@ -253,12 +258,12 @@ def paint(pipe: Pipeline, tokens: Tensor, revealed: Tensor) -> bytes:
         revealed: (n, N) bool, at least one in each row.
     """
     grid = pipe.model.grid
-    pictures = pipe.decode(tokens.gather(1, nearest_revealed(revealed, grid)))
-    width, height = pictures[0].size
-    strip = Image.new("RGBA", (width * len(pictures), height))
-    for i, (picture, known) in enumerate(zip(pictures, revealed, strict=True)):
+    images = pipe.decode(tokens.gather(1, nearest_revealed(revealed, grid)))
+    width, height = images[0].size
+    strip = Image.new("RGBA", (width * len(images), height))
+    for i, (image, known) in enumerate(zip(images, revealed, strict=True)):
         mask = Image.fromarray(known.reshape(grid.h, grid.w).byte().mul(255).numpy())
-        strip.paste(picture, (i * width, 0), mask.resize(picture.size, Image.Resampling.NEAREST))
+        strip.paste(image, (i * width, 0), mask.resize(image.size, Image.Resampling.NEAREST))
     buffer = io.BytesIO()
     strip.save(buffer, "PNG")
     return buffer.getvalue()
@@ -267,8 +272,8 @@ def paint(pipe: Pipeline, tokens: Tensor, revealed: Tensor) -> bytes:
 def nearest_revealed(revealed: Tensor, grid: Grid) -> Tensor:
     """For each position the nearest revealed one, itself if it is, (n, N) int64 from (n, N) bool.
 
-    A decoder looks at neighbours too: lending a patch's token to the blank ones around it shows the patch
-    in its own surroundings, and not beside some arbitrary token.
+    A decoder sees neighbouring patches, too: blank ones get the token of the nearest revealed patch, so that
+    no arbitrary token changes how that patch looks.
     """
     at = grid.coordinates()
     gap = torch.cdist(at, at, compute_mode="donot_use_mm_for_euclid_dist")

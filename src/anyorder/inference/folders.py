@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +17,61 @@ from anyorder.data.captions import CaptionTokenizer, Vocabulary
 from anyorder.files import load_array, read_json, save_array, write_json, write_text
 from anyorder.inference.weights import kind_of, load_any_order, load_tokenizer, save_model
 from anyorder.method.policy_config import PolicyConfig
+from anyorder.orders import validate
 from anyorder.settings import parse, read_stored
 
 INDEX, CLASS_ORDERS = "pipeline.json", "class_order.npy"
+BUNDLED = Path(__file__).parent.parent / "pretrained"
+
+
+def bundled() -> list[str]:
+    """Names of the pipelines that come with the package."""
+    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{INDEX}"))
 
 
 @dataclass
 class Parts:
-    """What a pipeline is made of."""
+    """What a pipeline is made of.
+
+    Raises:
+        ValueError: the parts do not fit together.
+    """
 
     model: AnyOrderNetwork
+    """The generator."""
     tokenizer: TokenizerNetwork
+    """The one whose tokens the model was trained on."""
     classes: list[str]
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """Class names, for labels given by name."""
+    policy: PolicyConfig | None = None
+    """The order to generate in unless a call says another; by default lowest entropy first."""
     scorer: AnyOrderNetwork | None = None
-    """The model that decides where, if not the model itself."""
+    """The scoring model, which decides where, for inferred token-blind orders and "location"; by default the
+    model itself."""
     class_orders: Tensor | None = None
-    """(classes, N) int64, the orders of policy class_mean."""
+    """(classes, N) integers, an order for each class, for order "class_mean". On other grids than the model's
+    the ranks are interpolated, see `orders.stretch`."""
     vocabulary: Vocabulary | None = None
-    """What pictures may be asked to be besides their class, where the model takes more than that."""
+    """Names of attributes and captions, where the model takes them."""
+
+    def __post_init__(self) -> None:
+        for role, part, name in (
+            ("tokenizer", self.tokenizer, "vocab_size"),
+            ("scorer", self.scorer, "vocab_size"),
+            ("scorer", self.scorer, "num_classes"),
+        ):
+            if part is not None and getattr(part, name) != (ours := getattr(self.model, name)):
+                raise ValueError(
+                    f"the model has {name} {ours}, the {role} {getattr(part, name)}: "
+                    f"give the {role} that belongs to the model"
+                )
+        if self.class_orders is not None:
+            self.class_orders = validate(self.class_orders, self.model.grid).to(torch.int64)
+            if self.class_orders.ndim != 2 or self.model.num_classes not in (0, len(self.class_orders)):
+                raise ValueError(
+                    f"class_orders must have a row for each of the model's {self.model.num_classes} classes, "
+                    f"got shape {tuple(self.class_orders.shape)}"
+                )
 
 
 def save_parts(folder: str | Path, parts: Parts) -> None:
@@ -43,12 +79,12 @@ def save_parts(folder: str | Path, parts: Parts) -> None:
     folder = Path(folder)
     (folder / CLASS_ORDERS).unlink(missing_ok=True)  # of an older pipeline in the same folder
     if parts.class_orders is not None:
-        save_array(folder / CLASS_ORDERS, parts.class_orders.numpy().astype(np.uint16))
+        save_array(folder / CLASS_ORDERS, parts.class_orders.cpu().numpy().astype(np.uint16))
     if parts.scorer is not None:
         save_model(folder / "scorer", parts.scorer, parts.scorer.config, kind_of(parts.scorer))
     save_model(folder / "model", parts.model, parts.model.config, kind_of(parts.model))
     save_model(folder / "tokenizer", parts.tokenizer, parts.tokenizer.config, kind_of(parts.tokenizer))
-    policy = dataclasses.asdict(parts.policy)
+    policy = dataclasses.asdict(parts.policy or PolicyConfig())
     index = {"format": 1, "classes": parts.classes, "policy": policy, "scorer": parts.scorer is not None}
     if parts.vocabulary is not None:
         index |= {"attributes": parts.vocabulary.attributes, "text_length": parts.vocabulary.length}
@@ -70,26 +106,64 @@ def load_parts(folder: str | Path) -> Parts:
             f"{folder} is no pipeline folder (no {INDEX}); make one with stage 'pipeline', "
             "or from downloaded files with 'anyorder convert SOURCE DEST tokenizer=...'"
         )
-    index = read_json(folder / INDEX)
-    if index.get("format") != 1:
+    index: Any = read_json(folder / INDEX)
+    if not isinstance(index, dict) or index.get("format") != 1:
+        found = index.get("format") if isinstance(index, dict) else type(index).__name__
+        raise ValueError(f"{folder / INDEX} has format {found}, this version reads 1: update anyorder")
+    try:
+        classes = [str(name) for name in index["classes"]]
+        policy = parse(PolicyConfig, read_stored(PolicyConfig, index["policy"]))
+        vocabulary = _vocabulary(folder, classes, index)
+    except (AttributeError, KeyError, TypeError) as e:
         raise ValueError(
-            f"{folder / INDEX} has format {index.get('format')}, this version reads 1: update anyorder"
-        )
-    scorer = load_any_order(folder / "scorer") if index["scorer"] else None
-    policy, orders = parse(PolicyConfig, read_stored(PolicyConfig, index["policy"])), folder / CLASS_ORDERS
+            f"{folder / INDEX} is damaged: {type(e).__name__} {e}; save the pipeline again"
+        ) from e
+    scorer = load_any_order(folder / "scorer") if index.get("scorer") else None
+    orders = folder / CLASS_ORDERS
     return Parts(
         load_any_order(folder / "model"),
         load_tokenizer(folder / "tokenizer"),
-        index["classes"],
+        classes,
         policy,
         scorer,
         torch.from_numpy(load_array(orders).astype(np.int64)) if orders.is_file() else None,
-        _vocabulary(folder, index),
+        vocabulary,
     )
 
 
-def _vocabulary(folder: Path, index: dict[str, Any]) -> Vocabulary | None:
+def _vocabulary(folder: Path, classes: list[str], index: dict[str, Any]) -> Vocabulary | None:
     if "attributes" not in index:
         return None
     captions = CaptionTokenizer((folder / TEXT).read_text("utf-8")) if index["text_length"] else None
-    return Vocabulary(index["classes"], index["attributes"], captions, index["text_length"])
+    return Vocabulary(classes, dict(index["attributes"]), captions, int(index["text_length"]))
+
+
+def find_parts(path_or_hub_id: str | Path) -> Parts:
+    """The parts of a pipeline folder, of one that comes with the package, or of one from the hub.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a reachable hub id.
+        ValueError: the folder is damaged, or a known repository has no such file.
+    """
+    folder, name = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
+    if folder.is_dir():
+        return load_parts(folder)
+    return load_parts(BUNDLED / name) if name in bundled() else _download(name)
+
+
+def _download(hub_id: str) -> Parts:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from anyorder.inference.hub import find, load_published
+
+    published = find(hub_id)
+    try:
+        if published is not None:
+            return load_published(published)
+        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.npy"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        raise FileNotFoundError(
+            f"'{hub_id}' is neither a folder nor a hub id that can be reached: {e}"
+        ) from e
+    return load_parts(folder)

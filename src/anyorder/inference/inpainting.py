@@ -1,28 +1,29 @@
 """In- and outpainting of pixels with any tokenizer and any any-order model (OAR v2, arXiv 2504.17069).
 
-Attention and GroupNorm make a token's receptive field the whole picture. Masked pixels are therefore replaced
-before anything is encoded, by the nearest known ones: what is kept and what is drawn cannot depend on them.
+Attention and GroupNorm make a token's receptive field the whole image. Masked pixels are therefore replaced
+by the nearest known ones before anything is encoded: neither kept nor generated tokens can depend on them.
 Tokens whose own patch is known throughout are kept. They have seen the replacement, not the truth.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyorder.contracts import AnyOrderModel, Grid, OrderPolicy, Tokenizer, Trace
+from anyorder.contracts import AnyOrderModel, Grid, Tokenizer, Trace
 from anyorder.data.images import from_float
-from anyorder.method.decoding import complete
-from anyorder.method.policy_config import PolicyConfig
-from anyorder.method.sampling import Sampling, Streams
+from anyorder.method.decoding import GenerationOptions, complete
+from anyorder.method.policy_config import Order
+from anyorder.method.sampling import Streams
 
 
 @dataclass
 class Completion:
-    """Pictures with their holes filled."""
+    """Images with their holes filled."""
 
     images: Tensor
     """(B, 3, H, W) uint8; known pixels are those of the input, bit by bit."""
@@ -37,10 +38,10 @@ class Filling:
     """How holes are filled."""
 
     margin: int = 0
-    """Patches around the hole whose tokens are drawn, too: they saw most of what stood in for the hole. Their
-    known pixels are kept all the same."""
+    """Patches (0 or more) around the hole whose tokens are generated, too, since they saw most of what stood
+    in for the hole; their known pixels are kept all the same."""
     feather: int = 2
-    """Pixels inside the hole over which the step at its seam fades out; 0 leaves the drawn pixels alone."""
+    """Pixels inside the hole over which the step at its seam fades out; 0 leaves generated pixels alone."""
 
     def __post_init__(self) -> None:
         for name in ("margin", "feather"):
@@ -53,44 +54,36 @@ def complete_images(
     tokenizer: Tokenizer,
     images: Tensor,
     mask: Tensor,
-    order: str | Tensor | OrderPolicy | PolicyConfig,
+    order: Order,
     streams: Streams,
-    *,
-    condition: Tensor | None = None,
-    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
-    scorer: AnyOrderModel | None = None,
     filling: Filling = Filling(),
+    **options: Unpack[GenerationOptions],
 ) -> Completion:
-    """Draw what is masked; the result does not depend on the masked pixels at all.
+    """Generate what is masked; the result does not depend on the masked pixels at all.
 
     Args:
         model: any-order model, possibly `Guided`.
         tokenizer: the one whose tokens it was trained on.
         images: (B, 3, H, W) uint8, sides divisible by the tokenizer's `factor`.
-        mask: (B, H, W) bool, True where pixels are to be drawn; all True is sampling.
+        mask: (B, H, W) bool, True where pixels are to be generated; all True is sampling.
         order: what `make_policy` takes, for the open positions.
         streams: one random stream per image.
-        condition: (B,) int64 class labels, or None.
-        sampling: temperature and truncation.
-        scorer: see `decode.generate`.
-        filling: see `Filling`.
+        filling: margin and feather.
+        **options: see `GenerationOptions`; `grid` is that of the images.
 
     Raises:
         ValueError: sides that are not divisible by the factor, or a mask that does not fit.
     """
-    grid = grid_of(images, tokenizer.factor)
+    options["grid"] = grid = grid_of(images, tokenizer.factor)
     known = ~open_tokens(mask, tokenizer.factor, filling.margin)
     kept = ~mask[:, None]
     pixels = to_float(images)
     tokens = tokenizer.encode(torch.where(kept, pixels, extend(pixels, kept)[0]))
-    trace = complete(
-        model, tokens, known, order, streams,
-        condition=condition, grid=grid, sampling=sampling, scorer=scorer,
-    )  # fmt: skip
-    drawn = tokenizer.decode(trace.tokens, grid)
+    trace = complete(model, tokens, known, order, streams, **options)
+    generated = tokenizer.decode(trace.tokens, grid)
     if filling.feather:
-        drawn = drawn + fading_step(pixels - drawn, kept, filling.feather)
-    return Completion(torch.where(kept, images, from_float(drawn)), known, trace)
+        generated = generated + fading_step(pixels - generated, kept, filling.feather)
+    return Completion(torch.where(kept, images, from_float(generated)), known, trace)
 
 
 def vary_images(
@@ -98,39 +91,31 @@ def vary_images(
     tokenizer: Tokenizer,
     images: Tensor,
     keep: float,
-    order: str | Tensor | OrderPolicy | PolicyConfig,
+    order: Order,
     streams: Streams,
-    *,
-    condition: Tensor | None = None,
-    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
-    scorer: AnyOrderModel | None = None,
+    **options: Unpack[GenerationOptions],
 ) -> Completion:
-    """Variations of images: a random share of tokens is kept, the others are drawn; no pixel is pasted.
+    """Variations: a random share of tokens is kept, the others are generated; no pixel is pasted.
 
     Args:
-        model: any-order model, possibly `Guided`.
-        tokenizer: the one whose tokens it was trained on.
-        images: (B, 3, H, W) uint8, sides divisible by the tokenizer's `factor`.
+        model: as of `complete_images`, as what is not listed here.
+        tokenizer: its tokenizer.
+        images: (B, 3, H, W) uint8.
         keep: share of tokens to keep, in [0, 1); each image's own stream says which.
-        order: what `make_policy` takes, for the open positions.
+        order: for the open positions.
         streams: one random stream per image.
-        condition: (B,) int64 class labels, or None.
-        sampling: temperature and truncation.
-        scorer: see `decode.generate`.
+        **options: see `GenerationOptions`.
 
     Raises:
         ValueError: sides that are not divisible by the factor, or a share outside of [0, 1).
     """
     if not 0 <= keep < 1:
         raise ValueError(f"keep must be a share of tokens in [0, 1), got {keep}")
-    grid = grid_of(images, tokenizer.factor)
+    options["grid"] = grid = grid_of(images, tokenizer.factor)
     # By rank rather than by threshold: every image keeps equally many, and all run as one batch.
     rank = streams.uniform(grid.n).argsort(1).argsort(1)
     known = rank < round(keep * grid.n)
-    trace = complete(
-        model, tokenizer.encode(to_float(images)), known, order, streams,
-        condition=condition, grid=grid, sampling=sampling, scorer=scorer,
-    )  # fmt: skip
+    trace = complete(model, tokenizer.encode(to_float(images)), known, order, streams, **options)
     return Completion(from_float(tokenizer.decode(trace.tokens, grid)), known, trace)
 
 
@@ -150,7 +135,7 @@ def grid_of(images: Tensor, factor: int) -> Grid:
 
 
 def open_tokens(mask: Tensor, factor: int, margin: int = 0) -> Tensor:
-    """Tokens to draw, (B, N) bool: patches with a masked pixel, and `margin` patches around them."""
+    """Tokens to generate, (B, N) bool: patches with a masked pixel, and `margin` patches around them."""
     touched = F.max_pool2d(mask[:, None].float(), factor)
     for _ in range(margin):
         touched = F.max_pool2d(touched, 3, stride=1, padding=1)
@@ -192,15 +177,15 @@ def extend(values: Tensor, known: Tensor, rings: int | None = None) -> tuple[Ten
 
 
 def fading_step(step: Tensor, known: Tensor, width: int) -> Tensor:
-    """The step between known and drawn pixels, carried into the hole and fading out over `width` pixels.
+    """The step between known and generated pixels, carried into the hole and fading out over `width` pixels.
 
     Args:
-        step: (B, C, H, W), known minus drawn; ignored inside the hole.
+        step: (B, C, H, W), known minus generated; ignored inside the hole.
         known: (B, 1, H, W) bool.
         width: in pixels, >= 1.
 
     Returns:
-        (B, C, H, W), to be added to the drawn pixels; zero from `width` + 1 pixels inside the hole on.
+        (B, C, H, W), to be added to the generated pixels; zero from `width` + 1 pixels inside the hole on.
     """
     carried, ring = extend(step, known, width)
     return torch.where(ring > 0, carried * (1 - ring / (width + 1)), 0)

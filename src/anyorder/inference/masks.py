@@ -1,18 +1,20 @@
-"""What to draw and what to keep: pictures and masks as users have them, as arrays.
+"""What to generate and what to keep: images and masks as users have them, as arrays.
 
-A mask is True (white) where pixels are to be *drawn*, False (black) where they are kept.
+A mask is True (white) where pixels are to be *generated*, False (black) where they are kept.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-WHITE = 128
-"""Grey values from here on are to be drawn."""
+from anyorder.data.images import load_image, load_mask
+
 SHAPES = ("centre", "lower")
 """Names that `shaped_mask` knows."""
 Box = tuple[int, int, int, int]
@@ -21,16 +23,17 @@ Padding = tuple[int, int, int, int]
 """Pixels to add on the (left, top, right, bottom)."""
 
 
-def read_pictures(pictures: Any) -> np.ndarray:
-    """One or several pictures of one size, (B, H, W, 3) uint8.
+def read_images(images: Any) -> np.ndarray:
+    """One or several images of one size, (B, H, W, 3) uint8.
 
     Args:
-        pictures: a Pillow image of any mode, a uint8 array (H, W, 3) or (B, H, W, 3), or a list of these.
+        images: a path, a Pillow image of any mode, a uint8 array (H, W, 3) or (B, H, W, 3), or a list of
+            these.
 
     Raises:
-        ValueError: none, not uint8 RGB, or of different sizes.
+        ValueError: none, not to be read, an array of another dtype or shape, or of different sizes.
     """
-    found = [_picture(one) for one in _several(pictures, single_ndim=3)]
+    found = [load_image(_checked(one, "images", (3,), np.uint8)) for one in _several(images, single_ndim=3)]
     if not found:
         raise ValueError("got no image: give at least one")
     if len(sizes := {one.shape[:2] for one in found}) > 1:
@@ -39,37 +42,43 @@ def read_pictures(pictures: Any) -> np.ndarray:
     return np.stack(found)
 
 
-def _several(pictures: Any, single_ndim: int) -> list[Any]:
-    if isinstance(pictures, Image.Image) or (
-        not isinstance(pictures, list | tuple) and np.asarray(pictures).ndim == single_ndim
-    ):
-        return [pictures]
-    return list(pictures)
+def _several(given: Any, single_ndim: int) -> list[Any]:
+    given = given.cpu().numpy() if isinstance(given, Tensor) else given
+    if isinstance(given, str | bytes | os.PathLike | Image.Image):
+        return [given]
+    return [given] if isinstance(given, np.ndarray) and given.ndim == single_ndim else list(given)
 
 
-def _picture(picture: Any) -> np.ndarray:
-    if isinstance(picture, Image.Image):
-        return np.asarray(picture.convert("RGB"))
-    array = np.asarray(picture)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+def _checked(given: Any, what: str, channels: tuple[int, ...], *dtypes: type) -> Any:
+    """Paths and Pillow images as they are; arrays whose meaning is clear."""
+    if isinstance(given, str | bytes | os.PathLike | Image.Image):
+        return given
+    array = given.cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+    if array.dtype not in dtypes or array.ndim != 2 + len(channels) or array.shape[2:] != channels:
+        kinds = " or ".join(np.dtype(dtype).name for dtype in dtypes)
+        shape = ", ".join(map(str, ("H", "W", *channels)))
         raise ValueError(
-            f"images are Pillow images or uint8 arrays (H, W, 3), got {array.dtype} of shape {array.shape}"
+            f"{what} are paths, Pillow images or {kinds} arrays ({shape}), "
+            f"got {array.dtype} of shape {array.shape}"
         )
     return array
 
 
 def read_masks(masks: Any, n: int, size: tuple[int, int]) -> np.ndarray:
-    """One mask for all pictures or one each, (n, H, W) bool, True where pixels are to be drawn.
+    """One mask for all images or one each, (n, H, W) bool, True where pixels are to be generated.
 
     Args:
-        masks: a Pillow image (white is drawn), a bool or uint8 array (H, W) or (n, H, W), or a list of these.
-        n: number of pictures.
-        size: (height, width) of the pictures in pixels.
+        masks: a path or Pillow image (white is generated, black and transparent are kept), a bool or uint8
+            array (H, W) or (n, H, W), or a list of these.
+        n: number of images.
+        size: (height, width) of the images in pixels.
 
     Raises:
-        ValueError: another size or number, another dtype, or a mask that leaves nothing to draw.
+        ValueError: another size or number, another dtype, or a mask that leaves nothing to generate.
     """
-    found = [_mask(one) for one in _several(masks, single_ndim=2)]
+    found = [
+        load_mask(_checked(one, "masks", (), np.bool_, np.uint8)) for one in _several(masks, single_ndim=2)
+    ]
     for mask in found:
         if mask.shape != size:
             raise ValueError(
@@ -78,37 +87,23 @@ def read_masks(masks: Any, n: int, size: tuple[int, int]) -> np.ndarray:
             )
         if not mask.any():
             raise ValueError(
-                "the mask is black everywhere, so there is nothing to draw: white (True) marks the pixels to "
-                "draw, black (False) those to keep; is it inverted?"
+                "the mask is black everywhere, so there is nothing to generate: white (True) marks the "
+                "pixels to generate, black (False) those to keep; is it inverted?"
             )
     if len(found) not in (1, n):
         raise ValueError(f"got {len(found)} masks for {n} images: give one mask, or one per image")
     return np.stack(found * (n if len(found) == 1 else 1))
 
 
-def _mask(mask: Any) -> np.ndarray:
-    if isinstance(mask, Image.Image):
-        return np.asarray(mask.convert("L")) >= WHITE
-    array = np.asarray(mask)
-    if array.dtype == np.uint8:
-        array = array >= WHITE
-    if array.dtype != np.bool_ or array.ndim != 2:
-        raise ValueError(
-            f"masks are Pillow images, or bool or uint8 arrays (H, W), "
-            f"got {array.dtype} of shape {array.shape}"
-        )
-    return array
-
-
 def box_mask(box: Sequence[int], size: tuple[int, int]) -> np.ndarray:
-    """A mask (H, W) bool that draws a rectangle.
+    """A mask (H, W) bool with a rectangle to generate.
 
     Args:
         box: see `Box`.
-        size: (height, width) of the picture in pixels.
+        size: (height, width) of the image in pixels.
 
     Raises:
-        ValueError: the box is empty or leaves the picture.
+        ValueError: the box is empty or leaves the image.
     """
     h, w = size
     if len(box) != 4:
@@ -137,21 +132,27 @@ def shaped_mask(name: str, size: tuple[int, int]) -> np.ndarray:
     return box_mask(boxes[name], size)
 
 
-def pad(images: np.ndarray, mask: np.ndarray, padding: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Put pictures on a larger canvas, for outpainting.
+def canvas(images: np.ndarray, mask: Any, padding: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
+    """The images (B, H, W, 3) uint8, on a larger canvas if `padding` says so, and what is to be generated.
 
     Args:
         images: (B, H, W, 3) uint8.
-        mask: (B, H, W) bool, what is to be drawn of the pictures themselves.
-        padding: see `Padding`.
+        mask: what `read_masks` takes, of the size of the images, or None for none of them.
+        padding: see `Padding`, or None.
 
     Returns:
-        The canvas (B, top + H + bottom, left + W + right, 3) uint8, black around the pictures, and the mask
-        of the same size, True around them.
+        The canvas (B, top + H + bottom, left + W + right, 3) uint8, black around the images, and the mask
+        (B, ...) bool of the same size, True around them.
 
     Raises:
-        ValueError: a negative number of pixels, or none at all.
+        ValueError: neither mask nor padding, a negative number of pixels, or none at all; see `read_masks`.
     """
+    if mask is None and padding is None:
+        raise ValueError("say what to generate: mask=..., pad=... or keep=...")
+    n, h, w, _ = images.shape
+    hole = np.zeros((n, h, w), np.bool_) if mask is None else read_masks(mask, n, (h, w))
+    if padding is None:
+        return images, hole
     if len(padding) != 4 or min(padding) < 0 or max(padding) == 0:
         raise ValueError(
             "pad must be pixels >= 0 to add on the left,top,right,bottom, one of them > 0, "
@@ -159,4 +160,4 @@ def pad(images: np.ndarray, mask: np.ndarray, padding: Sequence[int]) -> tuple[n
         )
     left, top, right, bottom = padding
     around = ((0, 0), (top, bottom), (left, right))
-    return np.pad(images, (*around, (0, 0))), np.pad(mask, around, constant_values=True)
+    return np.pad(images, (*around, (0, 0))), np.pad(hole, around, constant_values=True)

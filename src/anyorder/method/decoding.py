@@ -256,7 +256,7 @@ def _chunk(model: AnyOrderModel, positions: Tensor) -> int:
 
 def trace(steps: Iterator[Step], known: tuple[Tensor, Tensor] | None = None) -> Trace:
     """Run the loop to its end and collect the image, its order and its log-probabilities."""
-    parts = [(step.positions, step.tokens, step.log_prob) for step in steps]
+    parts = [(step.positions, step.tokens, step.log_prob) for step in list(steps)]
     if known is not None:
         parts.insert(0, (*known, torch.zeros(known[0].shape, device=known[0].device)))
     order, tokens, log_prob = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))

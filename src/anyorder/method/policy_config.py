@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -41,7 +41,8 @@ def make_policy(order: Order, grid: Grid, streams: Streams, *, per_step: int = 1
 
     Args:
         order: the name of a static order, "random", the name of a score (most certain first), an order
-            (N,) or (B, N) of integers, a `PolicyConfig`, or a policy, which is returned as it is.
+            (N,) or (B, N) of integers, a `PolicyConfig`, a policy, which is returned as it is, or a function
+            from the grid to one of these.
         grid: the grid to cover.
         streams: random orders come from each image's own stream.
         per_step: positions per step, for names and orders.
@@ -50,12 +51,16 @@ def make_policy(order: Order, grid: Grid, streams: Streams, *, per_step: int = 1
         ValueError: unknown name (the message lists all), or an order that is no permutation of the grid or
             not of as many images as there are streams.
     """
+    if callable(order):
+        order = order(grid)
     if isinstance(order, str):
         order = PolicyConfig(order, per_step=per_step)
     if isinstance(order, PolicyConfig):
         return order.build(grid, streams)
     if isinstance(order, Sequence) or hasattr(order, "__array__"):
         return policies.FixedOrder(_given_order(order, streams), grid, per_step=per_step)
+    if not hasattr(order, "propose"):
+        raise ValueError(f"an order is a name, positions, a PolicyConfig or a policy, got {order!r}")
     return order
 
 
@@ -187,5 +192,5 @@ class PolicyConfig(ParallelSchedule):
         return policies.FixedOrder(orders, grid, name=self.order, **schedule)
 
 
-Order = str | Tensor | Sequence[Any] | OrderPolicy | PolicyConfig
+Order = str | Tensor | Sequence[Any] | OrderPolicy | PolicyConfig | Callable[[Grid], OrderPolicy]
 """Where to go next, as `make_policy` takes it."""

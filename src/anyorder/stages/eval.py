@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from anyorder.data.caches import ImageSet, TokenSet
+from anyorder.data.caches import ImageSet, OrderSet, TokenSet
 from anyorder.data.captions import index_of
 from anyorder.data.images import uint8_batches
 from anyorder.data.rows import batches, evenly_spaced
@@ -30,7 +30,7 @@ from anyorder.settings import parse, read_stored
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import as_condition, require_made_from, trained_before
 from anyorder.stages.features import load_extractor, training_features
-from anyorder.stages.sample import SAMPLES, _of_classes
+from anyorder.stages.sample import SAMPLES
 
 
 @dataclass
@@ -149,7 +149,7 @@ class EvalStage:
             return {"nll": None, "bits_per_dim": None}
         test, model = TokenSet(self.tokens, "test"), load_any_order(self.model)
         scorer = load_any_order(self.scorer) if self.scorer else None
-        own = _of_classes(self.orders)
+        class_orders = OrderSet(self.orders).of_classes if self.orders else None
         some, total = evenly_spaced(self.nll_images, len(test)), torch.zeros(2, dtype=torch.float64)
         hidden = made["config"].get("hide", ())
         policy = policy if exact else PolicyConfig("token_likelihood", location=1.0)
@@ -157,7 +157,7 @@ class EvalStage:
             batch, labels = (x.to(device()) for x in test.batch(rows))
             labels = test.without(labels, hidden)
             streams = Streams(rows.tolist(), device())
-            order = policy.build(test.grid, streams, own(labels))
+            order = policy.build(test.grid, streams, class_orders and class_orders(labels).to(device()))
             found = extract_orders(
                 model, batch, order, streams,
                 condition=as_condition(model, test, labels), grid=test.grid, scorer=scorer,

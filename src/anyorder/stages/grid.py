@@ -9,49 +9,50 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from anyorder.contracts import AnyOrderModel
 from anyorder.data.caches import TokenSet, check_tokenizer
-from anyorder.data.images import to_uint8
 from anyorder.data.rows import batches, evenly_spaced
 from anyorder.files import read_manifest, write_json
 from anyorder.inference.device import device
-from anyorder.inference.weights import load_any_order, load_tokenizer
-from anyorder.method.decoding import sample
-from anyorder.method.guidance import GuidanceConfig, Guided
+from anyorder.inference.pipeline import Pipeline
+from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.loss import token_nll
 from anyorder.method.policy_config import PolicyConfig
-from anyorder.method.sampling import Sampling, Streams
+from anyorder.method.sampling import Sampling
 from anyorder.orders import random_orders
 from anyorder.report import figures
 from anyorder.stages.artifacts import Artifact
-from anyorder.stages.common import as_condition, require_trained_on
+from anyorder.stages.common import as_condition
+from anyorder.stages.generation import load_pipeline
 
 
 @dataclass
 class GridStage:
     """Likelihood and samples of a model on another grid than the one of its training."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("model", "tokens", "other", "tokenizer")
+    inputs: ClassVar[tuple[str, ...]] = ("model", "tokens", "other", "tokenizer", "orders")
     model: Path
     tokens: Path
     """The cache the model was trained on."""
     other: Path
     """Tokens of images of another size, by the same tokenizer."""
     tokenizer: Path
+    orders: Path | None = None
+    """Order cache with an order for each class, for policy.order=class_mean; see `orders.stretch`."""
     n: int = 500
-    """Test images for the likelihoods, spread evenly over the split."""
+    """Test images for the likelihoods, evenly spaced over the split; by default 500."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Random orders of each image."""
+    """Seeds of the random orders; each image is measured in one random order for each."""
     samples: int = 16
-    """Pictures drawn on the other grid, of classes in turn."""
+    """Images generated on the other grid, of classes in turn; by default 16."""
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig("random"))
-    """The order that they are drawn in; an inferred order costs O(N^2) on large grids."""
+    """The order they are generated in; by default random. An inferred order costs O(N^2) on large grids."""
     sampling: Sampling = field(default_factory=Sampling)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     batch_size: int = 16
-    """Images per call."""
+    """Images computed at once."""
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.samples < 1 or self.batch_size < 1 or not self.seeds:
@@ -59,28 +60,25 @@ class GridStage:
                 "n, samples and batch_size must be >= 1 and seeds one number at least, got "
                 f"{self.n}, {self.samples}, {self.batch_size} and {self.seeds}"
             )
-        if self.policy.order == "class_mean":
-            raise ValueError("policy.order=class_mean is of one grid: choose another order")
+        if self.policy.order == "class_mean" and self.orders is None:
+            raise ValueError("policy.order=class_mean needs the orders of the classes: give orders=FOLDER")
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
-        """Write `metrics.json`, and a picture: images of the test split above samples."""
+        """Write `metrics.json`, and a figure: images of the test split above samples."""
         own, other = TokenSet(self.tokens, "test"), TokenSet(self.other, "test")
-        require_trained_on(self.model, own)
-        for tokens in (own, other):
-            check_tokenizer(tokens, artifact.identity["inputs"]["tokenizer"])
+        pipe = load_pipeline(artifact, own, self.model, self.tokenizer, orders=self.orders)
+        check_tokenizer(other, artifact.identity["inputs"]["tokenizer"])
         if own.classes != other.classes:
             raise ValueError(
                 f"{self.other} has other classes than {self.tokens}: tokenize the same kind of images"
             )
-        model = load_any_order(self.model)
-        found = {name: self._nll(model, tokens) for name, tokens in (("own", own), ("other", other))}
+        both = {"own": own, "other": other}
+        found = {name: self._nll(pipe.model, tokens) for name, tokens in both.items()}
         write_json(artifact.folder / "metrics.json", found)
-        figures.save_image(self._picture(model, other), artifact.folder / "grid.png")
+        figures.save_image(self._figure(pipe, other), artifact.folder / "grid.png")
         return {
             "examples": self.n,
-            "grids": {
-                name: [tokens.grid.h, tokens.grid.w] for name, tokens in (("own", own), ("other", other))
-            },
+            "grids": {name: [tokens.grid.h, tokens.grid.w] for name, tokens in both.items()},
             "next_position": read_manifest(self.model)["config"].get("model", {}).get("next_position"),
             "metrics": found,
             "policy": self.policy.label,
@@ -103,21 +101,15 @@ class GridStage:
             values.append(total / len(rows))
         return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None, "seeds": values}
 
-    def _picture(self, model: Any, tokens: TokenSet) -> Any:
-        tokenizer = load_tokenizer(self.tokenizer)
+    def _figure(self, pipe: Pipeline, tokens: TokenSet) -> Image.Image:
+        """Images of the test split above samples."""
         rows = evenly_spaced(self.samples, len(tokens))
-        true, _ = tokens.batch(rows)
-        streams = Streams(range(len(rows)), device())
-        classes = max(1, len(tokens.classes))
-        labels = torch.arange(len(rows), device=device()) % classes
-        drawer: AnyOrderModel = Guided(model, self.guidance) if self.guidance.scale != 1 else model
-        made = sample(
-            drawer,
-            self.policy.build(tokens.grid, streams),
-            streams,
-            condition=as_condition(model, tokens, labels),
-            grid=tokens.grid,
-            sampling=self.sampling,
+        labels = torch.arange(len(rows)) % max(1, len(tokens.classes))
+        made = pipe(
+            None, len(rows), self.policy, self.guidance,
+            sampling=self.sampling, grid=tokens.grid, condition=as_condition(pipe.model, tokens, labels),
+        )  # fmt: skip
+        shown = [*pipe.decode(tokens.batch(rows)[0], tokens.grid), *made.images]
+        return figures.image_grid(
+            np.stack([np.asarray(x) for x in shown]), columns=min(8, len(rows)), scale=2
         )
-        pictures = [to_uint8(tokenizer.decode(x.to(device()), tokens.grid)) for x in (true, made.tokens)]
-        return figures.image_grid(np.concatenate(pictures), columns=min(8, len(rows)), scale=2)

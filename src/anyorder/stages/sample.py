@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,21 +11,18 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from anyorder.contracts import AnyOrderModel, class_labels
-from anyorder.data.caches import OrderSet, TokenSet, check_tokenizer
-from anyorder.data.images import to_uint8
+from anyorder.contracts import class_labels
+from anyorder.data.caches import TokenSet
 from anyorder.data.rows import slices
 from anyorder.files import RowWriter, load_array
-from anyorder.inference.device import device, fast_dtype
-from anyorder.inference.weights import load_any_order, load_tokenizer
-from anyorder.method.decoding import sample
-from anyorder.method.guidance import GuidanceConfig, Guided
+from anyorder.inference.device import device
+from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.policy_config import PolicyConfig
-from anyorder.method.sampling import Sampling, Streams
-from anyorder.models.compiled import compile_decoding
+from anyorder.method.sampling import Sampling
 from anyorder.report import figures
 from anyorder.stages.artifacts import Artifact
-from anyorder.stages.common import SHOWN, as_condition, require_trained_on
+from anyorder.stages.common import SHOWN, as_condition
+from anyorder.stages.generation import load_pipeline
 
 SAMPLES = "samples.safetensors"
 """Features and logits of the samples in an eval artifact, so that comparisons need no second pass."""
@@ -34,7 +30,7 @@ SAMPLES = "samples.safetensors"
 
 @dataclass
 class SampleStage:
-    """Draw images for the classes, attributes and captions of the test split, or for prompts."""
+    """Generate images for the classes, attributes and captions of the test split, or for prompts."""
 
     inputs: ClassVar[tuple[str, ...]] = ("model", "tokenizer", "tokens", "scorer", "orders")
     model: Path
@@ -42,32 +38,35 @@ class SampleStage:
     tokens: Path
     """The cache the model was trained on, for its test labels."""
     scorer: Path | None = None
-    """Model that decides where, if not the model itself: the one its orders were extracted with."""
+    """Scoring model, which decides where, for inferred orders; by default the model itself. Give the one that
+    the model's orders were extracted with."""
     orders: Path | None = None
-    """Order cache that holds the orders of the classes, for policy.order=class_mean."""
+    """Order cache with an order for each class, for policy.order=class_mean."""
     n: int = 1000
-    """Number of images."""
+    """Number of images, at least 1; by default 1000."""
     prompts: tuple[str, ...] = ()
-    """Draw for these texts alone, n / len(prompts) images for each, all from the same seeds."""
+    """Generate for these texts alone, n / len(prompts) images for each, all from the same seeds."""
     hide: tuple[str, ...] = ()
-    """What the model is not told of test images: class, captions, or attributes by their names."""
+    """What the model is not told of the test images: class, captions, or attributes by name."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    """Where to go next; token-blind by default, so that samples follow the model's own distribution."""
+    """The order; by default lowest entropy first, a token-blind order: samples follow the model."""
     sampling: Sampling = field(default_factory=Sampling)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     batch_size: int = 64
-    """Images per call; samples do not depend on it."""
+    """Images generated at once; samples do not depend on it, up to rounding."""
     bf16: bool = True
-    """Sample in bfloat16, where the hardware has it."""
+    """Compute in bfloat16 where the hardware has it; false is slower and exact in float32."""
     compile: bool = False
-    """Draw through compiled code, on a GPU as CUDA graphs: takes minutes at first. Not for converted models.
-    On a CPU it was measured not to pay."""
+    """Generate through compiled code, on a GPU as CUDA graphs: takes minutes at first, not for converted
+    models. On a CPU it was measured not to pay."""
     seed: int = 0
-    """Image i is drawn from stream seed + i."""
+    """Image i is generated from seed + i."""
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.batch_size < 1:
             raise ValueError(f"n and batch_size must be >= 1, got {self.n} and {self.batch_size}")
+        if self.policy.order == "class_mean" and self.orders is None:
+            raise ValueError("policy.order=class_mean needs the orders of the classes: give orders=FOLDER")
         if self.prompts and (self.hide or self.n % len(self.prompts)):
             raise ValueError(
                 f"n must be a multiple of the {len(self.prompts)} prompts, and they leave nothing to hide: "
@@ -75,16 +74,13 @@ class SampleStage:
             )
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
-        """Write `{images,tokens,order,log_prob,labels,seconds}.npy` and pictures of the first samples.
+        """Write `{images,tokens,order,log_prob,labels,seconds}.npy` and figures of the first samples.
 
         Where the model takes more than classes, `condition.npy` (n, 1 + A + L) int64 is what was asked for.
         """
         tokens = TokenSet(self.tokens, "test")
-        for model in filter(None, (self.model, self.scorer)):
-            require_trained_on(model, tokens)
-        check_tokenizer(tokens, artifact.identity["inputs"]["tokenizer"])
-        self._draw(artifact, tokens, self._asked(tokens))
-        self._pictures(artifact, tokens)
+        self._generate(artifact, tokens)
+        self._figures(artifact.folder, tokens)
         seconds = load_array(artifact.folder / "seconds.npy")
         return {
             "examples": self.n,
@@ -95,31 +91,27 @@ class SampleStage:
             "device": str(device()),
         }
 
-    def _asked(self, tokens: TokenSet) -> Tensor:
-        """What each picture is asked to be, (n,) or (n, 1 + A + L) int64."""
+    def _conditions(self, tokens: TokenSet) -> Tensor:
+        """What each image is asked to be, (n,) or (n, 1 + A + L) int64."""
         if self.prompts:
             each = [prompt for prompt in self.prompts for _ in range(self.n // len(self.prompts))]
             return tokens.vocabulary.condition(self.n, prompts=each)
         shuffled = np.random.default_rng(self.seed).permutation(len(tokens))
         return tokens.batch(np.resize(shuffled, self.n))[1]
 
-    def _draw(self, artifact: Artifact, tokens: TokenSet, asked: Tensor) -> None:
+    def _generate(self, artifact: Artifact, tokens: TokenSet) -> None:
         """Batch by batch; a killed run goes on after its last batch."""
-        told, per_prompt = tokens.without(asked, self.hide), self.n // max(1, len(self.prompts))
-        model, tokenizer = load_any_order(self.model), load_tokenizer(self.tokenizer)
-        drawer: AnyOrderModel = model.to(fast_dtype(device(), self.bf16))
-        drawer = Guided(drawer, self.guidance) if self.guidance.scale != 1 else drawer
-        scorer = load_any_order(self.scorer) if self.scorer else None
-        scorer = scorer.to(fast_dtype(device(), self.bf16)) if scorer is not None else None
-        for each in filter(None, (model, scorer) if self.compile else ()):
-            compile_decoding(each)
-        own = _of_classes(self.orders)
-        h, w, n = tokens.grid.h * tokenizer.factor, tokens.grid.w * tokenizer.factor, tokens.grid.n
+        pipe = load_pipeline(
+            artifact, tokens, self.model, self.tokenizer, self.scorer, self.orders,
+            bf16=self.bf16, compiled=self.compile,
+        )  # fmt: skip
+        asked, per_prompt = self._conditions(tokens), self.n // max(1, len(self.prompts))
+        told, grid, factor = tokens.without(asked, self.hide), tokens.grid, pipe.tokenizer.factor
         names = {
-            "images": ((h, w, 3), np.uint8),
-            "tokens": ((n,), np.int32),
-            "order": ((n,), np.uint16),
-            "log_prob": ((n,), np.float32),
+            "images": ((grid.h * factor, grid.w * factor, 3), np.uint8),
+            "tokens": ((grid.n,), np.int32),
+            "order": ((grid.n,), np.uint16),
+            "log_prob": ((grid.n,), np.float32),
             "labels": ((), np.int64),
             "seconds": ((), np.float32),
         }
@@ -128,45 +120,31 @@ class SampleStage:
         with tqdm(total=self.n, initial=rows.rows, desc=f"samples, {self.policy.label}", unit="image") as bar:
             for some in slices(self.n, self.batch_size, rows.rows):
                 begin = time.perf_counter()
-                streams = Streams([self.seed + int(row) % per_prompt for row in some], device())
-                condition = told[some].to(device())
-                policy = self.policy.build(tokens.grid, streams, own(condition))
-                made = sample(
-                    drawer, policy, streams, condition=as_condition(model, tokens, condition),
-                    grid=tokens.grid, sampling=self.sampling, scorer=scorer,
+                made = pipe(
+                    None, len(some), self.policy, self.guidance,
+                    [self.seed + int(row) % per_prompt for row in some],
+                    sampling=self.sampling, grid=grid, condition=as_condition(pipe.model, tokens, told[some]),
                 )  # fmt: skip
-                images = to_uint8(tokenizer.decode(made.tokens, tokens.grid))
-                wanted = {"condition": asked[some].numpy()} if asked.ndim > 1 else {}
+                images = np.stack([np.asarray(image) for image in made.images])
+                seconds = np.full(len(some), (time.perf_counter() - begin) / len(some))
                 rows.append(
                     images=images,
                     tokens=made.tokens.cpu().numpy(),
                     order=made.order.cpu().numpy(),
                     log_prob=made.log_prob.cpu().numpy(),
                     labels=class_labels(asked[some]).numpy(),
-                    seconds=np.full(len(some), (time.perf_counter() - begin) / len(some)),
-                    **wanted,
+                    seconds=seconds,
+                    **({"condition": asked[some].numpy()} if asked.ndim > 1 else {}),
                 )
                 bar.update(len(some))
         rows.close()
 
-    def _pictures(self, artifact: Artifact, tokens: TokenSet) -> None:
-        """The first samples, as they come: a grid, half of them beside their orders, all being drawn.
-
-        Of prompts: a row of pictures for each.
-        """
+    def _figures(self, folder: Path, tokens: TokenSet) -> None:
+        """The first samples: a grid, half of them with their orders, an animation; a row for each prompt."""
+        images = load_array(folder / "images.npy")
         if self.prompts:
-            per_prompt = self.n // len(self.prompts)
-            first = np.arange(self.n).reshape(len(self.prompts), per_prompt)[:, :8]
-            rows = [np.array(load_array(artifact.folder / "images.npy")[row]) for row in first]
-            figures.save_image(figures.prompt_grid(rows, self.prompts), artifact.folder / "prompts.png")
-        images = np.array(load_array(artifact.folder / "images.npy")[:SHOWN])
-        orders = load_array(artifact.folder / "order.npy")[:SHOWN].astype(np.int64)
-        figures.save_sample_figures(artifact.folder, images, orders, tokens.grid)
-
-
-def _of_classes(orders: Path | None) -> Callable[[Tensor], Tensor | None]:
-    """Labels (B,) to the orders (B, N) of their classes, or to None where no order cache is given."""
-    if orders is None:
-        return lambda labels: None
-    cache = OrderSet(orders)
-    return lambda labels: cache.of_classes(labels).to(labels.device)
+            first = np.arange(self.n).reshape(len(self.prompts), -1)[:, :8]
+            grid = figures.prompt_grid([np.array(images[row]) for row in first], self.prompts)
+            figures.save_image(grid, folder / "prompts.png")
+        orders = load_array(folder / "order.npy")[:SHOWN].astype(np.int64)
+        figures.save_sample_figures(folder, np.array(images[:SHOWN]), orders, tokens.grid)

@@ -1,0 +1,176 @@
+"""What a pipeline is asked for: one list of arguments for all that it generates."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anyorder.contracts import Grid, OrderPolicy
+from anyorder.method.guidance import GuidanceConfig, Schedule
+from anyorder.method.policy_config import PolicyConfig
+from anyorder.method.sampling import Sampling
+
+VALUES = "values of "
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """What to generate and how: the arguments of `Pipeline.__call__`, in this sequence."""
+
+    class_labels: int | str | Sequence[int | str] | None = None
+    """One label or one per image, by index or name; None generates without a class."""
+    num_images: int | None = None
+    """How many; by default the number of labels, prompts, values of an attribute, or given images."""
+    order: str | Sequence[int] | Tensor | PolicyConfig | OrderPolicy | None = None
+    """"random", a static order ("raster", "hilbert", ...), a score ("entropy", "max_prob", "margin",
+    "token_likelihood", "information"), "location" (a location head), "class_mean" (the order of each image's
+    class, see `Pipeline`), an order (N,) or (B, N), or a `PolicyConfig`; by default the pipeline's policy."""
+    guidance_scale: float | GuidanceConfig = 1.0
+    """1 is none; more pulls images towards the class, prompt and attributes. A `GuidanceConfig` says all."""
+    generator: int | Sequence[int] | torch.Generator = 0
+    """A seed (image i uses seed + i), one seed per image, or a `torch.Generator` that the seeds are taken
+    from. An image depends on its seed alone, up to rounding, which may differ with the batch size."""
+    guidance_schedule: Schedule | None = None
+    """How the scale grows while the image is generated: "constant" (default), "linear" or "power-cosine"."""
+    sampling: Sampling | Mapping[str, Any] | None = None
+    """Temperature, top-k, top-p, min-p; a `Sampling` or its fields."""
+    grid: Grid | tuple[int, int] | None = None
+    """Rows and columns of patches, where they are not those of training."""
+    prompt: str | Sequence[str] | None = None
+    """A text, or one per image, for a model that was trained with captions; "" is none."""
+    attributes: Mapping[str, str | Sequence[str | None] | None] | None = None
+    """Values by name, {"baseColour": "Red"}, one or one per image (None: none), for a model that was trained
+    with attributes."""
+    condition: Tensor | None = None
+    """Instead of labels, prompt and attributes: (B,) or (B, 1 + A + L) int64, see `contracts`."""
+
+    @property
+    def guidance(self) -> GuidanceConfig:
+        """The guidance, whichever way it is given.
+
+        Raises:
+            ValueError: two schedules, a schedule without guidance, or a scale that is no finite number.
+        """
+        scale = self.guidance_scale
+        if isinstance(scale, GuidanceConfig):
+            if self.guidance_schedule is not None:
+                raise ValueError(
+                    "guidance_scale is a GuidanceConfig, which has a schedule: leave out guidance_schedule"
+                )
+            return scale
+        if not (isinstance(scale, int | float | np.number) and math.isfinite(scale)):
+            raise ValueError(f"guidance_scale must be a finite number or a GuidanceConfig, got {scale!r}")
+        if self.guidance_schedule is not None and scale == 1:
+            raise ValueError("guidance_schedule has no effect at guidance_scale=1: give a scale, say 2")
+        return GuidanceConfig(float(scale), self.guidance_schedule or "constant")
+
+    @property
+    def tokens(self) -> Sampling:
+        """How tokens are sampled.
+
+        Raises:
+            ValueError: neither a `Sampling` nor its fields.
+        """
+        if self.sampling is None or isinstance(self.sampling, Sampling):
+            return self.sampling or Sampling()
+        try:
+            return Sampling(**self.sampling)
+        except TypeError as e:
+            fields = ", ".join(Sampling.__dataclass_fields__)
+            raise ValueError(
+                f"sampling must be a Sampling or a mapping of {fields}, got {self.sampling!r}"
+            ) from e
+
+    @property
+    def shape(self) -> Grid | None:
+        """The grid, if one is given.
+
+        Raises:
+            ValueError: not two positive whole numbers.
+        """
+        if self.grid is None or isinstance(self.grid, Grid):
+            return self.grid
+        try:
+            h, w = map(operator.index, self.grid)
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"grid must be (rows, columns) in patches, got {self.grid!r}") from e
+        return Grid(h, w)
+
+    def leave_out_grid(self, why: str) -> None:
+        """Raise a ValueError that says why, if a grid is given."""
+        if self.grid is not None:
+            raise ValueError(f"{why}: leave out grid")
+
+    def seeds(self, n: int) -> list[int]:
+        """One seed for each of n images.
+
+        Raises:
+            ValueError: another number of seeds, or no seeds at all.
+        """
+        given: Any = self.generator
+        if isinstance(given, torch.Generator):
+            return torch.randint(2**31, (n,), generator=given, device=given.device).tolist()
+        try:
+            if np.ndim(given) == 0:
+                return [operator.index(given) + i for i in range(n)]
+            seeds = [operator.index(seed) for seed in given]
+        except TypeError as e:
+            raise ValueError(
+                f"generator must be a seed, one seed per image or a torch.Generator, got {given!r}"
+            ) from e
+        if len(seeds) != n:
+            raise ValueError(f"got {len(seeds)} seeds for {n} images: give one seed, or one per image")
+        return seeds
+
+    def columns(self, n: int | None) -> tuple[int, dict[str, list[Any]]]:
+        """The number of images, and what is given for each, by "labels", "prompts" and "values of NAME".
+
+        Args:
+            n: the number of images, where something else decides it.
+
+        Raises:
+            ValueError: no images, or another number of values than images.
+        """
+        given: dict[str, Any] = {"labels": self.class_labels, "prompts": self.prompt}
+        given = {name: value for name, value in given.items() if value is not None}
+        given |= {VALUES + name: value for name, value in (self.attributes or {}).items()}
+        if self.condition is not None:
+            if given:
+                raise ValueError(f"give either condition=..., or {' and '.join(given)}")
+            given = {"conditions": self.condition}
+        lists = {name: _listed(value) for name, value in given.items()}
+        n = max(map(len, lists.values()), default=1) if n is None else n
+        if not isinstance(n, int | np.integer) or n < 1:
+            raise ValueError(f"num_images must be a whole number >= 1, got {n!r}")
+        for name, values in lists.items():
+            if len(values) not in (1, n):
+                raise ValueError(f"got {len(values)} {name} for num_images={n}: give one, or one per image")
+        return int(n), {name: values * (n if len(values) == 1 else 1) for name, values in lists.items()}
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str) or np.ndim(value) == 0 else list(value)
+
+
+Result = TypeVar("Result")
+POSITIONAL = 5
+"""Fields of `ImageRequest` that are usually given by position."""
+
+
+def takes_request(method: Callable[..., Result]) -> Callable[..., Result]:
+    """Show the fields of `ImageRequest` in the signature of a method that takes (*request, **settings)."""
+    fields = list(inspect.signature(ImageRequest).parameters.values())
+    own = list(inspect.signature(method).parameters.values())
+    positional = [p for p in own if p.kind is p.POSITIONAL_OR_KEYWORD] + fields[:POSITIONAL]
+    named = [p.replace(kind=p.KEYWORD_ONLY) for p in fields[POSITIONAL:]]
+    signature = inspect.Signature([*positional, *(p for p in own if p.kind is p.KEYWORD_ONLY), *named])
+    method.__signature__ = signature  # type: ignore[attr-defined]
+    return method

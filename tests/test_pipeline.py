@@ -1,0 +1,312 @@
+"""What a pipeline takes: one list of arguments, parts that fit, settings with an effect, any image file."""
+
+import inspect
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import transformer
+from PIL import Image
+
+from anyorder import Pipeline
+from anyorder.contracts import Grid
+from anyorder.data.images import BadImage
+from anyorder.inference.request import ImageRequest
+from anyorder.method.guidance import GuidanceConfig
+from anyorder.method.loss import token_nll
+from anyorder.method.policy_config import PolicyConfig
+from anyorder.method.sampling import Sampling
+from anyorder.orders import inverse, static_order, stretch, validate
+from anyorder.tokenizers.vq import VQConfig, VQModel
+
+CLASSES = ("cat", "dog", "owl")
+GRID = Grid(3, 4)
+SIZE = (12, 16)
+
+
+def tokenizer(vocab_size: int = 5) -> VQModel:
+    config = VQConfig(
+        channels=8, multipliers=(1, 1, 2), groups=2, res_blocks=1, z_channels=8, vocab_size=vocab_size,
+        code_dim=4,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return VQModel(config).eval()
+
+
+MODEL, TOKENIZER, SCORER = (
+    transformer(num_classes=3, grid=(3, 4)),
+    tokenizer(),
+    transformer(seed=7, num_classes=3, grid=(3, 4)),
+)
+CLASS_ORDERS = torch.stack([torch.arange(12), torch.arange(12).flip(0), static_order("spiral_in", GRID)])
+PIPE = Pipeline(MODEL, TOKENIZER, CLASSES)
+FULL = Pipeline(MODEL, TOKENIZER, CLASSES, scorer=SCORER, class_orders=CLASS_ORDERS)
+IMAGE = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+HOLE = np.zeros(SIZE, bool)
+HOLE[4:8, 4:12] = True
+
+
+# --- one list of arguments
+
+
+def test_every_method_shows_the_fields_of_a_request():
+    fields = list(inspect.signature(ImageRequest).parameters)
+    assert list(inspect.signature(PIPE).parameters) == fields
+    assert list(inspect.signature(PIPE.stream).parameters) == fields
+    shown = list(inspect.signature(PIPE.complete).parameters)
+    assert shown == ["image", "mask", *fields[:5], "pad", "keep", "feather", "margin", *fields[5:]]
+    assert set(inspect.signature(PIPE.coarse_to_fine).parameters) == {"factor", *fields}
+    with pytest.raises(TypeError, match="guidance"):
+        PIPE(guidance=2.0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"order": list(range(11, -1, -1))}, {"order": torch.arange(12).flip(0)}),
+        ({"order": np.arange(12, dtype=np.uint16)}, {"order": "raster"}),
+        ({"sampling": {"temperature": 0.5, "top_k": 3}}, {"sampling": Sampling(0.5, 3)}),
+        ({"generator": np.int64(3)}, {"generator": 3}),
+        ({"generator": np.array([3, 9])}, {"generator": [3, 9]}),
+        ({"class_labels": np.int64(1)}, {"class_labels": "dog"}),
+        ({"class_labels": torch.tensor([0, 2])}, {"class_labels": ["cat", "owl"]}),
+        ({"condition": torch.tensor([0, 2])}, {"class_labels": ["cat", "owl"]}),
+        ({"num_images": np.int64(2)}, {"num_images": 2}),
+        ({"grid": np.array([2, 3])}, {"grid": Grid(2, 3)}),
+        ({"class_labels": 1, "guidance_scale": np.float32(2)}, {"class_labels": 1, "guidance_scale": 2}),
+        (
+            {"class_labels": 1, "guidance_scale": 2, "guidance_schedule": "linear"},
+            {"class_labels": 1, "guidance_scale": GuidanceConfig(2.0, "linear")},
+        ),
+    ],
+)
+def test_equal_requests(one, other):
+    a, b = (PIPE(**{"num_images": 2, **settings}) for settings in (one, other))
+    assert torch.equal(a.tokens, b.tokens)
+    assert torch.equal(a.order, b.order)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"generator": None}, "generator must be a seed, one seed per image or a torch.Generator, got None"),
+        ({"generator": 1.5}, "generator must be a seed"),
+        ({"generator": [1, "a"]}, "generator must be a seed"),
+        ({"sampling": {"heat": 1}}, "mapping of temperature, top_k, top_p, min_p, got"),
+        ({"sampling": 0.5}, "sampling must be a Sampling"),
+        ({"sampling": {"temperature": float("nan")}}, "temperature must be >= 0, got nan"),
+        ({"guidance_scale": float("nan"), "class_labels": 1}, "guidance_scale must be a finite number"),
+        ({"guidance_scale": "2", "class_labels": 1}, "guidance_scale must be a finite number"),
+        (
+            {"guidance_scale": GuidanceConfig(2.0), "guidance_schedule": "linear"},
+            "leave out guidance_schedule",
+        ),
+        ({"guidance_schedule": "linear"}, "no effect at guidance_scale=1"),
+        (
+            {"guidance_scale": 2, "guidance_schedule": "steep", "class_labels": 1},
+            "constant, linear or power-cosine",
+        ),
+        ({"order": 5}, "an order is a name, positions, a PolicyConfig or a policy, got 5"),
+        ({"order": [0, 1, 1]}, "needs 12 positions"),
+        ({"order": "class_mean"}, "no orders of classes"),
+        ({"grid": 3}, r"grid must be \(rows, columns\)"),
+        ({"grid": (2, 3, 4)}, r"grid must be \(rows, columns\)"),
+        ({"grid": (0, 3)}, "at least one row"),
+        ({"num_images": 1.5}, "num_images must be a whole number"),
+        ({"class_labels": 0.5}, "class labels are names or numbers, got 0.5"),
+        ({"class_labels": -1}, r"lie in \[0, 3\), got -1"),
+        ({"condition": torch.tensor([1]), "class_labels": 1}, r"either condition=\.\.\., or labels"),
+    ],
+)
+def test_wrong_types_and_settings_without_effect_are_refused_in_one_line(settings, message):
+    with pytest.raises(ValueError, match=message) as e:
+        PIPE(**settings)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("extra", [{"margin": 1}, {"feather": 0}, {"margin": 0, "feather": 2}])
+def test_variations_have_no_seam(extra):
+    with pytest.raises(
+        ValueError, match=r"either keep=\.\.\., or mask=\.\.\. and pad=\.\.\. with margin and feather"
+    ):
+        PIPE.complete(IMAGE, keep=0.5, **extra)
+
+
+def test_the_grid_of_images_is_theirs():
+    with pytest.raises(ValueError, match="leave out grid"):
+        PIPE.complete(IMAGE, HOLE, grid=GRID)
+    with pytest.raises(ValueError, match="leave out grid"):
+        PIPE.coarse_to_fine("cat", grid=GRID)
+
+
+def test_a_scorer_is_never_guided():
+    unguided = GuidanceConfig(2.0, locations="unguided")
+    with pytest.raises(ValueError, match="locations='unguided' has no effect: the scorer is never guided"):
+        FULL("cat", guidance_scale=unguided)
+    for order in ("token_likelihood", "raster"):  # these leave the scorer out
+        FULL("cat", order=order, guidance_scale=unguided)
+    PIPE("cat", guidance_scale=unguided)
+
+
+def test_several_labels_for_one_image():
+    out = PIPE.complete(IMAGE, HOLE, ["cat", "owl"], order="raster", generator=4)
+    alone = PIPE.complete(IMAGE, HOLE, "owl", order="raster", generator=5)
+    assert torch.equal(out.tokens[1], alone.tokens[0])
+
+
+def test_log_probability_of_the_true_image():
+    everything = np.ones(SIZE, bool)
+    made = PIPE.complete(IMAGE, everything, "dog", order="spiral_in")
+    found = PIPE.log_prob_of(IMAGE, made, "dog", order="spiral_in")
+    tokens = TOKENIZER.encode(torch.from_numpy(IMAGE).permute(2, 0, 1)[None].float() / 127.5 - 1)
+    with torch.no_grad():
+        expected = -token_nll(MODEL, tokens, torch.tensor([1]), static_order("spiral_in", GRID)[None], GRID)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    kept = PIPE.complete(IMAGE, HOLE, "dog", order="raster")
+    assert (PIPE.log_prob_of(IMAGE, kept, "dog", order="raster")[:, : int(kept.known.sum())] == 0).all()
+
+
+# --- parts that do not fit
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"tokenizer": tokenizer(6)}, "the model has vocab_size 5, the tokenizer 6"),
+        ({"scorer": transformer(num_classes=3, vocab_size=6)}, "the model has vocab_size 5, the scorer 6"),
+        ({"scorer": transformer(num_classes=4)}, "the model has num_classes 3, the scorer 4"),
+        ({"class_orders": CLASS_ORDERS[:, :9]}, "needs 12 positions"),
+        ({"class_orders": CLASS_ORDERS[:2]}, r"each of the model's 3 classes, got shape \(2, 12\)"),
+        ({"class_orders": CLASS_ORDERS[0]}, "class_orders must have a row for each"),
+        ({"class_orders": torch.zeros(3, 12, dtype=torch.int64)}, "exactly once"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(parts, message):
+    with pytest.raises(ValueError, match=message):
+        Pipeline(**{"model": MODEL, "tokenizer": TOKENIZER, **parts})
+
+
+# --- orders of classes on other grids
+
+
+def test_ranks_are_interpolated_between_patch_centres():
+    assert stretch(torch.tensor([[1, 0]]), Grid(1, 2), Grid(1, 4)).tolist() == [[3, 2, 1, 0]]
+    # Ranks 0 to 3 in the corners; by hand: 3 x 3 has 0, .5, 1 / 1, 1.5, 2 / 2, 2.5, 3, ties in raster order.
+    assert stretch(torch.arange(4)[None], Grid(2, 2), Grid(3, 3)).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8]]
+    assert stretch(CLASS_ORDERS, GRID, GRID) is CLASS_ORDERS
+    for grid in (Grid(1, 1), Grid(2, 9), Grid(24, 5)):
+        found = validate(stretch(CLASS_ORDERS, GRID, grid), grid)
+        rows, columns = (
+            ((np.arange(new) + 0.5) * old / new - 0.5).clip(0, old - 1)
+            for old, new in zip((GRID.h, GRID.w), (grid.h, grid.w), strict=True)
+        )
+        for order, given in zip(found, CLASS_ORDERS, strict=True):
+            ranks = inverse(given).reshape(GRID.h, GRID.w).numpy()
+            across = np.stack([np.interp(columns, np.arange(GRID.w), row) for row in ranks])
+            down = np.stack([np.interp(rows, np.arange(GRID.h), column) for column in across.T], axis=1)
+            assert order.tolist() == down.round(5).ravel().argsort(kind="stable").tolist()
+
+
+def test_shipped_model_on_other_grids():
+    """The three calls of the README that class orders of one grid alone would refuse."""
+    pipe = Pipeline.from_pretrained("fashion32")
+    shoes = pipe.class_orders[pipe.classes.index("Shoes")][None]
+    out = pipe("Shoes", grid=(12, 8))
+    assert out.images[0].size == (32, 48)
+    assert torch.equal(out.order, stretch(shoes, pipe.model.grid, Grid(12, 8)))
+    large = pipe.coarse_to_fine("Shoes")
+    assert large.images[0].size == (64, 64)
+    assert large.order.shape == (1, 256)
+    wide = pipe.complete(Image.new("RGB", (32, 32), "white"), pad=(0, 0, 16, 0))
+    assert wide.images[0].size == (48, 32)
+    ranks = inverse(stretch(shoes, pipe.model.grid, Grid(8, 12)))
+    shoe = pipe.complete(Image.new("RGB", (32, 32), "white"), pad=(0, 0, 16, 0), class_labels="Shoes")
+    opened = shoe.order[:, 64:]
+    assert (ranks.gather(1, opened).diff(dim=1) > 0).all(), "open positions follow the interpolated ranks"
+
+
+def test_orders_of_classes_on_both_grids_of_coarse_to_fine():
+    out = FULL.coarse_to_fine(["cat", "dog", "owl"], order="class_mean")
+    fine = Grid(6, 8)
+    for row, label in enumerate(range(3)):
+        ranks = inverse(stretch(CLASS_ORDERS[label][None], GRID, fine))[0]
+        assert (ranks[out.order[row, 12:]].diff() > 0).all()
+
+
+# --- one reader of images and masks
+
+
+def save(path, image):
+    image.save(path)
+    return path
+
+
+def test_images_are_read_as_those_of_data_are(tmp_path):
+    grey = np.linspace(0, 65535, 192).reshape(SIZE).astype(np.uint16)
+    eight = (grey / 257).round().astype(np.uint8)[..., None].repeat(3, -1)
+    clear = np.dstack([IMAGE, np.full(SIZE, 255, np.uint8)])
+    clear[:, 8:, 3] = 0  # hidden colours
+    turned = Image.fromarray(np.rot90(IMAGE).copy())
+    exif = turned.getexif()
+    exif[0x0112] = 6  # turn it by 90 degrees clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    white = IMAGE.copy()
+    white[:, 8:] = 255
+    cases = [
+        (save(tmp_path / "16.png", Image.fromarray(grey)), eight),
+        (save(tmp_path / "float.tif", Image.fromarray((grey / np.float32(65535)).astype(np.float32))), eight),
+        (save(tmp_path / "clear.png", Image.fromarray(clear)), white),
+        (Image.fromarray(clear), white),
+        (tmp_path / "turned.png", IMAGE),
+    ]
+    for given, expected in cases:
+        made = np.asarray(PIPE.complete(given, HOLE, order="raster").images[0]).astype(int)
+        assert np.abs(made - expected)[~HOLE].max() <= 1, given
+
+
+def test_masks_of_16_bits_and_transparent_ones(tmp_path):
+    sixteen = save(tmp_path / "16.png", Image.fromarray(HOLE.astype(np.uint16) * 40000))
+    clear = np.full((*SIZE, 4), 255, np.uint8)
+    clear[..., 3] = HOLE * 255
+    expected = PIPE.complete(IMAGE, HOLE, order="raster")
+    for mask in (sixteen, str(sixteen), Image.fromarray(clear), HOLE.astype(np.uint8)):
+        found = PIPE.complete(IMAGE, mask, order="raster")
+        np.testing.assert_array_equal(found.images[0], expected.images[0])
+
+
+def test_bombs_and_pipes_are_refused_with_their_path(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")
+    monkeypatch.setattr("anyorder.data.images.MAX_PIXELS", 100)
+    bomb = save(tmp_path / "bomb.png", Image.new("1", (70_000, 10_000)))
+    for path in (tmp_path / "pipe.png", bomb, tmp_path / "none.png"):
+        with pytest.raises(BadImage, match=path.name):
+            PIPE.complete(path, keep=0.5)
+        with pytest.raises(BadImage, match=path.name):
+            PIPE.complete(IMAGE, path)
+
+
+def test_policies_on_other_grids_in_few_steps():
+    quick = PolicyConfig("class_mean", steps=4)
+    steps = list(FULL.stream("owl", order=quick, grid=(4, 6)))
+    assert [step.positions.shape[1] for step in steps] == [6] * 4
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ([], "has format list"),
+        ({"format": 1}, "pipeline.json is damaged: KeyError"),
+        ({"format": 1, "classes": 3, "policy": {}}, "pipeline.json is damaged: TypeError"),
+        ({"format": 1, "classes": [], "policy": [1]}, "pipeline.json is damaged"),
+        ({"format": 1, "classes": [], "policy": {"heat": 1}}, "heat"),
+    ],
+)
+def test_damaged_indices_are_named_in_one_line(tmp_path, damage, message):
+    PIPE.save_pretrained(tmp_path)
+    (tmp_path / "pipeline.json").write_text(json.dumps(damage))
+    with pytest.raises(ValueError, match=message) as e:
+        Pipeline.from_pretrained(tmp_path)
+    assert "\n" not in str(e.value)
