@@ -9,10 +9,10 @@ import torch
 from anyorder.bench import bench as bench_module
 from anyorder.bench import workloads
 from anyorder.bench.bench import against, load_result, tables
-from anyorder.bench.costs import TransformerCosts
 from anyorder.bench.memory import peak_memory
-from anyorder.bench.workloads import MEMORY, WORKLOADS, BenchConfig, Subject, ceilings
+from anyorder.bench.workloads import MEMORY, WORKLOADS, BenchConfig, Subject, ceilings, matmul_name
 from anyorder.cli import main as cli
+from anyorder.inference.device import device, fast_dtype
 from anyorder.models import compiled
 from anyorder.settings import parse
 
@@ -79,7 +79,8 @@ def test_decoding_may_be_compiled(tmp_path, monkeypatch):
 
 def test_shares_are_of_what_was_measured(written):
     result = load_result(written)
-    product = next(row for row in result["ceilings"] if row["ceiling"].startswith("float32 matmul, 12 rows"))
+    name = matmul_name(fast_dtype(device(), True), 12)
+    product = next(row for row in result["ceilings"] if row["ceiling"] == name)
     memory = next(row for row in result["ceilings"] if row["ceiling"] == MEMORY)
     row = result["rows"][0]
     assert row["share of matmul (%)"] == pytest.approx(100 * row["GFLOP/s"] / product["GFLOP/s"])
@@ -223,9 +224,9 @@ def peaks(sides: tuple[int, ...], *settings: str) -> list[float]:
 
 
 def test_memory_grows_in_a_line_with_positions():
-    first, second, third = peaks((4, 8, 12), "chunk=16")
-    # 80 more positions take 1.7 times what 48 more take; of a square it would be 4.3 times.
-    assert 1.5 < (third - second) / (second - first) < 2
+    first, second, third = peaks((12, 16, 20), "chunk=16")
+    slope = ((third - second) / (400 - 256)) / ((second - first) / (256 - 144))
+    assert 0.9 < slope < 1.2  # of a square it would be 1.64
 
 
 def test_memory_grows_with_the_chunk():
@@ -237,11 +238,10 @@ def test_memory_grows_with_the_chunk():
 def test_memory_is_at_least_what_is_counted():
     subject = Subject(parse(BenchConfig, {}, TINY))
     (row,) = peak_memory(subject, (4,))
-    costs = subject.costs(2)
-    assert isinstance(costs, TransformerCosts)
+    size, width = fast_dtype(device(), True).itemsize, subject.config.model.width
     assert row["positions"] == 16
-    assert row["cache (MiB)"] == costs.cache(16) / 2**20
-    assert row["candidates (MiB)"] == 4 * 2 * 16 * subject.config.model.width / 2**20
+    assert row["cache (MiB)"] == size * 2 * subject.config.model.depth * 2 * 16 * width / 2**20
+    assert row["candidates (MiB)"] == size * 2 * 16 * width / 2**20
     assert row["chunk (MiB)"] == 4 * 2 * 4 * 8 / 2**20
     assert row["peak (MiB)"] > row["cache (MiB)"] + row["candidates (MiB)"] + row["chunk (MiB)"]
     assert peak_memory(subject, (4,)) == [row]

@@ -36,10 +36,9 @@ SIZES = ("model", "tokenizer", "grid", "vocab_size", "batch_size", "images")
 def bench(config: BenchConfig, out: Path) -> dict[str, Any]:
     """Measure, print tables, and write `out` (JSON) and, of sweeps, a figure beside it (PNG).
 
-    FLOPs and bytes are counted from the configuration (`runs.costs`) and divided by the median time. One
-    share is that of the matmul rate at the shape of training in the same dtype; the other is that of the
-    least time that the matmul rate and the memory bandwidth allow. It passes 100 % where caches hold what was
-    counted as moved.
+    FLOPs and bytes are counted (`costs`) and divided by the median time. One share is that of the matmul rate
+    at the shape of training in the same dtype; the other is that of the least time that the matmul rate and
+    the memory bandwidth allow, which passes 100 % where caches hold what was counted as moved.
     """
     base = measure(config)
     sweeps = {name: _sweep(config, name, base) for name, values in vars(config.over).items() if values}
@@ -57,12 +56,12 @@ def bench(config: BenchConfig, out: Path) -> dict[str, Any]:
     print(f"written to {out}")
     if sweeps:
         save_image(_figure(sweeps), out.with_suffix(".png"))
-        print(f"drawn in {out.with_suffix('.png')}")
+        print(f"figure in {out.with_suffix('.png')}")
     return result
 
 
 def measure(config: BenchConfig) -> dict[str, list[dict[str, Any]]]:
-    """Time ceilings and workloads in turns, so that a change of the machine's speed meets all of them.
+    """Time ceilings and workloads in turns, so that a change of the machine's speed affects all of them.
 
     Returns:
         "ceilings" and "rows", see `tables`.
@@ -76,13 +75,9 @@ def measure(config: BenchConfig) -> dict[str, list[dict[str, Any]]]:
     flops = tops[product].cost.flops / statistics.median(seconds[product])
     bandwidth = tops[MEMORY].cost.bytes / statistics.median(seconds[MEMORY])
     return {
-        "ceilings": [{"ceiling": name, **_rates(top, seconds[name])} for name, top in tops.items()],
+        "ceilings": [{"ceiling": name} | _rates(top, seconds[name]) for name, top in tops.items()],
         "rows": [
-            {
-                "workload": name,
-                **_rates(run, seconds[name]),
-                **_shares(run, statistics.median(seconds[name]), flops, bandwidth),
-            }
+            {"workload": name} | _rates(run, seconds[name]) | _shares(run, seconds[name], flops, bandwidth)
             for name, run in runs.items()
         ],
     }
@@ -136,12 +131,13 @@ def _rates(work: Workload, seconds: list[float]) -> dict[str, Any]:
     }
 
 
-def _shares(work: Workload, seconds: float, flops: float, bandwidth: float) -> dict[str, Any]:
+def _shares(work: Workload, seconds: list[float], flops: float, bandwidth: float) -> dict[str, Any]:
     """Against matmul rate (FLOP/s) and memory bandwidth (bytes/s)."""
+    median, cost = statistics.median(seconds), work.cost
     return {
-        "share of matmul (%)": 100 * work.cost.flops / seconds / flops,
-        "share of attainable (%)": 100 * work.cost.seconds(flops, bandwidth) / seconds,
-        "bound by": "matmul" if work.cost.flops / flops > work.cost.bytes / bandwidth else "memory",
+        "share of matmul (%)": 100 * cost.flops / median / flops,
+        "share of attainable (%)": 100 * cost.seconds(flops, bandwidth) / median,
+        "bound by": "matmul" if cost.flops / flops > cost.bytes / bandwidth else "memory",
     }
 
 
@@ -155,29 +151,24 @@ def _device_name() -> str:
 
 
 def _sweep(config: BenchConfig, name: str, base: dict[str, Any]) -> list[dict[str, Any]]:
-    """A point for each value of one size; where it is that of `config`, what was measured already."""
+    """A point for each value of one size; `base` where it is that of `config`."""
     points = []
     for value in getattr(config.over, name):
-        changed = _with(config, name, value)
-        x = value**2 if name == "grid" else value
-        points.append({"value": x, **(base if changed == config else measure(changed))})
+        changes = {
+            "batch_size": {"batch_size": value, "images": value},
+            "grid": {"grid": (value, value)},
+            "vocab_size": {"vocab_size": value},
+            "depth": {"model": dataclasses.replace(config.model, depth=value)},
+        }
+        changed = dataclasses.replace(config, **changes[name])
+        result = base if changed == config else measure(changed)
+        points.append({"value": value**2 if name == "grid" else value, **result})
     return points
-
-
-def _with(config: BenchConfig, name: str, value: int) -> BenchConfig:
-    """`config` at another value of a setting of `Over`."""
-    changes: dict[str, dict[str, Any]] = {
-        "batch_size": {"batch_size": value, "images": value},
-        "grid": {"grid": (value, value)},
-        "vocab_size": {"vocab_size": value},
-        "depth": {"model": dataclasses.replace(config.model, depth=value)},
-    }
-    return dataclasses.replace(config, **changes[name])
 
 
 def _figure(sweeps: dict[str, list[dict[str, Any]]]) -> Any:
     curves = {
-        AXES[name]: [{**row, "value": point["value"]} for point in points for row in point["rows"]]
+        AXES[name]: [row | {"value": point["value"]} for point in points for row in point["rows"]]
         for name, points in sweeps.items()
     }
     return scaling_curves(curves, ["images/s", "share of attainable (%)"])
@@ -205,7 +196,7 @@ def _table(rows: list[dict[str, Any]], *without: str) -> Table:
 
 
 def load_result(path: Path) -> dict[str, Any]:
-    """What `bench` wrote.
+    """A file that `bench` wrote.
 
     Raises:
         FileNotFoundError: no such file.
@@ -223,32 +214,27 @@ def against(new: dict[str, Any], old: dict[str, Any]) -> Table:
     Raises:
         ValueError: they were measured at other sizes, or have no workload in common.
     """
-    sizes = [_sizes(result) for result in (new, old)]
+    sizes, before = _sizes(new), _sizes(old)
     if other := [
-        f"{name} is {size} and {sizes[1][name]}" for name, size in sizes[0].items() if size != sizes[1][name]
+        f"{name} is {size} and {before[name]}" for name, size in sizes.items() if size != before[name]
     ]:
         raise ValueError(
             f"the results are of different sizes: {', '.join(other)}; "
             "run one of them again with the settings of the other"
         )
-    after, before = _by_name(new), _by_name(old)
-    common = [name for name in after if name in before]
-    if not common:
-        raise ValueError(f"no workload is in both results: {'; '.join(after)} and {'; '.join(before)}")
-    rows = [_ratios(name, after[name], before[name]) for name in common]
-    caption = f"{new['device']} against {old['device']}"
-    return Table(list(rows[0]), rows, caption)
+    rows, rows_before = _by_name(new), _by_name(old)
+    compared = [_ratios(name, row, rows_before[name]) for name, row in rows.items() if name in rows_before]
+    if not compared:
+        raise ValueError(f"no workload is in both results: {'; '.join(rows)} and {'; '.join(rows_before)}")
+    return Table(list(compared[0]), compared, f"{new['device']} against {old['device']}")
 
 
 def _sizes(result: dict[str, Any]) -> dict[str, Any]:
-    """By dotted name, with the defaults of settings that are newer than the result."""
-    values = {name: value for name, value in result["config"].items() if name in SIZES}
-    sizes: dict[str, Any] = {}
-    for name, size in dataclasses.asdict(parse(BenchConfig, values)).items():
-        if name in SIZES:
-            group = size if isinstance(size, dict) else {"": size}
-            sizes |= {f"{name}.{key}".rstrip("."): value for key, value in group.items()}
-    return sizes
+    """By dotted name, with defaults for settings that are newer than the result."""
+    known = {name: value for name, value in result["config"].items() if name in SIZES}
+    config = dataclasses.asdict(parse(BenchConfig, known))
+    groups = {name: config[name] if isinstance(config[name], dict) else {"": config[name]} for name in SIZES}
+    return {f"{name}.{key}".rstrip("."): x for name, group in groups.items() for key, x in group.items()}
 
 
 def _by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -261,9 +247,7 @@ def _by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _ratios(name: str, new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    def ratio(key: str) -> float | None:
-        return new[key] / old[key] if new.get(key) and old.get(key) else None
-
+    ratio = lambda key: new[key] / old[key] if new.get(key) and old.get(key) else None  # noqa: E731
     return {
         "workload": name,
         "seconds": new["seconds"],

@@ -1,4 +1,4 @@
-"""Peak memory of sampling in an inferred order, next to what it should be made of."""
+"""Peak memory of sampling in an inferred order, beside the sizes of its parts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyorder.bench.costs import FLOAT32
 from anyorder.bench.workloads import Subject
 from anyorder.contracts import Grid
 from anyorder.method.decoding import generate, sample
@@ -27,37 +26,41 @@ MIB = 2**20
 def peak_memory(subject: Subject, sides: tuple[int, ...]) -> list[dict[str, Any]]:
     """Measured and counted memory, a row per grid of side x side patches; weights are not part of it.
 
-    Not every step is run. Between the first and the last chunk of open positions memory is linear in the
-    step: the candidates become fewer, what their attention needs grows. So the peak over the first
-    two steps, and over the step at which one chunk is left, is the peak of all. What comes before that last
-    one is given, a chunk at a time.
+    Not every step is run: until one chunk of open positions is left memory is linear in the step, so the peak
+    is that of the first two steps or of the step at which one chunk is left.
 
     Returns:
         positions: N.
-        peak (MiB): of live tensors on a CPU, as the profiler sees them allocated and freed; the allocator's
-            own peak on a GPU, with what autocast caches.
+        peak (MiB): of live tensors, as the profiler (CPU) or the allocator (GPU) sees them.
         cache (MiB): keys and values of all positions, O(B N).
-        candidates (MiB): hidden states that `score` keeps of all open positions at the first step, O(B N);
-            their keys and values wait in free slots of the cache.
+        candidates (MiB): hidden states of all open positions at the first step, O(B N).
         chunk (MiB): float32 logits of one chunk, O(B C V); a few of these are alive at once.
     """
     rows = []
-    # What a first run leaves behind belongs to the weights (`models.linear`).
+    # A first run may arrange weights anew (`models.layers`): that is no memory of sampling.
     subject.without_gradients(lambda: sample(subject.model, "raster", subject.streams, grid=Grid(1, 2)))()
     for side in sides:
         grid, config = Grid(side, side), subject.config
-        costs = subject.costs(config.images)
-        hidden = costs.size * config.images * grid.n * config.model.width
-        logits = FLOAT32 * config.images * min(config.chunk, grid.n) * config.vocab_size
+        hidden = subject.dtype.itemsize * config.images * grid.n * config.model.width
+        logits = torch.float32.itemsize * config.images * min(config.chunk, grid.n) * config.vocab_size
         last = max(0, grid.n - config.chunk)
         peak = max(_peak(subject, grid, known, steps) for known, steps in ((0, 2), (last, 1)))
-        sizes = {"peak": peak, "cache": costs.cache(grid.n), "candidates": hidden, "chunk": logits}
+        sizes = {"peak": peak, "cache": _cache(subject, grid), "candidates": hidden, "chunk": logits}
         rows.append({"positions": grid.n, **{f"{name} (MiB)": size / MIB for name, size in sizes.items()}})
     return rows
 
 
+@torch.no_grad()
+def _cache(subject: Subject, grid: Grid) -> int:
+    """Bytes of the keys and values that decoding allocates."""
+    with subject.autocast():
+        state = subject.model.start(subject.config.images, None, grid)
+    cache = getattr(state, "cache", state)
+    return cache.keys.nbytes + cache.values.nbytes
+
+
 class _Piecewise:
-    """A model that reads given positions a chunk at a time: they need no more memory than drawn ones."""
+    """A model that reads known positions a chunk at a time: they need no more memory than sampled ones."""
 
     def __init__(self, model: AnyOrderTransformer, chunk: int):
         self.model, self.chunk = model, chunk
@@ -76,7 +79,7 @@ def _peak(subject: Subject, grid: Grid, known: int, steps: int) -> int:
     given = torch.arange(known, device=subject.device).expand(config.images, -1)
     tokens = subject.random_tokens(config.images, grid)[:, :known]
 
-    def draw() -> None:
+    def some_steps() -> None:
         run = generate(
             _Piecewise(subject.model, config.chunk),
             InferredOrder(),
@@ -88,7 +91,7 @@ def _peak(subject: Subject, grid: Grid, known: int, steps: int) -> int:
         list(islice(run, steps))
 
     measure = _peak_of_gpu if subject.device.type == "cuda" else _peak_of_cpu
-    return measure(subject.without_gradients(draw))
+    return measure(subject.without_gradients(some_steps))
 
 
 def _peak_of_gpu(work: Callable[[], Any]) -> int:

@@ -1,12 +1,12 @@
-"""What `anyorder bench` measures: the machine's ceilings, and the workloads that are held against them.
+"""What `anyorder bench` measures: the machine's ceilings, and workloads as shares of them.
 
-A further workload is a function from a `Subject` to a `Workload`, and a line in `WORKLOADS`.
+To add a workload, write a function from a `Subject` to a `Workload` and add it to `WORKLOADS`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyorder.bench.costs import Cost, TokenizerCosts, TransformerCosts, fixed, inferred, matmul
+from anyorder.bench.costs import Cost, count
 from anyorder.contracts import Grid
 from anyorder.inference.device import device, fast_dtype, native_bf16
 from anyorder.method.decoding import extract_orders, sample
@@ -33,26 +33,26 @@ EMULATED_ROWS = 64
 
 @dataclass
 class TokenizerSize:
-    """Size of the untrained tokenizer; its images fit the grid."""
+    """Size of the untrained tokenizer, which makes images that fit the grid."""
 
     channels: int = 32
     """Width at full resolution."""
     multipliers: tuple[int, ...] = (1, 2, 4)
-    """Width at each resolution in units of channels; each level after the first halves both sides."""
+    """Width at each resolution, in units of channels; each level after the first halves both sides."""
 
 
 @dataclass
 class Over:
-    """Values of one size while the others stay: everything is measured again at each, and drawn."""
+    """Sweeps: everything is measured at each value of one size while the others stay, and plotted."""
 
     batch_size: tuple[int, ...] = ()
-    """B, of training and of sampling alike."""
+    """Images at once, in training and in sampling, for example 1,4,16."""
     grid: tuple[int, ...] = ()
-    """Sides of square grids, so that N is the square."""
+    """Sides of square grids in patches, for example 8,16,32."""
     vocab_size: tuple[int, ...] = ()
-    """V."""
+    """Codebook sizes, for example 1024,16384."""
     depth: tuple[int, ...] = ()
-    """Number of blocks."""
+    """Numbers of blocks, for example 4,8,16."""
 
     def __post_init__(self) -> None:
         for name, values in vars(self).items():
@@ -62,10 +62,7 @@ class Over:
 
 @dataclass
 class BenchConfig:
-    """Sizes to measure at.
-
-    In bfloat16 where the hardware has it, float32 elsewhere.
-    """
+    """Sizes to measure at, in bfloat16 where the hardware has it (or `ANYORDER_BF16=on`), else in float32."""
 
     model: Architecture = field(default_factory=lambda: Architecture(depth=8, width=512, heads=8))
     tokenizer: TokenizerSize = field(default_factory=TokenizerSize)
@@ -74,20 +71,19 @@ class BenchConfig:
     vocab_size: int = 1024
     """Codebook size."""
     batch_size: int = 16
-    """Images in a training step, in scoring, and in the tokenizer."""
+    """Images at once in a training step, in scoring, and in the tokenizer."""
     images: int = 4
-    """Images sampled, and given orders, at once."""
+    """Images at once in sampling and in order extraction."""
     chunk: int = 256
-    """Candidates scored per call."""
+    """Candidates per image that are scored in one call."""
     compile: bool = False
-    """Sample and extract through compiled code, see `anyorder.models.compiled`; all that is compiled is
-    compiled before anything is timed, which takes minutes."""
+    """Sample and extract through torch.compile; compiling takes minutes, before anything is timed."""
     triad_mib: int = 256
-    """Size of each of the three arrays that the memory bandwidth is measured on; far above all caches."""
+    """Size in MiB of each of three arrays that measure memory bandwidth; take far more than the caches."""
     repeats: int = 5
-    """Timed runs of each kind; the median counts."""
+    """Timed runs of each workload; the median is reported."""
     only: tuple[str, ...] = ()
-    """Workloads to measure, by name; all by default. The ceilings are measured in any case."""
+    """Names of the workloads to measure; all by default. The ceilings are always measured."""
     over: Over = field(default_factory=Over)
     memory: tuple[int, ...] = (8, 16, 32)
     """Sides of the square grids at which the peak memory of sampling in an inferred order is measured."""
@@ -124,7 +120,12 @@ class Workload:
     cost: Cost
     """Of one run."""
     images: int = 0
-    """How many images one run works through; 0: it is not about images."""
+    """Images that one run processes; 0: it is not about images."""
+
+    @classmethod
+    def counted(cls, run: Callable[[], Any], images: int = 0) -> Workload:
+        """Run it once to count its cost."""
+        return cls(run, count(run), images)
 
 
 class Subject:
@@ -151,14 +152,6 @@ class Subject:
     def random_tokens(self, rows: int, grid: Grid | None = None) -> Tensor:
         """(rows, N) int64."""
         return torch.randint(self.config.vocab_size, (rows, (grid or self.grid).n), device=self.device)
-
-    def costs(self, batch: int) -> TransformerCosts:
-        """Of the transformer."""
-        return TransformerCosts(self.model.config, batch, self.dtype.itemsize)
-
-    def tokenizer_costs(self) -> TokenizerCosts:
-        """Of the tokenizer."""
-        return TokenizerCosts(self.config.vq(), self.grid, self.config.batch_size, self.dtype.itemsize)
 
     def autocast(self) -> torch.autocast:
         """bfloat16 where it pays."""
@@ -199,9 +192,8 @@ def ceilings(subject: Subject) -> dict[str, Workload]:
 
 def _product(subject: Subject, dtype: torch.dtype, rows: int) -> Workload:
     weight = subject.model.blocks[0].mlp.gate_up.weight.detach().to(dtype).T  # type: ignore[union-attr, operator]
-    inputs, outputs = weight.shape
-    x = torch.randn(rows, inputs, device=subject.device).to(dtype)
-    return Workload(lambda: x @ weight, matmul(rows, inputs, outputs, dtype.itemsize))
+    x = torch.randn(rows, len(weight), device=subject.device).to(dtype)
+    return Workload.counted(lambda: x @ weight)
 
 
 def _triad(subject: Subject) -> Workload:
@@ -225,45 +217,31 @@ def training(subject: Subject) -> Workload:
         loss.backward()
         optimizer.step()
 
-    batch = len(subject.tokens)
-    return Workload(step, subject.costs(batch).training(), batch)
+    return Workload.counted(step, len(subject.tokens))
 
 
 def scoring(subject: Subject) -> Workload:
     """The likelihood of a batch, teacher forced."""
-    batch = len(subject.tokens)
     run = subject.without_gradients(lambda: token_nll(subject.model, subject.tokens, None, subject.order))
-    return Workload(run, subject.costs(batch).forward(), batch)
+    return Workload.counted(run, len(subject.tokens))
 
 
-def sampling(
-    order: str,
-    calls: Callable[[int, int], Iterator[tuple[int, int]]],
-    locate: bool = False,
-    again: bool = False,
-) -> Build:
-    """Drawing images in an order that makes these calls (M, L) of `score`, given N and `chunk`.
-
-    With `again` the head runs once more for what was chosen, see `TransformerCosts.decoding`.
-    """
+def sampling(order: str) -> Build:
+    """Generating images in an order."""
 
     def build(subject: Subject) -> Workload:
-        config, n = subject.config, subject.grid.n
-        costs = subject.costs(config.images)
-        run = lambda: sample(subject.model, order, subject.streams, chunk=config.chunk)  # noqa: E731
-        cost = costs.decoding(calls(n, config.chunk), n * again) + (n if locate else 0) * costs.locate()
-        return Workload(subject.without_gradients(run), cost, config.images)
+        run = lambda: sample(subject.model, order, subject.streams, chunk=subject.config.chunk)  # noqa: E731
+        return Workload.counted(subject.without_gradients(run), subject.config.images)
 
     return build
 
 
 def extraction(subject: Subject) -> Workload:
     """The orders of given images."""
-    config = subject.config
-    tokens = subject.random_tokens(config.images)
-    run = lambda: extract_orders(subject.model, tokens, "entropy", subject.streams, chunk=config.chunk)  # noqa: E731
-    cost = subject.costs(config.images).decoding(inferred(subject.grid.n, config.chunk), subject.grid.n)
-    return Workload(subject.without_gradients(run), cost, config.images)
+    images, chunk = subject.config.images, subject.config.chunk
+    tokens = subject.random_tokens(images)
+    run = lambda: extract_orders(subject.model, tokens, "entropy", subject.streams, chunk=chunk)  # noqa: E731
+    return Workload.counted(subject.without_gradients(run), images)
 
 
 def encoding(subject: Subject) -> Workload:
@@ -271,18 +249,13 @@ def encoding(subject: Subject) -> Workload:
     batch, side = len(subject.tokens), subject.tokenizer.factor
     shape = (batch, 3, side * subject.grid.h, side * subject.grid.w)
     images = 2 * torch.rand(shape, device=subject.device) - 1
-    run = subject.without_gradients(lambda: subject.tokenizer.encode(images))
-    return Workload(run, subject.tokenizer_costs().encode(), batch)
+    return Workload.counted(subject.without_gradients(lambda: subject.tokenizer.encode(images)), batch)
 
 
 def decoding(subject: Subject) -> Workload:
     """Tokens to images."""
     run = subject.without_gradients(lambda: subject.tokenizer.decode(subject.tokens, subject.grid))
-    return Workload(run, subject.tokenizer_costs().decode(), len(subject.tokens))
-
-
-def _fixed(n: int, chunk: int) -> Iterator[tuple[int, int]]:
-    return fixed(n)
+    return Workload.counted(run, len(subject.tokens))
 
 
 Build = Callable[[Subject], Workload]
@@ -290,9 +263,9 @@ WORKLOADS: Mapping[str, Build] = MappingProxyType(
     {
         "training step": training,
         "teacher-forced scoring": scoring,
-        "sampling, fixed order": sampling("random", _fixed),
-        "sampling, location head": sampling("location", _fixed, locate=True),
-        "sampling, inferred order": sampling("entropy", inferred, again=True),
+        "sampling, fixed order": sampling("random"),
+        "sampling, location head": sampling("location"),
+        "sampling, inferred order": sampling("entropy"),
         "order extraction": extraction,
         "tokenizer encode": encoding,
         "tokenizer decode": decoding,
