@@ -22,7 +22,8 @@ from anyorder.data import images as images_module
 from anyorder.data import ingest as ingest_module
 from anyorder.data.images import BadImage, load_image
 from anyorder.data.ingest import ingest
-from anyorder.data.sources import FolderSource, HubSource, ParquetSource, open_source
+from anyorder.data.sources import Columns, FolderSource, open_source
+from anyorder.data.tables import HubSource, ParquetSource
 from anyorder.stages.artifacts import Artifact
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -399,8 +400,8 @@ def test_open_source_refuses(tmp_path, monkeypatch):
         open_source(tmp_path / "missing")
     with pytest.raises(ValueError, match="test_fraction must be at least 0 and below 1, got 1"):
         open_source(tmp_path, test_fraction=1)
-    with pytest.raises(ValueError, match="leave out label_column"):
-        open_source(tmp_path, label_column="kind")
+    with pytest.raises(ValueError, match="its classes are its subfolders; leave out image, label"):
+        open_source(tmp_path, Columns("kind"))
     with pytest.raises(FileNotFoundError, match="holds no images"):
         open_source(tmp_path).classes()
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -492,7 +493,7 @@ def test_parquet_folder(tmp_path):
     write_parquet(tmp_path / "data/train-00000-of-00002.parquet", PNGS[:2], kind=["dog", "cat"])
     write_parquet(tmp_path / "data/train-00001-of-00002.parquet", [b"junk", None, PNGS[2]], kind=["cat"] * 3)
     write_parquet(tmp_path / "data/test-00000-of-00001.parquet", PNGS[2:], kind=["cat", None])
-    facts = ingest(open_source(tmp_path, "kind"), tmp_path / "out", SIZE)
+    facts = ingest(open_source(tmp_path, Columns("kind")), tmp_path / "out", SIZE)
     assert facts["classes"] == ["cat", "dog"]
     assert facts["counts"] == {"train": 3, "test": 1}
     assert facts["skipped"]["train"] == {
@@ -529,18 +530,18 @@ def test_parquet_class_labels_and_outside_files(tmp_path):
     features = {"picture": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["zebra", "ant"]}}
     rows = [{"bytes": None, "path": "red.png"}, PNGS[1], PNGS[2]]
     path = write_parquet(tmp_path / "x.parquet", rows, features, label=[0, 1, -1])
-    facts = ingest(ParquetSource(path, "label", 0), tmp_path / "out", SIZE)
-    assert facts["classes"] == ["ant", "zebra"]
+    facts = ingest(ParquetSource(path, Columns("label"), 0), tmp_path / "out", SIZE)
+    assert facts["classes"] == ["zebra", "ant"]
     assert facts["skipped"]["train"]["reasons"] == {"no label": 1}
-    assert np.load(tmp_path / "out/train.labels.npy").tolist() == [1, 0]
+    assert np.load(tmp_path / "out/train.labels.npy").tolist() == [0, 1]
     assert (np.load(tmp_path / "out/train.images.npy")[0] == RED).all()
 
 
 def test_parquet_errors(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", PNGS, number=[1, 2, 3, 4])
-    assert ParquetSource(path, "number", 0).classes() == ["1", "2", "3", "4"]
+    assert ParquetSource(path, Columns("number"), 0).classes() == ["1", "2", "3", "4"]
     with pytest.raises(ValueError, match=r"a\.parquet has no column 'kind'; it has id, picture, number"):
-        ParquetSource(path, "kind").classes()
+        ParquetSource(path, Columns("kind")).classes()
     pq.write_table(pa.table({"x": [1]}), tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"b\.parquet has no image column .*it has x"):
         ParquetSource(tmp_path / "b.parquet").count("train")
@@ -603,27 +604,27 @@ def hub(monkeypatch):
 
 
 def test_hub_source(hub, tmp_path):
-    facts = ingest(open_source("user/both", "label"), tmp_path / "out", SIZE)
-    assert facts["classes"] == ["ant", "zebra"]
+    facts = ingest(open_source("user/both", Columns("label")), tmp_path / "out", SIZE)
+    assert facts["classes"] == ["zebra", "ant"]
     assert facts["counts"] == {"train": 2, "test": 1}
     assert facts["skipped"]["train"]["reasons"] == {"no label": 1}
-    assert np.load(tmp_path / "out/train.labels.npy").tolist() == [1, 0]
+    assert np.load(tmp_path / "out/train.labels.npy").tolist() == [0, 1]
     assert np.load(tmp_path / "out/train.images.npy")[:, 0, 0].tolist() == [list(RED), list(GREEN)]
 
 
 def test_hub_columns_as_attributes_and_captions(hub):
-    source = open_source("user/both", None, 0.1, caption_column="label", attribute_columns=("label",))
+    source = open_source("user/both", Columns(caption="label", attributes=("label",)))
     assert source.classes() == []
-    assert source.attributes() == {"label": ["ant", "zebra"]}
+    assert source.attributes() == {"label": ["zebra", "ant"]}
     assert [(item.attributes, item.caption) for item in source.items("train")] == [
         (("zebra",), "zebra"), (("ant",), "ant"), ((None,), None)
     ]  # fmt: skip
     with pytest.raises(ValueError, match="has no column 'text'"):
-        open_source("user/both", caption_column="text").classes()
+        open_source("user/both", Columns(caption="text")).classes()
 
 
 def test_hub_source_without_test_split_or_labels(hub):
-    source = HubSource("user/one", None, 0.25)
+    source = HubSource("user/one", test_fraction=0.25)
     assert source.classes() == []
     assert source.count("train") + source.count("test") == 60
     assert 5 < source.count("test") == len(list(source.items("test"))) < 25
@@ -631,7 +632,7 @@ def test_hub_source_without_test_split_or_labels(hub):
 
 def test_hub_source_errors(hub):
     with pytest.raises(ValueError, match=r"user/both \(train\) has no column 'kind'; it has img, label"):
-        HubSource("user/both", "kind").classes()
+        HubSource("user/both", Columns("kind")).classes()
     with pytest.raises(ValueError, match="has no Image column; it has text"):
         HubSource("user/text").count("train")
 
@@ -645,7 +646,7 @@ def test_fashion_products(tmp_path):
     folder = Path(os.environ.get("ANYORDER_FASHION", default))
     if not folder.is_dir():
         pytest.skip(f"Fashion Products not found at {folder}; set ANYORDER_FASHION to its folder")
-    source = open_source(folder, "masterCategory")
+    source = open_source(folder, Columns("masterCategory"))
     assert (source.count("train"), source.count("test")) == (38_072, 4_000)
     facts = ingest(source, tmp_path, (32, 24), max_train=200, max_test=50)
     assert len(facts["classes"]) == 7

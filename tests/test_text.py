@@ -18,7 +18,7 @@ from anyorder.cli import main as cli
 from anyorder.data.caches import ImageSet, TokenSet
 from anyorder.data.captions import CaptionTokenizer, TextConfig, Vocabulary, index_of
 from anyorder.data.ingest import ingest
-from anyorder.data.sources import open_source
+from anyorder.data.sources import Columns, open_source
 from anyorder.evaluation.classes import agreement
 from anyorder.files import load_array, read_json, read_manifest
 
@@ -171,7 +171,7 @@ def test_columns_become_attributes_and_captions(tmp_path):
     table = pq.read_table(tmp_path / "t/test.parquet").to_pydict()
     table["colour"][1] = "Beige"  # not in the train split
     pq.write_table(pa.table(table), tmp_path / "t/test.parquet")
-    source = open_source(tmp_path / "t", "kind", caption_column="text", attribute_columns=("colour",))
+    source = open_source(tmp_path / "t", Columns("kind", "text", ("colour",)))
     facts = ingest(source, tmp_path / "out", (4, 4))
     train = pq.read_table(tmp_path / "t/train.parquet").to_pydict()
     values = sorted({colour for colour in train["colour"] if colour})
@@ -187,7 +187,7 @@ def test_images_that_are_skipped_take_their_captions_along(tmp_path):
     table = pq.read_table(tmp_path / "train.parquet").to_pydict()
     table["picture"][2]["bytes"] = b"junk"
     pq.write_table(pa.table(table), tmp_path / "train.parquet")
-    source = open_source(tmp_path / "train.parquet", None, 0, "text", ("colour",))
+    source = open_source(tmp_path / "train.parquet", Columns(None, "text", ("colour",)), 0)
     ingest(source, tmp_path / "out", (4, 4))
     left = [text for i, text in enumerate(table["text"]) if i != 2]
     assert read_json(tmp_path / "out/train.captions.json") == left
@@ -196,14 +196,14 @@ def test_images_that_are_skipped_take_their_captions_along(tmp_path):
 
 def test_sources_refuse_columns_that_are_not_there(tmp_path):
     write_table(tmp_path / "t/train.parquet", 3)
-    for columns in ({"caption_column": "txt"}, {"attribute_columns": ("txt",)}):
+    for columns in (Columns(caption="txt"), Columns(attributes=("txt",))):
         with pytest.raises(ValueError, match="has no column 'txt'; it has picture, kind"):
-            open_source(tmp_path / "t", **columns).classes()
+            open_source(tmp_path / "t", columns).classes()
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/a.png").write_bytes(png("red")["bytes"])
-    for columns in ({"caption_column": "text"}, {"attribute_columns": ("colour",)}):
-        with pytest.raises(ValueError, match="leave out captions and attributes"):
-            open_source(tmp_path / "folder", **columns)
+    for columns in (Columns(caption="text"), Columns(attributes=("colour",))):
+        with pytest.raises(ValueError, match="leave out image, label, captions and attributes"):
+            open_source(tmp_path / "folder", columns)
     assert cli.main(["data", "captions=text", f"out={tmp_path}/sunsets"]) == 2
 
 

@@ -27,6 +27,8 @@ FORMATS = (
 """Formats that are read. EPS and its kind are left out: Pillow starts another program for them."""
 WHITE: Color = (255, 255, 255)
 MAX_PIXELS = 64_000_000
+MOST_PIXELS = 178_956_970
+"""No more can be allowed: Pillow refuses such images as decompression bombs."""
 MAX_BYTES = 2**29
 """Larger files are refused before they are opened."""
 GENERATE = 128
@@ -77,8 +79,7 @@ def load_image(
         fit: "crop" covers `size` and cuts what hangs over evenly; "letterbox" shows all of the image and
             fills the rest.
         fill: RGB in [0, 255] behind transparent pixels and around a letterboxed image.
-        max_pixels: larger images are refused before they are decoded (so are those beyond Pillow's own
-            limit against decompression bombs, twice `PIL.Image.MAX_IMAGE_PIXELS`).
+        max_pixels: larger images are refused before they are decoded; `MOST_PIXELS` at most.
 
     Returns:
         (height, width, 3) uint8.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -14,12 +16,29 @@ import numpy as np
 from tqdm import tqdm
 
 from anyorder.data.images import MAX_PIXELS, WHITE, BadImage, Color, Size, check_format, load_image
-from anyorder.data.sources import Item, Source
+from anyorder.data.sources import UNKNOWN, Item, Source
 from anyorder.files import RowWriter, read_json, write_json
 
 SPLITS = ("train", "test")
 _BLOCK = 256  # images in memory at a time
 _LISTED = 1000  # skipped images named in the manifest
+log = logging.getLogger("anyorder")
+
+
+@dataclass
+class _Skipped:
+    """Images that could not be used."""
+
+    reasons: Counter[str] = field(default_factory=Counter)
+    first: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, name: str, kind: str, detail: str = "") -> None:
+        self.reasons[kind] += 1
+        if len(self.first) < _LISTED:
+            self.first.append({"name": name, "reason": f"{kind}: {detail}" if detail else kind})
+
+    def facts(self) -> dict[str, Any]:
+        return {"reasons": dict(self.reasons), "first": self.first}
 
 
 def ingest(
@@ -31,6 +50,7 @@ def ingest(
     max_pixels: int = MAX_PIXELS,
     max_train: int | None = None,
     max_test: int | None = None,
+    max_skipped: float = 0.5,
 ) -> dict[str, Any]:
     """Decode a source into the arrays of a data artifact.
 
@@ -49,22 +69,24 @@ def ingest(
         max_pixels: see `load_image`.
         max_train: how many training images to take, spread evenly over the source; None for all.
         max_test: the same for the test split.
+        max_skipped: largest share in [0, 1] of images that may be skipped, and of files that may have an
+            unknown suffix.
 
     Returns:
-        Facts for the manifest: `classes` (names, sorted, from the whole train split), `attributes` (name to
-        sorted values) if there are any, `counts` by split, and `skipped` by split: `reasons` (kind to count)
-        and `first` (name and reason of up to 1000).
+        Facts for the manifest: `classes` (see `Source.classes`), `attributes` (name to values) if there are
+        any, `counts` by split, and `skipped` by split and, as `ignored`, of entries that are no images:
+        `reasons` (kind to count) and `first` (name and reason of up to 1000).
 
     Raises:
-        ValueError: not one image of a split could be used, or `size`, `fit` or a limit is not allowed.
+        ValueError: not one image of a split could be used, too many were skipped, or an argument is not
+            allowed.
     """
     check_format(size, fit)
     if min(max_train or 0, max_test or 0) < 0:
         raise ValueError(f"max_train and max_test must not be negative, got {max_train} and {max_test}")
     decoding = {"size": size, "fit": fit, "fill": fill, "max_pixels": max_pixels}
-    classes = source.classes()
-    attributes = source.attributes()
-    facts: dict[str, Any] = {"classes": classes, "counts": {}, "skipped": {}}
+    classes, attributes = source.classes(), source.attributes()
+    facts: dict[str, Any] = {"classes": classes, "counts": {}, "skipped": {}, "ignored": _ignored(source)}
     facts |= {"attributes": attributes} if attributes else {}
     for split, limit in zip(SPLITS, (max_train, max_test), strict=True):
         done = Path(folder) / f".{split}.partial"  # the suffix makes Artifact drop it with other old work
@@ -74,7 +96,40 @@ def ingest(
             write_json(done, {"settings": settings, "count": count, "skipped": skipped})
         result = read_json(done)
         facts["counts"][split], facts["skipped"][split] = result["count"], result["skipped"]
+    _report(facts, max_skipped)
     return facts
+
+
+def _ignored(source: Source) -> dict[str, Any]:
+    skipped = _Skipped()
+    for reason, names in source.ignored().items():
+        for name in names:
+            skipped.add(name, reason)
+    return skipped.facts()
+
+
+def _report(facts: Mapping[str, Any], max_skipped: float) -> None:
+    """Say in one line what became of everything, and refuse to lose too much of it."""
+    parts = [facts["skipped"][split] for split in SPLITS]
+    skipped = sum((Counter(part["reasons"]) for part in parts), Counter())
+    ignored, used = facts["ignored"]["reasons"], sum(facts["counts"].values())
+    lost = {"skipped": skipped.total(), "of unknown suffix": ignored.get(UNKNOWN, 0)}
+    told = [f"{facts['counts'][split]} {split} images" for split in SPLITS]
+    told += [f"{len(facts['classes'])} classes"] * bool(facts["classes"])
+    told += [f"skipped {_listed(skipped)}"] * bool(skipped) + [f"ignored {_listed(ignored)}"] * bool(ignored)
+    log.info("%s", "; ".join(told))
+    for what, n in lost.items():
+        if n > max_skipped * (n + used):
+            first = [s for part in (*parts, facts["ignored"]) for s in part["first"]]
+            shown = "; ".join(f"{s['name']}: {s['reason']}" for s in first[:3])
+            raise ValueError(
+                f"{n} of {n + used} files are {what}, more than max_skipped={max_skipped:g} allows "
+                f"({shown}): mend or remove them, or set max_skipped higher"
+            )
+
+
+def _listed(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} x {reason}" for reason, n in reasons.items())
 
 
 def _ingest_split(
@@ -92,12 +147,12 @@ def _ingest_split(
     arrays |= {"attributes": ((len(attributes),), np.int64)} if attributes else {}
     writer = RowWriter(folder, {f"{split}.{name}": kind for name, kind in arrays.items()})
     index = {name: i for i, name in enumerate(classes)}
-    reasons: Counter[str] = Counter()
-    first: list[dict[str, str]] = []
-    captions: list[str] = []
     codes = [{value: i for i, value in enumerate(values)} for values in attributes.values()]
+    skipped, captions = _Skipped(), []
 
     def read(item: Item) -> dict[str, Any] | BadImage:
+        if isinstance(item.image, BadImage):
+            return item.image
         try:
             found = {"images": load_image(item.image, **decoding), "labels": _label(item.label, index)}
         except BadImage as e:
@@ -114,21 +169,19 @@ def _ingest_split(
             good = [r for r in results if not isinstance(r, BadImage)]
             for item, result in zip(block, results, strict=True):
                 if isinstance(result, BadImage):
-                    reasons[result.kind] += 1
-                    reason = f"{result.kind}: {result.detail}"
-                    first += [{"name": item.name, "reason": reason}] * (len(first) < _LISTED)
+                    skipped.add(item.name, result.kind, result.detail)
                 else:
                     captions.append(item.caption or "")
             if good:
                 writer.append(**{f"{split}.{name}": np.array([r[name] for r in good]) for name in arrays})
             bar.update(len(block))
-    if not writer.rows and (first or split == "train"):
-        listed = "; ".join(f"{skip['name']}: {skip['reason']}" for skip in first[:5])
+    if not writer.rows and (skipped.first or split == "train"):
+        listed = "; ".join(f"{skip['name']}: {skip['reason']}" for skip in skipped.first[:5])
         raise ValueError(f"none of {taken} {split} images could be used: {listed or 'there are none'}")
     writer.close()
     if source.captioned:
         write_json(folder / f"{split}.captions.json", captions)
-    return writer.rows, {"reasons": dict(reasons), "first": first}
+    return writer.rows, skipped.facts()
 
 
 def _label(label: str | None, index: dict[str, int]) -> int:

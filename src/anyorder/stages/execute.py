@@ -45,14 +45,16 @@ def split(stage: Any) -> tuple[dict[str, Any], dict[str, Path], Completion]:
     """What a stage is told, the artifacts it reads by role, and how to complete what an older one was told.
 
     The artifacts' folders are no settings: moving them leaves what was made of them up to date. Nor are the
-    fields that a stage puts `aside`, which change how it works but not what it writes.
+    fields that a stage puts `aside`, which change how it works but not what it writes. What a stage has
+    `observed` of files that are no artifacts counts as settings; an older artifact does not record it.
     """
     settings = dataclasses.asdict(stage)
     given = {role: settings.pop(role) for role in stage.inputs}
     inputs = {role: path for role, path in given.items() if path is not None}
     aside = getattr(stage, "aside", ())
-    settings = {key: value for key, value in settings.items() if key not in aside}
-    return settings, inputs, lambda then: completed(then, stage, without=(*stage.inputs, *aside))
+    observed = stage.observed() if hasattr(stage, "observed") else {}
+    settings = {key: value for key, value in settings.items() if key not in aside} | observed
+    return settings, inputs, lambda then: observed | completed(then, stage, without=(*stage.inputs, *aside))
 
 
 def completed(then: dict[str, Any], like: Any, without: Collection[str] = ()) -> dict[str, Any]:

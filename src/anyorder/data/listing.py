@@ -1,0 +1,217 @@
+"""What lies below a folder: its files, how people name splits, and whether anything has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from anyorder.files import MANIFEST
+
+_SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "@eadir"}
+_WORDS = (
+    "(?:(?P<train>train|training|trn)|(?P<test>test|testing|tst)"
+    "|(?P<validation>val|valid|validation|validate|dev|devel|eval|evaluation|holdout))"
+)
+_AROUND = r"(?:images?|imgs?|data|dataset|sets?|split|full|\d+)"
+_FOLDER = re.compile(rf"(?:{_AROUND}[-_ .]?)?{_WORDS}(?:[-_ .]?{_AROUND})*", re.IGNORECASE)
+_FILE = re.compile(rf"(?:^|[-_. ]){_WORDS}(?![a-z])", re.IGNORECASE)
+
+
+@dataclass
+class Listing:
+    """The files below a folder."""
+
+    root: Path
+    files: list[str]
+    """Paths relative to `root`, sorted, with "/"."""
+    ignored: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    """Reason -> entries that are left out."""
+
+
+def list_files(root: Path) -> Listing:
+    """All files below a folder, except hidden and system entries and folders that anyorder wrote.
+
+    Links are followed, each folder once.
+
+    Raises:
+        ValueError: anyorder wrote `root` itself.
+    """
+    found, seen = Listing(root, []), {os.path.realpath(root)}
+
+    def path_of(folder: str, name: str) -> str:
+        return Path(os.path.relpath(os.path.join(folder, name), root)).as_posix()
+
+    def unreadable(error: OSError) -> None:
+        found.ignored["unreadable folder"].append(path_of(str(root), str(error.filename)))
+
+    for folder, subfolders, files in os.walk(root, onerror=unreadable, followlinks=True):
+        if _is_artifact(Path(folder), files):
+            if Path(folder) == root:
+                raise ValueError(f"{root} was written by anyorder: source= takes a folder of images")
+            found.ignored["written by anyorder"].append(path_of(folder, ""))
+            subfolders.clear()
+            continue
+        hidden = {name for name in (*subfolders, *files) if _is_hidden(name)}
+        found.ignored["hidden or system entry"] += [path_of(folder, name) for name in sorted(hidden)]
+        found.files += [path_of(folder, name) for name in files if name not in hidden]
+        visible = sorted({*subfolders} - hidden, reverse=True)
+        paths = {os.path.realpath(os.path.join(folder, s)): s for s in visible}
+        subfolders[:] = sorted(
+            s for path, s in paths.items() if path not in seen
+        )  # links may lead in circles
+        seen |= paths.keys()
+    found.files.sort()
+    return found
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _SYSTEM
+
+
+def _is_artifact(folder: Path, files: Sequence[str]) -> bool:
+    """Whether a stage wrote, or is writing, this folder."""
+    if ".identity.json" in files:
+        return True
+    if MANIFEST not in files:
+        return False
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and {"stage", "fingerprint"} <= manifest.keys()
+
+
+# --- splits ---
+
+
+def split_of_folder(name: str) -> str | None:
+    """One of train, test and validation if a folder is named like it, such as `Train`, `dev`, `val2017`."""
+    return _kind(_FOLDER.fullmatch(name))
+
+
+def split_of_file(name: str) -> str | None:
+    """The same for a file's path, such as `train-00000-of-00002.parquet` or `default/test/0000.parquet`."""
+    *folders, last = name.split("/")
+    kinds = [split_of_folder(folder) for folder in folders]
+    return _kind(_FILE.search(last)) or next(filter(None, kinds), None)
+
+
+def _kind(match: re.Match[str] | None) -> str | None:
+    return match.lastgroup if match else None
+
+
+def split_and_class(names: Sequence[str]) -> list[tuple[str | None, str | None]]:
+    """The split and the class of every image of a folder, from the folders that it lies in.
+
+    Understood are `cat/1.png`, `train/cat/1.png`, `cat/train/1.png`, and folders around these. The split is
+    "train" everywhere if nothing names one, None for an image beside the splits.
+
+    Args:
+        names: paths relative to the folder, with "/".
+
+    Raises:
+        ValueError: a folder may be a split or a class, or there is a test split but no training split.
+    """
+    folders = [name.split("/")[:-1] for name in names]
+
+    def at(level: int) -> list[str | None]:
+        return [f[level] if len(f) > level else None for f in folders]
+
+    def kinds(level: int) -> list[str | None]:
+        return [f and split_of_folder(f) for f in at(level)]
+
+    around = next((i for i in itertools.count() if len({*at(i)}) > 1 or None in at(i)), 0)  # shared by all
+    level = next((i for i in range(around + 1) if any(kinds(i))), None)
+    if level is None and not all(kinds(1)):
+        if "train" in kinds(1) and len({*kinds(1)} - {None}) > 1:
+            raise _unclear(at(1), kinds(1))
+        return [("train", label) for label in at(0)]
+    splits = kinds(1 if level is None else level)
+    if "train" not in splits:
+        raise ValueError(
+            f"the folders {_listed(at(1 if level is None else level))} name a test split, and none names the "
+            "training split: call its folder train"
+        )
+    if level is None:
+        return list(zip(splits, at(0), strict=True))
+    if None in splits and len({*splits} - {None}) < 2:
+        raise _unclear(at(level), splits)
+    while all(inner == split for inner, split in zip(kinds(level + 1), splits, strict=True)):
+        level += 1
+    return list(zip(splits, at(level + 1), strict=True))
+
+
+def _unclear(folders: Sequence[str | None], splits: Sequence[str | None]) -> ValueError:
+    named = _listed(name for name, split in zip(folders, splits, strict=True) if split)
+    others = _listed(name for name, split in zip(folders, splits, strict=True) if not split)
+    return ValueError(
+        f"is {named} a split or a class, beside {others or 'loose images'}? Put the classes into folders "
+        "below train/ and test/, or move what does not belong there"
+    )
+
+
+def _listed(names: Iterable[str | None]) -> str:
+    found = sorted({name for name in names if name})
+    return ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big")
+
+
+def held_out(names: Sequence[str], fraction: float) -> list[bool]:
+    """Which of these become the test split; the name decides, so that added images move no others.
+
+    At least one goes to either side if there are two names and `fraction` is above 0.
+
+    Args:
+        names: unique names.
+        fraction: share in [0, 1).
+    """
+    hashes = [_hash(name) for name in names]
+    chosen = [value < fraction * 2**64 for value in hashes]
+    if fraction and len(names) > 1 and len({*chosen}) == 1:
+        chosen[hashes.index(max(hashes) if chosen[0] else min(hashes))] ^= True
+    return chosen
+
+
+# --- changes ---
+
+Stats = dict[str, tuple[int, int]]
+"""Name -> size in bytes and time of the last change in ns."""
+
+
+def stats(root: Path, names: Iterable[str]) -> Stats:
+    """Of each file; (-1, -1) for one that cannot be looked at."""
+    return {name: _stat(root / name) for name in names}
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def digest(found: Stats) -> str:
+    """A short text that differs for other names, sizes or times."""
+    lines = json.dumps(sorted(found.items())).encode()
+    return f"{len(found)} files, {hashlib.sha256(lines).hexdigest()[:16]}"
+
+
+def changes(before: Stats, now: Stats) -> str:
+    """What was added, deleted and changed, with a few names."""
+    groups = {
+        "added": now.keys() - before.keys(),
+        "deleted": before.keys() - now.keys(),
+        "changed": {name for name in before.keys() & now.keys() if tuple(before[name]) != now[name]},
+    }
+    return "; ".join(f"{len(names)} {verb} ({_listed(names)})" for verb, names in groups.items() if names)
