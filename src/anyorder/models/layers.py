@@ -28,7 +28,7 @@ class Linear(nn.Linear):
     plain product arranges the weight anew at every call. With 8, 16, ... `FEW` / 2 rows the product is
     computed as weight times transposed inputs, which arranges the few inputs instead (the result is a
     transposed view); otherwise with a copy of the weight in oneDNN's own layout, for the memory of the copy.
-    1.1 (64 rows) to 2 times (4 to 16 rows) as fast, see docs/performance.md.
+    1.1 (64 rows) to 2 times (4 to 16 rows) as fast, see docs/results/performance.md.
     """
 
     def train(self, mode: bool = True) -> Linear:
