@@ -20,6 +20,12 @@ import torch
 from torch import Tensor, nn
 
 
+def require(holds: bool, message: str) -> None:
+    """Refuse what a user gave: a ValueError with this message, unless the condition holds."""
+    if not holds:
+        raise ValueError(message)
+
+
 @dataclass(frozen=True)
 class Grid:
     """A grid of h x w patches; raster position p lies at row p // w, column p % w."""
@@ -28,8 +34,8 @@ class Grid:
     w: int
 
     def __post_init__(self) -> None:
-        if self.h < 1 or self.w < 1:
-            raise ValueError(f"a grid needs at least one row and one column, got {self.h} x {self.w}")
+        text = f"a grid needs at least one row and one column, got {self.h} x {self.w}"
+        require(self.h >= 1 and self.w >= 1, text)
 
     @property
     def n(self) -> int:
@@ -77,9 +83,9 @@ class AnyOrderModel(Protocol):
 
         Args:
             tokens: (B, N) int64 in raster order.
-            condition: (B,) or (B, 1 + A + L) int64, see above, or None for unconditional.
-            order: (B, N) int64 permutation of raster positions in every row.
-            grid: the grid of `tokens`, where it is not the model's own.
+            condition: (B,) or (B, 1 + A + L) int64, see above; None is unconditional.
+            order: (B, N) int64, a permutation of raster positions in every row.
+            grid: the grid of `tokens`; by default that of training.
         """
 
     def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> Any:
@@ -174,7 +180,10 @@ class Progress:
 
 
 class OrderPolicy(Protocol):
-    """Decides where to go: `propose` candidates, `rate` what the model says of them, `select` some."""
+    """Decides where to go: `propose` candidates, `rate` what the model says of them, `select` some.
+
+    `method.policies` holds all that there are; a class with these members is a policy, too.
+    """
 
     @property
     def name(self) -> str:

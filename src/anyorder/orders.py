@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyorder.contracts import Grid
+from anyorder.contracts import Grid, require
 
 
 def inverse(order: Tensor) -> Tensor:
@@ -28,23 +28,17 @@ def permute(values: Tensor, order: Tensor) -> Tensor:
 
 
 def validate(order: Tensor, grid: Grid) -> Tensor:
-    """Return `order` if every row is a permutation of the grid's positions.
-
-    Args:
-        order: (..., N) integer tensor.
-        grid: the grid it should cover.
+    """Return `order` (..., N) if every row is a permutation of the grid's positions.
 
     Raises:
         ValueError: wrong length, wrong dtype, or a position missing or repeated.
     """
-    if order.shape[-1:] != (grid.n,):
-        raise ValueError(
-            f"an order of {grid.h} x {grid.w} needs {grid.n} positions, got shape {tuple(order.shape)}"
-        )
-    if order.is_floating_point():
-        raise ValueError(f"an order holds integers, got {order.dtype}")
-    if not torch.equal(order.sort(-1).values, torch.arange(grid.n, device=order.device).expand_as(order)):
-        raise ValueError(f"each position 0..{grid.n - 1} must occur exactly once in an order")
+    size = f"an order of {grid.h} x {grid.w} needs {grid.n} positions, got shape {tuple(order.shape)}"
+    require(order.shape[-1:] == (grid.n,), size)
+    require(not order.is_floating_point(), f"an order holds integers, got {order.dtype}")
+    every = torch.arange(grid.n, device=order.device).expand_as(order)
+    once = torch.equal(order.sort(-1).values, every.to(order.dtype))
+    require(once, f"each position 0..{grid.n - 1} must occur exactly once in an order")
     return order
 
 
@@ -129,6 +123,7 @@ def halton(grid: Grid) -> list[int]:
 
 
 def _radical_inverse(i: int, base: int) -> float:
+    """The digits of i behind the point, in reverse: 6 = 110 in base 2 is 0.011."""
     value, digit = 0.0, 1.0 / base
     while i:
         i, remainder = divmod(i, base)
@@ -153,13 +148,8 @@ STATIC: dict[str, Callable[[Grid], list[int]]] = {
 
 
 def static_order(name: str, grid: Grid) -> Tensor:
-    """A named order that is the same for every image, (N,) int64.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    if name not in STATIC:
-        raise ValueError(f"unknown order '{name}': choose one of {', '.join(STATIC)}")
+    """A named order that is the same for every image, (N,) int64; a ValueError lists the names."""
+    require(name in STATIC, f"unknown order '{name}': choose one of {', '.join(STATIC)}")
     return torch.tensor(STATIC[name](grid))
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from anyorder.contracts import AnyOrderModel, Grid, OrderPolicy, Progress, Step, Trace
+from anyorder.contracts import AnyOrderModel, Grid, Progress, Step, Trace, require
 from anyorder.method import sampling as draws
 from anyorder.method.guidance import rating_log_probs
 from anyorder.method.policy_config import Order, make_policy
@@ -83,10 +83,14 @@ def generate(
             that are not finite.
     """
     grid = grid or model.grid
-    policy = _check(make_policy(order, grid, streams), model, scorer, streams)
+    require(len(streams) > 0, "there are no images to generate: give at least one random stream")
+    policy = make_policy(order, grid, streams)
+    peeks = f"'{policy.name}' looks at the generator's tokens, so no other model can score: leave scorer out"
+    require(scorer is None or policy.token_blind, f"{peeks}, or choose a token-blind order")
+    headless = f"'{policy.name}' asks a location head: this model has none, choose another order"
+    require(not policy.located or hasattr(scorer or model, "locate"), headless)
     # The last of the models decides where; it needs a state only if the policy asks it anything.
-    separate = scorer is not None and (policy.rated or policy.located)
-    models = [model, scorer] if separate and scorer is not None else [model]
+    models = [model, scorer] if scorer is not None and (policy.rated or policy.located) else [model]
     content = sampled(sampling) if targets is None else given(targets)
     condition = None if condition is None else condition.to(streams.device, torch.int64)
     states = [each.start(len(streams), condition, grid) for each in models]
@@ -134,22 +138,6 @@ def generate(
         yield Step(progress.step - 1, progress.total, positions, tokens, log_prob)
 
 
-def _check(
-    policy: OrderPolicy, model: AnyOrderModel, scorer: AnyOrderModel | None, streams: Streams
-) -> OrderPolicy:
-    """Return the policy if it goes with the models."""
-    if not len(streams):
-        raise ValueError("there are no images to generate: give at least one random stream")
-    if scorer is not None and not policy.token_blind:
-        raise ValueError(
-            f"'{policy.name}' looks at the generator's tokens, so no other model can score: leave scorer "
-            "out, or choose a token-blind order"
-        )
-    if policy.located and not hasattr(scorer or model, "locate"):
-        raise ValueError(f"'{policy.name}' asks a location head: this model has none, choose another order")
-    return policy
-
-
 # --- one step: what would be there, and how good is it? ---------------------------------------------------
 
 
@@ -177,16 +165,16 @@ def score_candidates(
     rate: Callable[[Tensor, Tensor], Tensor] | None,
     chunk: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, their log-probabilities and the ratings of candidates (B, M): three (B, M), chunk by chunk.
+    """Tokens of candidates (B, M), their log-probabilities and ratings: three (B, M), chunk by chunk.
 
     Args:
-        model: what scores.
-        state: its state, which is left as it is.
+        model: what scores; its `state` is left as it is.
+        state: of the model.
         candidates: (B, M) int64, open positions.
-        content: tokens from log-probabilities.
-        uniform: (B, N) float32 in [0, 1), one number per position.
-        rate: ratings (B, M) from log-probabilities (B, M, V) and tokens (B, M); None: the log-probabilities.
-        chunk: candidates per image and call.
+        content: tokens from log-probabilities and `uniform` (B, N) in [0, 1), one number per position.
+        uniform: see there.
+        rate: as of a policy; None: the ratings are the log-probabilities.
+        chunk: see `GenerationOptions`.
     """
     parts = []
     for positions in candidates.split(chunk or _chunk(model, candidates), dim=1):
@@ -208,21 +196,11 @@ def expected_information(
     top: int,
     chunk: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """The `top` best rated candidates, and how much is learnt about the other open positions at each.
+    """Rate the `top` best candidates anew, by how much is learnt about all other open positions at each.
 
-    The gain is the fall in their summed entropy when the most likely token is revealed there, in nats.
-
-    Args:
-        model: the scoring model.
-        state: its state, which is left as it is.
-        progress: where the loop is.
-        candidates: (B, M) int64, all open positions.
-        ratings: (B, M) float32, their entropies in nats, of either sign.
-        top: how many are looked up, one step ahead.
-        chunk: see `GenerationOptions`.
-
-    Returns:
-        Positions (B, min(top, M)) int64 and gains of the same shape, float32.
+    That is the fall in their summed entropy, in nats, when the most likely token is revealed there. Takes all
+    open positions (B, M) and ratings (B, M) that are their entropies, of either sign; returns positions
+    (B, min(top, M)) and new ratings of them.
     """
     listed = ratings.argsort(dim=1, descending=True, stable=True)[:, :top]
     positions, entropies = candidates.gather(1, listed), ratings.abs()
@@ -290,7 +268,7 @@ def extract_orders(
         Trace: `order` as extracted and `log_prob` of the true tokens in it.
 
     Raises:
-        ValueError: tokens of another length than the grid; see `generate`.
+        ValueError: tokens of another length than the grid.
     """
     _check_length(tokens, options.get("grid") or model.grid)
     streams = streams or Streams(range(len(tokens)), tokens.device)
@@ -316,13 +294,10 @@ def complete(
         **options: see `GenerationOptions`.
 
     Raises:
-        ValueError: `known` of another shape than `tokens`, tokens of another length than the grid; see
-            `generate`.
+        ValueError: `known` of another shape than `tokens`, tokens of another length than the grid.
     """
-    if known.shape != tokens.shape or known.dtype != torch.bool:
-        raise ValueError(
-            f"known must be bool of shape {tuple(tokens.shape)}, got {known.dtype} {tuple(known.shape)}"
-        )
+    message = f"known must be bool of shape {tuple(tokens.shape)}, got {known.dtype} {tuple(known.shape)}"
+    require(known.shape == tokens.shape and known.dtype == torch.bool, message)
     grid = options.get("grid") or model.grid
     _check_length(tokens, grid)
     tokens, known = _integers(tokens, streams), known.to(streams.device)
@@ -337,15 +312,10 @@ def complete(
         at = known[rows].nonzero(as_tuple=True)[1].reshape(len(rows), count)
         prefix = (at, tokens[rows].gather(1, at))
         options["condition"] = None if condition is None else condition.to(streams.device)[rows]
-        part = trace(
-            generate(
-                model, policy.subset(rows), streams.subset(rows.tolist()),
-                known=prefix, **options,
-            ),
-            prefix,
-        )  # fmt: skip
-        result.tokens[rows], result.order[rows] = part.tokens, part.order
-        result.log_prob[rows] = part.log_prob
+        some = streams.subset(rows.tolist())
+        part = trace(generate(model, policy.subset(rows), some, known=prefix, **options), prefix)
+        for name, values in vars(part).items():
+            getattr(result, name)[rows] = values
     return result
 
 
@@ -370,12 +340,8 @@ def sample_coarse_to_fine(
 
     Returns:
         Trace of the large grid; `log_prob` is zero for the patches that were sampled on the small one.
-
-    Raises:
-        ValueError: a factor below 2; see `generate`.
     """
-    if factor < 2:
-        raise ValueError(f"factor must be >= 2, got {factor}: generate on the grid of training instead")
+    require(factor >= 2, f"factor must be >= 2, got {factor}: generate on the grid of training instead")
     coarse = options.get("grid") or model.grid
     fine = Grid(factor * coarse.h, factor * coarse.w)
     first = sample(model, order, streams, **options)
@@ -393,5 +359,5 @@ def _integers(tokens: Tensor, streams: Streams) -> Tensor:
 
 
 def _check_length(tokens: Tensor, grid: Grid) -> None:
-    if tokens.shape[1] != grid.n:
-        raise ValueError(f"{tokens.shape[1]} tokens per image do not fill a {grid.h} x {grid.w} grid")
+    message = f"{tokens.shape[1]} tokens per image do not fill a {grid.h} x {grid.w} grid"
+    require(tokens.shape[1] == grid.n, message)

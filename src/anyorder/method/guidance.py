@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from anyorder.contracts import AnyOrderModel, Grid, LocatingModel
+from anyorder.contracts import AnyOrderModel, Grid, LocatingModel, require
 
 Schedule = Literal["constant", "linear", "power-cosine"]
 
@@ -31,17 +31,16 @@ class GuidanceConfig:
     """Inferred orders rate positions by the guided distribution, or by the conditional one alone."""
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale must be a number, got {self.scale}")
+        require(math.isfinite(self.scale), f"scale must be a number, got {self.scale}")
         begin, end = self.interval
-        if not 0 <= begin <= end <= 1:
-            raise ValueError(f"interval must be two rising shares in [0, 1], got {begin:g} and {end:g}")
-        if self.locations not in ("guided", "unguided"):
-            raise ValueError(f"locations must be guided or unguided, got '{self.locations}'")
-        if self.schedule not in ("constant", "linear", "power-cosine"):
-            raise ValueError(f"schedule must be constant, linear or power-cosine, got '{self.schedule}'")
-        if not self.power > 0:
-            raise ValueError(f"power must be > 0, got {self.power}")
+        require(
+            0 <= begin <= end <= 1, f"interval must be two rising shares in [0, 1], got {begin:g} and {end:g}"
+        )
+        text = f"locations must be guided or unguided, got '{self.locations}'"
+        require(self.locations in ("guided", "unguided"), text)
+        text = f"schedule must be constant, linear or power-cosine, got '{self.schedule}'"
+        require(self.schedule in get_args(Schedule), text)
+        require(self.power > 0, f"power must be > 0, got {self.power}")
 
     def at(self, fraction: float) -> float:
         """The scale when this share (0 to 1) of the image is revealed."""
@@ -67,10 +66,7 @@ class GuidedState:
 
 
 def rating_log_probs(state: Any, log_p: Tensor) -> Tensor:
-    """What positions are rated by: `log_p` (B, M, V) of what `score` returned, or without guidance if asked.
-
-    `state` is that of any model, after `score`.
-    """
+    """What positions are rated by: `log_p` (B, M, V) of what `score` returned, or that without guidance."""
     unguided = getattr(state, "unguided", None)
     return log_p if unguided is None else unguided.float().log_softmax(-1)
 
@@ -114,11 +110,7 @@ class Guided:
         return GuidedState(inner, state.revealed + positions.shape[1], state.n)
 
     def locate(self, state: GuidedState, revealed: Tensor) -> Tensor:
-        """Log q(next position) of the conditional half, (B, N) nats; guidance is for content only.
-
-        Raises:
-            ValueError: the wrapped model has no location head.
-        """
+        """Log q(next position) of the conditional half, (B, N) nats; guidance is for content only."""
         if not isinstance(self.model, LocatingModel):
             raise ValueError("the guided model has no location head: choose another order")
         return self.model.locate(state.inner, revealed.repeat(2, 1)).chunk(2)[0]

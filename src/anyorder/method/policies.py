@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from anyorder.contracts import Grid, Progress
+from anyorder.contracts import Grid, Progress, require
 from anyorder.method.sampling import SCORES, TOKEN_BLIND
 from anyorder.method.schedules import ParallelSchedule
 from anyorder.orders import inverse, validate
@@ -127,27 +127,18 @@ class InferredOrder(_Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.score not in SCORES:
-            raise ValueError(f"unknown score '{self.score}': choose one of {', '.join(SCORES)}")
-        if self.sign not in (1, -1):
-            raise ValueError(f"sign must be 1 (most certain first) or -1, got {self.sign}")
+        require(self.score in SCORES, f"unknown score '{self.score}': choose one of {', '.join(SCORES)}")
+        require(self.sign in (1, -1), f"sign must be 1 (most certain first) or -1, got {self.sign}")
         for name in ("temperature", "location"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
-        if not math.isfinite(self.distance):
-            raise ValueError(f"distance must be a number, got {self.distance}")
-        if self.distance_to not in ("last", "nearest"):
-            raise ValueError(f"distance_to must be 'last' or 'nearest', got '{self.distance_to}'")
-        if not 0 < self.rescore <= 1:
-            raise ValueError(f"rescore must lie in (0, 1], got {self.rescore}")
-        if self.look_ahead < 0:
-            raise ValueError(f"look_ahead must be >= 0, got {self.look_ahead}")
-        exact = self.score == "entropy" and self.rescore == 1 and self.per_step == 1 and not self.steps
-        if self.look_ahead and (not exact or self.distance or self.location):
-            raise ValueError(
-                "expected information takes score='entropy', per_step=1, steps=0 and rescore=1, and knows no "
-                "distance and no location head"
-            )
+            require(0 <= getattr(self, name) < math.inf, f"{name} must be >= 0, got {getattr(self, name)}")
+        require(math.isfinite(self.distance), f"distance must be a number, got {self.distance}")
+        text = f"distance_to must be 'last' or 'nearest', got '{self.distance_to}'"
+        require(self.distance_to in ("last", "nearest"), text)
+        require(0 < self.rescore <= 1, f"rescore must lie in (0, 1], got {self.rescore}")
+        require(self.look_ahead >= 0, f"look_ahead must be >= 0, got {self.look_ahead}")
+        plain = (self.score, self.rescore, self.per_step, self.steps, self.distance, self.location)
+        text = "expected information takes score='entropy' and no rescore, per_step, steps, distance or head"
+        require(not self.look_ahead or plain == ("entropy", 1, 1, 0, 0, 0), text)
 
     @property
     def name(self) -> str:
@@ -229,8 +220,7 @@ class LocatedOrder(_Decided):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
+        require(0 <= self.temperature < math.inf, f"temperature must be >= 0, got {self.temperature}")
 
     def propose(self, progress: Progress) -> Tensor:
         """The K positions that the head prefers, (B, K)."""

@@ -189,7 +189,7 @@ class PolicyConfig(ParallelSchedule):
                 "class_mean needs the orders of the classes: give each image's as a tensor (B, N)"
             )
         schedule = {name: getattr(self, name) for name in _SCHEDULE}
-        return policies.FixedOrder(orders, grid, name=self.order, **schedule)
+        return policies.FixedOrder(orders.to(streams.device), grid, name=self.order, **schedule)
 
 
 Order = str | Tensor | Sequence[Any] | OrderPolicy | PolicyConfig | Callable[[Grid], OrderPolicy]

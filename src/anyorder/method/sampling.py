@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anyorder.contracts import require
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -24,14 +26,10 @@ class Sampling:
     """Keep tokens at least min_p times as likely as the most likely one."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be >= 0 (0 keeps all), got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if not 0 <= self.min_p < 1:
-            raise ValueError(f"min_p must lie in [0, 1), got {self.min_p}")
+        require(0 <= self.temperature < math.inf, f"temperature must be >= 0, got {self.temperature}")
+        require(self.top_k >= 0, f"top_k must be >= 0 (0 keeps all), got {self.top_k}")
+        require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
+        require(0 <= self.min_p < 1, f"min_p must lie in [0, 1), got {self.min_p}")
 
 
 def truncate(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from anyorder.contracts import Progress
+from anyorder.contracts import Progress, require
 
 Shape = Literal["constant", "cosine", "arccos", "one_minus_cos"]
 
@@ -38,23 +38,13 @@ OPEN: dict[str, Callable[[float], float]] = {
 
 
 def reveals(n: int, steps: int, schedule: Shape = "constant") -> list[int]:
-    """Positions revealed at each step.
-
-    Args:
-        n: open positions, >= 0.
-        steps: in how many steps; more than n are n.
-        schedule: see above.
-
-    Returns:
-        min(n, steps) numbers, each >= 1, that sum to n.
+    """Positions revealed at each step: min(n, steps) numbers, each >= 1, that sum to n >= 0.
 
     Raises:
         ValueError: an unknown schedule, or no steps.
     """
-    if schedule not in OPEN:
-        raise ValueError(f"unknown schedule '{schedule}': choose one of {', '.join(OPEN)}")
-    if steps < 1:
-        raise ValueError(f"steps must be >= 1, got {steps}")
+    require(schedule in OPEN, f"unknown schedule '{schedule}': choose one of {', '.join(OPEN)}")
+    require(steps >= 1, f"steps must be >= 1, got {steps}")
     steps = min(n, steps)
     done = [0]
     for step in range(1, steps + 1):
@@ -83,18 +73,14 @@ class ParallelSchedule:
     """Smallest distance in patches between positions of one step, kept while there are such positions."""
 
     def __post_init__(self) -> None:
-        if self.per_step < 1:
-            raise ValueError(f"per_step must be >= 1, got {self.per_step}")
-        if self.steps < 0:
-            raise ValueError(f"steps must be >= 0 (0: per_step decides), got {self.steps}")
-        if self.schedule not in OPEN:
-            raise ValueError(f"unknown schedule '{self.schedule}': choose one of {', '.join(OPEN)}")
-        if self.steps and self.per_step > 1:
-            raise ValueError(f"give either per_step or steps, got {self.per_step} and {self.steps}")
-        if self.schedule != "constant" and not self.steps:
-            raise ValueError(f"schedule '{self.schedule}' needs to know in how many steps: give steps=...")
-        if not self.min_distance >= 0:
-            raise ValueError(f"min_distance must be >= 0, got {self.min_distance}")
+        require(self.per_step >= 1, f"per_step must be >= 1, got {self.per_step}")
+        require(self.steps >= 0, f"steps must be >= 0 (0: per_step decides), got {self.steps}")
+        require(self.schedule in OPEN, f"unknown schedule '{self.schedule}': choose one of {', '.join(OPEN)}")
+        both = f"give either per_step or steps, got {self.per_step} and {self.steps}"
+        require(self.per_step == 1 or not self.steps, both)
+        endless = f"schedule '{self.schedule}' needs to know in how many steps: give steps=..."
+        require(self.schedule == "constant" or self.steps > 0, endless)
+        require(self.min_distance >= 0, f"min_distance must be >= 0, got {self.min_distance}")
 
     def sizes(self, n: int) -> list[int]:
         """Positions revealed at each step, out of n open ones."""
