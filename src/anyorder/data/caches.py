@@ -1,4 +1,4 @@
-"""Readers of what the stages write: images, their tokens, and orders for those tokens."""
+"""Readers of what the stages write: images, their tokens, and orders of those tokens."""
 
 from __future__ import annotations
 
@@ -20,15 +20,39 @@ TEXT = "text.json"
 _SAMPLE = 256  # rows looked at when a cache is opened
 
 
-class ImageSet:
-    """One split of a data artifact, memory-mapped.
+class _Split:
+    """What all caches of images have, one split at a time, memory-mapped.
 
     Attributes:
-        images: (n, H, W, 3) uint8.
         labels: (n,) int64, index into `classes`; 0 where there are none.
         classes: class names, empty if the images have none.
         attributes: name of each further attribute -> its values.
         fingerprint: of the artifact.
+    """
+
+    def __init__(self, folder: str | Path, split: str, what: str):
+        self.folder, self.split = Path(folder), split
+        self._manifest = read_manifest(folder)
+        self.fingerprint: str = self._manifest["fingerprint"]
+        self.classes: list[str] = self._manifest["classes"]
+        self.attributes: dict[str, list[str]] = self._manifest.get("attributes", {})
+        self._path = self.folder / f"{split}.{what}.npy"
+        self._rows = load_array(self._path)
+        self.labels = _read_labels(self.folder, split, len(self), len(self.classes))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def attribute_values(self) -> np.ndarray:
+        """(n, A) int64, index into the values of each attribute, -1 for none."""
+        return _read_columns(self.folder, self.split, len(self), [len(v) for v in self.attributes.values()])
+
+
+class ImageSet(_Split):
+    """One split of a data artifact.
+
+    Attributes:
+        images: (n, H, W, 3) uint8.
     """
 
     def __init__(self, folder: str | Path, split: str = "train"):
@@ -38,23 +62,10 @@ class ImageSet:
             FileNotFoundError: `folder` is no finished artifact, or has no such split.
             ValueError: a file is damaged; the message names it.
         """
-        self.folder, self.split = Path(folder), split
-        manifest = read_manifest(folder)
-        self.fingerprint: str = manifest["fingerprint"]
-        self.classes: list[str] = manifest["classes"]
-        path = self.folder / f"{split}.images.npy"
-        self.images = load_array(path)
-        if self.images.ndim != 4 or self.images.shape[3] != 3 or self.images.dtype != np.uint8:
-            raise _damaged(path, f"got {self.images.dtype} {self.images.shape}, expected uint8 (n, H, W, 3)")
-        self.labels = _read_labels(self.folder, split, len(self.images), len(self.classes))
-        self.attributes: dict[str, list[str]] = manifest.get("attributes", {})
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def attribute_values(self) -> np.ndarray:
-        """(n, A) int64, index into the values of each attribute, -1 for none."""
-        return _read_columns(self.folder, self.split, len(self), [len(v) for v in self.attributes.values()])
+        super().__init__(folder, split, "images")
+        self.images = found = self._rows
+        if found.ndim != 4 or found.shape[3] != 3 or found.dtype != np.uint8:
+            raise _damaged(self._path, f"got {found.dtype} {found.shape}, expected uint8 (n, H, W, 3)")
 
     def labels_of(self, attribute: str | None) -> tuple[np.ndarray, list[str]]:
         """Labels (n,) int64, -1 for none, and their names: of the class (None) or of an attribute.
@@ -74,10 +85,8 @@ class ImageSet:
             ValueError: there are not as many captions as images.
         """
         path = self.folder / f"{self.split}.captions.json"
-        if not path.is_file():
-            return None
-        texts = read_json(path)
-        if len(texts) != len(self):
+        texts = read_json(path) if path.is_file() else None
+        if texts is not None and len(texts) != len(self):
             raise _damaged(path, f"got {len(texts)} captions, there are {len(self)} images")
         return texts
 
@@ -93,14 +102,11 @@ class ImageSet:
         return pixels.float().div_(127.5).sub_(1).contiguous(), torch.from_numpy(np.array(self.labels[rows]))
 
 
-class TokenSet:
-    """One split of a token cache, memory-mapped.
+class TokenSet(_Split):
+    """One split of a token cache.
 
     Attributes:
         tokens: (n, N) uint16 or int32, in [0, vocab_size), raster order.
-        labels: (n,) int64, index into `classes`; 0 where there are none.
-        classes: class names, empty if the images have none.
-        attributes: name of each further attribute -> its values.
         further: (n, A + L) int32, value of each attribute, then caption tokens; -1 for none.
         text_vocab: number of caption tokens, 0 if there are no captions.
         text_length: L.
@@ -108,7 +114,6 @@ class TokenSet:
         vocab_size: size of the tokenizer's codebook.
         tokenizer: fingerprint of the tokenizer that made the tokens.
         data: fingerprint of the data artifact that was tokenized.
-        fingerprint: of this cache.
     """
 
     def __init__(self, folder: str | Path, split: str = "train"):
@@ -118,38 +123,28 @@ class TokenSet:
             FileNotFoundError: `folder` is no finished artifact, or has no such split.
             ValueError: a file is damaged; the message names it.
         """
-        self.folder, self.split = Path(folder), split
-        manifest = read_manifest(folder)
-        self.fingerprint: str = manifest["fingerprint"]
-        self.classes: list[str] = manifest["classes"]
-        self.grid = Grid(*manifest["grid"])
-        self.vocab_size: int = manifest["vocab_size"]
-        self.tokenizer: str = manifest["tokenizer"]
-        self.data: str = manifest["data"]
-        path = self.folder / f"{split}.tokens.npy"
-        self.tokens = load_array(path)
-        if self.tokens.ndim != 2 or self.tokens.shape[1] != self.grid.n or self.tokens.dtype.kind not in "iu":
-            raise _damaged(path, f"got {self.tokens.dtype} {self.tokens.shape}, expected (n, {self.grid.n})")
-        sample = _sample(self.tokens)
+        super().__init__(folder, split, "tokens")
+        self.tokens = found = self._rows
+        self.grid = Grid(*self._manifest["grid"])
+        self.vocab_size: int = self._manifest["vocab_size"]
+        self.tokenizer: str = self._manifest["tokenizer"]
+        self.data: str = self._manifest["data"]
+        if found.ndim != 2 or found.shape[1] != self.grid.n or found.dtype.kind not in "iu":
+            raise _damaged(self._path, f"got {found.dtype} {found.shape}, expected (n, {self.grid.n})")
+        sample = _sample(found)
         if sample.size and not 0 <= sample.min() <= sample.max() < self.vocab_size:
-            found = f"tokens from {sample.min()} to {sample.max()}"
-            raise _damaged(path, f"it holds {found}, the vocabulary has {self.vocab_size}")
-        self.labels = _read_labels(self.folder, split, len(self.tokens), len(self.classes))
-        self.attributes: dict[str, list[str]] = manifest.get("attributes", {})
-        text = manifest.get("text") or {"vocab_size": 0, "length": 0}
+            held = f"tokens from {sample.min()} to {sample.max()}"
+            raise _damaged(self._path, f"it holds {held}, the vocabulary has {self.vocab_size}")
+        text = self._manifest.get("text") or {"vocab_size": 0, "length": 0}
         self.text_vocab, self.text_length = text["vocab_size"], text["length"]
-        sizes = [len(values) for values in self.attributes.values()]
-        columns = [_read_columns(self.folder, split, len(self), sizes)]
+        columns = [self.attribute_values()]
         if self.text_length:
             columns.append(_read_captions(self.folder, split, len(self), self.text_vocab, self.text_length))
         self.further = np.concatenate(columns, axis=1).astype(np.int32)
 
-    def __len__(self) -> int:
-        return len(self.tokens)
-
     @property
     def vocabulary(self) -> Vocabulary:
-        """What the pictures may be asked to be, by name."""
+        """Names of everything that a condition may hold."""
         captions = None
         if self.text_length:
             captions = CaptionTokenizer((self.folder / TEXT).read_text(encoding="utf-8"))
@@ -176,11 +171,11 @@ class TokenSet:
         width = 1 + self.further.shape[1]
         columns = {"class": [0], **{name: [1 + i] for i, name in enumerate(self.attributes)}}
         columns |= {"captions": list(range(len(columns), width))} if self.text_length else {}
-        told = condition.clone().reshape(len(condition), -1)
+        left = condition.clone().reshape(len(condition), -1)
         for part in parts:
             index_of(part, list(columns), "part of the condition")
-            told[:, columns[part]] = -1
-        return told.view_as(condition)
+            left[:, columns[part]] = -1
+        return left.view_as(condition)
 
 
 class OrderSet:

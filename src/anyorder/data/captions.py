@@ -1,4 +1,4 @@
-"""Captions as tokens, and the names of everything that a picture may be asked to be."""
+"""Captions as tokens, and the names of everything that a condition may hold."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class TextConfig:
     """How captions become tokens."""
 
     vocab_size: int = 512
-    """At most this many tokens."""
+    """Largest number of different caption tokens, at least 2."""
     length: int = 16
-    """Most tokens of a caption; what is longer is cut."""
+    """Largest number of tokens in a caption; longer captions are cut."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < 2 or self.length < 1:
@@ -35,7 +35,7 @@ class CaptionTokenizer:
     """Byte-pair encoding of lower-case text; needs the extra `text` only when it encodes."""
 
     def __init__(self, definition: str):
-        """From the JSON of the `tokenizers` library, as `train` makes it."""
+        """From JSON as `train` makes it and the `tokenizers` library reads it."""
         self.definition = definition
 
     @classmethod
@@ -49,7 +49,7 @@ class CaptionTokenizer:
         tokenizer = library.Tokenizer(library.models.BPE(unk_token=_UNKNOWN))
         normalizers, split = library.normalizers, library.pre_tokenizers
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-        # The last one marks where words begin, so that "red" is another token than the end of "tired".
+        # Metaspace marks where words begin, so that "red" is another token than the end of "tired".
         words = [split.WhitespaceSplit(), split.Punctuation(), split.Metaspace()]
         tokenizer.pre_tokenizer = split.Sequence(words)
         trainer = library.trainers.BpeTrainer(
@@ -90,7 +90,7 @@ def _library() -> Any:
 
 @dataclass
 class Vocabulary:
-    """What a picture may be asked to be, by name."""
+    """Names of everything that a condition may hold."""
 
     classes: list[str] = field(default_factory=list)
     attributes: dict[str, list[str]] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class Vocabulary:
     captions: CaptionTokenizer | None = None
     """None where the model was trained without captions."""
     length: int = 0
-    """Most tokens of a caption."""
+    """Largest number of tokens in a caption."""
 
     def condition(
         self,
@@ -107,12 +107,12 @@ class Vocabulary:
         attributes: Mapping[str, Sequence[str | None]] | None = None,
         prompts: Sequence[str] | None = None,
     ) -> Tensor:
-        """What n pictures are asked to be, (n, 1 + A + L) int64, -1 for whatever is not given.
+        """The condition of n images, (n, 1 + A + L) int64, -1 for whatever is not given.
 
         Args:
-            n: number of pictures.
+            n: number of images.
             labels: class index of each.
-            attributes: name of an attribute -> its value for each picture, None for none.
+            attributes: name of an attribute -> its value for each image, None for none.
             prompts: caption of each; an empty one is none.
 
         Raises:

@@ -1,8 +1,8 @@
-"""Procedural sunsets: the smallest pictures in which the order of generation matters.
+"""Procedural sunsets: small images in which the order of generation matters.
 
-After the example that motivates OAR (arXiv 2504.17069, Sec. 1): the colour of the clouds is caused by the
-colour of the sun, so an image that begins with its sun can give its clouds the right colour. Every image
-has known hidden causes, and `causes_of` reads them back from pixels alone, without a network.
+After the example that motivates OAR (arXiv 2504.17069, Sec. 1): the sun's colour causes the clouds' colour,
+so an image that begins with its sun can give its clouds the right colour. The causes of every image are
+known, and `causes_of` reads them from pixels alone, without a network.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CAUSES = ("sun", "cloud", "sun_row", "sun_col", "sun_radius", "horizon", "clouds
 sun centre, sun radius and horizon in pixels; number of clouds; centre of the largest cloud in pixels."""
 
 _SUN = np.array([(255, 232, 80), (255, 140, 25), (222, 28, 32), (236, 50, 172)], np.float32)
-# Two skies per sun; the clouds are lit by both, so each sky has a cloud colour of its own.
+# Two skies per sun; the clouds are lit by both, so each sky has one cloud colour.
 _ZENITH, _HORIZON, _CLOUD = np.array(
     [
         [(52, 104, 182), (246, 190, 150), (255, 246, 226)],  # yellow sun: blue sky, cream clouds
@@ -218,9 +218,8 @@ class SunsetCauses:
 def causes_of(images: np.ndarray) -> SunsetCauses:
     """Read the colours of sun and clouds from pixels alone; stands mild blur and noise.
 
-    A cloud is looked for in the upper part of the image and the sun in the lower: every pair of
-    neighbours close to one of the known colours votes for it, the most votes win, and too few votes mean
-    that there is none.
+    Clouds are in the upper part of the image, the sun is in the lower: every pair of neighbours close to one
+    of the known colours votes for it, the most votes win, and too few votes mean that there is none.
 
     Args:
         images: (n, height, width, 3) uint8.
@@ -251,13 +250,13 @@ def consistency(images: np.ndarray) -> float:
     """Share in [0, 1] of sunsets (n, height, width, 3) uint8 whose clouds have a colour that their sun gives.
 
     Images without a recognisable sun or cloud count as inconsistent; `causes_of(images).shares()` tells
-    them apart. Clouds drawn independently of the sun score about 1 / len(SUNS).
+    them apart. Clouds that are independent of the sun score about 1 / len(SUNS).
     """
     return causes_of(images).shares()["consistency"]
 
 
 def sun_first(orders: np.ndarray, causes: np.ndarray, grid: Grid, size: tuple[int, int]) -> float:
-    """Share in [0, 1] of sunsets whose sun is drawn before their largest cloud: half for random orders.
+    """Share in [0, 1] of sunsets whose sun is revealed before their largest cloud: half for random orders.
 
     Args:
         orders: (n, N) integers, order[i, k] = raster position revealed at step k.
@@ -268,12 +267,12 @@ def sun_first(orders: np.ndarray, causes: np.ndarray, grid: Grid, size: tuple[in
     column = {name: causes[:, i] for i, name in enumerate(CAUSES)}
     rank = np.argsort(orders, axis=1)
 
-    def drawn(what: str) -> np.ndarray:
+    def revealed(what: str) -> np.ndarray:
         row = column[f"{what}_row"].clip(0, size[0] - 1) * grid.h // size[0]
         col = column[f"{what}_col"].clip(0, size[1] - 1) * grid.w // size[1]
         return rank[np.arange(len(rank)), row * grid.w + col]
 
-    return float((drawn("sun") < drawn("cloud")).mean())
+    return float((revealed("sun") < revealed("cloud")).mean())
 
 
 def write_sunsets(
@@ -281,7 +280,7 @@ def write_sunsets(
 ) -> dict[str, Any]:
     """Write the arrays of a sunsets data artifact: those of `ingest`, and `{split}.causes.npy`.
 
-    Called again after a kill it goes on with the first missing image.
+    Called again after a kill, it continues with the first missing image.
 
     Args:
         folder: the artifact's folder, new or begun with the same arguments.
