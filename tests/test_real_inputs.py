@@ -15,13 +15,15 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from anyorder.cli import main as cli
+from anyorder.contracts import Grid
 from anyorder.data import listing
 from anyorder.data.classes import display_name, in_sequence, map_classes
 from anyorder.data.images import BadImage, load_image, load_mask
 from anyorder.data.ingest import ingest
 from anyorder.data.sources import Columns, FolderSource, open_source
 from anyorder.data.tables import HubSource, ParquetSource
-from anyorder.files import read_json
+from anyorder.files import read_json, write_text
+from anyorder.report.figures import mean_rank_per_class, prompt_grid
 
 SIZE = (8, 8)
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
@@ -572,17 +574,19 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_can_be_printed_and_drawn(name):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_names_can_be_printed_and_drawn(name, tmp_path):
     from matplotlib.figure import Figure
 
     assert display_name(name) == NAMES[name]
     display_name(name).encode()
-    figure = Figure()
-    text = figure.text(0, 0, display_name(name, mathtext=True))
+    text = Figure().text(0, 0, display_name(name, mathtext=True))
     drawn, is_formula = text._preprocess_math(text.get_text())
     assert (drawn, bool(is_formula)) == (NAMES[name], False)
-    FigureCanvasAgg(figure)
+    orders = np.array([[0, 1], [1, 0]])
+    mean_rank_per_class(orders, np.array([0, 1]), [name, "$$"], Grid(1, 2))
+    prompt_grid([np.zeros((1, 4, 4, 3), np.uint8)], [name])
+    write_text(tmp_path / "report.html", name)
 
 
 # --- the command ---

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from anyorder.data import listing
 from anyorder.data.classes import in_sequence
@@ -29,37 +29,35 @@ class Item(NamedTuple):
     caption: str | None = None
 
 
-class Source(Protocol):
+class Source:
     """Images in a fixed sequence; `split` is "train" or "test"."""
 
-    @property
-    def captioned(self) -> bool:
-        """Whether its items have captions."""
-        ...
+    captioned = False
+    """Whether its items have captions."""
 
     def classes(self) -> list[str]:
         """Class names, in the source's sequence if it has one; empty if the images have no classes."""
-        ...
+        raise NotImplementedError
 
     def attributes(self) -> dict[str, list[str]]:
         """Names of further attributes, and the values of each in the train split or in the source's list."""
-        ...
+        return {}
 
     def count(self, split: str) -> int:
         """How many items the split has."""
-        ...
+        raise NotImplementedError
 
     def items(self, split: str) -> Iterator[Item]:
         """The items of a split; the same ones in the same sequence every time."""
-        ...
+        raise NotImplementedError
 
     def ignored(self) -> dict[str, list[str]]:
         """Reason -> names of entries that are no items."""
-        ...
+        return {}
 
     def stats(self) -> listing.Stats:
         """Sizes and times of the files that are read; empty for a data set that has no files here."""
-        ...
+        return {}
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def open_source(where: str | Path, columns: Columns = NO_COLUMNS, test_fraction:
 
 
 @dataclass(frozen=True)
-class FolderSource:
+class FolderSource(Source):
     """Images below a folder; subfolders name the classes, or the splits and in them the classes.
 
     See `listing.split_and_class`. Validation images are the test split where no folder is named test.
@@ -129,7 +127,6 @@ class FolderSource:
 
     path: Path
     test_fraction: float = 0.1
-    captioned = False
 
     @cached_property
     def _found(self) -> tuple[dict[str, list[Item]], dict[str, list[str]]]:
@@ -163,10 +160,6 @@ class FolderSource:
     def classes(self) -> list[str]:
         """See `Source`; by number or alphabet."""
         return in_sequence(item.label for item in self._found[0]["train"] if item.label is not None)
-
-    def attributes(self) -> dict[str, list[str]]:
-        """See `Source`."""
-        return {}
 
     def count(self, split: str) -> int:
         """See `Source`."""

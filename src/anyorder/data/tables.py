@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,21 +16,26 @@ import pyarrow.parquet as pq
 from anyorder.data import listing
 from anyorder.data.classes import in_sequence
 from anyorder.data.images import BadImage
-from anyorder.data.sources import NO_COLUMNS, Columns, Item
+from anyorder.data.sources import NO_COLUMNS, Columns, Item, Source
 
 Row = tuple[Any, dict[str, str | None]]
 """Image as it is stored, and the text of each column that is read."""
 
 
-class _TableSource:
+class _TableSource(Source):
     """What tables of images have in common: rows of an image and texts, in named parts."""
 
     columns: Columns
     test_fraction: float
 
     @cached_property
+    def _all(self) -> list[str]:
+        """Names of all parts."""
+        raise NotImplementedError
+
+    @cached_property
     def _parts(self) -> dict[str, list[str]]:
-        """Parts of the splits train and test, or of "all" where names decide row by row."""
+        """Names of the parts of the splits train and test, or of "all" where names decide row by row."""
         raise NotImplementedError
 
     def _read(self, part: str, with_images: bool) -> Iterator[Row]:
@@ -38,13 +43,10 @@ class _TableSource:
         raise NotImplementedError
 
     def _names(self, part: str, column: str) -> list[str] | None:
-        """The class names that the part's own description gives to the numbers in a column."""
+        """The class names that the part's description gives to the numbers in a column."""
         raise NotImplementedError
 
-    def _folder(self, part: str) -> Path:
-        """What the paths of images that lie outside the part are relative to."""
-        raise NotImplementedError
-
+    @property
     def _root(self) -> Path:
         """The folder that paths of images may not leave."""
         raise NotImplementedError
@@ -62,7 +64,7 @@ class _TableSource:
         return dict(zip(names, listing.held_out(names, self.test_fraction), strict=True))
 
     @property
-    def captioned(self) -> bool:
+    def captioned(self) -> bool:  # type: ignore[override]
         """See `Source`."""
         return self.columns.caption is not None
 
@@ -94,13 +96,10 @@ class _TableSource:
         """See `Source`."""
         return self._rows(split, with_images=True)
 
-    def _unused(self, parts: Iterable[str]) -> list[str]:
-        used = {part for found in self._parts.values() for part in found}
-        return [part for part in parts if part not in used]
-
-    def stats(self) -> listing.Stats:
+    def ignored(self) -> dict[str, list[str]]:
         """See `Source`."""
-        return {}
+        used = {part for found in self._parts.values() for part in found}
+        return {"beside the splits": [part for part in self._all if part not in used]}
 
     def _rows(self, split: str, with_images: bool) -> Iterator[Item]:
         by_name = "all" in self._parts
@@ -121,10 +120,10 @@ class _TableSource:
             data, path = None, data
         if data is not None or not path:
             return data or b""
-        file = (self._folder(part) / path).resolve()
-        if file.is_relative_to(self._root().resolve()):
+        file = ((self._root / part).parent / path).resolve()
+        if file.is_relative_to(self._root.resolve()):
             return file
-        return BadImage("path outside the data", f"{path} is not below {self._root()}")
+        return BadImage("path outside the data", f"{path} is not below {self._root}")
 
 
 @dataclass(frozen=True)
@@ -138,11 +137,12 @@ class ParquetSource(_TableSource):
     columns: Columns = NO_COLUMNS
     test_fraction: float = 0.1
 
+    @property
     def _root(self) -> Path:
         return self.path.parent if self.path.is_file() else self.path
 
     @cached_property
-    def _files(self) -> list[str]:
+    def _all(self) -> list[str]:
         if self.path.is_file():
             return [self.path.name]
         return [name for name in listing.list_files(self.path).files if name.endswith(".parquet")]
@@ -150,9 +150,9 @@ class ParquetSource(_TableSource):
     @cached_property
     def _parts(self) -> dict[str, list[str]]:
         if self.path.is_file():
-            return {"all": self._files}
+            return {"all": self._all}
         splits: dict[str | None, list[str]] = {}
-        for name in self._files:
+        for name in self._all:
             splits.setdefault(listing.split_of_file(name), []).append(name)
         test = splits.get("test") or splits.get("validation")
         if test and "train" not in splits:
@@ -162,16 +162,9 @@ class ParquetSource(_TableSource):
         train = splits.get("train") or splits[None]
         return {"train": train, "test": test} if test else {"all": train}
 
-    def ignored(self) -> dict[str, list[str]]:
-        """See `Source`."""
-        return {"beside the splits": self._unused(self._files)}
-
     def stats(self) -> listing.Stats:
         """See `Source`."""
-        return listing.stats(self._root(), self._files)
-
-    def _folder(self, part: str) -> Path:
-        return (self._root() / part).parent
+        return listing.stats(self._root, self._all)
 
     def _names(self, part: str, column: str) -> list[str] | None:
         with self._open(part) as file:
@@ -179,12 +172,12 @@ class ParquetSource(_TableSource):
 
     def _open(self, part: str) -> pq.ParquetFile:
         try:
-            return pq.ParquetFile(self._root() / part)
+            return pq.ParquetFile(self._root / part)
         except (pa.ArrowException, OSError) as e:
-            raise ValueError(f"{self._root() / part} is not a sound parquet file ({e})") from e
+            raise ValueError(f"{self._root / part} is not a sound parquet file ({e})") from e
 
     def _read(self, part: str, with_images: bool) -> Iterator[Row]:
-        path, texts = self._root() / part, self.columns.texts
+        path, texts = self._root / part, self.columns.texts
         with self._open(part) as file:
             schema = file.schema_arrow
             image_column = _image_column(schema, self.columns.image, path)
@@ -225,6 +218,10 @@ class HubSource(_TableSource):
         undecoded = datasets.Image(decode=False)
         return {s: t.cast_column(self._image_feature(t), undecoded) for s, t in tables.items()}
 
+    @cached_property
+    def _all(self) -> list[str]:
+        return list(self._tables)
+
     def _image_feature(self, table: Any) -> str:
         images = [name for name, feature in table.features.items() if type(feature).__name__ == "Image"]
         if not images:
@@ -240,13 +237,7 @@ class HubSource(_TableSource):
         test = next((kinds[k] for k in ("test", "validation") if k in kinds and kinds[k] != train), None)
         return {"train": [train], "test": [test]} if test else {"all": [train]}
 
-    def ignored(self) -> dict[str, list[str]]:
-        """See `Source`."""
-        return {"beside the splits": self._unused(self._tables)}
-
-    def _folder(self, part: str) -> Path:
-        return self._root()
-
+    @property
     def _root(self) -> Path:
         import datasets
 

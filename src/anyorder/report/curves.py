@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from anyorder.data.classes import display_name
 from anyorder.report.figures import COLOURS, rendered, styled_figure
 
 if TYPE_CHECKING:
@@ -59,7 +60,9 @@ def loss_curves(
 def _plot_run(panels: Sequence[Axes], name: str, log: list[dict[str, Any]], colour: str) -> None:
     steps, losses = _series(log, "loss")
     panels[0].plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
-    panels[0].plot(steps, _smooth(losses), color=colour, linewidth=1.8, label=name)
+    panels[0].plot(
+        steps, _smooth(losses), color=colour, linewidth=1.8, label=display_name(name, mathtext=True)
+    )
     for key in ("test_nll", "test_loss"):
         steps, values = _series(log, key)
         if len(steps):
@@ -138,7 +141,15 @@ def _plot_scaling(axis: Axes, i: int, name: str, rows: list[Mapping[str, Any]], 
     points = sorted((row["value"], row[measure]) for row in rows if row.get(measure) is not None)
     style = ("o-", "s--")[i // len(COLOURS) % 2]
     x, y = ([point[k] for point in points] for k in (0, 1))
-    axis.plot(x, y, style, color=COLOURS[i % len(COLOURS)], markersize=4, linewidth=1.2, label=name)
+    axis.plot(
+        x,
+        y,
+        style,
+        color=COLOURS[i % len(COLOURS)],
+        markersize=4,
+        linewidth=1.2,
+        label=display_name(name, mathtext=True),
+    )
 
 
 def _scale(axis: Axes, values: list[int], measure: str) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from anyorder.contracts import Grid
+from anyorder.data.classes import display_name
 from anyorder.files import atomic
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def image_grid(images: np.ndarray, columns: int = 8, scale: int = 1, gap: int = 
 def prompt_grid(rows: Sequence[np.ndarray], prompts: Sequence[str], scale: int = 3) -> Image.Image:
     """A row of images below each prompt; for each prompt (n, H, W, 3) uint8, enlarged `scale` times."""
     font, strips, line = ImageFont.load_default(12), [], 18
-    for images, prompt in zip(rows, prompts, strict=True):
+    for images, prompt in zip(rows, map(display_name, prompts), strict=True):
         row = image_grid(images, columns=len(images), scale=scale)
         width = max(row.width, math.ceil(font.getlength(prompt)) + 8)
         strip = Image.new("RGB", (width, row.height + line), "white")
@@ -184,7 +185,7 @@ def mean_rank_per_class(
     maps = [(f"all ({len(rank)})", rank.mean(0))]
     for label in np.unique(labels):
         members = rank[labels == label]
-        name = classes[label]
+        name = display_name(classes[label])
         name = name if len(name) <= 16 else f"{name[:15]}…"
         maps.append((f"{name} ({len(members)})", members.mean(0)))
     columns = min(columns, len(maps))
@@ -196,7 +197,7 @@ def mean_rank_per_class(
             axis.set_axis_off()
         for axis, (name, mean) in zip(axes.flat, maps, strict=False):
             shown = axis.imshow(mean, cmap=MAP, vmin=stack.min(), vmax=stack.max())
-            axis.set_title(name, fontsize=8)
+            axis.set_title(display_name(name, mathtext=True), fontsize=8)
         bar = figure.colorbar(shown, ax=axes, shrink=min(1.0, 2 / rows), pad=0.02)
         bar.set_label(f"mean step (0 to {grid.n - 1})")
         bar.outline.set_visible(False)
