@@ -40,6 +40,7 @@ LIKELIHOOD: Columns = {
     "bound: tokens": ("bound_tokens", None), "bound: locations": ("bound_location", None),
     "bits/dim": ("bits_per_dim", "min"),
 }
+NLL = ("nll", "bound")
 COST: Columns = {
     "s/image": ("seconds_per_image", "min"), "extraction evaluations": ("extraction_evaluations", None),
     "training tokens": ("training_tokens", None), "training s": ("training_seconds", None),
@@ -62,13 +63,10 @@ TABLES = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluated set of samples.
+    """One evaluated set of samples: an `eval` artifact, whose parent folder is the run.
 
-    Attributes:
-        path: folder of the `eval` artifact; its parent is the run.
-        manifest: its manifest.
-        extraction: position evaluations spent on extracting the orders of its model, where known.
-        floor: the columns of `FLOOR` in the same feature space.
+    `extraction` counts the position evaluations spent on the orders of its model, where known; `floor` holds
+    the columns of the row `FLOOR` in the same feature space.
     """
 
     path: Path
@@ -111,9 +109,7 @@ class Evaluation:
             "extraction_evaluations": self.extraction,
         }
         if not blind:
-            found |= {key: None for key, _ in LIKELIHOOD.values()} | dict.fromkeys(
-                ("nll", "bound"), NO_LIKELIHOOD
-            )
+            found |= {key: None for key, _ in LIKELIHOOD.values()} | dict.fromkeys(NLL, NO_LIKELIHOOD)
         columns = {name: found.get(key) for table in TABLES.values() for name, (key, _) in table.items()}
         return {"samples": self.name, "order": self.order, "token-blind": blind, **columns}
 

@@ -29,19 +29,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 """Okabe-Ito: distinguishable under all common colour-vision deficiencies."""
 MAP = "viridis_r"
 """Light is first, dark is last; perceptually uniform, so that equal steps look equal."""
+# fmt: off
 _STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.6,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "legend.frameon": False,
+    "font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": "#888888", "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6,
+    "xtick.color": "#444444", "ytick.color": "#444444", "legend.frameon": False,
 }
+# fmt: on
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:
@@ -62,13 +56,7 @@ def _format(path: str | Path) -> str:
 
 
 def image_grid(images: np.ndarray, columns: int = 8, scale: int = 1, gap: int = 2) -> Image.Image:
-    """Images in rows on white; a last row that is not full stays white.
-
-    Args:
-        images: (n, H, W, 3) uint8, n >= 1.
-        columns: images per row, at most.
-        scale: every pixel becomes scale x scale pixels, without smoothing.
-        gap: white pixels between images.
+    """Images (n, H, W, 3) uint8 in rows on white, `columns` per row, enlarged without smoothing.
 
     Raises:
         ValueError: the images are not uint8 (n, H, W, 3), or there are none.
@@ -172,14 +160,9 @@ def _with_key(panel: Image.Image, steps: int, height: int = 26) -> Image.Image:
 def mean_rank_per_class(
     orders: np.ndarray, labels: np.ndarray, classes: Sequence[str], grid: Grid, columns: int = 6
 ) -> Image.Image:
-    """When each position is generated on average: a map for all images, and for each class that occurs.
+    """Mean step of each position: a map for all images, and for each class that occurs.
 
-    Args:
-        orders: (n, N) int.
-        labels: (n,) int, indices into `classes`.
-        classes: names of the classes.
-        grid: the grid of the orders.
-        columns: maps per row, at most.
+    Orders are (n, N) int; labels (n,) int are indices into the names `classes`; `columns` maps per row.
     """
     rank, labels = ranks(orders, grid), np.asarray(labels)
     maps = [(f"all ({len(rank)})", rank.mean(0))]
@@ -207,14 +190,8 @@ def mean_rank_per_class(
 def generation_frames(images: np.ndarray, orders: np.ndarray, grid: Grid, frames: int = 24) -> np.ndarray:
     """Images as they are revealed in their orders, from an empty grid to the full one.
 
-    Args:
-        images: (n, H, W, 3) uint8.
-        orders: (n, N) int.
-        grid: the grid of the orders.
-        frames: moments to show, evenly spaced over the steps; at least 2.
-
     Returns:
-        (T, n, H, W, 3) uint8, T <= frames; positions not yet revealed are grey.
+        (T, n, H, W, 3) uint8, 2 <= T <= frames, evenly spaced over the steps; grey where not yet revealed.
     """
     if frames < 2:
         raise ValueError(f"an animation needs at least 2 frames, got {frames}")
@@ -230,16 +207,7 @@ def generation_frames(images: np.ndarray, orders: np.ndarray, grid: Grid, frames
 def save_sample_figures(
     folder: Path, images: np.ndarray, orders: np.ndarray, grid: Grid, columns: int = 4, scale: int = 3
 ) -> None:
-    """Write grid.png, orders.png (order maps of the first half) and generation.webp to a folder.
-
-    Args:
-        folder: where to.
-        images: (n, H, W, 3) uint8.
-        orders: (n, N) int, the orders that they were generated in.
-        grid: the grid of the orders.
-        columns: images per row, at most.
-        scale: screen pixels per pixel.
-    """
+    """Write grid.png, orders.png (order maps of the first half) and generation.webp to a folder."""
     save_image(image_grid(images, columns, scale), folder / "grid.png")
     half = slice(max(1, len(images) // 2))
     panel = order_panel(images[half], orders[half], grid, columns=max(1, columns // 2), scale=scale)
@@ -256,15 +224,15 @@ def save_animation(
     seconds: float = 4.0,
     hold: float = 2.0,
 ) -> None:
-    """Write an endless animation of a grid of images, atomically.
+    """Write an endless `.gif` or `.webp` animation of a grid of images, atomically.
 
     Args:
-        path: `.gif` or `.webp` file (WebP is lossless and smaller).
+        path: WebP is lossless and smaller.
         frames: (T, n, H, W, 3) uint8, see `generation_frames`.
-        columns: images per row, at most.
+        columns: images per row.
         scale: enlargement.
-        seconds: duration without the last frame.
-        hold: seconds for which the last frame stays.
+        seconds: duration without the last frame, which stays for `hold` seconds.
+        hold: seconds.
 
     Raises:
         ValueError: the file's ending names no animated format, or there are fewer than 2 frames.

@@ -24,12 +24,9 @@ from anyorder.report.tables import Table
 
 @dataclass
 class Figure:
-    """One image.
+    """One image: from Pillow, from the bytes of a file, or from a path (animations stay animated).
 
-    Attributes:
-        image: a Pillow image, the bytes of an image file, or its path (animations stay animated).
-        caption: text below the image.
-        alt: what it shows, for readers who cannot see it; must not be empty.
+    `alt` says what it shows, for readers who cannot see it; it must not be empty.
     """
 
     kind: ClassVar[str] = "figure"
@@ -110,13 +107,8 @@ class Section:
 
 def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> None:
     """Write a page that needs no other file, atomically; the same sections give the same bytes."""
-    environment = Environment(
-        loader=PackageLoader("anyorder.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=PackageLoader("anyorder.report"), undefined=StrictUndefined, **options)
     template = environment.get_template("report.html.j2")
     write_text(path, template.render(title=title, sections=sections, version=anyorder.__version__))
 

@@ -116,6 +116,7 @@ def _samples(samples: Found) -> list[Section]:
         ("grid.png", "Samples", "The first samples of each set, not selected."),
         ("orders.png", "Order maps", "Each sample beside its generation order, light first, dark last."),
         ("generation.webp", "Generation", "Samples as they are generated, each in its order."),
+        ("drawing.webp", "Generation", "The same; older runs name the file so."),
     ]
     found = ((title, text, _images(samples, name, title)) for name, title, text in parts)
     return [Section(title, text, images) for title, text, images in found if images]

@@ -13,11 +13,7 @@ MISSING = "\u2013"
 
 
 class Spread(float):
-    """The mean of several values, shown with their sample standard deviation.
-
-    Attributes:
-        deviation: sample standard deviation, 0 for a single value.
-    """
+    """The mean of several values, shown with their sample standard deviation (0 for a single value)."""
 
     deviation: float
 
