@@ -19,15 +19,14 @@ from PIL import Image
 from starlette import responses
 from starlette.applications import Starlette
 from starlette.concurrency import iterate_in_threadpool
-from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.routing import Route
 from torch import Tensor
 
 from anyorder.contracts import Grid, Step
 from anyorder.inference.pipeline import Pipeline
+from anyorder.method import sampling
 from anyorder.method.policy_config import INFERRED, PolicyConfig
-from anyorder.method.sampling import SCORES, Sampling
 from anyorder.orders import STATIC
 from anyorder.settings import parse
 
@@ -78,19 +77,14 @@ class GenerateRequest:
 
     def __post_init__(self) -> None:
         self.orders = list(dict.fromkeys(self.orders))
+        heat, scale, asked = self.temperature, self.guidance, self.label != "" or self.prompt != ""
         _require(len(self.orders) <= MAX_ORDERS, f"at most {MAX_ORDERS} orders, got {len(self.orders)}")
         _require(1 <= self.n <= MAX_IMAGES, f"n must lie in [1, {MAX_IMAGES}], got {self.n}")
         _require(0 <= self.seed < 2**31, f"seed must lie in [0, 2**31), got {self.seed}")
-        _require(
-            self.temperature == 0 or 0.01 <= self.temperature <= 10,
-            f"temperature must be 0 or lie in [0.01, 10], got {self.temperature}",
-        )
-        _require(0 <= self.guidance <= 20, f"guidance must lie in [0, 20], got {self.guidance}")
-        _require(
-            self.guidance == 1 or self.label != "" or self.prompt != "",
-            f"guidance {self.guidance:g} pulls towards a class or text: give label= or prompt=, or leave "
-            "guidance at 1",
-        )
+        _require(heat == 0 or 0.01 <= heat <= 10, f"temperature must be 0 or lie in [0.01, 10], got {heat}")
+        _require(0 <= scale <= 20, f"guidance must lie in [0, 20], got {scale}")
+        pulls = f"guidance {scale:g} pulls towards a class or text"
+        _require(scale == 1 or asked, f"{pulls}: give label= or prompt=, or leave guidance at 1")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -123,7 +117,8 @@ def create_app(pipe: Pipeline) -> Starlette:
 
     async def draw(request: Request) -> responses.Response:
         try:
-            events = generate_events(pipe, read_request(request.query_params))
+            query: dict[str, Any] = {**request.query_params, "orders": request.query_params.getlist("orders")}
+            events = generate_events(pipe, parse(GenerateRequest, query))
         except ValueError as e:
             return responses.JSONResponse({"error": str(e)}, status_code=400)
         # iterate_in_threadpool: a cancelled request (its client is gone) asks for no further step.
@@ -146,12 +141,9 @@ def _message(name: str, data: dict[str, Any]) -> str:
     return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
-# --- what can be asked for -----------------------------------------------------------------------------
-
-
 def choices(pipe: Pipeline) -> dict[str, PolicyConfig]:
     """Every order on offer by its label, the pipeline's policy first."""
-    names = [*SCORES, "random", *STATIC]
+    names = [*sampling.SCORES, "random", *STATIC]
     names += ["class_mean"] if pipe.class_orders is not None else []
     names += ["location"] if getattr(pipe.model.config, "location", False) else []
     return {policy.label: policy for policy in (pipe.policy, *map(PolicyConfig, names))}
@@ -172,12 +164,9 @@ def describe_pipeline(pipe: Pipeline) -> dict[str, Any]:
 
 
 def _about_order(name: str, policy: PolicyConfig) -> dict[str, Any]:
-    text = (
-        _DESCRIPTIONS.get(policy.order)
-        or ({**SCORES, **STATIC}[policy.order].__doc__ or "").partition("\n")[0]
-    )
+    text = _DESCRIPTIONS.get(policy.order) or {**sampling.SCORES, **STATIC}[policy.order].__doc__ or ""
     kind = "inferred" if policy.order in (*INFERRED, "location") else "given"
-    return {"name": name, "kind": kind, "text": text, "token_blind": policy.token_blind}
+    return {"name": name, "kind": kind, "text": text.partition("\n")[0], "token_blind": policy.token_blind}
 
 
 _DESCRIPTIONS = {
@@ -186,16 +175,6 @@ _DESCRIPTIONS = {
     "location": "The location head decides where to go, at the cost of a fixed order.",
     "information": "First the position whose token says most about the others.",
 }
-
-
-def read_request(query: QueryParams) -> GenerateRequest:
-    """The parameters of `/draw`.
-
-    Raises:
-        ValueError: an unknown parameter, or one of the wrong type or out of range.
-    """
-    given: dict[str, Any] = dict(query)
-    return parse(GenerateRequest, given | {"orders": query.getlist("orders")})
 
 
 # --- generation ----------------------------------------------------------------------------------------
@@ -219,7 +198,7 @@ def generate_events(pipe: Pipeline, asked: GenerateRequest) -> Iterator[dict[str
         _require(name in offered, f"unknown order '{name}': choose from {'; '.join(offered)}")
         steps = pipe.stream(
             label, asked.n, offered[name], asked.guidance, asked.seed,
-            sampling=Sampling(asked.temperature),
+            sampling=sampling.Sampling(asked.temperature),
             prompt=asked.prompt or None,
         )  # fmt: skip
         streams.append(_events_of_order(pipe, steps, len(streams), asked.n))

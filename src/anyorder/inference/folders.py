@@ -15,7 +15,7 @@ from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork
 from anyorder.data.caches import TEXT
 from anyorder.data.captions import CaptionTokenizer, Vocabulary
 from anyorder.files import load_array, read_json, save_array, write_json, write_text
-from anyorder.inference.weights import kind_of, load_any_order, load_tokenizer, save_model
+from anyorder.inference import weights
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.orders import validate
 from anyorder.settings import parse, read_stored
@@ -80,10 +80,9 @@ def save_parts(folder: str | Path, parts: Parts) -> None:
     (folder / CLASS_ORDERS).unlink(missing_ok=True)  # of an older pipeline in the same folder
     if parts.class_orders is not None:
         save_array(folder / CLASS_ORDERS, parts.class_orders.cpu().numpy().astype(np.uint16))
-    if parts.scorer is not None:
-        save_model(folder / "scorer", parts.scorer, parts.scorer.config, kind_of(parts.scorer))
-    save_model(folder / "model", parts.model, parts.model.config, kind_of(parts.model))
-    save_model(folder / "tokenizer", parts.tokenizer, parts.tokenizer.config, kind_of(parts.tokenizer))
+    for role in ("scorer", "model", "tokenizer"):
+        if (network := getattr(parts, role)) is not None:
+            weights.save_model(folder / role, network, network.config, weights.kind_of(network))
     policy = dataclasses.asdict(parts.policy or PolicyConfig())
     index = {"format": 1, "classes": parts.classes, "policy": policy, "scorer": parts.scorer is not None}
     if parts.vocabulary is not None:
@@ -118,11 +117,11 @@ def load_parts(folder: str | Path) -> Parts:
         raise ValueError(
             f"{folder / INDEX} is damaged: {type(e).__name__} {e}; save the pipeline again"
         ) from e
-    scorer = load_any_order(folder / "scorer") if index.get("scorer") else None
+    scorer = weights.load_any_order(folder / "scorer") if index.get("scorer") else None
     orders = folder / CLASS_ORDERS
     return Parts(
-        load_any_order(folder / "model"),
-        load_tokenizer(folder / "tokenizer"),
+        weights.load_any_order(folder / "model"),
+        weights.load_tokenizer(folder / "tokenizer"),
         classes,
         policy,
         scorer,

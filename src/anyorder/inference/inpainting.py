@@ -69,7 +69,7 @@ def complete_images(
         order: what `make_policy` takes, for the open positions.
         streams: one random stream per image.
         filling: margin and feather.
-        **options: see `GenerationOptions`; `grid` is that of the images.
+        **options: see `GenerationOptions`; `grid` is set.
 
     Raises:
         ValueError: sides that are not divisible by the factor, or a mask that does not fit.
@@ -97,14 +97,8 @@ def vary_images(
 ) -> Completion:
     """Variations: a random share of tokens is kept, the others are generated; no pixel is pasted.
 
-    Args:
-        model: as of `complete_images`, as what is not listed here.
-        tokenizer: its tokenizer.
-        images: (B, 3, H, W) uint8.
-        keep: share of tokens to keep, in [0, 1); each image's own stream says which.
-        order: for the open positions.
-        streams: one random stream per image.
-        **options: see `GenerationOptions`.
+    Arguments as of `complete_images`, but for `keep`: the share of tokens to keep, in [0, 1); the stream of
+    each image says which.
 
     Raises:
         ValueError: sides that are not divisible by the factor, or a share outside of [0, 1).

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from anyorder.data.images import load_image, load_mask
 
-SHAPES = ("centre", "lower")
-"""Names that `shaped_mask` knows."""
 Box = tuple[int, int, int, int]
 """Pixels (left, top, right, bottom), right and bottom excluded, as in Pillow."""
 Padding = tuple[int, int, int, int]
@@ -27,13 +25,12 @@ def read_images(images: Any) -> np.ndarray:
     """One or several images of one size, (B, H, W, 3) uint8.
 
     Args:
-        images: a path, a Pillow image of any mode, a uint8 array (H, W, 3) or (B, H, W, 3), or a list of
-            these.
+        images: a path, a Pillow image of any mode, a uint8 array (H, W, 3), or several as a list or array.
 
     Raises:
         ValueError: none, not to be read, an array of another dtype or shape, or of different sizes.
     """
-    found = [load_image(_checked(one, "images", (3,), np.uint8)) for one in _several(images, single_ndim=3)]
+    found = [load_image(one) for one in _several(images, "images", (3,), np.uint8)]
     if not found:
         raise ValueError("got no image: give at least one")
     if len(sizes := {one.shape[:2] for one in found}) > 1:
@@ -42,26 +39,22 @@ def read_images(images: Any) -> np.ndarray:
     return np.stack(found)
 
 
-def _several(given: Any, single_ndim: int) -> list[Any]:
+def _several(given: Any, what: str, channels: tuple[int, ...], *dtypes: type) -> list[Any]:
+    """One or several files, Pillow images or arrays, as a list; arrays only where their meaning is clear."""
+    files = str | bytes | os.PathLike | Image.Image
     given = given.cpu().numpy() if isinstance(given, Tensor) else given
-    if isinstance(given, str | bytes | os.PathLike | Image.Image):
-        return [given]
-    return [given] if isinstance(given, np.ndarray) and given.ndim == single_ndim else list(given)
-
-
-def _checked(given: Any, what: str, channels: tuple[int, ...], *dtypes: type) -> Any:
-    """Paths and Pillow images as they are; arrays whose meaning is clear."""
-    if isinstance(given, str | bytes | os.PathLike | Image.Image):
-        return given
-    array = given.cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
-    if array.dtype not in dtypes or array.ndim != 2 + len(channels) or array.shape[2:] != channels:
-        kinds = " or ".join(np.dtype(dtype).name for dtype in dtypes)
-        shape = ", ".join(map(str, ("H", "W", *channels)))
-        raise ValueError(
-            f"{what} are paths, Pillow images or {kinds} arrays ({shape}), "
-            f"got {array.dtype} of shape {array.shape}"
-        )
-    return array
+    alone = isinstance(given, files) or (isinstance(given, np.ndarray) and given.ndim == 2 + len(channels))
+    found = [one if isinstance(one, files) else np.asarray(one) for one in ([given] if alone else given)]
+    for one in found:
+        if isinstance(one, np.ndarray) and not (
+            one.dtype in dtypes and one.ndim == 2 + len(channels) and one.shape[2:] == channels
+        ):
+            kinds = " or ".join(np.dtype(dtype).name for dtype in dtypes)
+            shape = ", ".join(map(str, ("H", "W", *channels)))
+            raise ValueError(
+                f"{what} are paths, Pillow images or {kinds} arrays ({shape}), got {one.dtype} {one.shape}"
+            )
+    return found
 
 
 def read_masks(masks: Any, n: int, size: tuple[int, int]) -> np.ndarray:
@@ -69,16 +62,14 @@ def read_masks(masks: Any, n: int, size: tuple[int, int]) -> np.ndarray:
 
     Args:
         masks: a path or Pillow image (white is generated, black and transparent are kept), a bool or uint8
-            array (H, W) or (n, H, W), or a list of these.
+            array (H, W), or several as a list or array.
         n: number of images.
         size: (height, width) of the images in pixels.
 
     Raises:
         ValueError: another size or number, another dtype, or a mask that leaves nothing to generate.
     """
-    found = [
-        load_mask(_checked(one, "masks", (), np.bool_, np.uint8)) for one in _several(masks, single_ndim=2)
-    ]
+    found = [load_mask(one) for one in _several(masks, "masks", (), np.bool_, np.uint8)]
     for mask in found:
         if mask.shape != size:
             raise ValueError(
@@ -96,23 +87,17 @@ def read_masks(masks: Any, n: int, size: tuple[int, int]) -> np.ndarray:
 
 
 def box_mask(box: Sequence[int], size: tuple[int, int]) -> np.ndarray:
-    """A mask (H, W) bool with a rectangle to generate.
-
-    Args:
-        box: see `Box`.
-        size: (height, width) of the image in pixels.
+    """A mask (H, W) bool with a rectangle to generate, see `Box`; `size` is (height, width) in pixels.
 
     Raises:
         ValueError: the box is empty or leaves the image.
     """
     h, w = size
-    if len(box) != 4:
-        raise ValueError(f"box must be left,top,right,bottom, got {','.join(map(str, box))}")
-    left, top, right, bottom = box
+    left, top, right, bottom = box if len(box) == 4 else (0, 0, 0, 0)
     if not (0 <= left < right <= w and 0 <= top < bottom <= h):
         raise ValueError(
-            f"box must be left,top,right,bottom with 0 <= left < right <= {w} and 0 <= top < bottom <= {h}, "
-            f"got {left},{top},{right},{bottom}"
+            f"box must be left,top,right,bottom, got {','.join(map(str, box))}: "
+            f"0 <= left < right <= {w} and 0 <= top < bottom <= {h} must hold"
         )
     mask = np.zeros(size, dtype=np.bool_)
     mask[top:bottom, left:right] = True
@@ -128,16 +113,16 @@ def shaped_mask(name: str, size: tuple[int, int]) -> np.ndarray:
     h, w = size
     boxes = {"centre": (w // 4, h // 4, w - w // 4, h - h // 4), "lower": (0, h - h // 3, w, h)}
     if name not in boxes:
-        raise ValueError(f"unknown mask '{name}': choose one of {', '.join(SHAPES)}")
+        raise ValueError(f"unknown mask '{name}': choose one of {', '.join(boxes)}")
     return box_mask(boxes[name], size)
 
 
 def canvas(images: np.ndarray, mask: Any, padding: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
-    """The images (B, H, W, 3) uint8, on a larger canvas if `padding` says so, and what is to be generated.
+    """The images on a larger canvas, if `padding` says so, and what is to be generated of it.
 
     Args:
         images: (B, H, W, 3) uint8.
-        mask: what `read_masks` takes, of the size of the images, or None for none of them.
+        mask: what `read_masks` takes, of the size of the images, or None: nothing of the images.
         padding: see `Padding`, or None.
 
     Returns:

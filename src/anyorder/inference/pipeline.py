@@ -13,26 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from anyorder.contracts import (
-    AnyOrderModel,
-    AnyOrderNetwork,
-    Grid,
-    Step,
-    TokenizerNetwork,
-    Trace,
-    class_labels,
-)
+from anyorder import contracts, orders
+from anyorder.contracts import Grid
 from anyorder.data.captions import Vocabulary, index_of
 from anyorder.data.images import to_uint8
 from anyorder.inference import folders, inpainting, masks
 from anyorder.inference.device import device
 from anyorder.inference.request import VALUES, ImageRequest, takes_request
-from anyorder.method import decoding
+from anyorder.method import decoding, policy_config
 from anyorder.method.guidance import Guided
-from anyorder.method.policy_config import Order, PolicyConfig, make_policy
 from anyorder.method.sampling import Streams
 from anyorder.models.compiled import compile_decoding
-from anyorder.orders import of_classes, stretch
 
 
 @dataclass
@@ -60,11 +51,11 @@ class Pipeline:
 
     def __init__(
         self,
-        model: AnyOrderNetwork,
-        tokenizer: TokenizerNetwork,
+        model: contracts.AnyOrderNetwork,
+        tokenizer: contracts.TokenizerNetwork,
         classes: Sequence[str] = (),
-        policy: PolicyConfig | None = None,
-        scorer: AnyOrderNetwork | None = None,
+        policy: policy_config.PolicyConfig | None = None,
+        scorer: contracts.AnyOrderNetwork | None = None,
         class_orders: Tensor | None = None,
         vocabulary: Vocabulary | None = None,
     ):
@@ -75,7 +66,7 @@ class Pipeline:
         """
         parts = folders.Parts(model, tokenizer, list(classes), policy, scorer, class_orders, vocabulary)
         self.model, self.tokenizer = parts.model.eval(), parts.tokenizer.eval()
-        self.classes, self.policy = parts.classes, parts.policy or PolicyConfig()
+        self.classes, self.policy = parts.classes, parts.policy or policy_config.PolicyConfig()
         self.scorer = parts.scorer.eval() if parts.scorer is not None else None
         self.class_orders = parts.class_orders
         self.vocabulary = parts.vocabulary or Vocabulary(self.classes)
@@ -114,11 +105,9 @@ class Pipeline:
 
     def to(self, target: torch.device | str | torch.dtype) -> Pipeline:
         """Move all networks to a device, or the any-order models to a dtype."""
-        self.model.to(target)
-        if self.scorer is not None:
-            self.scorer.to(target)
-        if not isinstance(target, torch.dtype):
-            self.tokenizer.to(target)
+        networks = (self.model, self.scorer, None if isinstance(target, torch.dtype) else self.tokenizer)
+        for network in filter(None, networks):
+            network.to(target)
         return self
 
     def compile_decoding(self) -> Pipeline:
@@ -149,17 +138,14 @@ class Pipeline:
         asked = ImageRequest(*request, **settings)
         model, order, streams, options = self._prepare(asked)
         made = decoding.trace(decoding.generate(model, order, streams, **options))
-        return PipelineOutput(
-            self.decode(made.tokens, options["grid"]), made.order, made.tokens, made.log_prob
-        )
+        return self._output(made, options["grid"])
 
     @takes_request
-    def stream(self, *request: Any, **settings: Any) -> Iterator[Step]:
+    def stream(self, *request: Any, **settings: Any) -> Iterator[contracts.Step]:
         """The same as a call, step by step: for progress bars, animations and web pages."""
         model, order, streams, options = self._prepare(ImageRequest(*request, **settings))
-        policy = make_policy(
-            order, options["grid"] or self.model.grid, streams
-        )  # errors now, not at the first step
+        # An order that is refused is refused here, not at the first step.
+        policy = policy_config.make_policy(order, options["grid"] or self.model.grid, streams)
         return decoding.generate(model, policy, streams, **options)
 
     @takes_request
@@ -180,15 +166,12 @@ class Pipeline:
 
         Args:
             image: a path, a Pillow image or a uint8 array (H, W, 3), or several of one size; sides divisible
-                by the tokenizer's factor, any grid.
+                by the tokenizer's factor.
             mask: *white (True) is generated, black (False) and transparent are kept*: a path, a Pillow image
-                or a bool array (H, W), for all images, or one each. White everywhere generates a new image;
-                black everywhere is refused.
-            *request: fields of `ImageRequest`; `num_images` completions of one image, or one of each image;
-                completion i uses seed + i; `grid` is that of the images.
-            pad: pixels to add on the left, top, right and bottom, and to generate: outpainting. A mask beside
-                it has the size of the image; both are generated.
-            keep: instead of a mask, the share of tokens that stay, chosen at random: variations. All pixels
+                or a bool array (H, W) of the size of the image, for all images or one each.
+            *request: fields of `ImageRequest`, without `grid`; completion i uses seed + i.
+            pad: pixels to add on the left, top, right and bottom, and to generate: outpainting.
+            keep: instead of these, the share of tokens that stay, chosen at random: variations. All pixels
                 are then the tokenizer's.
             feather: pixels inside the hole over which the step at its seam fades out; 2 by default.
             margin: patches around the hole whose tokens are generated as well; 0 by default.
@@ -223,8 +206,7 @@ class Pipeline:
         """Generate images `factor` times as high and wide as those of training; see `sample_coarse_to_fine`.
 
         Args:
-            *request: fields of `ImageRequest`; `order` is the name of an order or a `PolicyConfig`, and
-                `grid` is left out.
+            *request: fields of `ImageRequest`, without `grid`; `order` by name or a `PolicyConfig`.
             factor: >= 2.
             **settings: fields of `ImageRequest`.
 
@@ -259,7 +241,7 @@ class Pipeline:
         steps = decoding.generate(model, order, streams, targets=targets, known=known, **options)
         return decoding.trace(steps, known).log_prob
 
-    def _output(self, made: Trace, grid: Grid | None) -> PipelineOutput:
+    def _output(self, made: contracts.Trace, grid: Grid | None) -> PipelineOutput:
         return PipelineOutput(self.decode(made.tokens, grid), made.order, made.tokens, made.log_prob)
 
     def decode(self, tokens: Tensor, grid: Grid | tuple[int, int] | None = None) -> list[Image.Image]:
@@ -286,7 +268,7 @@ class Pipeline:
 
     def _prepare(
         self, asked: ImageRequest, grid: Grid | None = None, images: int | None = None
-    ) -> tuple[AnyOrderModel, Order, Streams, decoding.GenerationOptions]:
+    ) -> tuple[contracts.AnyOrderModel, policy_config.Order, Streams, decoding.GenerationOptions]:
         """The arguments of `decoding.generate`; whatever is wrong is said here, before the first step."""
         n, given = asked.columns(asked.num_images if images is None else images)
         if asked.num_images not in (None, n):
@@ -326,17 +308,17 @@ class Pipeline:
             raise ValueError(f"class labels lie in [0, {self.model.num_classes}), got {label}")
         return int(label)
 
-    def _order(self, asked: ImageRequest, condition: Tensor | None, n: int) -> Order:
+    def _order(self, asked: ImageRequest, condition: Tensor | None, n: int) -> policy_config.Order:
         """The order asked for; class_mean as a function of the grid, from the class of each image."""
         order = self.policy if asked.order is None else asked.order
         if isinstance(order, str):
-            order = PolicyConfig(order)
-        if not isinstance(order, PolicyConfig) or order.order != "class_mean":
+            order = policy_config.PolicyConfig(order)
+        if not isinstance(order, policy_config.PolicyConfig) or order.order != "class_mean":
             return order
         if self.class_orders is None:
             raise ValueError("this pipeline has no orders of classes: choose another order than class_mean")
-        labels = torch.full((n,), -1) if condition is None else class_labels(condition).cpu()
-        orders, policy = of_classes(self.class_orders, labels).to(self.device), order
+        labels = torch.full((n,), -1) if condition is None else contracts.class_labels(condition).cpu()
+        of_labels, policy = orders.of_classes(self.class_orders, labels).to(self.device), order
         return lambda grid: policy.build(
-            grid, Streams([], self.device), stretch(orders, self.model.grid, grid)
+            grid, Streams([], self.device), orders.stretch(of_labels, self.model.grid, grid)
         )

@@ -52,50 +52,37 @@ class ImageRequest:
     condition: Tensor | None = None
     """Instead of labels, prompt and attributes: (B,) or (B, 1 + A + L) int64, see `contracts`."""
 
+    # What follows reads the fields; each raises a ValueError of one line where their values make no sense.
+
     @property
     def guidance(self) -> GuidanceConfig:
-        """The guidance, whichever way it is given.
-
-        Raises:
-            ValueError: two schedules, a schedule without guidance, or a scale that is no finite number.
-        """
-        scale = self.guidance_scale
+        """The guidance, whichever way it is given."""
+        scale, schedule = self.guidance_scale, self.guidance_schedule
         if isinstance(scale, GuidanceConfig):
-            if self.guidance_schedule is not None:
-                raise ValueError(
-                    "guidance_scale is a GuidanceConfig, which has a schedule: leave out guidance_schedule"
-                )
+            if schedule is not None:
+                raise ValueError("a GuidanceConfig says the schedule: leave out guidance_schedule")
             return scale
         if not (isinstance(scale, int | float | np.number) and math.isfinite(scale)):
             raise ValueError(f"guidance_scale must be a finite number or a GuidanceConfig, got {scale!r}")
-        if self.guidance_schedule is not None and scale == 1:
+        if schedule is not None and scale == 1:
             raise ValueError("guidance_schedule has no effect at guidance_scale=1: give a scale, say 2")
-        return GuidanceConfig(float(scale), self.guidance_schedule or "constant")
+        return GuidanceConfig(float(scale), schedule or "constant")
 
     @property
     def tokens(self) -> Sampling:
-        """How tokens are sampled.
-
-        Raises:
-            ValueError: neither a `Sampling` nor its fields.
-        """
-        if self.sampling is None or isinstance(self.sampling, Sampling):
-            return self.sampling or Sampling()
+        """How tokens are sampled."""
+        given = self.sampling
+        if given is None or isinstance(given, Sampling):
+            return given or Sampling()
         try:
-            return Sampling(**self.sampling)
+            return Sampling(**given)
         except TypeError as e:
             fields = ", ".join(Sampling.__dataclass_fields__)
-            raise ValueError(
-                f"sampling must be a Sampling or a mapping of {fields}, got {self.sampling!r}"
-            ) from e
+            raise ValueError(f"sampling must be a Sampling or a mapping of {fields}, got {given!r}") from e
 
     @property
     def shape(self) -> Grid | None:
-        """The grid, if one is given.
-
-        Raises:
-            ValueError: not two positive whole numbers.
-        """
+        """The grid, if one is given."""
         if self.grid is None or isinstance(self.grid, Grid):
             return self.grid
         try:
@@ -105,16 +92,12 @@ class ImageRequest:
         return Grid(h, w)
 
     def leave_out_grid(self, why: str) -> None:
-        """Raise a ValueError that says why, if a grid is given."""
+        """Refuse a grid, and say why."""
         if self.grid is not None:
             raise ValueError(f"{why}: leave out grid")
 
     def seeds(self, n: int) -> list[int]:
-        """One seed for each of n images.
-
-        Raises:
-            ValueError: another number of seeds, or no seeds at all.
-        """
+        """One seed for each of n images."""
         given: Any = self.generator
         if isinstance(given, torch.Generator):
             return torch.randint(2**31, (n,), generator=given, device=given.device).tolist()
@@ -123,21 +106,16 @@ class ImageRequest:
                 return [operator.index(given) + i for i in range(n)]
             seeds = [operator.index(seed) for seed in given]
         except TypeError as e:
-            raise ValueError(
-                f"generator must be a seed, one seed per image or a torch.Generator, got {given!r}"
-            ) from e
+            kinds = "a seed, one seed per image or a torch.Generator"
+            raise ValueError(f"generator must be {kinds}, got {given!r}") from e
         if len(seeds) != n:
             raise ValueError(f"got {len(seeds)} seeds for {n} images: give one seed, or one per image")
         return seeds
 
     def columns(self, n: int | None) -> tuple[int, dict[str, list[Any]]]:
-        """The number of images, and what is given for each, by "labels", "prompts" and "values of NAME".
+        """The number of images (n, if something else decides it), and what is given for each.
 
-        Args:
-            n: the number of images, where something else decides it.
-
-        Raises:
-            ValueError: no images, or another number of values than images.
+        That is lists of n values by "labels", "prompts", "values of NAME" and "conditions".
         """
         given: dict[str, Any] = {"labels": self.class_labels, "prompts": self.prompt}
         given = {name: value for name, value in given.items() if value is not None}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -12,11 +11,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from anyorder import files
+from anyorder.data import rows as row_numbers
 from anyorder.data.caches import ImageSet, TokenSet
 from anyorder.data.images import uint8_batches
-from anyorder.data.rows import evenly_spaced, slices
 from anyorder.evaluation import metrics
-from anyorder.files import RowWriter, load_array, write_json
 from anyorder.inference.device import device
 from anyorder.inference.inpainting import Filling, open_tokens
 from anyorder.inference.masks import shaped_mask
@@ -27,7 +26,7 @@ from anyorder.report import figures
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import as_condition, require_made_from
 from anyorder.stages.features import load_extractor
-from anyorder.stages.generation import load_pipeline
+from anyorder.stages.generation import load_pipeline, over_seeds
 
 SHOWN = 8
 """Images in the figure."""
@@ -80,12 +79,12 @@ class CompletionStage:
         tokens, images = TokenSet(self.tokens, "test"), ImageSet(self.data, "test")
         for folder in (self.features, self.tokens):
             require_made_from(folder, "data", self.data)
-        rows = evenly_spaced(self.n, len(images))
+        rows = row_numbers.evenly_spaced(self.n, len(images))
         hole = shaped_mask(self.mask, images.size)
         for seed in self.seeds:
             self._complete(artifact, seed, tokens, images, rows, hole)
         found = self._measure(artifact, images, rows, hole, images.size[0] // tokens.grid.h)
-        write_json(artifact.folder / "metrics.json", found)
+        files.write_json(artifact.folder / "metrics.json", found)
         figures.save_image(self._figure(artifact, images, rows, hole), artifact.folder / "grid.png")
         return {
             "examples": len(rows) * len(self.seeds),
@@ -113,9 +112,9 @@ class CompletionStage:
             f"{seed}.order": ((tokens.grid.n,), np.uint16),
         }
         names |= {f"{seed}.log_prob": ((tokens.grid.n,), np.float32)} if self._exact() else {}
-        writer = RowWriter(artifact.folder, names)
+        writer = files.RowWriter(artifact.folder, names)
         with tqdm(total=len(rows), initial=writer.rows, desc=f"{self.policy.label}, seed {seed}") as bar:
-            for some in slices(len(rows), self.batch_size, writer.rows):
+            for some in row_numbers.slices(len(rows), self.batch_size, writer.rows):
                 true = np.array(images.images[rows[some]])
                 labels = torch.from_numpy(np.array(images.labels[rows[some]]))
                 settings: dict[str, Any] = {
@@ -145,7 +144,7 @@ class CompletionStage:
         generated = int(open_tokens(torch.from_numpy(hole)[None], factor, self.filling.margin).sum())
         values: dict[str, list[float]] = {}
         for seed in self.seeds:
-            made = np.array(load_array(artifact.folder / f"{seed}.images.npy"))
+            made = np.array(files.load_array(artifact.folder / f"{seed}.images.npy"))
             found = metrics.statistics(extractor, uint8_batches(made), description=f"seed {seed}")
             error = np.square((made[:, hole].astype(np.float64) - true[:, hole]) / 255).mean((1, 2))
             distance = metrics.frechet_distance(reference.gaussian, found.gaussian)
@@ -155,14 +154,11 @@ class CompletionStage:
                 "hole_psnr": float(-10 * np.log10(error.clip(1e-10)).mean()),
             }
             if self._exact():
-                log_prob = load_array(artifact.folder / f"{seed}.log_prob.npy").astype(np.float64)
+                log_prob = files.load_array(artifact.folder / f"{seed}.log_prob.npy").astype(np.float64)
                 of_seed["hole_nll"] = float(-log_prob.sum(1).mean() / generated)
             for name, value in of_seed.items():
                 values.setdefault(name, []).append(value)
-        return {
-            name: {"mean": mean(x), "std": stdev(x) if len(x) > 1 else None, "seeds": x}
-            for name, x in values.items()
-        }
+        return {name: over_seeds(x) for name, x in values.items()}
 
     def _exact(self) -> bool:
         """Whether the likelihood of the true tokens is one of the distribution that was sampled from."""
@@ -173,9 +169,9 @@ class CompletionStage:
         self, artifact: Artifact, images: ImageSet, rows: np.ndarray, hole: np.ndarray
     ) -> Image.Image:
         """A row for each image: true, with its hole, and completed from each seed."""
-        shown = evenly_spaced(SHOWN, len(rows))
+        shown = row_numbers.evenly_spaced(SHOWN, len(rows))
         true = np.array(images.images[rows[shown]])
         cut = np.where(hole[..., None], np.uint8(figures.UNREVEALED), true)
-        made = [load_array(artifact.folder / f"{seed}.images.npy")[shown] for seed in self.seeds]
+        made = [files.load_array(artifact.folder / f"{seed}.images.npy")[shown] for seed in self.seeds]
         columns = np.stack([true, cut, *made], axis=1)
         return figures.image_grid(columns.reshape(-1, *true.shape[1:]), columns.shape[1], scale=3)

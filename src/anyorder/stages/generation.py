@@ -1,8 +1,10 @@
-"""What the stages that generate images share: a pipeline from the folders of artifacts."""
+"""What the stages that generate images share: a pipeline of artifacts, and statistics over seeds."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
 from anyorder.data.caches import OrderSet, TokenSet, check_tokenizer
 from anyorder.inference.device import device, fast_dtype
@@ -23,17 +25,7 @@ def load_pipeline(
     bf16: bool = False,
     compiled: bool = False,
 ) -> Pipeline:
-    """A pipeline of artifacts that belong together.
-
-    Args:
-        artifact: of the stage; its identity says which tokenizer it takes.
-        tokens: the cache that the models were trained on.
-        model: folder of the generator.
-        tokenizer: folder of the tokenizer.
-        scorer: folder of the scoring model, if it is not the generator.
-        orders: folder of the order cache with the orders of the classes.
-        bf16: compute in bfloat16 where the hardware has it.
-        compiled: generate through compiled code.
+    """A pipeline of the artifacts that a stage names, on the device.
 
     Raises:
         ValueError: a model was trained on other tokens, or another tokenizer made them.
@@ -48,3 +40,8 @@ def load_pipeline(
         class_orders=OrderSet(orders).class_orders if orders else None,
     ).to(fast_dtype(device(), bf16))
     return pipe.compile_decoding() if compiled else pipe
+
+
+def over_seeds(values: list[float]) -> dict[str, Any]:
+    """Mean, standard deviation (None of a single one) and each of the values that several seeds gave."""
+    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None, "seeds": values}

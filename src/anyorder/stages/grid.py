@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,7 +24,7 @@ from anyorder.orders import random_orders
 from anyorder.report import figures
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import as_condition
-from anyorder.stages.generation import load_pipeline
+from anyorder.stages.generation import load_pipeline, over_seeds
 
 
 @dataclass
@@ -99,7 +98,7 @@ class GridStage:
                     nll = token_nll(model, batch, condition, order, tokens.grid)
                 total += float(nll.double().mean(1).sum())
             values.append(total / len(rows))
-        return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None, "seeds": values}
+        return over_seeds(values)
 
     def _figure(self, pipe: Pipeline, tokens: TokenSet) -> Image.Image:
         """Images of the test split above samples."""
