@@ -191,6 +191,8 @@ def test_distance_counts_from_the_first_reveal_on():
         ({"steps": 2, "schedule": "sine"}, "unknown schedule 'sine': choose one of constant"),
         ({"schedule": "cosine"}, "schedule 'cosine' needs to know in how many steps"),
         ({"min_distance": -1.0}, "min_distance must be >= 0"),
+        ({"min_distance": 2.0}, "give per_step or steps, too"),
+        ({"distance_to": "nearest"}, "changes nothing without distance"),
         ({"rescore": 0.0}, r"rescore must lie in \(0, 1\]"),
         ({"score": "luck"}, "unknown score 'luck': choose one of token_likelihood"),
         ({"sign": 0}, "sign must be 1"),
@@ -240,10 +242,12 @@ def test_positions_of_a_step_keep_their_distance_where_possible(h, w, k, min_dis
     revealed = torch.zeros(rows, grid.n, dtype=torch.bool).scatter(1, order[:, : grid.n // 3], True)
     now = progress(revealed, grid=grid)
     wanted = torch.randn(rows, grid.n, generator=seeded(seed + 1))
-    at = grid.coordinates()
+    at, min_distance = grid.coordinates(), min_distance if k > 1 else 0.0
     for rule in (
         InferredOrder(per_step=k, min_distance=min_distance),
-        FixedOrder(wanted.argsort(1, descending=True), grid, per_step=k, min_distance=min_distance),
+        FixedOrder(
+            wanted.argsort(1, descending=True), grid, per_step=k, min_distance=min_distance if k > 1 else 0.0
+        ),
     ):
         for row, found in enumerate(of_a_step(rule, now, wanted).tolist()):
             left = [p for p in wanted[row].argsort(descending=True).tolist() if not revealed[row, p]]

@@ -91,9 +91,9 @@ class FixedOrder(_Decided):
 class InferredOrder(_Policy):
     """The model chooses: every open position is scored, the K with the highest ratings are revealed.
 
-    With `score="token_likelihood"` this is the paper's rule (OAR, arXiv 2504.17069 v1, Sec. 3: the most
-    likely position-token pair), which looks at the sampled token and so changes the distribution that is
-    sampled. The other scores are token-blind: p(x) stays a normalised autoregressive density.
+    `score="token_likelihood"` is the paper's rule (OAR, arXiv 2504.17069 v1, Sec. 3: the most likely
+    position-token pair), which looks at the sampled token and so changes the distribution that is sampled.
+    The other scores are token-blind: p(x) stays a normalised autoregressive density.
 
     With `rescore` below 1 it is lazy: half of what is scored at a step are the positions that their last
     ratings put first, half are those around which most was revealed since (a reveal at d patches counts
@@ -134,6 +134,8 @@ class InferredOrder(_Policy):
         require(math.isfinite(self.distance), f"distance must be a number, got {self.distance}")
         text = f"distance_to must be 'last' or 'nearest', got '{self.distance_to}'"
         require(self.distance_to in ("last", "nearest"), text)
+        text = f"distance_to='{self.distance_to}' changes nothing without distance: give both"
+        require(self.distance_to == "last" or self.distance != 0, text)
         require(0 < self.rescore <= 1, f"rescore must lie in (0, 1], got {self.rescore}")
         require(self.look_ahead >= 0, f"look_ahead must be >= 0, got {self.look_ahead}")
         plain = (self.score, self.rescore, self.per_step, self.steps, self.distance, self.location)

@@ -54,16 +54,10 @@ def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Sample one token from each row of logits (..., V) by inverting the distribution function.
+    """Tokens (...) int64 from logits (..., V), -inf for impossible ones, and `uniform` (...) in [0, 1).
 
-    One uniform number per token (rather than V) makes a generator per image cheap.
-
-    Args:
-        logits: (..., V), -inf for impossible tokens.
-        uniform: (...,) float32 in [0, 1).
-
-    Returns:
-        (...,) int64.
+    By inverting the distribution function: one number per token, rather than V, makes a generator per image
+    cheap.
     """
     # Integers add up exactly in any sequence; float sums waver on a GPU and would reach impossible tokens.
     cdf = (logits.float().softmax(-1) * 2**30).int().cumsum(-1, dtype=torch.int32)

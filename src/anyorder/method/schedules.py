@@ -38,11 +38,7 @@ OPEN: dict[str, Callable[[float], float]] = {
 
 
 def reveals(n: int, steps: int, schedule: Shape = "constant") -> list[int]:
-    """Positions revealed at each step: min(n, steps) numbers, each >= 1, that sum to n >= 0.
-
-    Raises:
-        ValueError: an unknown schedule, or no steps.
-    """
+    """Positions revealed at each step: min(n, steps) numbers, each >= 1, that sum to n >= 0."""
     require(schedule in OPEN, f"unknown schedule '{schedule}': choose one of {', '.join(OPEN)}")
     require(steps >= 1, f"steps must be >= 1, got {steps}")
     steps = min(n, steps)
@@ -81,6 +77,8 @@ class ParallelSchedule:
         endless = f"schedule '{self.schedule}' needs to know in how many steps: give steps=..."
         require(self.schedule == "constant" or self.steps > 0, endless)
         require(self.min_distance >= 0, f"min_distance must be >= 0, got {self.min_distance}")
+        alone = "min_distance is kept between positions of one step: give per_step or steps, too"
+        require(not self.min_distance or self.per_step > 1 or self.steps > 0, alone)
 
     def sizes(self, n: int) -> list[int]:
         """Positions revealed at each step, out of n open ones."""
@@ -95,14 +93,10 @@ class ParallelSchedule:
         return min(self.per_step, progress.open)
 
     def first(self, progress: Progress, positions: Tensor, priority: Tensor) -> Tensor:
-        """Columns (B, K) of the positions to reveal now, the highest priority first, ties by column.
+        """Columns (B, K) of the `positions` (B, M) to reveal now, the highest `priority` (B, M) first.
 
-        Greedy: the first of those that keep `min_distance` to all before; where none is left, the first.
-
-        Args:
-            progress: where the loop is.
-            positions: (B, M) int64, all different in each row, M >= K.
-            priority: (B, M), larger is first.
+        Ties go by column. Greedy: the first of those that keep `min_distance` to all before, or of all if
+        none does.
         """
         k = self.take(progress)
         # Not `topk`, which breaks ties as it likes, differently for every size and device.
