@@ -231,6 +231,11 @@ def test_the_floor_is_that_of_the_features(tmp_path):
     evaluation(tmp_path / "new", "raster", 2.0, features="new/features")
     floor = rows(markdown(tmp_path / "new"), "Results")["real images"]
     assert (floor["FD"], floor["KID x 1000"], floor["recall"]) == ("0.2500", "0.5000", "0.8750")
+    evaluation(tmp_path / "apart", "raster", 2.0)
+    path = tmp_path / "apart" / "eval-raster" / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"input_folders": {"features": "../../new/features"}}
+    path.write_text(json.dumps(manifest))
+    assert rows(markdown(tmp_path / "apart"), "Results")["real images"]["recall"] == "0.8750"
     evaluation(tmp_path / "old", "raster", 2.0)
     assert rows(markdown(tmp_path / "old"), "Results")["real images"]["FD"] == "not measured"
 
@@ -259,6 +264,14 @@ def test_bounds_and_exact_likelihoods_are_apart(tmp_path):
     assert (ordered["nats/token (exact)"], ordered["nats/token (bound)"]) == (MISSING, "3.500")
     assert (ordered["bound: tokens"], ordered["bound: locations"]) == ("3.250", "0.2500")
     assert raster["nats/token (bound)"] == MISSING
+
+
+def test_the_likelihood_of_random_orders_is_a_bound(tmp_path):
+    evaluation(tmp_path / "run", "random", 1.0, nll=3.5, nll_is_bound=True)
+    text = markdown(tmp_path / "run")
+    assert "nats/token (exact) | nats/token" not in text
+    assert "| random | random | yes | 3.500 |" in text
+    assert "| samples | order | token-blind | nats/token (bound) |" in text
 
 
 def test_extraction_is_counted_once_along_the_chain(tmp_path):

@@ -108,6 +108,8 @@ class Evaluation:
             "attribute_agreement": self.metrics.get(f"agreement_{self.metrics.get('attribute')}"),
             "extraction_evaluations": self.extraction,
         }
+        if found.get("nll_is_bound"):
+            found |= {"bound": found["nll"], "nll": None}
         if not blind:
             found |= {key: None for key, _ in LIKELIHOOD.values()} | dict.fromkeys(NLL, NO_LIKELIHOOD)
         columns = {name: found.get(key) for table in TABLES.values() for name, (key, _) in table.items()}
@@ -175,12 +177,15 @@ def read_evaluations(artifacts: Found) -> list[Evaluation]:
     """The evaluations among the artifacts, with extraction costs and floors; a copy of one is left out."""
     made = {manifest["fingerprint"]: manifest for _, manifest in artifacts}
     found = {(p.name, m["fingerprint"]): (p, m) for p, m in reversed(artifacts) if m["stage"] == "eval"}
-    return [Evaluation(p, m, _extraction(m, made), _floor(m, made)) for p, m in reversed(found.values())]
+    return [Evaluation(p, m, _extraction(m, made), _floor(p, m, made)) for p, m in reversed(found.values())]
 
 
-def _floor(evaluation: dict[str, Any], made: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """What real training images score against the test split, from the manifest of the features."""
+def _floor(path: Path, evaluation: dict[str, Any], made: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Scores of real training images, from the manifest of the features, which may be of another run."""
     features = made.get(evaluation["inputs"].get("features", ""), {})
+    elsewhere = path / evaluation.get("input_folders", {}).get("features", "")
+    if not features and elsewhere != path and (elsewhere / MANIFEST).is_file():
+        features = read_manifest(elsewhere)
     measured = {"fd": features.get("distance_of_training_images"), **features.get("floor", {})}
     distance = "FID" if "fid" in evaluation["metrics"] else "FD"
     names = {"fd": distance, "fid": distance, "precision": "precision", "recall": "recall"}

@@ -85,7 +85,7 @@ def _measures(evaluated: Sequence[evaluations.Evaluation]) -> list[Section]:
     variants, name = evaluations.group(evaluated), evaluations.metric_names(evaluated)
     text = (
         "nats/token (exact) is the negative log-likelihood of test images under the order of the samples. "
-        "nats/token (bound) is an upper bound for orders that the model samples: tokens plus locations. "
+        "nats/token (bound) is an upper bound for random orders and for orders that the model samples. "
         "A policy that looks at the sampled token before it chooses the position has neither."
     )
     notes = sorted({note for evaluation in evaluated for note in evaluation.metrics.get("notes", [])})

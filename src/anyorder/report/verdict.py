@@ -139,7 +139,8 @@ def main_table(variants: Sequence[Variant], differences: Differences) -> Table:
     evaluations = [evaluation for variant in variants for evaluation in variant.evaluations]
     rows = [_row(variant, baseline, differences) for variant in variants]
     columns = [c for c in rows[0] if any(row[c] is not None for row in rows)]
-    floor = {c: evaluations[0].floor.get(c, NOT_MEASURED) for c in columns if c in QUALITY}
+    real = next((evaluation.floor for evaluation in evaluations if evaluation.floor), {})
+    floor = {c: real.get(c, NOT_MEASURED) for c in columns if c in QUALITY}
     seeds = " and ".join(map(str, sorted({len(v.evaluations) for v in variants})))
     spread = f"Mean ± standard deviation over {seeds} seeds. " if seeds != "1" else ""
     caption = f"{spread}{metric_names(evaluations)}; last row: training against test images."
