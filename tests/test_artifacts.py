@@ -415,7 +415,7 @@ def test_settings_that_are_newer_than_an_artifact_may_be_filled_in(tmp_path):
     old = {"train": {"steps": 3}, "order": "raster"}
 
     def completed(then):
-        return {**then, "jitter": 0.0, "share": (1, 2)}
+        return {"jitter": 0.0, "share": (1, 2), **then}
 
     Artifact(tmp_path, "train", old, {}).finish()
     new = {**old, "jitter": 0.0, "share": [1, 2]}

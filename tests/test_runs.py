@@ -17,7 +17,7 @@ from anyorder import Pipeline
 from anyorder.cli import main as cli
 from anyorder.contracts import Grid
 from anyorder.evaluation.metrics import FeatureStatistics, frechet_distance
-from anyorder.files import load_array, read_json, read_manifest
+from anyorder.files import fingerprint, load_array, read_json, read_manifest
 from anyorder.inference import pipeline
 from anyorder.inference.weights import load_model
 from anyorder.method.decoding import extract_orders
@@ -31,8 +31,10 @@ from anyorder.stages.artifacts import Artifact
 from anyorder.stages.compare import CompareStage
 from anyorder.stages.execute import execute, split
 from anyorder.stages.experiment import STAGES, load_experiment
+from anyorder.stages.features import FeaturesStage
 from anyorder.stages.iterate import IterateStage
 from anyorder.stages.orders import OrdersStage, class_orders
+from anyorder.stages.tokenizer import TokenizerStage
 from anyorder.stages.train import TrainStage
 from anyorder.training.config import TrainConfig
 
@@ -43,7 +45,7 @@ TINY_VQ = {
 TINY_MODEL = {"depth": 1, "width": 32, "heads": 2}
 STEPS = {"steps": 4, "batch_size": 8, "log_every": 2, "eval_every": 2, "save_every": 2}
 MADE = {"tokenizer": "tokenizer", "tokens": "tokens"}
-MEASURED = {"features": "features", "data": "data", "tokens": "tokens"}
+MEASURED = {"features": "features"}
 
 EXPERIMENT = {
     "stages": {
@@ -53,7 +55,8 @@ EXPERIMENT = {
         "tokens": {"data": "data", "tokenizer": "tokenizer", "batch_size": 20},
         "raster": {"stage": "train", "tokens": "tokens", "order": "raster", "random_share": 0.5,
                    "random_share_end": 0.0, "model": TINY_MODEL, "train": STEPS},
-        "any": {"stage": "train", **MADE, "model": TINY_MODEL, "train": {**STEPS, "sample_every": 4}},
+        "any": {"stage": "train", "tokens": "tokens", "model": TINY_MODEL,
+                "train": {**STEPS, "sample_every": 4}},
         "orders": {"model": "any", "tokens": "tokens", "limit": 20, "batch_size": 8},
         "ordered": {"stage": "train", "tokens": "tokens", "init": "any", "orders": "orders",
                     "random_share": 0.2, "train": STEPS},
@@ -61,24 +64,22 @@ EXPERIMENT = {
         "peeking": {"stage": "sample", "model": "ordered", **MADE, "n": 5,
                     "policy": {"order": "token_likelihood"}, "guidance": {"scale": 2.0}, "bf16": False},
         "guided-by-any": {"stage": "sample", "model": "ordered", "scorer": "any", **MADE, "n": 5},
-        "eval-guided-by-any": {"stage": "eval", "samples": "guided-by-any", "model": "ordered",
-                               "scorer": "any", **MEASURED, "nll_images": 8},
-        "eval-drawn": {"stage": "eval", "samples": "drawn", "model": "ordered", **MEASURED, "nll_images": 8},
-        "eval-peeking": {"stage": "eval", "samples": "peeking", "model": "ordered", **MEASURED},
-        "compare": {"a": "eval-guided-by-any", "b": "eval-peeking", "features": "features", "resamples": 200},
-        "pipeline": {"model": "ordered", "scorer": "any", **MADE},
+        "eval-guided-by-any": {"stage": "eval", "samples": "guided-by-any", **MEASURED, "nll_images": 8},
+        "eval-drawn": {"stage": "eval", "samples": "drawn", "model": "ordered", "data": "data", **MEASURED,
+                       "tokens": "tokens", "nll_images": 8},
+        "eval-peeking": {"stage": "eval", "samples": "peeking", **MEASURED},
+        "compare": {"a": "eval-guided-by-any", "b": "eval-peeking", "resamples": 200},
+        "pipeline": {"model": "ordered", "scorer": "any"},
         "located": {"stage": "train", "tokens": "tokens", "init": "any", "orders": "orders", "jitter": 1.0,
                     "random_share": 0.3, "model": {"location": True}, "train": STEPS},
         "by-location": {"stage": "sample", "model": "located", **MADE, "n": 10,
                         "policy": {"order": "location"}},
-        "eval-by-location": {"stage": "eval", "samples": "by-location", "model": "located", **MEASURED,
-                             "nll_images": 8},
+        "eval-by-location": {"stage": "eval", "samples": "by-location", **MEASURED, "nll_images": 8},
         "classes": {"stage": "train", "tokens": "tokens", "orders": "orders", "orders_as": "class_mean",
                     "model": TINY_MODEL, "train": STEPS},
         "by-class": {"stage": "sample", "model": "classes", "orders": "orders", **MADE, "n": 10,
                      "policy": {"order": "class_mean"}},
-        "eval-by-class": {"stage": "eval", "samples": "by-class", "model": "classes", "orders": "orders",
-                          **MEASURED, "nll_images": 8},
+        "eval-by-class": {"stage": "eval", "samples": "by-class", **MEASURED, "nll_images": 8},
         "online": {"stage": "train", "tokens": "tokens", "init": "any", "model": {"location": True},
                    "online": {"order": "entropy", "rescore": 0.25}, "train": {**STEPS, "ema": 0.5}},
         "iterate": {"model": "any", "tokens": "tokens", "rounds": 2, "limit": 16, "test_limit": 8,
@@ -315,6 +316,151 @@ def test_comparisons_hold_differences_with_intervals(experiment, tmp_path, capsy
     assert cli.main([*command, f"a={out}/drawn"]) == 2
 
 
+# --- what artifacts were made from ---------------------------------------------------------------------
+
+
+def test_a_moved_run_still_knows_what_its_artifacts_were_made_from(experiment, tmp_path, monkeypatch):
+    _, out = experiment
+    shutil.copytree(out, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert read_manifest("moved/drawn")["input_folders"]["model"] == "../ordered"
+    command = ["eval", "samples=moved/drawn", "features=moved/features", "nll_images=8", "out=eval"]
+    assert cli.main(command) == 0
+    assert read_json("eval/metrics.json") == read_json("moved/eval-drawn/metrics.json")
+    assert read_manifest("eval")["input_folders"]["data"] == "../moved/data"
+
+
+def test_what_was_made_from_a_folder_that_is_gone_says_which_setting_to_give(experiment, tmp_path, capsys):
+    _, out = experiment
+    shutil.copytree(out / "drawn", tmp_path / "drawn")
+    command = ["eval", f"samples={tmp_path}/drawn", f"features={out}/features", f"out={tmp_path}/e"]
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert f"the model of {tmp_path}/drawn is no longer at {tmp_path}/ordered: give model=FOLDER" in error
+    manifest = read_json(tmp_path / "drawn" / "manifest.json")
+    del manifest["input_folders"]
+    (tmp_path / "drawn" / "manifest.json").write_text(json.dumps(manifest))
+    assert cli.main(command) == 2
+    assert "does not record the folder of its model: give model=FOLDER" in capsys.readouterr().err
+    given = [f"model={out}/ordered", f"tokens={out}/tokens", "nll_images=8"]
+    assert cli.main([*command, *given, f"model={out}/any"]) == 2
+    assert "was made with model" in capsys.readouterr().err
+    assert cli.main([*command, *given]) == 0
+    assert read_json(tmp_path / "e" / "metrics.json") == read_json(out / "eval-drawn" / "metrics.json")
+
+
+def test_a_pipeline_of_samples_generates_as_they_were(experiment, tmp_path):
+    _, out = experiment
+    assert cli.main(["pipeline", f"samples={out}/guided-by-any", f"out={tmp_path}/p"]) == 0
+    pipe = Pipeline.from_pretrained(tmp_path / "p")
+    assert pipe.scorer is not None
+    assert pipe.policy == PolicyConfig()
+    assert cli.main(["pipeline", f"samples={out}/by-class", f"out={tmp_path}/q"]) == 0
+    assert Pipeline.from_pretrained(tmp_path / "q").policy.order == "class_mean"
+    assert cli.main(["pipeline", f"out={tmp_path}/r"]) == 2
+
+
+def test_evaluations_reproduce_and_keep_times_apart(experiment, tmp_path):
+    path, out = experiment
+    kind, stage = load_experiment(path).stages["eval-drawn"]
+    execute(kind, stage, tmp_path / "again")
+    assert fingerprint(tmp_path / "again") == fingerprint(out / "eval-drawn")
+    assert not {"seconds_per_image", "training_seconds"} & set(read_json(out / "eval-drawn" / "metrics.json"))
+    assert read_manifest(out / "eval-drawn")["metrics"]["seconds_per_image"] > 0
+
+
+def test_random_orders_give_a_bound_and_inferred_orders_a_likelihood(experiment, tmp_path):
+    _, out = experiment
+    assert not read_json(out / "eval-drawn" / "metrics.json")["nll_is_bound"]
+    command = ["sample", f"model={out}/any", f"tokenizer={out}/tokenizer", f"tokens={out}/tokens", "n=8"]
+    assert cli.main([*command, "policy.order=random", f"out={tmp_path}/s"]) == 0
+    command = ["eval", f"samples={tmp_path}/s", f"features={out}/features", f"out={tmp_path}/e"]
+    assert cli.main([*command, "nll_images=8"]) == 0
+    assert read_json(tmp_path / "e" / "metrics.json")["nll_is_bound"]
+
+
+# --- resuming, extending, repeating --------------------------------------------------------------------
+
+
+def test_log_settings_leave_a_finished_run_up_to_date(experiment):
+    path, _ = experiment
+    changed = [
+        f"{name}.train.{setting}"
+        for name in ("any", "tokenizer", "features", "iterate")
+        for setting in ("log_every=1", "save_every=3", "keep=3", "tensorboard=true", "eval_every=3")
+    ]
+    plan = load_experiment(path, [*changed, "any.train.sample_every=2"]).plan()
+    assert all(line.startswith("up to date") for line in plan)
+    with_patience = ["any.train.patience=9", "any.train.eval_every=3"]
+    assert not load_experiment(path, with_patience).plan()[5].startswith("up to date")
+
+
+def test_more_steps_extend_a_finished_run_and_fewer_are_refused(experiment, tmp_path, capsys, caplog):
+    _, out = experiment
+    command = ["train", f"tokens={out}/tokens", "model.width=32", "model.heads=2", "model.depth=1"]
+    command += ["train.batch_size=8", "train.eval_every=0", f"out={tmp_path}/m"]
+    assert cli.main([*command, "train.steps=3"]) == 0
+    first = fingerprint(tmp_path / "m")
+    with caplog.at_level("INFO", "anyorder"):
+        assert cli.main([*command, "train.steps=5", "train.log_every=1"]) == 0
+    assert "extended from 3 to 5 steps" in caplog.text
+    manifest = read_manifest(tmp_path / "m")
+    assert (manifest["steps"], manifest["config"]["train"]["steps"]) == (5, 5)
+    assert manifest["training_tokens"] == 5 * 8 * 16
+    assert manifest["fingerprint"] != first
+    steps = [json.loads(line)["step"] for line in (tmp_path / "m/metrics.jsonl").read_text().splitlines()]
+    assert steps == [3, 4, 5]
+    capsys.readouterr()
+    assert cli.main([*command, "train.steps=4"]) == 2
+    assert "train.steps=4, but 5 are done already" in capsys.readouterr().err
+    assert read_manifest(tmp_path / "m") == manifest
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "features"])
+def test_tokenizers_and_classifiers_start_from_another_one(experiment, tmp_path, stage):
+    _, out = experiment
+    command = [stage, f"data={out}/data", f"init={out}/{stage}", "train.steps=1", "train.learning_rate=1e-9"]
+    command += ["train.batch_size=8", f"out={tmp_path}/x"]
+    assert cli.main([*command, *(["channels=8,16"] if stage == "features" else [])]) == 0
+    kind = "vq" if stage == "tokenizer" else "classifier"
+    before, after = (load_model(folder, kind) for folder in (out / stage, tmp_path / "x"))
+    for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True):
+        if "embedding" not in name:  # the codebook follows moving averages, not the learning rate
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_another_seed_repeats_what_is_random_in_models_and_samples(experiment):
+    path, _ = experiment
+    first, second = load_experiment(path).stages, load_experiment(path, ["seed=2", "out=x"]).stages
+    for name in ("data", "tokenizer", "features", "compare"):
+        assert dataclasses.replace(first[name][1], **inputs_of(second[name][1])) == second[name][1], name
+    assert (second["any"][1].train.seed, second["iterate"][1].train.seed) == (2, 2)
+    assert (second["drawn"][1].seed, second["orders"][1].seed) == (200_000, 200_000)
+    assert second["ordered"][1].init == Path("x/any")
+    for wrong in ("seed=-1", "seed=1.5", "seed=x"):
+        with pytest.raises(ValueError, match="seed must be an integer >= 0"):
+            load_experiment(path, [wrong])
+
+
+def inputs_of(stage):
+    return {role: getattr(stage, role) for role in stage.inputs}
+
+
+def test_orders_are_extracted_in_float32_unless_asked(experiment, tmp_path, monkeypatch):
+    assert not OrdersStage(Path("m"), Path("t")).bf16
+    _, out = experiment
+    monkeypatch.setattr("anyorder.inference.device.native_bf16", lambda device: True)
+    command = ["orders", f"model={out}/any", f"tokens={out}/tokens", "limit=20", f"out={tmp_path}/o"]
+    assert cli.main(command) == 0
+    for name in ("train.order", "test.order"):
+        np.testing.assert_array_equal(
+            load_array(tmp_path / "o" / f"{name}.npy"), load_array(out / "orders" / f"{name}.npy")
+        )
+
+
+# --- running again --------------------------------------------------------------------------------------
+
+
 def test_second_run_does_nothing_and_a_change_runs_what_depends_on_it(experiment, capsys):
     path, out = experiment
     before = {name: (out / name / "manifest.json").stat().st_mtime_ns for name in EXPERIMENT["stages"]}
@@ -338,8 +484,9 @@ def test_a_scorer_of_its_own_is_part_of_the_evidence(experiment, tmp_path):
     assert found["nll"] != read_json(out / "eval-drawn" / "metrics.json")["nll"]
     assert "entropy by any" in (out / "report.html").read_text()
     parts = [f"{role}={out / role}" for role in ("features", "data", "tokens")]
-    without = ["eval", f"samples={out}/guided-by-any", f"model={out}/ordered", *parts, f"out={tmp_path}/e"]
-    assert cli.main(without) == 2
+    command = ["eval", f"samples={out}/guided-by-any", f"model={out}/ordered", *parts, f"out={tmp_path}/e"]
+    assert cli.main([*command, f"scorer={out}/ordered"]) == 2
+    assert read_manifest(out / "eval-guided-by-any")["inputs"]["scorer"] == fingerprint(out / "any")
 
 
 def test_report_is_one_page_with_the_comparison(experiment, tmp_path):
@@ -393,7 +540,14 @@ def test_artifacts_that_do_not_belong_together_are_refused(experiment, tmp_path)
         (IterateStage, {"model": "m", "tokens": "t", "rounds": 0}, "rounds and patience"),
         (TrainStage, {"tokens": "t", "order": "raster", "random_share": 1.5}, "random_share"),
         (TrainStage, {"tokens": "t", "init": "m", "model": {"depth": 3}}, "its own architecture"),
-        (TrainStage, {"tokens": "t", "train": {"sample_every": 3}}, "tokenizer"),
+        (TrainStage, {"tokens": "t", "tokenizer": "v"}, "train.sample_every"),
+        (TrainStage, {"tokens": "t", "orders_as": "class_mean"}, "give orders=FOLDER"),
+        (TrainStage, {"tokens": "t", "online_every": 2}, "goes with online"),
+        (TrainStage, {"tokens": "t", "train": {"patience": 1, "watch": "test_bound"}}, "is not evaluated"),
+        (TokenizerStage, {"data": "d", "train": {"patience": 1}}, "choose one of test_psnr, test_ssim"),
+        (FeaturesStage, {"data": "d", "train": {"patience": 1}}, "choose one of test_accuracy"),
+        (FeaturesStage, {"data": "d", "init": "f", "extractor": "inception"}, "for a classifier"),
+        (TokenizerStage, {"data": "d", "init": "t", "model": {"channels": 16}}, "its own architecture"),
         (TrainStage, {"tokens": "t", "model": {"width": 10}}, "multiple"),
         (CompareStage, {"a": "a", "b": "b", "features": "f", "resamples": 10}, ">= 200"),
         (CompareStage, {"a": "a", "b": "b", "features": "f", "confidence": 95}, "confidence must lie"),
@@ -509,7 +663,7 @@ def test_older_configurations_are_completed_with_defaults():
     found = completion(then)
     assert (found["jitter"], found["train"]["patience"], found["train"]["ema"]) == (0.0, 0, 0.9)
     assert found["online"] is None, "what did not exist was off, whatever is asked for now"
-    assert found.keys() == told.keys(), "inputs are no settings"
+    assert found.keys() == told.keys() - {"tokenizer"}, "inputs are no settings, nor is what is put aside"
 
 
 # --- the Python interface ----------------------------------------------------------------------------------

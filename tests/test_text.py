@@ -366,7 +366,7 @@ def test_agreement_in_closed_form():
         (["tokens", "text.length=0"], "length >= 1"),
         (["features", "label=color", "train.steps=2"], "did you mean 'colour'"),
         (["features", "label=colour", "extractor=inception"], "set extractor=classifier"),
-        (["eval", "samples={out}/prompted"], "drawn for prompts"),
+        (["eval", "samples={out}/prompted"], "made for prompts"),
         (["eval", "samples={out}/drawn", "attribute_features={out}/features"], "unknown attribute"),
     ],
 )

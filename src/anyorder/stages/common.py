@@ -1,38 +1,43 @@
-"""What all stages share: the device, batches of rows, and one way to call the trainer."""
+"""What stages share: facts of trainings, and checks that artifacts belong together."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from anyorder.contracts import AnyOrderNetwork, class_labels
 from anyorder.data.caches import TokenSet
 from anyorder.files import fingerprint, read_json, read_manifest
 from anyorder.inference.device import device
 from anyorder.inference.weights import CONFIG, _part
-from anyorder.stages.artifacts import Artifact
 from anyorder.training.config import TrainConfig
-from anyorder.training.trainer import TrainResult, train
+from anyorder.training.trainer import TrainResult
 
 log = logging.getLogger("anyorder")
 
 SHOWN = 16
-"""Images in the pictures that stages make."""
+"""Images in the figures that stages make."""
+SAMPLES = "samples.safetensors"
+"""Features and logits of the samples in an eval artifact, so that comparisons need no second pass."""
 
 
-def fit(
-    artifact: Artifact, model: nn.Module, loss: Any, examples: int, config: TrainConfig, **more: Any
-) -> TrainResult:
-    """Train in the artifact's folder on the default device; resumes from its checkpoints."""
-    model.to(device())
-    return train(model, loss, examples, config, artifact.folder, device=device(), **more)
+class TrainingStage:
+    """A stage with a training: log settings are free to change, more steps extend it."""
+
+    train: TrainConfig
+    grows: ClassVar[tuple[str, ...]] = ("train.steps",)
+
+    @property
+    def aside(self) -> tuple[str, ...]:
+        """Settings that do not change what the stage writes."""
+        return tuple(f"train.{name}" for name in self.train.log_settings)
 
 
 def training_facts(result: TrainResult) -> dict[str, Any]:
-    """What the manifest says of a training."""
+    """What the manifest records of a training."""
     return {
         "parameters": sum(p.numel() for p in result.model.parameters()),
         "steps": result.steps,
@@ -42,16 +47,22 @@ def training_facts(result: TrainResult) -> dict[str, Any]:
     }
 
 
+def trained_before(folder: Path) -> dict[str, Any]:
+    """Tokens and seconds of training behind a model; what others trained is not counted."""
+    manifest = read_manifest(folder)
+    return {key: manifest.get(key, 0) for key in ("training_tokens", "training_seconds")}
+
+
 def require_made_from(folder: Path, role: str, other: Path | None) -> None:
     """Refuse artifacts that do not belong together.
 
     Raises:
         ValueError: `folder` was made from another artifact in this role than `other` (None: from any).
     """
-    got, wanted = read_manifest(folder)["inputs"].get(role), fingerprint(other) if other else None
-    if got != wanted:
+    recorded, given = read_manifest(folder)["inputs"].get(role), fingerprint(other) if other else None
+    if recorded != given:
         raise ValueError(
-            f"{folder} was made with {role} {got}, but {other} is {wanted}: "
+            f"{folder} was made with {role} {recorded}, but {other} is {given}: "
             f"give the {role} that belongs to it, or run the stage that makes {folder} again"
         )
 
@@ -70,7 +81,7 @@ def require_trained_on(folder: Path, tokens: TokenSet, *, adapted: bool = False)
     Args:
         folder: of the model.
         tokens: the tokens it is used with.
-        adapted: a converted model is to get their classes; else it is said where labels must be left out.
+        adapted: a converted model is to get their classes; else a warning says where labels are left out.
 
     Raises:
         ValueError: it was made from other tokens, or has another number of them.
@@ -90,22 +101,11 @@ def require_trained_on(folder: Path, tokens: TokenSet, *, adapted: bool = False)
         )  # fmt: skip
 
 
-def trained_before(folder: Path) -> dict[str, Any]:
-    """Tokens and seconds of training that a model has had here; what others trained is not counted."""
-    manifest = read_manifest(folder)
-    return {key: manifest.get(key, 0) for key in ("training_tokens", "training_seconds")}
-
-
 def as_condition(model: AnyOrderNetwork, tokens: TokenSet, condition: Tensor) -> Tensor | None:
-    """What the tokens are asked to be, as the model takes it: a published one takes the class alone.
+    """The condition as the model takes it: a published model takes the class alone.
 
     None where a converted model has other classes.
     """
-    if not takes_more_than_classes(model):
+    if getattr(model, "prefix", None) is None:
         condition = class_labels(condition)
     return condition if model.num_classes in (0, len(tokens.classes)) else None
-
-
-def takes_more_than_classes(model: AnyOrderNetwork) -> bool:
-    """Whether a condition may have attributes or a caption."""
-    return getattr(model, "prefix", None) is not None

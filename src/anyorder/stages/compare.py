@@ -1,4 +1,4 @@
-"""The stage that tells a difference from luck: two evaluated sets of samples, with intervals."""
+"""The stage that tells a difference from noise: two evaluated sets of samples, with intervals."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from anyorder.evaluation.bootstrap import compare
 from anyorder.evaluation.metrics import FeatureStatistics
 from anyorder.files import read_manifest, write_json
 from anyorder.stages.artifacts import Artifact
-from anyorder.stages.common import require_made_from
-from anyorder.stages.sample import SAMPLES
+from anyorder.stages.common import SAMPLES, require_made_from
+from anyorder.stages.features import load_reference
 
 
 @dataclass
@@ -19,18 +19,20 @@ class CompareStage:
     """Differences a - b of FD, KID, precision and recall of two evaluations, with bootstrap intervals."""
 
     inputs: ClassVar[tuple[str, ...]] = ("a", "b", "features")
+    provenance: ClassVar[dict[str, tuple[str, str]]] = {"features": ("a", "features")}
+    required: ClassVar[tuple[str, ...]] = ("features",)
     a: Path
     """An eval artifact."""
     b: Path
-    """The eval artifact to compare it with, say of the raster model."""
-    features: Path
-    """The feature space that both were evaluated in."""
+    """The eval artifact to compare it with, say of the raster model; evaluated in the same feature space."""
+    features: Path | None = None
+    """Where the features of both evaluations are, if they were moved."""
     resamples: int = 400
-    """How often the samples are drawn again."""
+    """Bootstrap resamples, at least 200."""
     confidence: float = 0.95
-    """Of the intervals."""
+    """Coverage of the intervals, in (0, 1)."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the resampling."""
 
     def __post_init__(self) -> None:
         if self.resamples < 200:
@@ -42,13 +44,12 @@ class CompareStage:
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `comparison.json`."""
+        assert self.features
         for folder in (self.a, self.b):
             require_made_from(folder, "features", self.features)
         made = read_manifest(self.features)
-        reference = FeatureStatistics.load(
-            self.features / "reference.safetensors", made["extractor"], made["inputs"]["data"]
-        )
         a, b = (_samples(folder, made["extractor"]) for folder in (self.a, self.b))
+        reference = load_reference(self.features)
         found = compare(reference, a, b, self.resamples, self.confidence, self.seed)
         differences = {name: difference._asdict() for name, difference in found.items()}
         write_json(artifact.folder / "comparison.json", differences)
@@ -62,7 +63,7 @@ class CompareStage:
 
 
 def _samples(folder: Path, extractor: str) -> FeatureStatistics:
-    """What an eval artifact holds of its samples.
+    """Features of the samples in an eval artifact.
 
     Raises:
         FileNotFoundError: the artifact is of a version that did not keep them.

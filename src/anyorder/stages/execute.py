@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from anyorder.stages.artifacts import Artifact
+from anyorder.stages.artifacts import Artifact, pop_setting, recorded_input
 
 log = logging.getLogger("anyorder")
 
@@ -30,8 +31,9 @@ def execute(name: str, stage: Any, out: Path) -> bool:
         ValueError, FileNotFoundError: bad configuration or inputs.
         OSError: the disk is full; what was finished is kept.
     """
+    stage = resolved(stage)
     settings, inputs, completion = split(stage)
-    artifact = Artifact(out, name, settings, inputs, completion)
+    artifact = Artifact(out, name, settings, inputs, completion, getattr(stage, "grows", ()))
     if artifact.current:
         log.info("%s is up to date", out)
         return False
@@ -44,17 +46,42 @@ def execute(name: str, stage: Any, out: Path) -> bool:
 def split(stage: Any) -> tuple[dict[str, Any], dict[str, Path], Completion]:
     """What a stage is told, the artifacts it reads by role, and how to complete what an older one was told.
 
-    The artifacts' folders are no settings: moving them leaves what was made of them up to date. Nor are the
-    fields that a stage puts `aside`, which change how it works but not what it writes. What a stage has
-    `observed` of files that are no artifacts counts as settings; an older artifact does not record it.
+    The artifacts' folders are no settings: moving them leaves what was made of them up to date. The settings
+    that a stage puts `aside` (dotted) are recorded, but not compared: they change how it works, not what it
+    writes. What a stage has `observed` of files that are no artifacts counts as settings; an older artifact
+    does not record it.
     """
     settings = dataclasses.asdict(stage)
     given = {role: settings.pop(role) for role in stage.inputs}
     inputs = {role: path for role, path in given.items() if path is not None}
-    aside = getattr(stage, "aside", ())
     observed = stage.observed() if hasattr(stage, "observed") else {}
-    settings = {key: value for key, value in settings.items() if key not in aside} | observed
-    return settings, inputs, lambda then: observed | completed(then, stage, without=(*stage.inputs, *aside))
+
+    def compared(then: dict[str, Any]) -> dict[str, Any]:
+        config = observed | copy.deepcopy(completed(then, stage, without=stage.inputs))
+        for key in getattr(stage, "aside", ()):
+            pop_setting(config, key)
+        return config
+
+    return settings | observed, inputs, compared
+
+
+def resolved(stage: Any) -> Any:
+    """The stage with the inputs that were not given: those that the manifests of its other inputs record.
+
+    A stage's `provenance` maps a role to (the input whose manifest records it, its role there).
+
+    Raises:
+        FileNotFoundError: an input is not a finished artifact, or what it was made from is no longer there.
+        ValueError: an input that the stage needs is neither given nor recorded.
+    """
+    for role, (source, recorded) in getattr(stage, "provenance", {}).items():
+        folder = getattr(stage, source)
+        if getattr(stage, role) is None and folder is not None:
+            stage = dataclasses.replace(stage, **{role: recorded_input(folder, recorded)})
+    missing = [role for role in getattr(stage, "required", ()) if getattr(stage, role) is None]
+    if missing:
+        raise ValueError(f"no artifact records which {missing[0]} to take: give {missing[0]}=FOLDER")
+    return stage
 
 
 def completed(then: dict[str, Any], like: Any, without: Collection[str] = ()) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The pipeline, in the paper's order: every stage reads artifacts and writes one.
+"""Experiment files: stages in the paper's order; every stage reads artifacts and writes one.
 
     data -> tokenizer -> tokens -> train (random orders) -> orders -> train (extracted orders)
          -> features                                     -> sample -> eval -> compare
@@ -10,7 +10,7 @@ A stage is a dataclass: its fields are its configuration, `inputs` names those t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,13 @@ from anyorder.stages.compare import CompareStage
 from anyorder.stages.completion import CompletionStage
 from anyorder.stages.data import DataStage
 from anyorder.stages.eval import EvalStage
-from anyorder.stages.execute import execute, split
+from anyorder.stages.execute import execute, resolved, split
 from anyorder.stages.features import FeaturesStage
 from anyorder.stages.grid import GridStage
 from anyorder.stages.iterate import IterateStage
 from anyorder.stages.orders import OrdersStage
 from anyorder.stages.pipeline import PipelineStage
 from anyorder.stages.sample import SampleStage
-from anyorder.stages.seeds import SEED, expand
 from anyorder.stages.tokenizer import TokenizerStage
 from anyorder.stages.tokens import TokensStage
 from anyorder.stages.train import TrainStage
@@ -48,6 +47,8 @@ STAGES: dict[str, Any] = {
     "grid": GridStage,
     "pipeline": PipelineStage,
 }
+SAMPLES_PER_SEED = 100_000
+"""Distance between the first random streams of samples (and extracted orders) of two experiment seeds."""
 
 
 @dataclasses.dataclass
@@ -65,90 +66,91 @@ class Experiment:
 
     def plan(self) -> list[str]:
         """One line per stage: what would be run (a stage is looked at only if its inputs are finished)."""
-        lines, stale = [], set()
+        lines: list[str] = []
+        stale: set[Path] = set()
         for name, (kind, stage) in self.stages.items():
-            settings, inputs, completion = split(stage)
-            ready = all((path / MANIFEST).is_file() and path not in stale for path in inputs.values())
-            current = ready and Artifact.is_current(self.out / name, kind, settings, inputs, completion)
+            current = not stale & set(_inputs(stage)) and self._is_current(name, kind, stage)
             if not current:
                 stale.add(self.out / name)
             lines.append(f"{'up to date' if current else 'to run':10}  {kind:9}  {self.out / name}")
         return lines
 
+    def _is_current(self, name: str, kind: str, stage: Any) -> bool:
+        if not all((path / MANIFEST).is_file() for path in _inputs(stage)):
+            return False
+        settings, inputs, completion = split(resolved(stage))
+        return Artifact.is_current(self.out / name, kind, settings, inputs, completion)
+
+
+def _inputs(stage: Any) -> Iterable[Path]:
+    return filter(None, (getattr(stage, role) for role in stage.inputs))
+
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read an experiment file and apply `stage.key=value` overrides.
 
-    The file holds `out` (a folder) and `stages`: artifact name -> settings, in sequence. The setting
-    `stage` says what kind of stage it is where the name does not. Inputs name earlier artifacts of the
-    file, or are paths. A stage whose name holds `{seed}` is made once for each of `seeds`; overrides name
-    all of these (`raster-s{seed}.train.steps=10`) or one (`raster-s0.train.steps=10`), and `seeds=0,1` takes
-    these seeds instead of the file's.
+    The file holds `out` (a folder), `seed` (0 by default) and `stages`: artifact name -> settings, in
+    sequence. The setting `stage` says what kind of stage it is where the name does not. Inputs name earlier
+    artifacts of the file, or are paths. `out=` and `seed=` replace those of the file. The seed repeats an
+    experiment: it is added to the seeds of all trainings of the any-order model, and gives samples other
+    random streams; data, tokenizer and features stay the same, so that results can be compared.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: unknown stage or setting (with a suggestion), or a bad value; the stage is named.
     """
     values = load_yaml(path)
-    _refuse_unknown(values, ("out", "seeds", "stages"), f"setting in {path}")
+    _refuse_unknown(values, ("out", "seed", "stages"), f"setting in {path}")
     templates = values.get("stages") or {}
-    seeds, overrides = _seeds(values.get("seeds", []), overrides)
-    try:
-        # With seeds=... a stage may still read what other runs make of the file's other seeds.
-        elsewhere = expand(templates, values.get("seeds", []))
-        expanded = expand(templates, seeds)
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from e
-    by_stage = _by_stage(overrides, list(templates), list(expanded), seeds)
-    out = Path(by_stage.pop("out", [values.get("out", f"runs/{Path(path).stem}")])[0])
+    by_stage = _by_stage(overrides, list(templates))
+    out = Path(by_stage.pop("out", [values.get("out", f"runs/{Path(path).stem}")])[-1])
+    seed = _seed(by_stage.pop("seed", [values.get("seed", 0)])[-1])
     stages: dict[str, tuple[str, Any]] = {}
-    for name, settings in expanded.items():
-        settings = dict(settings or {})
+    for name, given in templates.items():
+        settings = dict(given or {})
         kind = settings.pop("stage", name)
         _refuse_unknown([kind], STAGES, f"stage of '{name}' in {path}")
-        for role in STAGES[kind].inputs:
-            if settings.get(role) in stages or settings.get(role) in elsewhere.keys() - expanded.keys():
+        for role in (*STAGES[kind].inputs, *getattr(STAGES[kind], "references", ())):
+            if settings.get(role) in stages:
                 settings[role] = out / settings[role]
         try:
-            stages[name] = kind, parse(STAGES[kind], settings, by_stage.get(name, ()))
+            stage = parse(STAGES[kind], settings, by_stage.get(name, ()))
         except ValueError as e:
             raise ValueError(f"stage '{name}': {e}") from e
+        stages[name] = kind, _reseeded(kind, stage, seed)
     return Experiment(out, stages)
 
 
-def _seeds(seeds: Any, overrides: Sequence[str]) -> tuple[Any, list[str]]:
-    """The seeds of the file, or those of the override `seeds=0,1`; and the other overrides."""
-    for override in overrides:
-        if override.startswith("seeds="):
-            numbers = override.removeprefix("seeds=").strip("[]").split(",")
-            if not all(number.strip().isdecimal() for number in numbers):
-                raise ValueError(f"seeds must be integers >= 0, such as seeds=0,1, got '{override}'")
-            seeds = [int(number) for number in numbers]
-    return seeds, [override for override in overrides if not override.startswith("seeds=")]
+def _reseeded(kind: str, stage: Any, seed: int) -> Any:
+    """The stage of another repetition."""
+    if kind in ("train", "iterate"):
+        training = dataclasses.replace(stage.train, seed=stage.train.seed + seed)
+        return dataclasses.replace(stage, train=training)
+    if kind in ("orders", "sample"):
+        return dataclasses.replace(stage, seed=stage.seed + SAMPLES_PER_SEED * seed)
+    return stage
 
 
-def _by_stage(
-    overrides: Sequence[str], templates: list[str], names: list[str], seeds: Sequence[int]
-) -> dict[str, list[str]]:
-    """Overrides by the stage they name; `out=` stands alone, templates stand for the stages made from them.
+def _seed(value: Any) -> int:
+    if not str(value).isdecimal():
+        raise ValueError(f"seed must be an integer >= 0, got seed={value}")
+    return int(value)
 
-    What is said of one seed wins over what is said of all, in whatever sequence.
-    """
-    for_all: dict[str, list[str]] = {}
-    for_one: dict[str, list[str]] = {}
+
+def _by_stage(overrides: Sequence[str], names: list[str]) -> dict[str, list[Any]]:
+    """Overrides by the stage they name; `out=` and `seed=` stand alone."""
+    found: dict[str, list[Any]] = {}
     for override in overrides:
         key, _, value = override.partition("=")
-        if key == "out":
-            for_one["out"] = [value]
+        stage, dot, rest = override.partition(".")
+        if key in ("out", "seed"):
+            found.setdefault(key, []).append(value)
             continue
-        stage, _, rest = override.partition(".")
-        stage, rest = (stage, rest) if rest else (key, "")
-        _refuse_unknown([stage], dict.fromkeys([*templates, *names]), f"stage in override '{override}'")
-        for seed in seeds if SEED in stage else []:
-            for_all.setdefault(stage.replace(SEED, str(seed)), []).append(rest.replace(SEED, str(seed)))
-        if SEED not in stage:
-            for_one.setdefault(stage, []).append(rest)
-    return {name: for_all.get(name, []) + for_one.get(name, []) for name in for_all | for_one}
+        if not dot or "=" in stage:
+            stage, rest = key, ""
+        _refuse_unknown([stage], names, f"stage in override '{override}'")
+        found.setdefault(stage, []).append(rest)
+    return found
 
 
 def _refuse_unknown(names: Any, allowed: Any, what: str) -> None:

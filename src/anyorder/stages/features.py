@@ -15,28 +15,16 @@ from anyorder.data.images import uint8_batches
 from anyorder.data.rows import batches, evenly_spaced
 from anyorder.evaluation import metrics
 from anyorder.evaluation.features import Classifier, ClassifierConfig, ClassifierFeatures, Inception2015
-from anyorder.files import read_json, write_json
+from anyorder.files import read_json, read_manifest, write_json
 from anyorder.inference.device import device
 from anyorder.inference.weights import load_model, save_model
 from anyorder.stages.artifacts import Artifact
-from anyorder.stages.common import fit, training_facts
-from anyorder.tokenizers.vq import VQConfig
+from anyorder.stages.common import TrainingStage, training_facts
 from anyorder.training.config import TrainConfig
+from anyorder.training.trainer import train
 
-SMALL = VQConfig(
-    channels=32,
-    multipliers=(1, 2, 2),
-    groups=2,  # on a CPU, GroupNorm in bf16 is quick from 16 channels per group on
-    res_blocks=1,
-    attention=False,
-    z_channels=64,
-    vocab_size=512,
-    codebook_update="ema",
-    revive_after=100,
-)
-"""A tokenizer of factor 4 for small images, the default of the stage."""
-
-
+REFERENCE = "reference.safetensors"
+"""Features of the test split in a features artifact."""
 TRAINING = "train.safetensors"
 """Features of training images in a features artifact, for the nearest one of a sample."""
 NEIGHBOURS = 50_000
@@ -44,37 +32,50 @@ NEIGHBOURS = 50_000
 
 
 @dataclass
-class FeaturesStage:
-    """The feature space of FD, and the reference statistics of the test split in it."""
+class FeaturesStage(TrainingStage):
+    """Make the feature space of FD, and the reference statistics of the test split in it."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("data",)
+    inputs: ClassVar[tuple[str, ...]] = ("data", "init")
     data: Path
+    """Images; the classifier is trained on the training split, the test split is the reference."""
+    init: Path | None = None
+    """Features artifact whose classifier, of the same shape, training starts from."""
     extractor: Literal["classifier", "inception"] = "classifier"
-    """A classifier trained on the data set's own labels (FD), or Inception-2015 (FID)."""
+    """classifier: trained on the labels of the data (distance FD); inception: Inception-2015 (FID)."""
     label: str | None = None
     """Attribute that the classifier learns instead of the class; images without a value are left out."""
     channels: tuple[int, ...] = (32, 64, 128)
-    """Widths of the classifier's stages."""
+    """Widths of the classifier's stages, 1 to 4 multiples of 8."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Training of the classifier."""
 
     def __post_init__(self) -> None:
-        if self.label is not None and self.extractor != "classifier":
-            raise ValueError(f"label={self.label} is what a classifier learns: set extractor=classifier")
+        for name in ("label", "init"):
+            if getattr(self, name) is not None and self.extractor != "classifier":
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is for a classifier: set extractor=classifier"
+                )
+        self.train.require_watched(("test_accuracy",))
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
-        """Write the classifier and `{reference,train}.safetensors`; say how far real images are from real."""
+        """Write the classifier and `{reference,train}.safetensors` and real against real."""
         images, test = ImageSet(self.data), ImageSet(self.data, "test")
+        if len(test) < 2:
+            raise ValueError(
+                f"{self.data} has {len(test)} test images, features need at least 2: hold out more"
+            )
         facts = self._train(artifact, images, test) if self.extractor == "classifier" else {}
         write_json(artifact.folder / "extractor.json", {"extractor": self.extractor})
         extractor = load_extractor(artifact.folder)
-        batches = uint8_batches(test.images)
-        reference = metrics.statistics(extractor, batches, test.fingerprint, "test features")
-        reference.save(artifact.folder / "reference.safetensors")
+        reference = metrics.statistics(
+            extractor, uint8_batches(test.images), test.fingerprint, "test features"
+        )
+        reference.save(artifact.folder / REFERENCE)
         (artifact.folder / TRAINING).unlink(missing_ok=True)  # of an earlier configuration
         training_features(artifact.folder, extractor, images)
-        batches = uint8_batches(images.images[: len(test)])
-        floor = metrics.statistics(extractor, batches, description="train features")
+        floor = metrics.statistics(
+            extractor, uint8_batches(images.images[: len(test)]), description="train features"
+        )
         return {
             "extractor": extractor.name,
             "metric_name": extractor.metric,
@@ -88,6 +89,8 @@ class FeaturesStage:
         config = ClassifierConfig(len(names), min(images.size), self.channels)
         torch.manual_seed(self.train.seed)
         model = Classifier(config)
+        if self.init is not None:
+            model.load_state_dict(load_model(self.init, "classifier").state_dict())
 
         def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
             assert isinstance(model, Classifier)
@@ -101,7 +104,9 @@ class FeaturesStage:
                 hits += int((found == test_labels[rows]).sum())
             return {"test_accuracy": hits / max(1, len(test_known))}
 
-        result = fit(artifact, model, loss, len(known), self.train, evaluate=evaluate)
+        result = train(
+            model, loss, len(known), self.train, artifact.folder, device=device(), evaluate=evaluate
+        )
         save_model(artifact.folder, result.model, config, "classifier")
         return {"test": evaluate(result.model, result.steps), **training_facts(result)}
 
@@ -119,6 +124,14 @@ def load_extractor(folder: Path) -> ClassifierFeatures | Inception2015:
     model = load_model(folder, "classifier").to(device())
     assert isinstance(model, Classifier)
     return ClassifierFeatures(model)
+
+
+def load_reference(folder: Path) -> metrics.FeatureStatistics:
+    """Features of the test split in a features artifact."""
+    manifest = read_manifest(folder)
+    return metrics.FeatureStatistics.load(
+        folder / REFERENCE, manifest["extractor"], manifest["inputs"]["data"]
+    )
 
 
 def training_features(

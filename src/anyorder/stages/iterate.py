@@ -19,6 +19,7 @@ from anyorder.inference.weights import CONFIG, WEIGHTS, load_any_order
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.models.transformer import Architecture
 from anyorder.stages.artifacts import Artifact
+from anyorder.stages.common import TrainingStage
 from anyorder.stages.execute import execute
 from anyorder.stages.orders import OrdersStage
 from anyorder.stages.train import TrainStage
@@ -29,33 +30,35 @@ log_likelihood = PolicyConfig("token_likelihood", location=1.0)
 
 
 @dataclass
-class IterateStage:
+class IterateStage(TrainingStage):
     """Rounds of {extract orders with the current model, fine-tune on them}: hard EM on q(order, x)."""
 
+    grows: ClassVar[tuple[str, ...]] = ()
     inputs: ClassVar[tuple[str, ...]] = ("model", "tokens")
     model: Path
     """Any-order model to start from, with or without a location head."""
     tokens: Path
+    """Token cache that the model was trained on."""
     rounds: int = 3
-    """At most so many."""
+    """Largest number of rounds."""
     patience: int = 1
-    """Rounds without a lower bound on the test split after which to stop; the best round's model is kept."""
+    """Stop after this many rounds without a lower bound on the test split; the best round's model is kept."""
     first: PolicyConfig = field(default_factory=PolicyConfig)
-    """How orders are extracted in the first round by a model without a location head."""
+    """Order policy of the first extraction, if the model has no location head yet."""
     policy: PolicyConfig = field(default_factory=lambda: log_likelihood)
-    """How orders are extracted once there is a location head."""
+    """Order policy of extraction with a location head."""
     limit: int | None = None
-    """Only the first images of the training split."""
+    """Train on the first so many images only; null takes all."""
     test_limit: int = 512
-    """Images of the test split that the bound is measured on."""
+    """Test images that the bound is measured on."""
     jitter: float = 0.0
-    """Steps of noise on the ranks, see `train`."""
+    """Standard deviation of noise on the ranks of extracted orders, in steps."""
     random_share: float = 0.5
-    """Share of random orders in the first round; later rounds go down to the floor in equal parts."""
+    """Share of random orders in the first round; later rounds go down to `random_floor` in equal parts."""
     random_floor: float = 0.1
     """Share of random orders in the last round: keeps the any-order ability that extraction needs."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """Of each round."""
+    """Training of each round."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.patience < 1:
@@ -113,7 +116,7 @@ class IterateStage:
         return folder / "model"
 
     def _facts(self, model: Path) -> dict[str, Any]:
-        """What a finished round came to, from its manifests."""
+        """Results of a finished round, from its manifests."""
         trained, orders = read_manifest(model), read_manifest(model.parent / "orders")
         keys = ("train_bound", "test_bound", "train_nll", "test_nll")
         return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,31 +11,53 @@ from anyorder.files import read_manifest
 from anyorder.inference.folders import Parts, save_parts
 from anyorder.inference.weights import load_any_order, load_tokenizer
 from anyorder.method.policy_config import PolicyConfig
+from anyorder.settings import parse, read_stored
 from anyorder.stages.artifacts import Artifact
-from anyorder.stages.common import require_trained_on
+from anyorder.stages.common import require_made_from, require_trained_on
 
 
 @dataclass
 class PipelineStage:
-    """Put a trained model and its tokenizer into one folder that `Pipeline.from_pretrained` loads."""
+    """Put a trained model and its tokenizer into one folder that `Pipeline.from_pretrained` loads.
 
-    inputs: ClassVar[tuple[str, ...]] = ("model", "tokenizer", "tokens", "scorer", "orders")
-    model: Path
-    tokenizer: Path
-    tokens: Path
+    Give `samples`, and the pipeline generates as they were generated; or give `model`, and what you change.
+    """
+
+    inputs: ClassVar[tuple[str, ...]] = ("samples", "model", "tokenizer", "tokens", "scorer", "orders")
+    provenance: ClassVar[dict[str, tuple[str, str]]] = {
+        **{role: ("samples", role) for role in ("model", "tokens", "tokenizer", "scorer", "orders")},
+        "tokens": ("model", "tokens"),
+        "tokenizer": ("tokens", "tokenizer"),
+    }
+    required: ClassVar[tuple[str, ...]] = ("model", "tokens", "tokenizer")
+    samples: Path | None = None
+    """Samples whose model, scoring model, orders and order policy the pipeline takes."""
+    model: Path | None = None
+    """Any-order model; by default the one of the samples."""
+    tokenizer: Path | None = None
+    """Tokenizer; by default the one that made the tokens."""
+    tokens: Path | None = None
+    """Token cache that the model was trained on; needed for a converted model."""
     scorer: Path | None = None
-    """Model that decides where, if not the model itself: the one its orders were extracted with."""
+    """Scoring model, which decides where; by default the one of the samples, else the model itself."""
     orders: Path | None = None
     """Order cache that holds the orders of the classes, for policy.order=class_mean."""
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    """The order that the pipeline draws in unless told otherwise."""
+    policy: PolicyConfig | None = None
+    """Order that the pipeline uses unless told otherwise; by default the one of the samples, else entropy."""
 
     def __post_init__(self) -> None:
-        if self.policy.order == "class_mean" and self.orders is None:
-            raise ValueError("policy.order=class_mean needs the orders of the classes: give orders=...")
+        if self.samples is None and self.model is None:
+            raise ValueError("say what to put together: give samples=FOLDER or model=FOLDER")
+        if self.policy and self.policy.order == "class_mean" and not (self.orders or self.samples):
+            raise ValueError("policy.order=class_mean needs the orders of the classes: give orders=FOLDER")
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write the folder."""
+        assert self.model
+        assert self.tokens
+        assert self.tokenizer
+        for role in ("model", "tokens", "tokenizer", "scorer", "orders") if self.samples else ():
+            require_made_from(self.samples, role, getattr(self, role))  # type: ignore[arg-type]
         tokens = TokenSet(self.tokens, "test")
         for folder in filter(None, (self.model, self.scorer)):
             require_trained_on(folder, tokens)
@@ -44,6 +66,14 @@ class PipelineStage:
         model, tokenizer = load_any_order(self.model), load_tokenizer(self.tokenizer)
         orders = OrderSet(self.orders).class_orders if self.orders else None
         vocabulary = tokens.vocabulary if tokens.further.shape[1] else None
-        parts = Parts(model, tokenizer, tokens.classes, self.policy, scorer, orders, vocabulary)
+        parts = Parts(model, tokenizer, tokens.classes, self._policy(), scorer, orders, vocabulary)
         save_parts(artifact.folder, parts)
         return {"parameters": read_manifest(self.model)["parameters"]}
+
+    def _policy(self) -> PolicyConfig:
+        if self.policy is not None:
+            return self.policy
+        if self.samples is not None:
+            stored = read_manifest(self.samples)["config"]["policy"]
+            return parse(PolicyConfig, read_stored(PolicyConfig, stored))
+        return PolicyConfig()

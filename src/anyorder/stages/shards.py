@@ -18,19 +18,14 @@ from anyorder.files import load_array, save_array
 LARGEST = {"cpu": 64, "cuda": 1024}
 """Images in a batch: more keep a device no busier, and a killed run loses more of its work."""
 SHARE = 0.5
-"""Of the free memory, for caches; the rest is for logits, activations and others."""
+"""Part of the free memory for caches; the rest is for logits, activations and other processes."""
 
 
 def images_at_once(model: AnyOrderNetwork, grid: Grid, processes: int = 1) -> int:
-    """Images whose caches fit into half of the free memory, a power of two.
+    """Images whose caches fit into half of the free memory that `processes` share, a power of two.
 
-    An image is reckoned to take 4 depth N D numbers of the weights' type: keys and values, twice, since
-    some models keep two entries for each position.
-
-    Args:
-        model: on its device.
-        grid: of the tokens.
-        processes: how many share the memory.
+    An image takes 4 depth N D numbers of the weights' type: keys and values, twice, since some models keep
+    two entries for each position.
     """
     weight = next(model.parameters())
     bytes_each = 4 * model.config.depth * grid.n * model.config.width * weight.element_size()
@@ -39,7 +34,7 @@ def images_at_once(model: AnyOrderNetwork, grid: Grid, processes: int = 1) -> in
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had; 2 GiB where the system does not tell."""
+    """Free bytes; 2 GiB where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -53,11 +48,11 @@ def share_out(parts: Sequence[Path], finished: Callable[[], bool], work: Callabl
     """Work on every part that no other process is working on, then on those that others left unfinished.
 
     Any number of processes may call this with the same folders; it returns when all parts are finished. A
-    process that is killed lets go of its part, and the next one resumes it.
+    process that is killed releases its part, and the next one resumes it.
 
     Args:
         parts: one folder for each part, made if need be.
-        finished: whether the parts are joined already, so that there is nothing left to do.
+        finished: whether the parts are joined already.
         work: does part i or the rest of it; does nothing if it is done.
     """
     for wait in (False, True):

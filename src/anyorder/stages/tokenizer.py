@@ -15,31 +15,54 @@ from anyorder.data.images import to_uint8
 from anyorder.data.rows import batches, evenly_spaced
 from anyorder.evaluation import metrics
 from anyorder.inference.device import device
-from anyorder.inference.weights import save_model
+from anyorder.inference.weights import load_model, save_model
 from anyorder.report import figures
 from anyorder.stages.artifacts import Artifact
-from anyorder.stages.common import SHOWN, fit, training_facts
-from anyorder.stages.features import SMALL
+from anyorder.stages.common import SHOWN, TrainingStage, training_facts
 from anyorder.tokenizers.losses import LossConfig, TokenizerLoss, codebook_usage
 from anyorder.tokenizers.vq import VQConfig, VQModel
 from anyorder.training.config import TrainConfig
+from anyorder.training.trainer import train
+
+SMALL = VQConfig(
+    channels=32,
+    multipliers=(1, 2, 2),
+    groups=2,  # on a CPU, GroupNorm in bf16 is quick from 16 channels per group on
+    res_blocks=1,
+    attention=False,
+    z_channels=64,
+    vocab_size=512,
+    codebook_update="ema",
+    revive_after=100,
+)
+"""A tokenizer of factor 4 for small images, the default of the stage."""
 
 
 @dataclass
-class TokenizerStage:
+class TokenizerStage(TrainingStage):
     """Train the VQ tokenizer and measure it on the test split."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("data",)
+    inputs: ClassVar[tuple[str, ...]] = ("data", "init")
     data: Path
+    """Images to train on."""
+    init: Path | None = None
+    """VQ tokenizer to start from; it brings its architecture."""
     model: VQConfig = field(default_factory=lambda: SMALL)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.init is not None and self.model != SMALL:
+            raise ValueError("init=... brings its own architecture: remove the model.* settings")
+        self.train.require_watched(("test_psnr", "test_ssim"))
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write the model, its log, and reconstructions of test images."""
         images, test = ImageSet(self.data), ImageSet(self.data, "test")
         torch.manual_seed(self.train.seed)
-        model, objective = VQModel(self.model), TokenizerLoss(self.loss).to(device())
+        model = VQModel(self.model) if self.init is None else load_model(self.init, "vq").train()
+        assert isinstance(model, VQModel)
+        objective = TokenizerLoss(self.loss).to(device())
 
         def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
             assert isinstance(model, VQModel)
@@ -50,18 +73,23 @@ class TokenizerStage:
             return {f"test_{key}": value for key, value in measure_tokenizer(model, test, 1024).items()}
 
         adversary = objective if any(True for _ in objective.parameters()) else None
-        result = fit(artifact, model, loss, len(images), self.train, extra=adversary, evaluate=evaluate)
+        result = train(
+            model, loss, len(images), self.train, artifact.folder, device=device(), extra=adversary,
+            evaluate=evaluate,
+        )  # fmt: skip
         best = result.model
         assert isinstance(best, VQModel)
-        save_model(artifact.folder, best, self.model, "vq")
-        figures.save_image(reconstructions(best, test), artifact.folder / "reconstructions.png")
+        save_model(artifact.folder, best, model.config, "vq")
+        shown = reconstructions(best, test if len(test) else images)
+        figures.save_image(shown, artifact.folder / "reconstructions.png")
         return {"test": measure_tokenizer(best, test, len(test)), **training_facts(result)}
 
 
 def measure_tokenizer(model: VQModel, images: ImageSet, limit: int) -> dict[str, float]:
-    """PSNR (dB), SSIM, codebook usage and perplexity over at most `limit` images."""
+    """PSNR (dB), SSIM, codebook usage and perplexity over at most `limit` images; empty if there are none."""
     tokens, psnr, ssim, some = [], 0.0, 0.0, evenly_spaced(limit, len(images))
-    n = len(some)
+    if not (n := len(some)):
+        return {}
     for rows in batches(some, 256):
         pixels = images.batch(rows)[0].to(device())
         found = model.encode(pixels)

@@ -21,18 +21,20 @@ from anyorder.stages.artifacts import Artifact
 
 @dataclass
 class TokensStage:
-    """Encode every image once."""
+    """Encode every image as tokens, once."""
 
     inputs: ClassVar[tuple[str, ...]] = ("data", "tokenizer")
     data: Path
+    """Images."""
     tokenizer: Path
+    """Tokenizer, trained here or converted."""
     batch_size: int = 256
-    """Images per call."""
+    """Images encoded at once."""
     text: TextConfig = field(default_factory=TextConfig)
     """How captions become tokens, where the data have captions."""
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
-        """Write `{train,test}.{tokens,labels}.npy`, of data with more `{attributes,captions}.npy`, too."""
+        """Write `{train,test}.{tokens,labels}.npy`, and what the data have of `{attributes,captions}.npy`."""
         further = self._conditions(artifact)
         model = load_tokenizer(self.tokenizer)
         examples = sum(self._encode(model, split, artifact) for split in ("train", "test"))

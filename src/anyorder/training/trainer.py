@@ -16,7 +16,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,8 +26,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from anyorder.files import write_json
+from anyorder.inference import weights
 from anyorder.inference.device import Threads, fast_dtype
-from anyorder.inference.weights import load_state, write_tensors
 from anyorder.models.compiled import require_compiler
 from anyorder.training.checkpoint import Checkpoints
 from anyorder.training.config import TrainConfig, batch_indices, learning_rate, step_seeds
@@ -49,7 +48,7 @@ class NonFiniteLoss(FloatingPointError, ValueError):
     """The loss, its gradient or the weights became NaN or infinite."""
 
 
-@dataclass
+@dataclasses.dataclass
 class TrainResult:
     """A finished run."""
 
@@ -336,7 +335,9 @@ class Trainer:
         self.step_number, tensors, facts = found
         self._require_same_config(facts["config"])
         for name, module in self.modules.items():
-            load_state(module, _below(tensors, name), f"the checkpoint of step {self.step_number} ({name})")
+            weights.load_state(
+                module, _below(tensors, name), f"the checkpoint of step {self.step_number} ({name})"
+            )
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in _below(tensors, "optimizer").items():
             index, name = key.split(".")
@@ -377,7 +378,7 @@ class Trainer:
     def _dump_and_raise(self, step: int, reason: str) -> None:
         """Write what is needed to reproduce the failure, and raise it."""
         path = self.folder / f"nonfinite-step-{step:08d}.safetensors"
-        write_tensors(path, self._weights())
+        weights.write_tensors(path, self._weights())
         indices = [self.indices(step, micro).tolist() for micro in range(self.config.accumulation)]
         write_json(path.with_suffix(".json"), {"step": step, "reason": reason, "indices": indices})
         raise NonFiniteLoss(
