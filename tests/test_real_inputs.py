@@ -328,12 +328,13 @@ def test_numbers_are_classes_in_their_sequence(tmp_path):
 
 def test_what_anyorder_wrote_is_no_data(tmp_path):
     fill(tmp_path, "cat/1.png", "dog/1.png", "runs/samples/grid.png", "runs/model/sample.png")
+    fill(tmp_path, *(f"drawn/{name}" for name in ("0000.png", "grid.png", "orders.png", "generation.webp")))
     fill(tmp_path, "runs/samples/manifest.json", data=b'{"stage": "sample", "fingerprint": "ab"}')
     fill(tmp_path, "runs/model/.identity.json", data=b"{}")
     fill(tmp_path, "dog/manifest.json", data=b"[1]")  # of somebody else
     source = FolderSource(tmp_path, 0)
     assert sorted(i.name for i in source.items("train")) == ["cat/1.png", "dog/1.png"]
-    assert source.ignored()["written by anyorder"] == ["runs/model", "runs/samples"]
+    assert source.ignored()["written by anyorder"] == ["drawn", "runs/model", "runs/samples"]
     with pytest.raises(ValueError, match="samples was written by anyorder: source= takes a folder of images"):
         open_source(tmp_path / "runs/samples")
 
@@ -478,13 +479,14 @@ def test_the_image_column_is_chosen(tmp_path):
 def test_rows_cannot_name_files_outside_the_data(tmp_path):
     fill(tmp_path, "secret.png", "data/inside.png")
     (tmp_path / "data/link.png").symlink_to(tmp_path / "secret.png")
-    paths = ["inside.png", "../secret.png", str(tmp_path / "secret.png"), "link.png", "x/../../secret.png"]
+    outside = str(tmp_path / "secret.png")
+    paths = ["inside.png", "../secret.png", outside, "link.png", "x/../../secret.png", "a\0b"]
     rows = pa.array([{"bytes": None, "path": path} for path in paths], IMAGE)
     source = ParquetSource(table(tmp_path / "data/x.parquet", image=rows), test_fraction=0)
     facts = ingest(source, tmp_path / "out", SIZE, max_skipped=0.9)
     assert facts["counts"]["train"] == 1
-    assert facts["skipped"]["train"]["reasons"] == {"path outside the data": 4}
-    assert "../secret.png is not below" in facts["skipped"]["train"]["first"][0]["reason"]
+    assert facts["skipped"]["train"]["reasons"] == {"path outside the data": 5}
+    assert "'../secret.png' is not below" in facts["skipped"]["train"]["first"][0]["reason"]
 
 
 PARQUET_SPLITS = {

@@ -56,12 +56,7 @@ class ImageSet(_Split):
     """
 
     def __init__(self, folder: str | Path, split: str = "train"):
-        """Open `{split}.images.npy` and `{split}.labels.npy`.
-
-        Raises:
-            FileNotFoundError: `folder` is no finished artifact, or has no such split.
-            ValueError: a file is damaged; the message names it.
-        """
+        """Open `{split}.images.npy` and `{split}.labels.npy`; errors as for `TokenSet`."""
         super().__init__(folder, split, "images")
         self.images = found = self._rows
         if found.ndim != 4 or found.shape[3] != 3 or found.dtype != np.uint8:

@@ -63,12 +63,8 @@ def ingest(
     Args:
         source: where the images come from.
         folder: the artifact's folder.
-        size: (height, width) in pixels.
-        fit: see `load_image`.
-        fill: see `load_image`.
-        max_pixels: see `load_image`.
-        max_train: how many training images to take, spread evenly over the source; None for all.
-        max_test: the same for the test split.
+        size, fit, fill, max_pixels: see `load_image`.
+        max_train, max_test: how many images to take, spread evenly over the source; None for all.
         max_skipped: largest share in [0, 1] of images that may be skipped, and of files that may have an
             unknown suffix.
 

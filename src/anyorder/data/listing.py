@@ -15,6 +15,7 @@ from pathlib import Path
 from anyorder.files import MANIFEST
 
 _SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "@eadir"}
+_SAMPLES = {"grid.png", "orders.png", "generation.webp"}  # of the command `anyorder sample`
 _WORDS = (
     "(?:(?P<train>train|training|trn)|(?P<test>test|testing|tst)"
     "|(?P<validation>val|valid|validation|validate|dev|devel|eval|evaluation|holdout))"
@@ -52,7 +53,7 @@ def list_files(root: Path) -> Listing:
         found.ignored["unreadable folder"].append(path_of(str(root), str(error.filename)))
 
     for folder, subfolders, files in os.walk(root, onerror=unreadable, followlinks=True):
-        if _is_artifact(Path(folder), files):
+        if _is_artifact(Path(folder), files) or (Path(folder) != root and {*files} >= _SAMPLES):
             if Path(folder) == root:
                 raise ValueError(f"{root} was written by anyorder: source= takes a folder of images")
             found.ignored["written by anyorder"].append(path_of(folder, ""))

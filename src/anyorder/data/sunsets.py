@@ -49,12 +49,12 @@ _TEST_START = 2**40  # where the test images begin in the endless sequence of a 
 def sunsets(
     n: int, size: tuple[int, int] = (32, 32), seed: int = 0, first: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Paint images `first` to `first + n` of the endless sequence of `seed`.
+    """Paint images `first` to `first + n` of the endless sequence of `seed`; image i depends on these only.
 
     Args:
         n: number of images.
         size: (height, width) in pixels, at least 16 x 16.
-        seed: image i depends on `seed` and i only.
+        seed: of the sequence.
         first: index of the first image.
 
     Returns:

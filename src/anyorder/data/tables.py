@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -59,8 +60,7 @@ class _TableSource(Source):
     @cached_property
     def _held_out(self) -> dict[str, bool]:
         """Name of each row of the parts "all" -> whether it is in the test split."""
-        parts = self._parts["all"]
-        names = [f"{part}#{row}" for part in parts for row, _ in enumerate(self._read(part, False))]
+        names = [f"{p}#{row}" for p in self._parts["all"] for row, _ in enumerate(self._read(p, False))]
         return dict(zip(names, listing.held_out(names, self.test_fraction), strict=True))
 
     @property
@@ -82,11 +82,11 @@ class _TableSource(Source):
     def _values(self, column: str, found: Iterator[str | None]) -> list[str]:
         """In the sequence of the data set's own list, with those that do not occur, where it has one."""
         parts = [part for parts in self._parts.values() for part in parts]
-        lists = [self._names(part, column) for part in parts]
-        if any(names != lists[0] for names in lists):
-            other = parts[[names != lists[0] for names in lists].index(True)]
-            raise ValueError(f"{parts[0]} and {other} list other classes for {column!r}: use one of them")
-        return lists[0] or in_sequence(value for value in found if value)
+        names = self._names(parts[0], column)
+        for part in parts:
+            if self._names(part, column) != names:
+                raise ValueError(f"{parts[0]} and {part} list other classes for {column!r}: use one of them")
+        return names or in_sequence(value for value in found if value)
 
     def count(self, split: str) -> int:
         """See `Source`."""
@@ -107,9 +107,7 @@ class _TableSource(Source):
             for row, (image, texts) in enumerate(self._read(part, with_images)):
                 name = f"{part}#{row}"
                 if not by_name or self._held_out[name] == (split == "test"):
-                    label, caption = (
-                        texts.get(column or "") for column in (self.columns.label, self.columns.caption)
-                    )
+                    label, caption = map(texts.get, (self.columns.label or "", self.columns.caption or ""))
                     attributes = tuple(texts[column] or None for column in self.columns.attributes)
                     yield Item(self._image(image, part), label or None, name, attributes, caption)
 
@@ -120,10 +118,11 @@ class _TableSource(Source):
             data, path = None, data
         if data is not None or not path:
             return data or b""
-        file = ((self._root / part).parent / path).resolve()
-        if file.is_relative_to(self._root.resolve()):
-            return file
-        return BadImage("path outside the data", f"{path} is not below {self._root}")
+        with contextlib.suppress(ValueError, OSError):  # no path at all, such as one with a zero byte
+            file = ((self._root / part).parent / path).resolve()
+            if file.is_relative_to(self._root.resolve()):
+                return file
+        return BadImage("path outside the data", f"{path!r} is not below {self._root}")
 
 
 @dataclass(frozen=True)
