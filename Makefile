@@ -8,13 +8,19 @@ SMOKE := data.max_train=300 data.max_test=120 orders.limit=64 \
 	$(foreach stage,tokenizer features raster any-order random ordered,$(stage).train.steps=20 $(stage).train.warmup=5) \
 	$(foreach order,raster random ordered,samples-$(order).n=64 eval-$(order).nll_images=32)
 
-.PHONY: quickstart test lint format smoke bench demo coverage hooks clean
+# Tests of what computes in bfloat16 where the hardware has it (ANYORDER_BF16=auto).
+PRECISION := $(addprefix tests/test_,$(addsuffix .py,bench costs device trainer runs completion_stage text adapt location))
+
+.PHONY: quickstart test test-precision lint format smoke bench demo coverage shape hooks clean
 
 quickstart: $(VENV)/.installed  ## the whole method on procedural sunsets, with a report
 	$(BIN)/anyorder quickstart
 
 test: $(VENV)/.installed-dev  ## all tests that need neither a GPU, nor weights, nor more than 5 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-precision: $(VENV)/.installed-dev  ## the tests that ANYORDER_BF16=on or off affects
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(PRECISION)
 
 lint: $(VENV)/.installed-dev  ## style and types
 	$(BIN)/ruff check
@@ -32,12 +38,15 @@ smoke: $(VENV)/.installed  ## every stage of the quickstart, at toy size
 bench: $(VENV)/.installed
 	$(BIN)/anyorder bench
 
-demo: $(VENV)/.installed  ## watch the model that comes with the package draw, in a browser
+demo: $(VENV)/.installed  ## watch the model that comes with the package generate, in a browser
 	$(INSTALL) -e '.[demo]'
 	$(BIN)/anyorder demo pipeline=fashion32
 
 coverage: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+shape: $(VENV)/.installed  ## lines, imports, sizes and frames beside their limits
+	$(BIN)/python tools/shape.py
 
 hooks: $(VENV)/.installed-dev  ## check style and types before every commit
 	git config core.hooksPath .hooks

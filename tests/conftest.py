@@ -5,6 +5,8 @@ To put another model under the contract, add a `Case` to `MODELS`.
 
 from __future__ import annotations
 
+import anyorder  # noqa: F401  # isort: skip  # before PyTorch, whose threads it keeps from spinning
+
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product

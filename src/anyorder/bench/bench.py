@@ -13,7 +13,16 @@ import torch
 from tqdm import tqdm
 
 from anyorder.bench.memory import peak_memory
-from anyorder.bench.workloads import MEMORY, WORKLOADS, BenchConfig, Subject, Workload, ceilings, matmul_name
+from anyorder.bench.workloads import (
+    MEMORY,
+    WORKLOADS,
+    BenchConfig,
+    Subject,
+    Workload,
+    ceilings,
+    matmul_name,
+    workload,
+)
 from anyorder.files import read_json, versions, write_json
 from anyorder.inference.device import device, fast_dtype
 from anyorder.report.curves import scaling_curves
@@ -40,11 +49,11 @@ def bench(config: BenchConfig, out: Path) -> dict[str, Any]:
     at the shape of training in the same dtype; the other is that of the least time that the matmul rate and
     the memory bandwidth allow, which passes 100 % where caches hold what was counted as moved.
     """
-    base = measure(config)
+    base, cuda = measure(config), device().type == "cuda"
     sweeps = {name: _sweep(config, name, base) for name, values in vars(config.over).items() if values}
     result = {
         "config": dataclasses.asdict(config),
-        "device": _device_name(),
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
         "dtype": str(fast_dtype(device(), True)),
         "versions": versions(),
         **base,
@@ -69,7 +78,7 @@ def measure(config: BenchConfig) -> dict[str, list[dict[str, Any]]]:
     torch.manual_seed(0)
     subject = Subject(config)
     tops = ceilings(subject)
-    runs = {name: WORKLOADS[name](subject) for name in config.only or WORKLOADS}
+    runs = {name: workload(name, subject) for name in config.only or WORKLOADS}
     seconds = _times(tops | runs, config.repeats)
     product = matmul_name(subject.dtype, config.batch_size * subject.grid.n)
     flops = tops[product].cost.flops / statistics.median(seconds[product])
@@ -95,27 +104,19 @@ def _times(works: dict[str, Workload], repeats: int) -> dict[str, list[float]]:
 
 def _warm_up(run: Callable[[], Any]) -> int:
     """How many runs make one measurement."""
-    seconds = _seconds(run)
-    if seconds < SHORTEST:
-        seconds = _seconds(run)  # the first one paid for what happens once
+    seconds = min(_seconds(run), _seconds(run))  # the first one pays for what happens once
     return max(1, min(1000, round(SHORTEST / seconds)))
 
 
 def _seconds(run: Callable[[], Any], calls: int = 1) -> float:
-    """Seconds per run; on a GPU from its own clock."""
-    if device().type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1000 / calls
-    start = time.perf_counter()
+    """Seconds per run."""
+    wait = torch.cuda.synchronize if device().type == "cuda" else bool
+    wait()
+    begin = time.perf_counter()
     for _ in range(calls):
         run()
-    return (time.perf_counter() - start) / calls
+    wait()
+    return (time.perf_counter() - begin) / calls
 
 
 def _rates(work: Workload, seconds: list[float]) -> dict[str, Any]:
@@ -139,12 +140,6 @@ def _shares(work: Workload, seconds: list[float], flops: float, bandwidth: float
         "share of attainable (%)": 100 * cost.seconds(flops, bandwidth) / median,
         "bound by": "matmul" if cost.flops / flops > cost.bytes / bandwidth else "memory",
     }
-
-
-def _device_name() -> str:
-    if device().type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
 
 
 # --- sweeps -----------------------------------------------------------------------------------------------
@@ -189,10 +184,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def _table(rows: list[dict[str, Any]], *without: str) -> Table:
-    shown = [
-        {key: value for key, value in row.items() if key not in ("GFLOP", "GB", *without)} for row in rows
-    ]
-    return Table(list(shown[0]), shown)
+    columns = [name for name in rows[0] if name not in ("GFLOP", "GB", *without)]
+    return Table(columns, [{name: row[name] for name in columns} for row in rows])
 
 
 def load_result(path: Path) -> dict[str, Any]:
@@ -233,8 +226,10 @@ def _sizes(result: dict[str, Any]) -> dict[str, Any]:
     """By dotted name, with defaults for settings that are newer than the result."""
     known = {name: value for name, value in result["config"].items() if name in SIZES}
     config = dataclasses.asdict(parse(BenchConfig, known))
-    groups = {name: config[name] if isinstance(config[name], dict) else {"": config[name]} for name in SIZES}
-    return {f"{name}.{key}".rstrip("."): x for name, group in groups.items() for key, x in group.items()}
+    sizes = {name: config[name] for name in SIZES}
+    for name in ("model", "tokenizer"):
+        sizes |= {f"{name}.{key}": value for key, value in sizes.pop(name).items()}
+    return sizes
 
 
 def _by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """What `anyorder bench` measures: the machine's ceilings, and workloads as shares of them.
 
-To add a workload, write a function from a `Subject` to a `Workload` and add it to `WORKLOADS`.
+To add a workload, add a function from a `Subject` to what is run to `WORKLOADS`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anyorder.bench.costs import Cost, count
 from anyorder.contracts import Grid
-from anyorder.inference.device import device, fast_dtype, native_bf16
+from anyorder.inference.device import device, fast_dtype
 from anyorder.method.decoding import extract_orders, sample
 from anyorder.method.loss import token_nll
 from anyorder.method.sampling import Streams
@@ -27,8 +27,7 @@ from anyorder.orders import random_orders
 from anyorder.settings import did_you_mean
 from anyorder.tokenizers.vq import VQConfig, VQModel
 
-EMULATED_ROWS = 64
-"""Rows of a bfloat16 product where the hardware has none: emulation is hundreds of times slower."""
+MEMORY = "memory, triad"
 
 
 @dataclass
@@ -114,27 +113,19 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class Workload:
-    """Something to time."""
+    """Something to time; `images` is how many of them one run processes."""
 
     run: Callable[[], Any]
     cost: Cost
-    """Of one run."""
     images: int = 0
-    """Images that one run processes; 0: it is not about images."""
-
-    @classmethod
-    def counted(cls, run: Callable[[], Any], images: int = 0) -> Workload:
-        """Run it once to count its cost."""
-        return cls(run, count(run), images)
 
 
 class Subject:
-    """Models with random weights and random inputs for them, on the device."""
+    """Models with random weights and random inputs for them, on the device; none are zero."""
 
     def __init__(self, config: BenchConfig):
-        """Weights and inputs come from the global random generator; none are zero."""
-        self.config = config
-        self.device = device()
+        """Everything comes from PyTorch's global random generator."""
+        self.config, self.device = config, device()
         self.dtype = fast_dtype(self.device, True)
         self.grid = Grid(*config.grid)
         self.model = AnyOrderTransformer(config.transformer()).to(self.device)
@@ -154,7 +145,7 @@ class Subject:
         return torch.randint(self.config.vocab_size, (rows, (grid or self.grid).n), device=self.device)
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 where it pays."""
+        """To `dtype`."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype == torch.bfloat16)
 
     def without_gradients(self, work: Callable[[], Any]) -> Callable[[], Any]:
@@ -168,44 +159,35 @@ class Subject:
         return run
 
 
-# --- ceilings ---------------------------------------------------------------------------------------------
-
-MEMORY = "memory, triad"
-
-
 def matmul_name(dtype: torch.dtype, rows: int) -> str:
-    """How the ceiling of a dtype is called at some number of rows."""
+    """The name of a dtype's ceiling at some number of rows."""
     return f"{str(dtype).removeprefix('torch.')} matmul, {rows:,d} rows"
 
 
 def ceilings(subject: Subject) -> dict[str, Workload]:
-    """Products of the model's own feed-forward shape, with the rows of training and of decoding; memory."""
-    trained, decoded = subject.config.batch_size * subject.grid.n, subject.config.images
-    found = {matmul_name(torch.float32, n): _product(subject, torch.float32, n) for n in (trained, decoded)}
-    emulated = not native_bf16(subject.device)
-    for n in (trained, decoded):
-        n = min(n, EMULATED_ROWS) if emulated else n
-        name = matmul_name(torch.bfloat16, n) + ", emulated" * emulated
-        found[name] = _product(subject, torch.bfloat16, n)
-    return {**found, MEMORY: _triad(subject)}
-
-
-def _product(subject: Subject, dtype: torch.dtype, rows: int) -> Workload:
-    weight = subject.model.blocks[0].mlp.gate_up.weight.detach().to(dtype).T  # type: ignore[union-attr, operator]
-    x = torch.randn(rows, len(weight), device=subject.device).to(dtype)
-    return Workload.counted(lambda: x @ weight)
-
-
-def _triad(subject: Subject) -> Workload:
-    """a = b + s c: two arrays are read and one is written."""
+    """Products of the model's feed-forward shape, with the rows of training and of decoding; memory."""
+    weight = subject.model.blocks[0].mlp.gate_up.weight.detach().T  # type: ignore[union-attr, operator]
+    found = {}
+    for dtype in dict.fromkeys((torch.float32, subject.dtype)):
+        for rows in (subject.config.batch_size * subject.grid.n, subject.config.images):
+            x = torch.randn(rows, len(weight), device=subject.device).to(dtype)
+            product = partial(torch.matmul, x, weight.to(dtype))
+            found[matmul_name(dtype, rows)] = Workload(product, count(product))
     a, b, c = torch.randn(3, subject.config.triad_mib * 2**18, device=subject.device)
-    return Workload(lambda: torch.add(b, c, alpha=1.5, out=a), Cost(bytes=3 * 4 * a.numel()))
+    triad = partial(torch.add, b, c, alpha=1.5, out=a)  # two arrays are read and one is written
+    return {**found, MEMORY: Workload(triad, Cost(bytes=3 * a.nbytes))}
 
 
-# --- workloads --------------------------------------------------------------------------------------------
+def workload(name: str, subject: Subject) -> Workload:
+    """One of `WORKLOADS`; it is run once to count its cost."""
+    run = WORKLOADS[name](subject)
+    if name != "training step":
+        run = subject.without_gradients(run)
+    few = name.startswith("sampling") or name == "order extraction"
+    return Workload(run, count(run), subject.config.images if few else subject.config.batch_size)
 
 
-def training(subject: Subject) -> Workload:
+def _training(subject: Subject) -> Run:
     """Forward, backward and AdamW on a batch in random orders."""
     optimizer = torch.optim.AdamW(subject.model.parameters(), fused=True)
 
@@ -217,57 +199,43 @@ def training(subject: Subject) -> Workload:
         loss.backward()
         optimizer.step()
 
-    return Workload.counted(step, len(subject.tokens))
+    return step
 
 
-def scoring(subject: Subject) -> Workload:
+def _scoring(subject: Subject) -> Run:
     """The likelihood of a batch, teacher forced."""
-    run = subject.without_gradients(lambda: token_nll(subject.model, subject.tokens, None, subject.order))
-    return Workload.counted(run, len(subject.tokens))
+    return partial(token_nll, subject.model, subject.tokens, None, subject.order)
 
 
-def sampling(order: str) -> Build:
-    """Generating images in an order."""
-
-    def build(subject: Subject) -> Workload:
-        run = lambda: sample(subject.model, order, subject.streams, chunk=subject.config.chunk)  # noqa: E731
-        return Workload.counted(subject.without_gradients(run), subject.config.images)
-
-    return build
+def _sampling(order: str, subject: Subject) -> Run:
+    return partial(sample, subject.model, order, subject.streams, chunk=subject.config.chunk)
 
 
-def extraction(subject: Subject) -> Workload:
-    """The orders of given images."""
-    images, chunk = subject.config.images, subject.config.chunk
-    tokens = subject.random_tokens(images)
-    run = lambda: extract_orders(subject.model, tokens, "entropy", subject.streams, chunk=chunk)  # noqa: E731
-    return Workload.counted(subject.without_gradients(run), images)
+def _extraction(subject: Subject) -> Run:
+    tokens, chunk = subject.random_tokens(subject.config.images), subject.config.chunk
+    return partial(extract_orders, subject.model, tokens, "entropy", subject.streams, chunk=chunk)
 
 
-def encoding(subject: Subject) -> Workload:
-    """Images to tokens."""
-    batch, side = len(subject.tokens), subject.tokenizer.factor
-    shape = (batch, 3, side * subject.grid.h, side * subject.grid.w)
-    images = 2 * torch.rand(shape, device=subject.device) - 1
-    return Workload.counted(subject.without_gradients(lambda: subject.tokenizer.encode(images)), batch)
+def _encoding(subject: Subject) -> Run:
+    grid, side = subject.grid, subject.tokenizer.factor
+    images = torch.rand(len(subject.tokens), 3, side * grid.h, side * grid.w, device=subject.device)
+    return partial(subject.tokenizer.encode, 2 * images - 1)
 
 
-def decoding(subject: Subject) -> Workload:
-    """Tokens to images."""
-    run = subject.without_gradients(lambda: subject.tokenizer.decode(subject.tokens, subject.grid))
-    return Workload.counted(run, len(subject.tokens))
+def _decoding(subject: Subject) -> Run:
+    return partial(subject.tokenizer.decode, subject.tokens, subject.grid)
 
 
-Build = Callable[[Subject], Workload]
-WORKLOADS: Mapping[str, Build] = MappingProxyType(
+Run = Callable[[], Any]
+WORKLOADS: Mapping[str, Callable[[Subject], Run]] = MappingProxyType(
     {
-        "training step": training,
-        "teacher-forced scoring": scoring,
-        "sampling, fixed order": sampling("random"),
-        "sampling, location head": sampling("location"),
-        "sampling, inferred order": sampling("entropy"),
-        "order extraction": extraction,
-        "tokenizer encode": encoding,
-        "tokenizer decode": decoding,
+        "training step": _training,
+        "teacher-forced scoring": _scoring,
+        "sampling, fixed order": partial(_sampling, "random"),
+        "sampling, location head": partial(_sampling, "location"),
+        "sampling, inferred order": partial(_sampling, "entropy"),
+        "order extraction": _extraction,
+        "tokenizer encode": _encoding,
+        "tokenizer decode": _decoding,
     }
 )
