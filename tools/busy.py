@@ -2,9 +2,9 @@
 
     python tools/busy.py [docs/results/busy.json] [seconds=10] [repeats=3]
 
-`now` is the package as it is; `before` waits as libgomp does by default, on all threads. Beside two processes
-that multiply matrices on two threads each, `now` should keep a quarter of its idle speed; alone it should lose
-at most 5 % against `before`. Rates are medians of repeats, taken in turns.
+`now` is the package as it is; `before` waits as libgomp does by default, on all threads. Two processes that
+multiply matrices on two threads each are busy beside it: `now` should keep a quarter of its idle speed there,
+and lose at most 5 % against `before` when alone. Rates are medians of repeats, taken in turns.
 """
 
 from __future__ import annotations
