@@ -19,6 +19,9 @@ from anyorder.method.loss import token_nll
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Sampling
 from anyorder.orders import inverse, static_order, stretch, validate
+from anyorder.settings import parse
+from anyorder.stages.completion import CompletionStage
+from anyorder.stages.sample import SampleStage
 from anyorder.tokenizers.vq import VQConfig, VQModel
 
 CLASSES = ("cat", "dog", "owl")
@@ -310,3 +313,20 @@ def test_damaged_indices_are_named_in_one_line(tmp_path, damage, message):
     with pytest.raises(ValueError, match=message) as e:
         Pipeline.from_pretrained(tmp_path)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"policy": {"order": "class_mean"}}, "class_mean needs the orders of the classes"),
+        ({"orders": "x"}, "orders has no effect on policy.order=entropy"),
+        ({"scorer": "x", "policy": {"order": "raster"}}, "scorer has no effect on policy.order=raster"),
+        ({"scorer": "x", "policy": {"order": "token_likelihood"}}, "scorer has no effect on"),
+    ],
+)
+def test_stages_refuse_inputs_that_their_order_leaves_unused(settings, message):
+    inputs = dict.fromkeys(("model", "tokenizer", "tokens", "features", "data"), "x")
+    for stage in (SampleStage, CompletionStage):
+        named = {name: "x" for name in stage.inputs if name in inputs}
+        with pytest.raises(ValueError, match=message):
+            parse(stage, {**named, **settings})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def bundled() -> list[str]:
     return sorted(path.parent.name for path in BUNDLED.glob(f"*/{INDEX}"))
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Parts:
     """What a pipeline is made of.
 
@@ -41,26 +42,25 @@ class Parts:
     """The generator."""
     tokenizer: TokenizerNetwork
     """The one whose tokens the model was trained on."""
-    classes: list[str]
+    classes: Sequence[str] = ()
     """Class names, for labels given by name."""
-    policy: PolicyConfig | None = None
+    policy: PolicyConfig = PolicyConfig()  # noqa: RUF009 - frozen
     """The order to generate in unless a call says another; by default lowest entropy first."""
     scorer: AnyOrderNetwork | None = None
-    """The scoring model, which decides where, for inferred token-blind orders and "location"; by default the
+    """The scoring model, which decides where, for token-blind inferred orders and "location"; by default the
     model itself."""
     class_orders: Tensor | None = None
     """(classes, N) integers, an order for each class, for order "class_mean". On other grids than the model's
     the ranks are interpolated, see `orders.stretch`."""
-    vocabulary: Vocabulary | None = None
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
     """Names of attributes and captions, where the model takes them."""
 
     def __post_init__(self) -> None:
-        for role, part, name in (
-            ("tokenizer", self.tokenizer, "vocab_size"),
-            ("scorer", self.scorer, "vocab_size"),
-            ("scorer", self.scorer, "num_classes"),
-        ):
-            if part is not None and getattr(part, name) != (ours := getattr(self.model, name)):
+        self.classes, self.policy = list(self.classes), self.policy or PolicyConfig()
+        self.vocabulary = self.vocabulary or Vocabulary(self.classes)
+        for role, name in (("tokenizer", "vocab_size"), ("scorer", "vocab_size"), ("scorer", "num_classes")):
+            part, ours = getattr(self, role), getattr(self.model, name)
+            if part is not None and getattr(part, name) != ours:
                 raise ValueError(
                     f"the model has {name} {ours}, the {role} {getattr(part, name)}: "
                     f"give the {role} that belongs to the model"
@@ -72,23 +72,25 @@ class Parts:
                     f"class_orders must have a row for each of the model's {self.model.num_classes} classes, "
                     f"got shape {tuple(self.class_orders.shape)}"
                 )
+        for network in filter(None, (self.model, self.tokenizer, self.scorer)):
+            network.eval()
 
 
 def save_parts(folder: str | Path, parts: Parts) -> None:
     """Write `pipeline.json`, `model/`, `tokenizer/`, and what else there is: scorer, orders, vocabulary."""
-    folder = Path(folder)
+    folder, vocabulary = Path(folder), parts.vocabulary
     (folder / CLASS_ORDERS).unlink(missing_ok=True)  # of an older pipeline in the same folder
     if parts.class_orders is not None:
         save_array(folder / CLASS_ORDERS, parts.class_orders.cpu().numpy().astype(np.uint16))
     for role in ("scorer", "model", "tokenizer"):
         if (network := getattr(parts, role)) is not None:
             weights.save_model(folder / role, network, network.config, weights.kind_of(network))
-    policy = dataclasses.asdict(parts.policy or PolicyConfig())
+    policy = dataclasses.asdict(parts.policy)
     index = {"format": 1, "classes": parts.classes, "policy": policy, "scorer": parts.scorer is not None}
-    if parts.vocabulary is not None:
-        index |= {"attributes": parts.vocabulary.attributes, "text_length": parts.vocabulary.length}
-        if parts.vocabulary.captions is not None:
-            write_text(folder / TEXT, parts.vocabulary.captions.definition)
+    if vocabulary.attributes or vocabulary.length:
+        index |= {"attributes": vocabulary.attributes, "text_length": vocabulary.length}
+        if vocabulary.captions is not None:
+            write_text(folder / TEXT, vocabulary.captions.definition)
     write_json(folder / INDEX, index)
 
 
@@ -110,31 +112,24 @@ def load_parts(folder: str | Path) -> Parts:
         found = index.get("format") if isinstance(index, dict) else type(index).__name__
         raise ValueError(f"{folder / INDEX} has format {found}, this version reads 1: update anyorder")
     try:
-        classes = [str(name) for name in index["classes"]]
+        classes, length = [str(name) for name in index["classes"]], int(index.get("text_length", 0))
         policy = parse(PolicyConfig, read_stored(PolicyConfig, index["policy"]))
-        vocabulary = _vocabulary(folder, classes, index)
+        captions = CaptionTokenizer((folder / TEXT).read_text("utf-8")) if length else None
+        vocabulary = Vocabulary(classes, dict(index.get("attributes", {})), captions, length)
     except (AttributeError, KeyError, TypeError) as e:
         raise ValueError(
             f"{folder / INDEX} is damaged: {type(e).__name__} {e}; save the pipeline again"
         ) from e
-    scorer = weights.load_any_order(folder / "scorer") if index.get("scorer") else None
     orders = folder / CLASS_ORDERS
     return Parts(
         weights.load_any_order(folder / "model"),
         weights.load_tokenizer(folder / "tokenizer"),
         classes,
         policy,
-        scorer,
+        weights.load_any_order(folder / "scorer") if index.get("scorer") else None,
         torch.from_numpy(load_array(orders).astype(np.int64)) if orders.is_file() else None,
         vocabulary,
     )
-
-
-def _vocabulary(folder: Path, classes: list[str], index: dict[str, Any]) -> Vocabulary | None:
-    if "attributes" not in index:
-        return None
-    captions = CaptionTokenizer((folder / TEXT).read_text("utf-8")) if index["text_length"] else None
-    return Vocabulary(classes, dict(index["attributes"]), captions, int(index["text_length"]))
 
 
 def find_parts(path_or_hub_id: str | Path) -> Parts:

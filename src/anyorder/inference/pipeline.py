@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anyorder import contracts, orders
 from anyorder.contracts import Grid
-from anyorder.data.captions import Vocabulary, index_of
+from anyorder.data.captions import index_of
 from anyorder.data.images import to_uint8
 from anyorder.inference import folders, inpainting, masks
 from anyorder.inference.device import device
@@ -41,35 +41,13 @@ class PipelineOutput:
     """(B, N) bool, of `complete`: tokens that were kept; in `order` they come first."""
 
 
-class Pipeline:
-    """Generates images; `Pipeline.from_pretrained(folder)` makes one.
+class Pipeline(folders.Parts):
+    """Generates images; made of `Parts`, or by `Pipeline.from_pretrained(folder)`.
 
     Example:
         >>> pipe = Pipeline.from_pretrained("runs/quickstart/pipeline")
         >>> pipe(class_labels="red", num_images=4, generator=0).images[0].save("sunset.png")
     """
-
-    def __init__(
-        self,
-        model: contracts.AnyOrderNetwork,
-        tokenizer: contracts.TokenizerNetwork,
-        classes: Sequence[str] = (),
-        policy: policy_config.PolicyConfig | None = None,
-        scorer: contracts.AnyOrderNetwork | None = None,
-        class_orders: Tensor | None = None,
-        vocabulary: Vocabulary | None = None,
-    ):
-        """Put parts together; `Parts` says what each of them is.
-
-        Raises:
-            ValueError: the parts do not fit together.
-        """
-        parts = folders.Parts(model, tokenizer, list(classes), policy, scorer, class_orders, vocabulary)
-        self.model, self.tokenizer = parts.model.eval(), parts.tokenizer.eval()
-        self.classes, self.policy = parts.classes, parts.policy or policy_config.PolicyConfig()
-        self.scorer = parts.scorer.eval() if parts.scorer is not None else None
-        self.class_orders = parts.class_orders
-        self.vocabulary = parts.vocabulary or Vocabulary(self.classes)
 
     # --- to and from disk and hub --------------------------------------------------------------------
 
@@ -89,9 +67,7 @@ class Pipeline:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `from_pretrained` loads: safetensors and JSON."""
-        named = self.vocabulary if self.vocabulary.attributes or self.vocabulary.length else None
-        rest = (self.classes, self.policy, self.scorer, self.class_orders, named)
-        folders.save_parts(folder, folders.Parts(self.model, self.tokenizer, *rest))
+        folders.save_parts(folder, self)
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
         """Upload the pipeline to the Hugging Face hub; returns the address of the commit."""

@@ -26,7 +26,7 @@ from anyorder.report import figures
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import as_condition, require_made_from
 from anyorder.stages.features import load_extractor
-from anyorder.stages.generation import load_pipeline, over_seeds
+from anyorder.stages.generation import check_order, load_pipeline, over_seeds
 
 SHOWN = 8
 """Images in the figure."""
@@ -71,8 +71,7 @@ class CompletionStage:
                 f"n must be >= 4, batch_size >= 1 and seeds one number at least, got {self.n}, "
                 f"{self.batch_size} and {self.seeds}"
             )
-        if self.policy.order == "class_mean" and self.orders is None:
-            raise ValueError("policy.order=class_mean needs the orders of the classes: give orders=FOLDER")
+        check_order(self.policy, self.scorer, self.orders)
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `SEED.{images,order}.npy`, `SEED.log_prob.npy` where exact, `metrics.json` and a figure."""

@@ -10,6 +10,7 @@ from anyorder.data.caches import OrderSet, TokenSet, check_tokenizer
 from anyorder.inference.device import device, fast_dtype
 from anyorder.inference.pipeline import Pipeline
 from anyorder.inference.weights import load_any_order, load_tokenizer
+from anyorder.method.policy_config import PolicyConfig
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import require_trained_on
 
@@ -40,6 +41,20 @@ def load_pipeline(
         class_orders=OrderSet(orders).class_orders if orders else None,
     ).to(fast_dtype(device(), bf16))
     return pipe.compile_decoding() if compiled else pipe
+
+
+def check_order(policy: PolicyConfig, scorer: Path | None, orders: Path | None) -> None:
+    """Refuse inputs that an order lacks, or leaves unused.
+
+    Raises:
+        ValueError: class_mean without orders, orders without it, or a scorer that decides nothing.
+    """
+    if policy.order == "class_mean" and orders is None:
+        raise ValueError("policy.order=class_mean needs the orders of the classes: give orders=FOLDER")
+    if orders is not None and policy.order != "class_mean":
+        raise ValueError(f"orders has no effect on policy.order={policy.order}: leave it out")
+    if scorer is not None and not (policy.token_blind and (policy.inferred or policy.order == "location")):
+        raise ValueError(f"scorer has no effect on policy.order={policy.order}: leave it out")
 
 
 def over_seeds(values: list[float]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from anyorder.orders import random_orders
 from anyorder.report import figures
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import as_condition
-from anyorder.stages.generation import load_pipeline, over_seeds
+from anyorder.stages.generation import check_order, load_pipeline, over_seeds
 
 
 @dataclass
@@ -59,8 +59,7 @@ class GridStage:
                 "n, samples and batch_size must be >= 1 and seeds one number at least, got "
                 f"{self.n}, {self.samples}, {self.batch_size} and {self.seeds}"
             )
-        if self.policy.order == "class_mean" and self.orders is None:
-            raise ValueError("policy.order=class_mean needs the orders of the classes: give orders=FOLDER")
+        check_order(self.policy, None, self.orders)
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `metrics.json`, and a figure: images of the test split above samples."""

@@ -65,8 +65,7 @@ class PipelineStage:
         scorer = load_any_order(self.scorer) if self.scorer else None
         model, tokenizer = load_any_order(self.model), load_tokenizer(self.tokenizer)
         orders = OrderSet(self.orders).class_orders if self.orders else None
-        vocabulary = tokens.vocabulary if tokens.further.shape[1] else None
-        parts = Parts(model, tokenizer, tokens.classes, self._policy(), scorer, orders, vocabulary)
+        parts = Parts(model, tokenizer, tokens.classes, self._policy(), scorer, orders, tokens.vocabulary)
         save_parts(artifact.folder, parts)
         return {"parameters": read_manifest(self.model)["parameters"]}
 

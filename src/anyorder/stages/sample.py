@@ -22,7 +22,7 @@ from anyorder.method.sampling import Sampling
 from anyorder.report import figures
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import SHOWN, as_condition
-from anyorder.stages.generation import load_pipeline
+from anyorder.stages.generation import check_order, load_pipeline
 
 SAMPLES = "samples.safetensors"
 """Features and logits of the samples in an eval artifact, so that comparisons need no second pass."""
@@ -65,8 +65,7 @@ class SampleStage:
     def __post_init__(self) -> None:
         if self.n < 1 or self.batch_size < 1:
             raise ValueError(f"n and batch_size must be >= 1, got {self.n} and {self.batch_size}")
-        if self.policy.order == "class_mean" and self.orders is None:
-            raise ValueError("policy.order=class_mean needs the orders of the classes: give orders=FOLDER")
+        check_order(self.policy, self.scorer, self.orders)
         if self.prompts and (self.hide or self.n % len(self.prompts)):
             raise ValueError(
                 f"n must be a multiple of the {len(self.prompts)} prompts, and they leave nothing to hide: "
