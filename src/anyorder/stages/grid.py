@@ -12,12 +12,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from anyorder.data.caches import TokenSet, check_tokenizer
-from anyorder.data.rows import batches, evenly_spaced
+from anyorder.data.rows import evenly_spaced
 from anyorder.files import read_manifest, write_json
 from anyorder.inference.device import device
 from anyorder.inference.pipeline import Pipeline
 from anyorder.method.guidance import GuidanceConfig
-from anyorder.method.loss import token_nll
+from anyorder.method.loss import image_nll
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Sampling
 from anyorder.orders import random_orders
@@ -50,14 +50,12 @@ class GridStage:
     """The order they are generated in; by default random. An inferred order costs O(N^2) on large grids."""
     sampling: Sampling = field(default_factory=Sampling)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
-    batch_size: int = 16
-    """Images computed at once."""
 
     def __post_init__(self) -> None:
-        if self.n < 1 or self.samples < 1 or self.batch_size < 1 or not self.seeds:
+        if self.n < 1 or self.samples < 1 or not self.seeds:
             raise ValueError(
-                "n, samples and batch_size must be >= 1 and seeds one number at least, got "
-                f"{self.n}, {self.samples}, {self.batch_size} and {self.seeds}"
+                f"n and samples must be >= 1 and seeds one number at least, got {self.n}, {self.samples} and "
+                f"{self.seeds}"
             )
         check_order(self.policy, None, self.orders)
 
@@ -85,18 +83,13 @@ class GridStage:
 
     def _nll(self, model: Any, tokens: TokenSet) -> dict[str, Any]:
         """Exact negative log-likelihood in random orders, nats per token: mean, deviation, each seed."""
-        rows = evenly_spaced(self.n, len(tokens))
+        batch, labels = (x.to(device()) for x in tokens.batch(evenly_spaced(self.n, len(tokens))))
+        condition = as_condition(model, tokens, labels)
         values = []
-        for seed in self.seeds:
-            generator, total = torch.Generator().manual_seed(seed), 0.0
-            for some in tqdm(list(batches(rows, self.batch_size)), desc=f"{tokens.grid.h} x {tokens.grid.w}"):
-                batch, labels = (x.to(device()) for x in tokens.batch(some))
-                order = random_orders(len(some), tokens.grid, generator).to(device())
-                condition = as_condition(model, tokens, labels)
-                with torch.no_grad():
-                    nll = token_nll(model, batch, condition, order, tokens.grid)
-                total += float(nll.double().mean(1).sum())
-            values.append(total / len(rows))
+        for seed in tqdm(self.seeds, desc=f"{tokens.grid.h} x {tokens.grid.w}", unit="seed"):
+            order = random_orders(len(batch), tokens.grid, torch.Generator().manual_seed(seed)).to(device())
+            nll = image_nll(model, batch, condition, order, tokens.grid)["nll"]
+            values.append(float(nll.mean()))
         return over_seeds(values)
 
     def _figure(self, pipe: Pipeline, tokens: TokenSet) -> Image.Image:
