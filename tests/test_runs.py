@@ -494,6 +494,10 @@ def test_report_is_one_page_with_the_comparison(experiment, tmp_path):
     page = (out / "report.html").read_text()
     assert "token_likelihood" in page
     assert "data:image/webp" in page
+    floor = read_manifest(out / "features")["floor"]
+    assert floor.keys() == {"fd", "kid", "precision", "recall"}
+    assert 0 <= floor["fd"] < min(read_json(p)["fd"] for p in out.glob("eval-*/metrics.json"))
+    assert "not measured" not in page
     assert cli.main(["report", str(out), f"out={tmp_path}/r.html", "data_images=false"]) == 0
     without = (tmp_path / "r.html").read_text()
     assert "what the tokens keep" in page

@@ -72,16 +72,9 @@ class FeaturesStage(TrainingStage):
         )
         reference.save(artifact.folder / REFERENCE)
         (artifact.folder / TRAINING).unlink(missing_ok=True)  # of an earlier configuration
-        training_features(artifact.folder, extractor, images)
-        floor = metrics.statistics(
-            extractor, uint8_batches(images.images[: len(test)]), description="train features"
-        )
-        return {
-            "extractor": extractor.name,
-            "metric_name": extractor.metric,
-            "distance_of_training_images": metrics.frechet_distance(reference.gaussian, floor.gaussian),
-            **facts,
-        }
+        training = training_features(artifact.folder, extractor, images)
+        floor = _floor(extractor, reference, training)
+        return {"extractor": extractor.name, "metric_name": extractor.metric, "floor": floor, **facts}
 
     def _train(self, artifact: Artifact, images: ImageSet, test: ImageSet) -> dict[str, Any]:
         names = images.labels_of(self.label)[1]
@@ -109,6 +102,21 @@ class FeaturesStage(TrainingStage):
         )
         save_model(artifact.folder, result.model, config, "classifier")
         return {"test": evaluate(result.model, result.steps), **training_facts(result)}
+
+
+def _floor(
+    extractor: ClassifierFeatures | Inception2015,
+    reference: metrics.FeatureStatistics,
+    training: metrics.FeatureStatistics,
+) -> dict[str, float]:
+    """What as many real training images score against the test split; nothing for 3 images or fewer."""
+    rows = evenly_spaced(reference.n, training.n)
+    if min(len(rows), reference.n) <= 3:
+        return {}
+    real = metrics.FeatureStatistics(extractor.name)
+    real.update(training.features[rows], training.logits[rows])
+    found = metrics.evaluate(extractor, reference, real)
+    return {"fd": found.get("fd", found.get("fid")), **{k: found[k] for k in ("kid", "precision", "recall")}}
 
 
 def _labelled(images: ImageSet, attribute: str | None) -> tuple[np.ndarray, np.ndarray]:
