@@ -622,3 +622,17 @@ def test_changes_of_the_source_are_seen(tmp_path):
     assert listing.digest(before) != listing.digest(after)
     assert listing.changes(before, after) == "1 added (new.png); 1 deleted (1.png); 1 changed (2.png)"
     assert listing.stats(tmp_path, ["nowhere"]) == {"nowhere": (-1, -1)}
+
+
+def test_data_of_a_changed_source_are_not_up_to_date(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "anyorder")
+    source = fill(tmp_path / "in", *(f"{i}.png" for i in range(9)))
+    command = ["data", f"source={source}", "size=8,8", f"out={tmp_path}/out"]
+    assert cli.main(command) == 0
+    assert cli.main(command) == 0
+    assert f"{tmp_path}/out is up to date" in caplog.messages
+    caplog.clear()
+    (source / "3.png").unlink()
+    cli.main(command)
+    assert f"{source} has changed since {tmp_path}/out was made: 1 deleted (3.png)" in caplog.messages
+    assert f"{tmp_path}/out is up to date" not in caplog.messages

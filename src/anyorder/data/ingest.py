@@ -111,7 +111,7 @@ def _report(facts: Mapping[str, Any], max_skipped: float) -> None:
     ignored, used = facts["ignored"]["reasons"], sum(facts["counts"].values())
     lost = {"skipped": skipped.total(), "of unknown suffix": ignored.get(UNKNOWN, 0)}
     told = [f"{facts['counts'][split]} {split} images" for split in SPLITS]
-    told += [f"{len(facts['classes'])} classes"] * bool(facts["classes"])
+    told += [f"classes: {len(facts['classes'])}"] * bool(facts["classes"])
     told += [f"skipped {_listed(skipped)}"] * bool(skipped) + [f"ignored {_listed(ignored)}"] * bool(ignored)
     log.info("%s", "; ".join(told))
     for what, n in lost.items():

@@ -213,6 +213,6 @@ def changes(before: Stats, now: Stats) -> str:
     groups = {
         "added": now.keys() - before.keys(),
         "deleted": before.keys() - now.keys(),
-        "changed": {name for name in before.keys() & now.keys() if tuple(before[name]) != now[name]},
+        "changed": {name for name in before.keys() & now.keys() if tuple(before[name]) != tuple(now[name])},
     }
     return "; ".join(f"{len(names)} {verb} ({_listed(names)})" for verb, names in groups.items() if names)

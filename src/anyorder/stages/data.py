@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import json
+import logging
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from anyorder.data import listing
@@ -12,6 +17,10 @@ from anyorder.data.ingest import ingest
 from anyorder.data.sources import Columns, Source, open_source
 from anyorder.data.sunsets import write_sunsets
 from anyorder.stages.artifacts import Artifact
+
+LISTING = "source.gz"
+"""Names, sizes and times of the files that a data artifact was made of."""
+log = logging.getLogger("anyorder")
 
 
 @dataclass
@@ -72,6 +81,13 @@ class DataStage:
         """What the source holds now, as part of what identifies the artifact."""
         return {"listing": listing.digest(self._stats)} if self._stats else {}
 
+    def explain(self, folder: Path) -> None:
+        """Say which files of the source are others than those that the artifact in `folder` was made of."""
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            before = json.loads(gzip.decompress((folder / LISTING).read_bytes()))
+            if self._stats and (changes := listing.changes(before, self._stats)):
+                log.info("%s has changed since %s was made: %s", self.source, folder, changes)
+
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `{train,test}.{images,labels}.npy`, and `{attributes.npy,captions.json}` if asked for."""
         if self.source == "sunsets":
@@ -89,4 +105,6 @@ class DataStage:
             raise ValueError(
                 "the test split is empty, and later stages need it: set test_fraction or max_test above 0"
             )
+        if self._stats:
+            (artifact.folder / LISTING).write_bytes(gzip.compress(json.dumps(self._stats).encode(), mtime=0))
         return facts

@@ -33,6 +33,8 @@ def execute(name: str, stage: Any, out: Path) -> bool:
     """
     stage = resolved(stage)
     settings, inputs, completion = split(stage)
+    if hasattr(stage, "explain"):
+        stage.explain(out)
     artifact = Artifact(out, name, settings, inputs, completion, getattr(stage, "grows", ()))
     if artifact.current:
         log.info("%s is up to date", out)
