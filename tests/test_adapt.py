@@ -56,6 +56,16 @@ def test_as_many_classes_are_the_same_ones(family):
     assert adapt(model, model.grid, 0).num_classes == 1
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_known_classes_keep_their_rows(family):
+    model = MODELS[family]()
+    adapted = adapt(model, model.grid, 4, [2, None, 0, 1])
+    expected = logits(model, torch.tensor([2, -1, 0, 1, -1]))
+    assert_close(logits(adapted, torch.tensor([0, 1, 2, 3, -1])), expected)
+    turned = adapt(model, model.grid, 3, [1, 2, 0])
+    assert_close(logits(turned, torch.tensor([2, 0, 1, -1])), logits(model, torch.tensor([0, 1, 2, -1])))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_low_rank_updates_change_nothing_at_first_and_are_merged(name):
     model = MODELS[name]()

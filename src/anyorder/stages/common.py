@@ -10,8 +10,10 @@ from torch import Tensor
 
 from anyorder.contracts import AnyOrderNetwork, class_labels
 from anyorder.data.caches import TokenSet
+from anyorder.data.classes import map_classes
 from anyorder.files import fingerprint, read_json, read_manifest
 from anyorder.inference.device import device
+from anyorder.inference.folders import INDEX
 from anyorder.inference.weights import CONFIG, _part
 from anyorder.training.config import TrainConfig
 from anyorder.training.trainer import TrainResult
@@ -73,6 +75,12 @@ def require_made_from(folder: Path, role: str, other: Path | None) -> None:
 def is_converted(folder: Path) -> bool:
     """Whether the model was trained by others: `anyorder convert` made the folder."""
     return read_manifest(folder)["stage"] == "convert"
+
+
+def known_classes(folder: Path, tokens: TokenSet, count: int) -> list[int | None]:
+    """Which of the `count` classes of a converted model each class of the tokens is; see `map_classes`."""
+    index = folder / INDEX
+    return map_classes(tokens.classes, read_json(index)["classes"] if index.is_file() else [], count)
 
 
 def require_trained_on(folder: Path, tokens: TokenSet, *, adapted: bool = False) -> None:

@@ -207,7 +207,8 @@ class TrainStage(common.TrainingStage):
                     f"a published model takes classes alone, {tokens.folder} has attributes or captions: run "
                     "data and tokens without them"
                 )
-            model = lora.adapt(model, tokens.grid, len(tokens.classes))
+            known = common.known_classes(self.init, tokens, model.num_classes)
+            model = lora.adapt(model, tokens.grid, len(tokens.classes), known)
         if self.model.location and not _has_location(model):
             if not isinstance(model, transformer.AnyOrderTransformer):
                 raise ValueError("a published model takes no location head: remove model.location")

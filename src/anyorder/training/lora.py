@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,33 +23,38 @@ HEADS = ("head", "output")
 """The last matrix, which low-rank training leaves alone: it is as large as the codebook."""
 
 
-def adapt(model: AnyOrderNetwork, grid: Grid, num_classes: int) -> AnyOrderNetwork:
+def adapt(
+    model: AnyOrderNetwork, grid: Grid, num_classes: int, known: Sequence[int | None] | None = None
+) -> AnyOrderNetwork:
     """A published model for other classes and another grid; everything else is as it was.
 
-    New classes begin as "no class" does, which every guided model has learnt. As many classes as before are
-    taken to be the same ones.
+    New classes begin as "no class" does, which every guided model has learnt.
 
     Args:
         model: one of the adapters; it is not changed.
         grid: of the tokens that it is to learn.
         num_classes: of these; without any there is one that all images belong to.
+        known: the class of the model that each class is, None for a new one; by default as many classes as
+            before are the same ones, and all others are new.
     """
     num_classes = max(1, num_classes)
     config = dataclasses.replace(model.config, grid=(grid.h, grid.w), num_classes=num_classes)
     tensors = model.state_dict()
-    if num_classes != model.num_classes:
+    before = model.num_classes
+    known = known or (range(before) if num_classes == before else [None] * num_classes)
+    if list(known) != list(range(before)):
         name = CLASS_TABLES[kind_of(model)]
         first = model.vocab_size + 1 if kind_of(model) == "arpg" else 0  # after the codes and the mask
-        tensors[name] = _resized(tensors[name], first, model.num_classes, num_classes)
+        tensors[name] = _with_classes(tensors[name], first, before, known)
     adapted = type(model)(config).to(next(model.parameters()).device)
     adapted.load_state_dict(tensors)
     return adapted.train(model.training)
 
 
-def _resized(table: Tensor, first: int, before: int, now: int) -> Tensor:
-    """The table with `now` classes in the place of `before` from row `first` on, all alike."""
-    none = table[first + before]
-    return torch.cat((table[:first], none.expand(now, -1), table[first + before :]))
+def _with_classes(table: Tensor, first: int, before: int, known: Sequence[int | None]) -> Tensor:
+    """The table with the rows of these classes in the place of `before` from row `first` on; see `adapt`."""
+    rows = [first + (before if row is None else row) for row in known]
+    return torch.cat((table[:first], table[rows], table[first + before :]))
 
 
 # --- low-rank updates -------------------------------------------------------------------------------------
