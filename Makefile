@@ -11,7 +11,7 @@ SMOKE := data.max_train=300 data.max_test=120 orders.limit=64 \
 # Tests of what computes in bfloat16 where the hardware has it (ANYORDER_BF16=auto).
 PRECISION := $(addprefix tests/test_,$(addsuffix .py,bench costs device trainer runs completion_stage text adapt location))
 
-.PHONY: quickstart test test-precision lint format smoke bench demo coverage shape hooks clean
+.PHONY: quickstart docs test test-precision lint format smoke bench demo coverage shape hooks clean
 
 quickstart: $(VENV)/.installed  ## the whole method on procedural sunsets, with a report
 	$(BIN)/anyorder quickstart
@@ -47,6 +47,11 @@ coverage: $(VENV)/.installed-dev
 
 shape: $(VENV)/.installed  ## lines, imports, sizes and frames beside their limits
 	$(BIN)/python tools/shape.py
+
+docs: $(VENV)/.installed-dev  ## the documentation site, in docs/_build/html; warnings are errors
+	$(INSTALL) -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
 
 hooks: $(VENV)/.installed-dev  ## check style and types before every commit
 	git config core.hooksPath .hooks

@@ -1,4 +1,4 @@
-"""README and documentation keep their promises: functions, tests, links, snippets and commands exist and run."""
+"""README and documentation keep their promises: functions, tests, links, snippets and commands."""
 
 import importlib
 import re

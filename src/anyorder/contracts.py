@@ -1,4 +1,4 @@
-"""The notation, and the three contracts that let methods and models meet.
+"""The notation, and the three contracts that let methods and models meet::
 
     symbol   code     meaning
     x        tokens   (B, N) int64, codebook index at each *raster* position, in [0, V)

@@ -177,7 +177,7 @@ def statistics(
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Fréchet distance of two Gaussians (Dowson & Landau 1982; FID: arXiv 1706.08500, Eq. 6).
 
-    |m_a - m_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2). The product in this form is symmetric, so that
+    `|m_a - m_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2)`. The product in this form is symmetric, so that
     eigenvalues are real and rank-deficient covariances (fewer images than dimensions) need no epsilon.
     """
     values, vectors = torch.linalg.eigh(a.covariance)

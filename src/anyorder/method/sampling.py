@@ -78,11 +78,11 @@ class Streams:
         return len(self.generators)
 
     def uniform(self, *shape: int) -> Tensor:
-        """Uniform numbers in [0, 1), (B, *shape) float32, each row from its own generator."""
+        """Uniform numbers in [0, 1), (B, ...) float32, each row from its own generator."""
         return torch.stack([torch.rand(shape, generator=g) for g in self.generators]).to(self.device)
 
     def gumbel(self, *shape: int) -> Tensor:
-        """Standard Gumbel numbers, (B, *shape) float32."""
+        """Standard Gumbel numbers, (B, ...) float32."""
         tiny = torch.finfo(torch.float32).tiny
         return -(-self.uniform(*shape).clamp_min(tiny).log()).log()
 

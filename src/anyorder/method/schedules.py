@@ -1,6 +1,6 @@
 """How many positions are revealed at each step, where several are sampled at once.
 
-A schedule says what share of the positions is still open after the share r of the steps:
+A schedule says what share of the positions is still open after the share r of the steps::
 
     name           open after r           steps     used by
     constant       1 - r                  even

@@ -215,7 +215,7 @@ class Quantizer(nn.Module):
     `codebook_update="ema"` a row holds the moving average of the *sum* of its encoder outputs; its direction
     is their mean on the sphere and its length the weight of the evidence, so no state is needed besides it.
 
-    Buffers:
+    Attributes:
         codebook_used: (65536,) float32, the latest training tokens, oldest first; -1 where there is none yet.
         idle: (V,) int64, updates since a code was last used; -1 before the first update, which then seeds
             every code from encoder outputs. Only with `codebook_update="ema"` or `revive_after > 0`. Zero it
