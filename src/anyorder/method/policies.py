@@ -20,7 +20,8 @@ Policy = TypeVar("Policy", bound="_Policy")
 
 def open_positions(progress: Progress) -> Tensor:
     """All open positions (B, M) int64, in raster order."""
-    return (~progress.revealed).nonzero()[:, 1].reshape(len(progress.revealed), -1)
+    # Not by `nonzero`: on a GPU the host would wait at every step for the number, which it knows.
+    return progress.revealed.byte().argsort(dim=1, stable=True)[:, : progress.open]
 
 
 @dataclass(frozen=True)
