@@ -17,7 +17,7 @@ from anyorder.data import rows as select
 from anyorder.data.caches import TokenSet
 from anyorder.data.sunsets import sun_first
 from anyorder.files import RowWriter, load_array, read_manifest, save_array
-from anyorder.inference.device import device, fast_dtype
+from anyorder.inference.device import Threads, device, fast_dtype
 from anyorder.inference.weights import load_any_order
 from anyorder.method.decoding import extract_orders
 from anyorder.method.policy_config import INFERRED, PolicyConfig
@@ -135,7 +135,8 @@ class OrdersStage:
         """Extract the orders of some images into `folder`; a killed run resumes after its last batch."""
         rows = RowWriter(folder, _arrays(tokens))
         size = self.batch_size or shards.images_at_once(model, tokens.grid, self.shards)
-        with tqdm(total=len(images), initial=rows.rows, desc=f"{tokens.split} orders", unit="image") as bar:
+        bar = tqdm(total=len(images), initial=rows.rows, desc=f"{tokens.split} orders", unit="image")
+        with bar, Threads(device()) as threads:
             for some in select.slices(len(images), size, rows.rows):
                 begin = time.perf_counter()
                 batch, labels = (x.to(device()) for x in tokens.batch(images[some]))
@@ -149,6 +150,7 @@ class OrdersStage:
                 values = (found.order.cpu().numpy(), found.log_prob.float().cpu().numpy(), seconds)
                 rows.append(**dict(zip(rows.specs, values, strict=True)))
                 bar.update(len(some))
+                threads.step()
         rows.close()
 
 

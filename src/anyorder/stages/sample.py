@@ -15,7 +15,7 @@ from anyorder.contracts import class_labels
 from anyorder.data.caches import TokenSet
 from anyorder.data.rows import slices
 from anyorder.files import RowWriter, load_array
-from anyorder.inference.device import device
+from anyorder.inference.device import Threads, device
 from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Sampling
@@ -116,7 +116,8 @@ class SampleStage:
         }
         names |= {"condition": (tuple(asked.shape[1:]), np.int64)} if asked.ndim > 1 else {}
         rows = RowWriter(artifact.folder, names)
-        with tqdm(total=self.n, initial=rows.rows, desc=f"samples, {self.policy.label}", unit="image") as bar:
+        bar = tqdm(total=self.n, initial=rows.rows, desc=f"samples, {self.policy.label}", unit="image")
+        with bar, Threads(device()) as threads:
             for some in slices(self.n, self.batch_size, rows.rows):
                 begin = time.perf_counter()
                 made = pipe(
@@ -136,6 +137,7 @@ class SampleStage:
                     **({"condition": asked[some].numpy()} if asked.ndim > 1 else {}),
                 )
                 bar.update(len(some))
+                threads.step()
         rows.close()
 
     def _figures(self, folder: Path, tokens: TokenSet) -> None:
