@@ -607,6 +607,9 @@ def test_the_settings_that_errors_name_exist(tmp_path):
     assert {tuple(image[0, 0]) for image in images} == {RED, (1, 2, 3)}
     for wrong in ("max_pixels=0", "fill=1,2,300", "max_skipped=2", "max_pixels=1000000000"):
         assert cli.main([*base, wrong, f"out={tmp_path}/wrong"]) == 2
+    for wrong in ("label=x", "image=x", "captions=x", "attributes=x", "size=8,8"):
+        assert cli.main(["data", wrong, f"out={tmp_path}/wrong"]) == 2
+    assert not (tmp_path / "wrong").exists()
     assert cli.main([*base, "test_fraction=0", f"out={tmp_path}/empty"]) == 2
     assert cli.main(["data", f"source={out}", f"out={tmp_path}/again"]) == 2
 

@@ -50,7 +50,7 @@ def list_files(root: Path) -> Listing:
         return Path(os.path.relpath(os.path.join(folder, name), root)).as_posix()
 
     def unreadable(error: OSError) -> None:
-        found.ignored["unreadable folder"].append(path_of(str(root), str(error.filename)))
+        found.ignored["unreadable folder"].append(os.path.relpath(error.filename, root))
 
     for folder, subfolders, files in os.walk(root, onerror=unreadable, followlinks=True):
         if _is_artifact(Path(folder), files) or (Path(folder) != root and {*files} >= _SAMPLES):
@@ -64,9 +64,8 @@ def list_files(root: Path) -> Listing:
         found.files += [path_of(folder, name) for name in files if name not in hidden]
         visible = sorted({*subfolders} - hidden, reverse=True)
         paths = {os.path.realpath(os.path.join(folder, s)): s for s in visible}
-        subfolders[:] = sorted(
-            s for path, s in paths.items() if path not in seen
-        )  # links may lead in circles
+        new = paths.keys() - seen  # links may lead in circles
+        subfolders[:] = sorted(paths[path] for path in new)
         seen |= paths.keys()
     found.files.sort()
     return found
@@ -128,13 +127,14 @@ def split_and_class(names: Sequence[str]) -> list[tuple[str | None, str | None]]
     def kinds(level: int) -> list[str | None]:
         return [f and split_of_folder(f) for f in at(level)]
 
-    around = next((i for i in itertools.count() if len({*at(i)}) > 1 or None in at(i)), 0)  # shared by all
-    level = next((i for i in range(around + 1) if any(kinds(i))), None)
+    # Folders that all images share may lie around the splits: data/train/cat/1.png.
+    shared = next(i for i in itertools.count() if len({*at(i)}) > 1 or None in at(i))
+    level = next((i for i in range(shared + 1) if any(kinds(i))), None)
     if level is None and not all(kinds(1)):
         if "train" in kinds(1) and len({*kinds(1)} - {None}) > 1:
             raise _unclear(at(1), kinds(1))
         return [("train", label) for label in at(0)]
-    splits = kinds(1 if level is None else level)
+    splits = kinds(1 if level is None else level)  # 1: cat/train/1.png
     if "train" not in splits:
         raise ValueError(
             f"the folders {_listed(at(1 if level is None else level))} name a test split, and none names the "
@@ -142,9 +142,9 @@ def split_and_class(names: Sequence[str]) -> list[tuple[str | None, str | None]]
         )
     if level is None:
         return list(zip(splits, at(0), strict=True))
-    if None in splits and len({*splits} - {None}) < 2:
+    if None in splits and len({*splits} - {None}) < 2:  # a single name may as well be a class
         raise _unclear(at(level), splits)
-    while all(inner == split for inner, split in zip(kinds(level + 1), splits, strict=True)):
+    while kinds(level + 1) == splits:  # train/train/cat/1.png, as archives unpack
         level += 1
     return list(zip(splits, at(level + 1), strict=True))
 

@@ -102,10 +102,17 @@ def require_trained_on(folder: Path, tokens: TokenSet, *, adapted: bool = False)
             f"{folder} knows {config['vocab_size']} tokens, {tokens.folder} has {tokens.vocab_size}: "
             "tokenize the images with the tokenizer that belongs to the model"
         )
-    if config["num_classes"] != len(tokens.classes) and not adapted:
+    count = config["num_classes"]
+    if count == len(tokens.classes) and not adapted:
+        if known_classes(folder, tokens, count) != list(range(count)):
+            raise ValueError(
+                f"{folder} and {tokens.folder} have {count} classes each, but not the same ones in the same "
+                "sequence: train the model on these tokens first, or leave the labels out of data"
+            )
+    elif not adapted:
         log.warning(
             "%s has %d classes, %s has %d: labels are left out",
-            folder, config["num_classes"], tokens.folder, len(tokens.classes),
+            folder, count, tokens.folder, len(tokens.classes),
         )  # fmt: skip
 
 

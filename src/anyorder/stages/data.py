@@ -68,6 +68,12 @@ class DataStage:
         if not 1 <= self.max_pixels <= MOST_PIXELS:
             raise ValueError(f"max_pixels must be from 1 to {MOST_PIXELS:,}, got {self.max_pixels:,}")
 
+        columns = [name for name in ("image", "label", "captions", "attributes") if getattr(self, name)]
+        if self.source == "sunsets" and columns:
+            raise ValueError(f"sunsets have no columns: leave {' and '.join(columns)} out")
+        if self.source == "sunsets" and min(self.size) < 16:
+            raise ValueError(f"a sunset needs at least 16 x 16 pixels, got size={self.size}")
+
     @cached_property
     def _opened(self) -> Source:
         columns = Columns(self.label, self.captions, tuple(self.attributes), self.image)
@@ -91,8 +97,6 @@ class DataStage:
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `{train,test}.{images,labels}.npy`, and `{attributes.npy,captions.json}` if asked for."""
         if self.source == "sunsets":
-            if self.captions is not None or self.attributes:
-                raise ValueError("sunsets have neither captions nor attributes: leave both out")
             n_train = 20_000 if self.max_train is None else self.max_train
             n_test = 2_000 if self.max_test is None else self.max_test
             facts = write_sunsets(artifact.folder, self.size, n_train, n_test, seed=self.seed)
