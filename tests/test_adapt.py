@@ -8,7 +8,7 @@ import yaml
 from conftest import published, seeded, transformer
 from torch.testing import assert_close
 
-from anyorder import Pipeline
+from anyorder import Pipeline, families
 from anyorder.adapters.arpg import ARPG
 from anyorder.adapters.llamagen import LlamaGen
 from anyorder.adapters.randar import RandAR
@@ -19,7 +19,7 @@ from anyorder.inference.weights import load_model, read_tensors
 from anyorder.orders import random_orders, static_order
 from anyorder.settings import parse
 from anyorder.stages.train import TrainStage
-from anyorder.training.lora import CLASS_TABLES, adapt, add_low_rank, merge_low_rank
+from anyorder.training.lora import adapt, add_low_rank, merge_low_rank
 
 FAMILIES = {"randar": RandAR, "arpg": ARPG, "llamagen": LlamaGen}
 MODELS = {**{k: lambda v=v: published(v) for k, v in FAMILIES.items()}, "ours": lambda: transformer()}
@@ -77,7 +77,7 @@ def test_low_rank_updates_change_nothing_at_first_and_are_merged(name):
     )
     add_low_rank(model, 2)
     trained = {k for k, p in model.named_parameters() if p.requires_grad}
-    table = CLASS_TABLES.get(name, "condition_embedding.weight")
+    table = families.family(families.kind_of(model)).class_table
     assert table in trained
     assert all("weight.0" in k for k in trained - {table})
     assert not any(k.startswith(("head", "output")) for k in trained)

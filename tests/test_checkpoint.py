@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from anyorder import families
 from anyorder.contracts import Grid
-from anyorder.inference import weights as checkpoint
 from anyorder.inference.weights import load_model, load_state, read_tensors, save_model, write_tensors
 from anyorder.training.checkpoint import Checkpoints
 
@@ -33,9 +33,12 @@ class Tiny(nn.Module):
         self.register_buffer("transposed", torch.arange(6.0).view(2, 3).T)
 
 
+FAMILY = families.Family(Tiny, TinyConfig)
+
+
 @pytest.fixture(autouse=True)
 def tiny_kind(monkeypatch):
-    monkeypatch.setitem(checkpoint.KINDS, "tiny", (__name__, "Tiny", "TinyConfig"))
+    monkeypatch.setitem(families.REGISTRY, "tiny", __name__)
 
 
 @pytest.fixture

@@ -135,12 +135,12 @@ def test_surplus_candidates_are_never_kept():
     compile_decoding(drawer, backend="eager")
     state, positions = drawer.start(2), torch.arange(3, 12).expand(2, -1)
     with torch.no_grad():
-        state.keys.fill_(torch.nan), state.values.fill_(torch.nan)
+        state.cache.keys.fill_(torch.nan), state.cache.values.fill_(torch.nan)
         assert drawer.score(state, positions).shape == (2, 9, 5)
     assert state.scored.count == 9
-    assert state.keys[:, :, :, :9].isfinite().all()
-    assert state.keys[:, :, :, 9:].isnan().all()
-    assert state.values[:, :, :, 9:].isnan().all()
+    assert state.cache.keys[:, :, :, :9].isfinite().all()
+    assert state.cache.keys[:, :, :, 9:].isnan().all()
+    assert state.cache.values[:, :, :, 9:].isnan().all()
 
 
 def test_gradients_and_training_go_without(counter):

@@ -18,18 +18,21 @@ from anyorder.adapters.llamagen import LlamaGen
 from anyorder.adapters.randar import RandAR
 from anyorder.cli import main as cli
 from anyorder.contracts import Grid
-from anyorder.inference.convert import MARKS, build
-from anyorder.inference.hub import MASKGIT_VQ, VQ16
-from anyorder.inference.hub import PUBLISHED as ON_THE_HUB
-from anyorder.inference.weights import kind_of, load_model, save_model
+from anyorder.families import family, kind_of
+from anyorder.families import published as published_families
+from anyorder.inference import hub as huggingface
+from anyorder.inference.convert import build
+from anyorder.inference.weights import load_model, save_model
 from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.stages.convert import ConvertConfig, convert
-from anyorder.tokenizers.maskgit_vq import MaskGITVQ, MaskGITVQConfig
-from anyorder.tokenizers.vq import VQConfig, VQModel
+from anyorder.tokenizers.maskgit_vq import MASKGIT_VQ, MaskGITVQ, MaskGITVQConfig
+from anyorder.tokenizers.vq import VQ16, VQConfig, VQModel
 
 FAMILIES = {**PUBLISHED, "llamagen": LlamaGen}
 GRID = (2, 2)
+MARKS = [declared.marker for declared in published_families().values()]
+ON_THE_HUB = huggingface.models()
 SIZES = {"width": 128, "grid": GRID, "vocab_size": 32, "label_dropout": 0.1}
 """Heads are 64 wide as in all published models."""
 
@@ -114,12 +117,10 @@ def test_a_tokenizer_without_its_recent_tokens(tmp_path):
 
 def test_published_vq_files_are_read_as_such(tmp_path):
     """At full size, from names and shapes alone."""
-    from anyorder.adapters.llamagen import vq_config
-
     for multipliers in ((1, 1, 2, 2, 4), (1, 2, 2, 4)):
         with torch.device("meta"):
             model = VQModel(VQConfig(multipliers=multipliers))
-        assert vq_config(model.state_dict()) == model.config
+        assert family("vq").read_config(model.state_dict(), (16, 16), 0) == model.config
 
 
 # --- wrong files ------------------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ def test_published_vq_files_are_read_as_such(tmp_path):
 def test_tensors_that_do_not_fit_are_named(tmp_path, name):
     model = MODELS[name]()
     tensors = model.state_dict()
-    victim = [key for key in tensors if key not in MARKS.values() and "norm" in key][-1]
+    victim = [key for key in tensors if key not in MARKS and "norm" in key][-1]
     wrong = {
         f"missing {victim}": {k: v for k, v in tensors.items() if k != victim},
         "unexpected extra.weight": {**tensors, "extra.weight": torch.zeros(2)},
@@ -312,7 +313,7 @@ def hub(tmp_path, monkeypatch):
 @pytest.mark.parametrize("file", ON_THE_HUB, ids=lambda file: file.name)
 def test_published_models_come_with_their_tokenizers(hub, file):
     pipe = Pipeline.from_pretrained(f"{file.repo}/{file.name}")
-    assert hub == [file, ON_THE_HUB[file][0]]
+    assert hub == [file[:2], file.tokenizer[:2]]
     assert isinstance(pipe.tokenizer, MaskGITVQ if "maskgit" in file.name else VQModel)
     assert pipe.model.grid == (Grid(24, 24) if "384" in file.name else Grid(16, 16))
     assert pipe.policy.order == ("raster" if isinstance(pipe.model, LlamaGen) else "random")

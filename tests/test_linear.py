@@ -1,15 +1,22 @@
-"""The linear layer for few rows: the plain product, whatever happens to its weight."""
+"""The linear layer of decoding: the plain product, with packed weights or without."""
 
 import copy
 
 import pytest
 import torch
+from conftest import transformer
 from torch import nn
 from torch.testing import assert_close
 
-from anyorder.models.layers import AVAILABLE, FEW, Linear, _copies
+from anyorder import Pipeline
+from anyorder.method.decoding import sample
+from anyorder.method.sampling import Streams
+from anyorder.models.layers import FEW, SWITCH, Linear, pack, unpack
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this build of PyTorch lacks oneDNN's linear operators")
+private = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
+    reason="this build of PyTorch lacks oneDNN's linear operators",
+)
 
 
 def layer(bias=False):
@@ -21,13 +28,20 @@ def plain(linear, x):
     return nn.functional.linear(x, linear.weight, linear.bias)
 
 
+@torch.no_grad()
+def packed(bias=False):
+    linear = layer(bias)
+    pack(linear, 1)
+    return linear
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     "shape", [(1,), (3, 1), (2, 5), (8,), (2, 4), (8, 3), (FEW // 2,), (FEW // 2, 2), (FEW, 2), (0, 3)]
 )
 @torch.no_grad()
 def test_equals_the_plain_product(bias, shape):
-    linear, x = layer(bias), torch.randn(*shape, 24)
+    linear, x = packed(bias), torch.randn(*shape, 24)
     assert_close(linear(x), plain(linear, x), rtol=1e-5, atol=1e-5)
     strided = torch.randn(*shape[:-1], 24, max(1, shape[-1])).transpose(-1, -2)
     assert_close(linear(strided), plain(linear, strided), rtol=1e-5, atol=1e-5)
@@ -37,71 +51,114 @@ def test_equals_the_plain_product(bias, shape):
 @torch.no_grad()
 def test_inputs_may_lie_in_any_way(rows):
     """Transposed, with gaps, repeated: the product of few rows reads them where they are."""
-    linear, wide = layer(), torch.randn(rows, 48)
+    linear, wide = packed(), torch.randn(rows, 48)
     for x in (wide[:, :24], wide[:, ::2], torch.randn(24, rows).t(), wide[:1, :24].expand(rows, -1)):
         assert_close(linear(x), plain(linear, x), rtol=1e-5, atol=1e-5)
 
 
+@private
 @torch.no_grad()
-def test_vectors_of_eight_rows_need_no_copy():
+def test_weights_are_packed_only_where_they_serve():
+    assert packed().packed is not None
     linear = layer()
-    linear(torch.randn(16, 24))
-    assert linear.weight not in _copies
-    linear(torch.randn(15, 24))
-    assert linear.weight in _copies
+    pack(linear, FEW + 1)
+    assert linear.packed is None
+    pack(linear.train(), 1)
+    assert linear.packed is None
+    with torch.enable_grad():
+        pack(linear.eval(), 1)
+    assert linear.packed is None
+    pack(linear.bfloat16(), 1)
+    assert linear.packed is None
 
 
+@private
 @torch.no_grad()
-def test_only_few_rows_have_a_copy():
-    linear = layer()
-    linear(torch.randn(FEW + 1, 24))
-    assert linear.weight not in _copies
-    linear(torch.randn(FEW, 24))
-    assert linear.weight in _copies
+def test_the_switch_turns_private_operators_off(monkeypatch):
+    monkeypatch.setenv(SWITCH, "0")
+    assert packed().packed is None
+    monkeypatch.setenv(SWITCH, "1")
+    assert packed().packed is not None
+
+
+def test_samples_are_those_of_the_public_operators(monkeypatch):
+    model, found = transformer(grid=(4, 4), location=True), []
+    for switch in ("0", "1"):
+        monkeypatch.setenv(SWITCH, switch)
+        found.append([sample(model, order, Streams(range(3))) for order in ("raster", "entropy", "location")])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.tokens, other.tokens)
+        assert torch.equal(one.order, other.order)
+        assert_close(one.log_prob, other.log_prob, rtol=0, atol=1e-4)
+
+
+@private
+@torch.no_grad()
+def test_training_and_unpacking_drop_the_copy():
+    linear = packed()
     linear.train()
-    linear(torch.randn(FEW, 24))
-    assert linear.weight not in _copies
+    assert linear.packed is None
+    linear = packed()
+    linear.eval()
+    assert linear.packed is None
+    linear = packed()
+    unpack(linear)
+    assert linear.packed is None
 
 
-@torch.no_grad()
-def test_the_copy_follows_the_weight():
-    linear, x = layer(), torch.randn(2, 24)
-    before = linear(x)
-    linear.weight.mul_(2)
-    assert_close(linear(x), 2 * before)
-    linear.load_state_dict({"weight": torch.ones(40, 24)})
-    assert_close(linear(x), x.sum(-1, keepdim=True).expand(-1, 40), rtol=1e-5, atol=1e-5)
-    linear.weight.data = torch.zeros(40, 24)
-    assert (linear(x) == 0).all()
+@pytest.mark.parametrize("way", ["data", "fused", "load"])
+def test_no_old_weight_is_ever_used(way):
+    """Updates through `.data` and by fused optimizers change no version of a weight."""
+    model = transformer()
+    tokens = torch.zeros(1, 6, dtype=torch.int64)
+    order = torch.arange(6)[None]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
 
+    def update():
+        if way == "fused":  # never told to train
+            model(tokens, None, order).square().sum().backward()
+            optimizer.step()
+        elif way == "data":
+            for parameter in model.parameters():
+                parameter.data.mul_(1.5)
+        else:
+            model.load_state_dict({k: 1.5 * v for k, v in model.state_dict().items()})
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_the_copy_follows_the_optimizer(fused):
-    linear, x = layer(), torch.randn(2, 24)
-    optimizer = torch.optim.AdamW(linear.parameters(), lr=0.1, fused=fused)
-    for step in range(3):
-        linear.train(step == 0)  # whether or not training is said to be training
-        linear(x).square().sum().backward()
-        optimizer.step()
-        linear.eval()
+    for _ in range(2):
+        before = sample(model, "entropy", Streams([0]))
+        update()
+        fresh, again = copy.deepcopy(model), sample(model, "entropy", Streams([0]))
+        assert not torch.allclose(again.log_prob, before.log_prob)
+        assert_close(again.log_prob, sample(fresh, "entropy", Streams([0])).log_prob)
         with torch.no_grad():
-            assert_close(linear(x), plain(linear, x), rtol=1e-5, atol=1e-5)
+            sample(model, "entropy", Streams([0]))
+            for parameter in model.parameters():
+                parameter.data.mul_(0.9)
+            assert_close(model(tokens, None, order), copy.deepcopy(model)(tokens, None, order))
 
 
 def test_gradients_flow():
-    linear, x = layer(), torch.randn(2, 24)
-    with torch.no_grad():
-        linear(x)
+    linear, x = packed(), torch.randn(2, 24)
     linear(x).sum().backward()
     assert linear.weight.grad is not None
 
 
 @torch.no_grad()
 def test_copies_and_state_dicts_are_those_of_a_linear_layer():
-    linear = layer()
-    linear(torch.randn(2, 24))
+    linear = packed()
     assert list(linear.state_dict()) == ["weight"]
     twin = copy.deepcopy(linear)
     twin.weight.zero_()
     assert (twin(torch.randn(2, 24)) == 0).all()
     assert linear.weight.abs().sum() > 0
+
+
+def test_a_pipeline_loaded_in_inference_mode_samples():
+    """Tensors made there have no version: whatever is derived from weights must not ask for it."""
+    with torch.inference_mode():
+        pipeline = Pipeline.from_pretrained("fashion32")
+    expected = Pipeline.from_pretrained("fashion32")
+    for run in (torch.no_grad, torch.inference_mode):
+        with run():
+            found = pipeline(class_labels=[1, 2], generator=3)
+        assert torch.equal(found.tokens, expected(class_labels=[1, 2], generator=3).tokens)

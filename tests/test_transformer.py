@@ -11,7 +11,7 @@ from anyorder.contracts import Grid
 from anyorder.method.decoding import sample
 from anyorder.method.loss import token_nll
 from anyorder.method.sampling import Streams
-from anyorder.models.attention import SharedPrefix, attend_with_total
+from anyorder.models.attention import attend_with_total
 from anyorder.models.positions import CoordinateEncoding, rotate
 from anyorder.models.transformer import AnyOrderTransformer, Architecture, TransformerConfig
 from anyorder.orders import random_orders, static_order
@@ -105,14 +105,14 @@ def test_relative_encoding_is_evaluated_at_the_displacement():
     here, ahead = torch.meshgrid(torch.arange(grid.n), torch.arange(grid.n), indexing="ij")
     at = grid.coordinates()
     with torch.no_grad():
-        assert torch.equal(model._next(model._tables(grid), here, ahead), at[ahead] - at[here])
+        assert torch.equal(model._tables(grid).next(here, ahead), at[ahead] - at[here])
 
 
 def test_rotary_products_depend_on_displacements_only():
     """Query and key of pairs that are equally far apart, in rows and in columns, have the same product."""
     model, grid = transformer(rotary=True, width=32), Grid(4, 5)
     here, ahead = (torch.randint(grid.n, (1, 300), generator=seeded(seed)) for seed in (0, 1))
-    rotation = model._rotation(model._tables(grid), here, ahead)
+    rotation = model._tables(grid).rotation(here, ahead)
     q, k = torch.randn(2, 16, generator=seeded(2))
     products = (rotate(q, *rotation.queries) * rotate(k, *rotation.keys)).sum(-1).flatten()
     gap = (grid.coordinates()[ahead] - grid.coordinates()[here])[0]
@@ -120,7 +120,7 @@ def test_rotary_products_depend_on_displacements_only():
     for which in range(int(group.max()) + 1):
         assert products[group == which].std(correction=0) < 1e-5
     assert products.std() > 0.1
-    condition = model._rotation(model._tables(grid), torch.full((1, 1), grid.n), ahead[:, :1])
+    condition = model._tables(grid).rotation(torch.full((1, 1), grid.n), ahead[:, :1])
     assert torch.equal(rotate(k, *condition.keys).flatten(), k)  # the identity, not a zero vector
 
 
@@ -174,27 +174,31 @@ def test_candidates_attend_as_under_a_mask():
     q, k, v = (torch.randn(3, 2, m, 8, generator=seeded(i)) for i in range(3))
     mask = torch.cat((torch.ones(m, length), torch.eye(m)), dim=1).bool()
     keys, values = (
-        torch.cat((cache[0, :, :, :length], new), 2) for cache, new in ((state.keys, k), (state.values, v))
+        torch.cat((cache[0, :, :, :length], new), 2)
+        for cache, new in ((state.cache.keys, k), (state.cache.values, v))
     )
     expected = nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-    assert_close(SharedPrefix(state, None)(q, k, v), expected, **CLOSE)
+    assert_close(state.cache.candidates(None)[0](q, k, v), expected, **CLOSE)
 
 
 def test_scored_candidates_wait_in_the_cache():
     """Scoring holds on to no more memory than `start` took, whatever is scored how often."""
     model = transformer()
     state = model.start(3)
-    size = state.keys.shape[3]
+    size = state.cache.keys.shape[3]
     with torch.no_grad():
         for step in range(4):
             for some in (ORDER[:, step : step + 2], ORDER[:, step:], ORDER[:, step:].flip(1)):
                 model.score(state, some)
                 assert 0 < state.scored.count <= size - step
             here = ORDER[:, step : step + 1]
-            before = (state.keys, state.values, state.scored.hidden)
+            before = (state.cache.keys, state.cache.values, state.scored.hidden)
             state = model.append(state, here, TOKENS.gather(1, here))
             assert all(
-                x is y for x, y in zip(before, (state.keys, state.values, state.scored.hidden), strict=True)
+                x is y
+                for x, y in zip(
+                    before, (state.cache.keys, state.cache.values, state.scored.hidden), strict=True
+                )
             )
             assert state.scored.count == 0
 
@@ -380,7 +384,7 @@ def test_bf16_agrees_with_fp32():
             decoded = incremental(model, TOKENS, LABELS, ORDER)
             block = model.append(state, ORDER[:, :3], TOKENS.gather(1, ORDER[:, :3]))
             after_block = model.score(block, ORDER[:, 3:4])
-    assert state.keys.dtype == torch.bfloat16
+    assert state.cache.keys.dtype == torch.bfloat16
     assert forward.dtype == torch.bfloat16
     scale = exact.std()
     for logits in (forward, decoded):

@@ -14,43 +14,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anyorder.adapters.layers import (
-    Attend,
-    Cache,
-    FeedForward,
-    GPTConfig,
-    PublishedModel,
-    causal,
-    check_shapes,
-    count,
-    heads_of,
-    norm,
-    rotate,
-    shape_of,
-    split_heads,
-)
+from anyorder import families
+from anyorder.adapters.layers import FeedForward, GPTConfig, PublishedModel, heads_of, norm, rotate
 from anyorder.contracts import Grid
-from anyorder.models.attention import merge_heads
+from anyorder.models import attention
+from anyorder.models.attention import Attend, merge_heads, split_heads
 from anyorder.models.layers import Linear
+from anyorder.tokenizers.vq import VQ16
 
 Read = Callable[[Tensor], Tensor]
 """Queries (B, H, M, D / H) to what they read, of the same shape."""
 
 
-def config_of(tensors: Mapping[str, Tensor], grid: tuple[int, int], heads: int) -> GPTConfig:
-    """The configuration of an ARPG file; `heads` 0 means the published ones.
-
-    Raises:
-        ValueError: a tensor that tells it is missing or of another rank.
-    """
-    vocab_size, width = shape_of(tensors, "head.weight")
+def read_config(tensors: Mapping[str, Tensor], grid: tuple[int, int], heads: int) -> GPTConfig:
+    """The configuration of an ARPG file; see `families.Family`."""
+    vocab_size, width = families.shape_of(tensors, "head.weight")
     return GPTConfig(
-        depth=2 * count(tensors, "layers.self_dec."),
+        depth=2 * families.count_blocks(tensors, "layers.self_dec."),
         width=width,
         heads=heads or heads_of(width),
         vocab_size=vocab_size,
         grid=grid,
-        num_classes=shape_of(tensors, "embeddings.weight")[0] - vocab_size - 3,
+        num_classes=families.shape_of(tensors, "embeddings.weight")[0] - vocab_size - 3,
     )
 
 
@@ -128,11 +113,9 @@ class TwoDecoders(nn.Module):
 
 
 @dataclass
-class State:
-    """What has been revealed so far."""
+class State(attention.DecodingState):
+    """What has been revealed so far; the cache is that of the self-decoder: class token, revealed tokens."""
 
-    cache: Cache
-    """Of the self-decoder: class token and revealed tokens."""
     keys: Tensor
     """(B, H, N + 1, D / H), read by queries; as many are valid as in `cache`."""
     values: Tensor
@@ -160,9 +143,9 @@ class ARPG(PublishedModel):
         self.norm = norm(config.width)
         self.head = Linear(config.width, config.vocab_size, bias=False)
 
-    def _class_token(self, batch_size: int, condition: Tensor | None) -> Tensor:
+    def _class_token(self, labels: Tensor) -> Tensor:
         """(B, 1, D)."""
-        return self.embeddings(self._labels(batch_size, condition) + self.vocab_size + 1)[:, None]
+        return self.embeddings(labels + self.vocab_size + 1)[:, None]
 
     def _ask(self, factors: Tensor, read: Read) -> Tensor:
         """Logits (B, M, V) of the positions with the rotations (B, M, D / H / 2)."""
@@ -172,26 +155,18 @@ class ARPG(PublishedModel):
     def forward(
         self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
     ) -> Tensor:
-        """Teacher-forced logits (B, N, V) in order steps.
-
-        Args:
-            tokens: (B, N) int64 in raster order.
-            condition: (B,) int64 labels, -1 for none, or None.
-            order: (B, N) int64.
-            grid: the grid of `tokens`, where it is not the one of training.
+        """Teacher-forced logits (B, N, V) in order steps; see `contracts.AnyOrderModel`.
 
         Raises:
-            ValueError: shapes that do not fit the grid.
+            ValueError: shapes that do not fit the grid, or labels out of range.
         """
-        grid = grid or self.grid
-        check_shapes(tokens, order, grid)
-        rotations = self._rotations(grid)
+        labels, rotations = self._begin_forward(tokens, condition, order, grid)
         seen = order[:, :-1]
-        label = self._class_token(len(tokens), condition)
-        x = torch.cat((label, self.embeddings(tokens.gather(1, seen))), dim=1)
-        factors = rotations[torch.cat((torch.full_like(order[:, :1], grid.n), seen), dim=1)]
-        k, v = self.layers.remember(x, factors, [causal] * len(self.layers.self_dec))
-        return self._ask(rotations[order], lambda q: causal(q, k, v))
+        x = torch.cat((self._class_token(labels), self.embeddings(tokens.gather(1, seen))), dim=1)
+        # The last row of the table is the class token's.
+        factors = rotations[torch.cat((torch.full_like(order[:, :1], len(rotations) - 1), seen), dim=1)]
+        k, v = self.layers.remember(x, factors, [attention.causal] * len(self.layers.self_dec))
+        return self._ask(rotations[order], lambda q: attention.causal(q, k, v))
 
     def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> State:
         """A cache of O(depth * B * N * D) that holds the class token.
@@ -199,21 +174,21 @@ class ARPG(PublishedModel):
         Raises:
             ValueError: labels out of range.
         """
-        grid = grid or self.grid
-        self._check_labels(batch_size, condition)
-        cache = self._empty_cache(len(self.layers.self_dec), batch_size, grid.n + 1)
-        keys, values = torch.empty_like(cache.keys[0]), torch.empty_like(cache.values[0])
-        state = State(cache, keys, values, self._rotations(grid))
-        return self._remember(state, self._class_token(batch_size, condition), state.rotations[None, -1:])
+        grid, depth = grid or self.grid, len(self.layers.self_dec)
+        labels, rotations, cache = self._begin_decoding(batch_size, condition, grid, depth, grid.n + 1)
+        state = State(cache, torch.empty_like(cache.keys[0]), torch.empty_like(cache.values[0]), rotations)
+        return self._remember(state, self._class_token(labels), rotations[None, -1:])
 
     def score(self, state: State, positions: Tensor) -> Tensor:
         """Logits (B, M, V) of candidate positions (B, M): O(M L) attention, nothing is written."""
-        k, v = state.keys[:, :, : state.cache.length], state.values[:, :, : state.cache.length]
+        state.require_current()
+        k, v = (x[:, :, : state.cache.length] for x in (state.keys, state.values))
         return self._ask(state.rotations[positions], lambda q: F.scaled_dot_product_attention(q, k, v))
 
     def append(self, state: State, positions: Tensor, tokens: Tensor) -> State:
         """Reveal tokens (B, K) at positions (B, K), as one causal block."""
-        return self._remember(state, self.embeddings(tokens), state.rotations[positions])
+        state.require_current()
+        return self._remember(state, self.embeddings(tokens), state.rotations[positions]).advance()
 
     def _remember(self, state: State, x: Tensor, factors: Tensor) -> State:
         """Run inputs (B, T, D) behind the cache and write them into it, in place."""
@@ -222,3 +197,14 @@ class ARPG(PublishedModel):
         state.keys[:, :, new], state.values[:, :, new] = k, v
         state.cache.length += x.shape[1]
         return state
+
+
+FAMILY = families.Family(
+    ARPG,
+    GPTConfig,
+    marker="layers.cross_dec.0.attn.to_q.weight",
+    read_config=read_config,
+    files=tuple(families.File("hp-l33/ARPG", f"arpg_{size}.pt", VQ16) for size in ("300m", "700m", "1b")),
+    class_table="embeddings.weight",
+    first_class=lambda config: config.vocab_size + 1,  # behind the codes and the mask
+)

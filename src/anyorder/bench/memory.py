@@ -17,8 +17,7 @@ from anyorder.bench.workloads import Subject
 from anyorder.contracts import Grid
 from anyorder.method.decoding import generate, sample
 from anyorder.method.policies import InferredOrder
-from anyorder.models.attention import State
-from anyorder.models.transformer import AnyOrderTransformer
+from anyorder.models.transformer import AnyOrderTransformer, State
 
 MIB = 2**20
 

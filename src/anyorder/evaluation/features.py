@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anyorder.families import Family
 from anyorder.files import sha256
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -194,6 +195,9 @@ class Classifier(nn.Module):
         logits = self(images)[1].float()
         loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         return loss, {"accuracy": (logits.argmax(1) == labels).float().mean()}
+
+
+FAMILY = Family(Classifier, ClassifierConfig)
 
 
 class ClassifierFeatures:

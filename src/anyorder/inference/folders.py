@@ -15,6 +15,7 @@ from torch import Tensor
 from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork
 from anyorder.data.caches import TEXT
 from anyorder.data.captions import CaptionTokenizer, Vocabulary
+from anyorder.families import kind_of
 from anyorder.files import load_array, read_json, save_array, write_json, write_text
 from anyorder.inference import weights
 from anyorder.method.policy_config import PolicyConfig
@@ -84,7 +85,7 @@ def save_parts(folder: str | Path, parts: Parts) -> None:
         save_array(folder / CLASS_ORDERS, parts.class_orders.cpu().numpy().astype(np.uint16))
     for role in ("scorer", "model", "tokenizer"):
         if (network := getattr(parts, role)) is not None:
-            weights.save_model(folder / role, network, network.config, weights.kind_of(network))
+            weights.save_model(folder / role, network, network.config, kind_of(network))
     policy = dataclasses.asdict(parts.policy)
     index = {"format": 1, "classes": parts.classes, "policy": policy, "scorer": parts.scorer is not None}
     if vocabulary.attributes or vocabulary.length:

@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
+from anyorder.families import File, published
 from anyorder.inference.convert import build, combine, read_tokenizer
 from anyorder.inference.folders import Parts
 
 
-class File(NamedTuple):
-    """A file on the hub."""
-
-    repo: str
-    name: str
-
-
-VQ16 = File("FoundationVision/LlamaGen", "vq_ds16_c2i.pt")
-MASKGIT_VQ = File("fun-research/TiTok", "maskgit-vqgan-imagenet-f16-256.bin")
-
-PUBLISHED: dict[File, tuple[File, tuple[int, int]]] = {
-    File("ziqipang/RandAR", "randar_0.3b_llamagen_360k_bs_1024_lr_0.0004.safetensors"): (VQ16, (16, 16)),
-    File("ziqipang/RandAR", "randar_0.3b_maskgit_360k_bs_1024_lr_0.0004.safetensors"): (MASKGIT_VQ, (16, 16)),
-    File("ziqipang/RandAR", "randar_0.7b_llamagen_360k_bs_1024_lr_0.0004.safetensors"): (VQ16, (16, 16)),
-    File("hp-l33/ARPG", "arpg_300m.pt"): (VQ16, (16, 16)),
-    File("hp-l33/ARPG", "arpg_700m.pt"): (VQ16, (16, 16)),
-    File("hp-l33/ARPG", "arpg_1b.pt"): (VQ16, (16, 16)),
-    File("FoundationVision/LlamaGen", "c2i_B_256.pt"): (VQ16, (16, 16)),
-    File("FoundationVision/LlamaGen", "c2i_L_256.pt"): (VQ16, (16, 16)),
-    File("FoundationVision/LlamaGen", "c2i_B_384.pt"): (VQ16, (24, 24)),
-    File("FoundationVision/LlamaGen", "c2i_L_384.pt"): (VQ16, (24, 24)),
-    File("FoundationVision/LlamaGen", "c2i_XL_384.pt"): (VQ16, (24, 24)),
-    File("FoundationVision/LlamaGen", "c2i_XXL_384.pt"): (VQ16, (24, 24)),
-}
-"""File of a model -> file of its tokenizer, rows and columns of patches."""
+def models() -> list[File]:
+    """The published files of any-order models."""
+    return [file for family in published().values() for file in family.files if file.tokenizer]
 
 
 def find(hub_id: str) -> File | None:
@@ -42,10 +20,10 @@ def find(hub_id: str) -> File | None:
     Raises:
         ValueError: a known repository without this file.
     """
-    for file in PUBLISHED:
+    for file in models():
         if hub_id in (file.repo, f"{file.repo}/{file.name}"):
             return file
-    siblings = [f"{file.repo}/{file.name}" for file in PUBLISHED if hub_id.startswith(f"{file.repo}/")]
+    siblings = [f"{file.repo}/{file.name}" for file in models() if hub_id.startswith(f"{file.repo}/")]
     if siblings:
         raise ValueError(f"unknown model '{hub_id}': choose one of {', '.join(siblings)}")
     return None
@@ -59,6 +37,7 @@ def load_published(file: File) -> Parts:
     """
     from huggingface_hub import hf_hub_download
 
-    tokenizer, grid = PUBLISHED[file]
-    model = build(Path(hf_hub_download(file.repo, file.name)), grid=grid)
-    return combine(model, read_tokenizer(Path(hf_hub_download(tokenizer.repo, tokenizer.name))))
+    assert file.tokenizer is not None
+    model = build(Path(hf_hub_download(file.repo, file.name)), grid=file.grid)
+    tokenizer = read_tokenizer(Path(hf_hub_download(file.tokenizer.repo, file.tokenizer.name)))
+    return combine(model, tokenizer)

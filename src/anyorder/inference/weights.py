@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork
+from anyorder.families import Family, family
 from anyorder.files import atomic, read_json, write_json
 from anyorder.inference.device import device
 from anyorder.settings import parse
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+log = logging.getLogger("anyorder")
 
 
 def load_any_order(folder: Path) -> AnyOrderNetwork:
@@ -48,35 +53,6 @@ def _part(folder: Path, role: str) -> Path:
     return folder / role if (folder / role / CONFIG).is_file() else folder
 
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-
-KINDS = {
-    "vq": ("anyorder.tokenizers.vq", "VQModel", "VQConfig"),
-    "transformer": ("anyorder.models.transformer", "AnyOrderTransformer", "TransformerConfig"),
-    "maskgit_vq": ("anyorder.tokenizers.maskgit_vq", "MaskGITVQ", "MaskGITVQConfig"),
-    "llamagen": ("anyorder.adapters.llamagen", "LlamaGen", "GPTConfig"),
-    "randar": ("anyorder.adapters.randar", "RandAR", "GPTConfig"),
-    "arpg": ("anyorder.adapters.arpg", "ARPG", "GPTConfig"),
-    "classifier": ("anyorder.evaluation.features", "Classifier", "ClassifierConfig"),
-}
-"""Kind of a saved model -> module, model class, configuration class; imported when one is loaded."""
-
-log = logging.getLogger("anyorder")
-
-
-def kind_of(model: nn.Module) -> str:
-    """The kind that a model is saved as.
-
-    Raises:
-        ValueError: it is none of `KINDS`.
-    """
-    name = (type(model).__module__, type(model).__name__)
-    for kind, (module, model_class, _) in KINDS.items():
-        if name == (module, model_class):
-            return kind
-    raise ValueError(f"{name[1]} cannot be saved: allowed are {', '.join(KINDS)}")
-
-
 def save_model(folder: str | Path, model: nn.Module, config: Any, kind: str) -> None:
     """Write `model.safetensors` and `config.json` (kind and configuration) into `folder`.
 
@@ -84,13 +60,13 @@ def save_model(folder: str | Path, model: nn.Module, config: Any, kind: str) -> 
         folder: made if need be.
         model: its `state_dict` is written; tensors may live on any device.
         config: the dataclass instance that `model` was built from.
-        kind: one of `KINDS`.
+        kind: one of `families.REGISTRY`.
 
     Raises:
         ValueError: unknown kind.
         OSError: the disk is full; older files are left as they were.
     """
-    _require_kind(kind, "kind")
+    family(kind)
     write_tensors(Path(folder) / WEIGHTS, model.state_dict())
     write_json(Path(folder) / CONFIG, {"kind": kind, "config": dataclasses.asdict(config)})
 
@@ -110,25 +86,51 @@ def load_model(folder: str | Path, kind: str | None = None) -> nn.Module:
     for path in (folder / CONFIG, folder / WEIGHTS):
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no model ({path.name} is missing): train one first")
-    stored = read_json(folder / CONFIG)
-    found = _require_kind(stored.get("kind"), folder / CONFIG)
+    found, declared, config = _read_config(folder / CONFIG)
     if kind not in (None, found):
         raise ValueError(f"{folder} holds a model of kind '{found}', expected '{kind}'")
-    module, model_class, config_class = KINDS[found]
-    package = importlib.import_module(module)
+    return build_model(declared, config, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+
+
+def _read_config(path: Path) -> tuple[str, Family, Any]:
+    """Kind, family and configuration of a saved model."""
+    stored = read_json(path)
+    if not isinstance(stored, dict) or not isinstance(stored.get("kind"), str):
+        raise ValueError(f"{path} is not the configuration of a model: it must hold a kind and a config")
     try:
-        config = parse(getattr(package, config_class), stored["config"])
+        declared = family(stored["kind"])
     except ValueError as e:
-        raise ValueError(f"{folder / CONFIG} does not fit this version's {config_class}: {e}") from e
-    model = getattr(package, model_class)(config)
-    load_state(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+        raise ValueError(f"{path}: {e}") from e
+    name = declared.config_class.__name__
+    if not isinstance(stored.get("config"), dict):
+        raise ValueError(f"{path} must hold the settings of {name} under 'config'")
+    try:
+        return stored["kind"], declared, parse(declared.config_class, stored["config"])
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{path} does not fit this version's {name}: {e}") from e
+
+
+def build_model(
+    declared: Family, config: Any, tensors: Mapping[str, Tensor], source: str | Path
+) -> nn.Module:
+    """A model with the given weights, on the CPU and in evaluation mode.
+
+    Names and shapes are compared before memory is taken: a wrong configuration may ask for any amount.
+
+    Raises:
+        ValueError: tensors that do not fit, or that hold NaN or infinity; names `source`.
+    """
+    blocks = getattr(config, "depth", 0)
+    if blocks > len(tensors):
+        raise ValueError(f"{source} does not fit depth={blocks}: it has only {len(tensors)} tensors")
+    with torch.device("meta"):
+        _require_fit(declared.model_class(config), tensors, source)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{source} is of no use: {name} holds NaN or infinity; train again")
+    model = declared.model_class(config)
+    load_state(model, tensors, source)
     return model.eval()
-
-
-def _require_kind(kind: Any, source: str | Path) -> str:
-    if kind not in KINDS:
-        raise ValueError(f"{source}: unknown kind of model {kind!r}, allowed: {', '.join(KINDS)}")
-    return kind
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
@@ -137,18 +139,22 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: str | P
     Raises:
         ValueError: names the first tensors that are missing, unexpected or of another shape, and `source`.
     """
-    wanted = module.state_dict()
-    problems = [f"missing {name}" for name in wanted if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in wanted]
+    _require_fit(module, tensors, source)
+    module.load_state_dict(tensors)
+
+
+def _require_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    expected = module.state_dict()
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
     problems += [
         f"{name} is {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
+        for name, tensor in expected.items()
         if name in tensors and tensors[name].shape != tensor.shape
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{source} does not fit {type(module).__name__}: {'; '.join(problems[:5])}{more}")
-    module.load_state_dict(tensors)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
@@ -171,10 +177,22 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged; the message names the file.
+        ValueError: damaged, or no weights at all; the message names the file.
     """
     try:
         # A copy of each: the loader maps the file, and pruning or truncating it must not reach us.
         return {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
     except SafetensorError as e:
-        raise ValueError(f"{path} is damaged ({e}): restore it or train again") from e
+        reason = failed_download(path) or f"{path} is damaged ({e}): restore it or train again"
+        raise ValueError(reason) from e
+
+
+def failed_download(path: str | Path) -> str:
+    """What a file that cannot be read as weights is instead, if it is a usual mistake; "" otherwise."""
+    with Path(path).open("rb") as file:
+        begin = file.read(256).lstrip().lower()
+    if begin.startswith(b"version https://git-lfs"):
+        return f"{path} cannot be read as weights: it is a Git LFS pointer, run 'git lfs pull' in its folder"
+    if begin.startswith((b"<!doctype", b"<html")):
+        return f"{path} cannot be read as weights: it is a web page, download the file itself"
+    return ""

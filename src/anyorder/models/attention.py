@@ -1,26 +1,26 @@
-"""Attention with a cache: causal blocks, and candidates that share one prefix.
+"""Attention with a cache: what the transformer and the adapters share.
 
-Shapes: B images, T steps, M candidates, L cached steps, D width, H heads.
+Shapes: B images, T inputs, M candidates, L cached inputs, D width, H heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyorder.models.location import LocationTables
-from anyorder.models.positions import PositionTables
-
-if TYPE_CHECKING:
-    pass
-
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys, values, each (B, H, T, D / H), to outputs of the same shape."""
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, T, D) to (B, H, T, D / H)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -29,56 +29,18 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each step attends to itself and to earlier steps; no mask is materialised."""
+    """Each input attends to itself and to earlier inputs; no mask is materialised."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-@dataclass
-class State:
-    """What has been revealed so far, in one preallocated cache that `append` writes in place."""
-
-    tables: PositionTables
-    keys: Tensor
-    """(depth, B, H, P + N, D / H); the first `length` of prefix and steps are valid."""
-    values: Tensor
-    length: int
-    pending: Tensor
-    """(B, D): condition or last token with its position; only the next position is missing."""
-    last: Tensor
-    """(B,) int64: position of the last token, N for the condition."""
-    hidden: Tensor
-    """(B, D): what the last token was predicted from; the condition before the first."""
-    prefix: int
-    """P: how long the cache is before the first step."""
-    content: Tensor
-    """(B, D): embedding of the last token, without its position."""
-    start: Tensor
-    """(B, D): the class."""
-    asked: Tensor
-    """(B, D): all of the condition, prefix included."""
-    scored: Scored
-    where: LocationTables | None = None
-    """The location head's, where there is one."""
-
-
-@dataclass
-class Scored:
-    """The candidates scored since `append`, which need not run again.
-
-    Their keys and values wait in the free slots of the cache, behind the revealed ones: candidate j in slot
-    `State.length` + j.
-    """
-
-    positions: Tensor
-    """(B, N) int64; the first `count` are valid."""
-    hidden: Tensor
-    """(B, N, D): what the token of each is predicted from."""
-    count: int = 0
-
-
-def _pick(x: Tensor, columns: Tensor) -> Tensor:
-    """Columns (B, M) int64 of (B, S, D), (B, M, D)."""
-    return x.gather(1, columns[:, :, None].expand(-1, -1, x.shape[2]))
+def causal_behind(length: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The last T inputs attend to the first `length` ones and, causally, to one another."""
+    if length == 0:
+        return causal(q, keys, values)
+    if q.shape[2] == 1:
+        return F.scaled_dot_product_attention(q, keys, values)
+    mask = torch.ones(q.shape[2], keys.shape[2], dtype=torch.bool, device=q.device).tril(length)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
 
 def attend_with_total(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,43 +62,9 @@ def attend_with_total(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (scores - total).exp().to(v.dtype) @ v, total
 
 
-def keep(keys: Tensor, values: Tensor, length: int, columns: Tensor) -> None:
-    """Put what is in slot `length` + columns (B,) of caches (depth, B, H, L, D / H) into slot `length`."""
-    if not bool(columns.any()):  # it lies there, as always where one candidate was scored
-        return
-    rows, slots = torch.arange(len(columns), device=columns.device), length + columns
-    for cache in (keys, values):  # indexing moves the batch to the front
-        cache[:, :, :, length] = cache[:, rows, :, slots].transpose(0, 1)
-
-
-def attend_with_self(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention of candidates to a shared prefix and to themselves, without a mask or a repeated prefix.
-
-    Args:
-        q: queries (B, H, T + M, D / H); the first T of them see the prefix alone.
-        k: the candidates' own keys (B, H, M, D / H).
-        v: their own values.
-        keys: of the prefix, (B, H, L, D / H).
-        values: shaped like `keys`.
-
-    Returns:
-        Outputs (B, H, T + M, D / H).
-    """
-    out, total = attend_with_total(q, keys, values)
-    others = q.shape[2] - k.shape[2]
-    merged = merge_with_self(q[:, :, others:], k, v, out[:, :, others:], total[:, :, others:])
-    return torch.cat((out[:, :, :others], merged), dim=2) if others else merged
-
-
-def merge_with_self(q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor) -> Tensor:
-    """Candidates' attention to others, with its log-sum-exp, and to their own keys (B, H, M, D / H)."""
-    own = (q * k).sum(-1, keepdim=True, dtype=torch.float32) * q.shape[-1] ** -0.5
-    return out.lerp(v, (own - total).sigmoid().to(v.dtype))
-
-
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
-    """One kernel that returns the log-sum-exp (B, H, M), too, where there is one; none is public."""
-    if q.device.type == "cpu":
+    """One kernel that also returns the log-sum-exp (B, H, M), where there is one; none is public."""
+    if q.device.type == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # it does not check
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     if q.device.type == "cuda" and q.shape[-1] % 8 == 0:
@@ -146,58 +74,198 @@ def _fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
     return None
 
 
-class SharedPrefix:
-    """Attention of candidates that see the prefix and themselves but not one another.
+def merge_with_self(q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor) -> Tensor:
+    """Add each candidate's own key and value to its attention to others.
 
-    The prefix part and the self part are merged by their log-sum-exps, so that no mask and no repeated
-    cache exist. Leaves keys and values of the candidates in free slots of the cache, but for surplus ones
-    that only pad.
+    Args:
+        q: queries (B, H, M, D / H).
+        k: the key of each candidate, shaped like q.
+        v: the value of each candidate.
+        out: attention to others, shaped like q.
+        total: its log-sum-exp (B, H, M, 1).
+    """
+    # exp(own) / (exp(own) + exp(total)) is the softmax weight of the own key, without an overflow.
+    own = (q * k).sum(-1, keepdim=True, dtype=torch.float32) * q.shape[-1] ** -0.5
+    return out.lerp(v, (own - total).sigmoid().to(v.dtype))
+
+
+@dataclass
+class Cache:
+    """Keys and values of the inputs so far, preallocated and written in place."""
+
+    keys: Tensor
+    """(depth, B, H, L, D / H); the first `length` inputs are valid."""
+    values: Tensor
+    length: int = 0
+
+    @classmethod
+    def empty(cls, weight: Tensor, depth: int, batch_size: int, heads: int, length: int, width: int) -> Cache:
+        """Room for `length` inputs, O(depth * B * L * D), on the device and in the dtype of `weight`."""
+        device, dtype = weight.device, weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        shape = (depth, batch_size, heads, length, width // heads)
+        keys, values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
+        return cls(keys, values)
+
+    @property
+    def room(self) -> int:
+        """Free slots."""
+        return self.keys.shape[3] - self.length
+
+    def extend(self, joint: bool = False) -> list[Attend]:
+        """One attention per layer for new inputs, which are written behind the valid ones.
+
+        They attend to the cache and, causally or with `joint` all, to one another. The caller raises `length`
+        after the last layer.
+        """
+        return [partial(_extend, *layer, self.length, joint) for layer in self._layers()]
+
+    def candidates(self, free: slice | None, pending: int = 0, joint: bool = False) -> list[Candidates]:
+        """One attention per layer for candidates; see `Candidates`."""
+        return [Candidates(*layer, self.length, free, pending, joint) for layer in self._layers()]
+
+    def _layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer; indexed, since views of an iteration cannot be written in place."""
+        return [(self.keys[i], self.values[i]) for i in range(len(self.keys))]
+
+    def keep(self, columns: Tensor) -> None:
+        """Make one more input valid: in each row the one that waits in slot `length` + columns (B,)."""
+        if bool(columns.any()):  # else it lies there already, as always where one candidate was scored
+            rows, slots = torch.arange(len(columns), device=columns.device), self.length + columns
+            for cache in (self.keys, self.values):  # indexing moves the batch to the front
+                cache[:, :, :, self.length] = cache[:, rows, :, slots].transpose(0, 1)
+        self.length += 1
+
+
+def _extend(keys: Tensor, values: Tensor, begin: int, joint: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    end = begin + k.shape[2]
+    keys[:, :, begin:end], values[:, :, begin:end] = k, v
+    keys, values = keys[:, :, :end], values[:, :, :end]
+    return F.scaled_dot_product_attention(q, keys, values) if joint else causal_behind(begin, q, keys, values)
+
+
+@dataclass
+class Candidates:
+    """One layer's attention of candidates that see the cache and themselves, but not one another.
+
+    Both parts are merged by their log-sum-exps, so that neither a mask nor a repeated cache exists. Keys and
+    values wait in free slots, from where `Cache.keep` takes the chosen one.
     """
 
-    def __init__(self, state: State, columns: slice | None):
-        """Start at the first layer; candidates go to these columns of `State.scored`, or nowhere."""
-        self.state = state
-        self.columns = columns
-        self.layer = 0
+    keys: Tensor
+    """(B, H, L, D / H), this layer's part of the cache."""
+    values: Tensor
+    length: int
+    """How many inputs of the cache are valid."""
+    free: slice | None
+    """Slots for the inputs' keys and values; further inputs only pad. None: they are not kept."""
+    pending: int = 0
+    """The first inputs are no candidates, but the next of the cache, and all candidates see them."""
+    joint: bool = False
+    """Candidates also see the earlier candidates."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, H, M, D / H) each."""
-        return merge_with_self(q, k, v, *self.prefix_alone(q, k, v))
+        """(B, H, pending + M, D / H) each."""
+        first, end = self.pending, self.length + self.pending
+        if self.joint:
+            assert self.free is not None
+            self._write(k, v)
+            end = self.free.stop
+            return causal_behind(self.length, q, self.keys[:, :, :end], self.values[:, :, :end])
+        # One pending input sees all that candidates see: the cache is read once for both.
+        skip = first if first > 1 else 0
+        out, total = self.prefix_alone(q[:, :, skip:], k, v)
+        own, others = slice(first, None), slice(first - skip, None)
+        merged = merge_with_self(
+            q[:, :, own], k[:, :, own], v[:, :, own], out[:, :, others], total[:, :, others]
+        )
+        if not first:
+            return merged
+        before = out[:, :, :1]
+        if skip:
+            keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+            before = causal_behind(self.length, q[:, :, :first], keys, values)
+        return torch.cat((before, merged), dim=2)
 
     def prefix_alone(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Attention (B, H, M, D / H) without the candidates' own keys, and its log-sum-exp (B, H, M, 1).
 
-        Before anything is revealed that is -inf, and the outputs are the candidates' own values.
+        Where the cache is empty that is -inf, and the outputs are the candidates' own values.
         """
-        length = self.state.length
-        keys, values = self.state.keys[self.layer], self.state.values[self.layer]
-        self.layer += 1
-        if self.columns is not None:
-            free = slice(length + self.columns.start, length + self.columns.stop)
-            m = free.stop - free.start
-            keys[:, :, free], values[:, :, free] = k[:, :, :m], v[:, :, :m]
-        if length == 0:
+        self._write(k, v)
+        end = self.length + self.pending
+        if end == 0:
             return v, v.new_full((*v.shape[:3], 1), -torch.inf, dtype=torch.float32)
-        return attend_with_total(q, keys[:, :, :length], values[:, :, :length])
+        return attend_with_total(q, self.keys[:, :, :end], self.values[:, :, :end])
+
+    def _write(self, k: Tensor, v: Tensor) -> None:
+        if self.free is not None:
+            m = self.free.stop - self.free.start
+            self.keys[:, :, self.free], self.values[:, :, self.free] = k[:, :, :m], v[:, :, :m]
 
 
-class Extend:
-    """Causal attention of new steps to the cache and to one another; writes them into the cache."""
+@dataclass
+class Scored:
+    """Candidates scored since the last `append`: the j-th one waits in slot `Cache.length` + j.
 
-    def __init__(self, state: State, length: int):
-        """New steps go to cache slots from `length` on."""
-        self.state = state
-        self.length = length
-        self.layer = 0
+    They need not run again, neither when one is appended nor when some of them are scored again.
+    """
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, H, T, D / H) each."""
-        end = self.length + q.shape[2]
-        keys, values = self.state.keys[self.layer], self.state.values[self.layer]
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        self.layer += 1
-        if self.length == 0:
-            return causal(q, k, v)
-        visible = torch.ones(q.shape[2], end, dtype=torch.bool, device=q.device).tril(self.length)
-        return F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], attn_mask=visible)
+    positions: Tensor
+    """(B, N) int64; the first `count` are valid."""
+    hidden: Tensor | None = None
+    """(B, N, D): what the token of each is predicted from, where the model keeps it."""
+    count: int = 0
+
+    def find(self, positions: Tensor) -> Tensor | None:
+        """Columns (B, M) int64 that hold the positions (B, M); None if one of them is missing."""
+        if not self.count:  # the usual case, which need not wait for the device
+            return None
+        match = positions[:, :, None] == self.positions[:, None, : self.count]
+        return match.int().argmax(2) if bool(match.any(2).all()) else None
+
+    def columns(self, m: int, room: int) -> slice | None:
+        """Columns for m more candidates where the cache has `room`; None if there are too few.
+
+        Candidates that are there already are forgotten if the new ones do not fit behind them.
+        """
+        room = min(room, self.positions.shape[1])
+        begin = self.count if self.count + m <= room else 0
+        return slice(begin, begin + m) if m <= room else None
+
+    def add(self, columns: slice, positions: Tensor, hidden: Tensor | None = None) -> None:
+        """Remember positions (B, M) and hidden states (B, M, D) of scored candidates."""
+        self.positions[:, columns] = positions
+        if self.hidden is not None and hidden is not None:
+            self.hidden[:, columns] = hidden
+        self.count = columns.stop
+
+
+def pick(x: Tensor, columns: Tensor) -> Tensor:
+    """Columns (B, M) int64 of (B, S, D): (B, M, D)."""
+    return x.gather(1, columns[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+@dataclass
+class DecodingState:
+    """What every decoding state has: a cache, which `append` writes in place."""
+
+    cache: Cache
+    used: bool = field(default=False, init=False)
+    """Whether `append` has used this state up: its cache then holds what it does not know of."""
+
+    def require_current(self) -> None:
+        """Refuse a state that `append` has used up.
+
+        Raises:
+            ValueError: it has.
+        """
+        if self.used:
+            raise ValueError("this decoding state was used up by append: go on with the one it returned")
+
+    def advance(self, **changes: Any) -> Self:
+        """The state after an `append`, with these fields changed; this one is used up."""
+        following = replace(self, **changes)
+        self.used = True
+        return following

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyorder.models.attention import SharedPrefix, merge_heads, merge_with_self
+from anyorder.models.attention import Candidates, merge_heads, merge_with_self
+from anyorder.models.blocks import Block
 from anyorder.models.layers import RMSNorm
 from anyorder.models.positions import Rotation
-from anyorder.models.transformer import AnyOrderTransformer, Block
+from anyorder.models.transformer import AnyOrderTransformer
 
 FEWEST = 8
 """Buckets are multiples of it, but for a single candidate, which is a bucket of its own."""
@@ -104,23 +105,28 @@ class CompiledBlocks:
         return torch.cat((positions, positions[:, -1:].expand(-1, surplus)), dim=1) if surplus else positions
 
     def __call__(
-        self, blocks: Iterable[Any], norm: RMSNorm, x: Tensor, rotation: Rotation | None, attend: SharedPrefix
+        self,
+        blocks: Iterable[Any],
+        norm: RMSNorm,
+        x: Tensor,
+        rotation: Rotation | None,
+        attends: list[Candidates],
     ) -> Tensor:
-        """Inputs (B, M, D), M a bucket, to normalised outputs (B, M, D)."""
+        """Inputs (B, M, D), M a bucket, to normalised outputs (B, M, D); one of `attends` per block."""
         if x.device.type == "cuda":  # the graphs may write over what they returned in the last step
             torch.compiler.cudagraph_mark_step_begin()
         blocks, x = list(blocks), _plain(x)
         q, k, v = self._enter(blocks[0], x, rotation)
-        for block, following in pairwise(blocks):
+        for (block, following), attend in zip(pairwise(blocks), attends, strict=False):
             x, q, k, v = self._between(block, following, x, *_attend(attend, q, k, v), rotation)
-        return self._leave(blocks[-1], norm, x, *_attend(attend, q, k, v))
+        return self._leave(blocks[-1], norm, x, *_attend(attends[-1], q, k, v))
 
 
 Attended = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Queries, keys and values (B, H, M, D / H), and attention to the prefix: (B, M, H, D / H), (B, H, M, 1)."""
 
 
-def _attend(attend: SharedPrefix, q: Tensor, k: Tensor, v: Tensor) -> Attended:
+def _attend(attend: Candidates, q: Tensor, k: Tensor, v: Tensor) -> Attended:
     out, total = attend.prefix_alone(q, k, v)
     return q, k, v, _plain(out.transpose(1, 2)), _plain(total)
 

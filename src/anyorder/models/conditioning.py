@@ -1,8 +1,8 @@
-"""What a picture is asked to be, beside its class: attributes and a caption, read before the first patch.
+"""Conditions: class labels, and a prefix of attributes and a caption that is read before the first patch.
 
-They are a prefix of the decoder's own sequence: A attributes, then L caption tokens, each at a place of its
-own. Where nothing is given stands a learned "nothing", so that every prefix is A + L inputs long: plain
-causal attention does, without a mask, and how other pictures of a batch are captioned changes nothing.
+The prefix is A attributes, then L caption tokens, each with an embedding of its place. A learned "nothing"
+stands where nothing is given, so that every prefix is A + L inputs long: plain causal attention needs no
+mask, and the captions of other images in a batch change nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -45,6 +46,50 @@ def _embed(table: nn.Module, values: Tensor) -> Tensor:
     return table(torch.where(values < 0, table.num_embeddings - 1, values))
 
 
+def read_condition(
+    condition: Tensor | None,
+    batch_size: int,
+    sizes: Sequence[int],
+    device: torch.device,
+    check: bool,
+) -> Tensor:
+    """A condition in the one form that models embed.
+
+    Args:
+        condition: (B,) labels, (B, up to C) columns if C > 1, -1 for nothing; or None.
+        batch_size: B.
+        sizes: number of values of each of the C columns: classes, attributes, caption tokens.
+        device: where the model is.
+        check: look for values out of range.
+
+    Returns:
+        (B, C) int64, -1 for nothing.
+
+    Raises:
+        ValueError: another shape, or values out of range.
+    """
+    if condition is None:
+        return torch.full((batch_size, len(sizes)), -1, device=device)
+    values = condition[:, None] if condition.ndim == 1 else condition
+    fits = condition.ndim == 1 or (condition.ndim == 2 and len(sizes) > 1)
+    fits = fits and len(values) == batch_size and values.shape[1] <= len(sizes)
+    if fits and check:
+        limits = torch.tensor(sizes[: values.shape[1]], device=values.device)
+        fits = not bool(((values < -1) | (values >= limits)).any())
+    if not fits:
+        several = f", or ({batch_size}, up to {len(sizes)}) within {list(sizes[:8])}" * (len(sizes) > 1)
+        raise ValueError(
+            f"labels must have shape ({batch_size},) and lie in [0, {sizes[0]}) (-1 for none){several}, "
+            f"got shape {tuple(condition.shape)} with values {condition.unique().tolist()[:8]}"
+        )
+    return F.pad(values, (0, len(sizes) - values.shape[1]), value=-1)
+
+
+def checked_for_free(condition: Tensor | None) -> bool:
+    """Whether a look at the values costs nothing: it would wait for a GPU, or break a compiled graph."""
+    return condition is not None and condition.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def hide(condition: Tensor, attributes: int, everything: float, each: float) -> Tensor:
     """Hide conditions at random, as guidance and partial conditions need it in training.
 
@@ -52,7 +97,7 @@ def hide(condition: Tensor, attributes: int, everything: float, each: float) -> 
         condition: (B, 1 + A + L) int64.
         attributes: A.
         everything: share of images that lose their whole condition.
-        each: share of classes, of each attribute and of captions hidden on their own, besides.
+        each: share of classes, of each attribute and of captions hidden one by one, besides.
 
     Returns:
         (B, 1 + A + L) int64, -1 where hidden.

@@ -1,80 +1,78 @@
-"""Layers: a linear layer that is fast with few rows, RMSNorm with a fast backward pass on the CPU, SwiGLU."""
+"""Layers: a linear layer that is fast with few rows, RMSNorm with a fast backward pass."""
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.weak import WeakTensorKeyDictionary
-
-if TYPE_CHECKING:
-    pass
 
 FEW = 128
-"""Rows up to which the copy is used; with more of them the layout no longer matters."""
+"""Rows up to which packed weights are used; with more of them the layout no longer matters."""
 
-_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Weight -> where its numbers are, their version, the copy; rebuilt when the weight has changed."""
+SWITCH = "ANYORDER_ONEDNN"
+"""Environment variable: 0 decodes with PyTorch's public operators only; 1, the default, packs weights where
+this build of PyTorch has the two private oneDNN operators that `pack` and `Linear` call."""
 
 
 class Linear(nn.Linear):
-    """As `nn.Linear`, with the same state dict.
+    """As `nn.Linear`, with the same state dict; between `pack` and `unpack` fast with few rows on a CPU.
 
-    On a CPU in float32, in evaluation mode without gradients and for at most `FEW` rows, it calls oneDNN: the
-    plain product arranges the weight anew at every call. With 8, 16, ... `FEW` / 2 rows the product is
-    computed as weight times transposed inputs, which arranges the few inputs instead (the result is a
-    transposed view); otherwise with a copy of the weight in oneDNN's own layout, for the memory of the copy.
-    1.1 (64 rows) to 2 times (4 to 16 rows) as fast, see docs/results/performance.md.
+    The plain product rearranges the weight at every call. While a model decodes, the weights do not change,
+    so a copy in oneDNN's own layout is made once: 1.1 to 1.4 times as fast sampling for its memory.
     """
 
+    packed: Tensor | None = None
+    """The weight in oneDNN's layout; never part of a state dict, a copy or a pickle."""
+
     def train(self, mode: bool = True) -> Linear:
-        """As of `nn.Module`. Copies go when the mode changes: fused optimizers change weights unnoticed."""
-        if mode != self.training:
-            _copies.pop(self.weight, None)
+        """As of `nn.Module`; the packed weight goes."""
+        self.packed = None
         return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "packed": None}
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        weight = self.weight
-        if torch.is_grad_enabled():
-            _copies.pop(weight, None)
-        if not self._few(x, weight):
-            return F.linear(x, weight, self.bias)
-        multiply, rows = torch.ops.mkldnn._linear_pointwise, x.numel() // self.in_features
-        if rows % 8 or rows > FEW // 2 or self.bias is not None:
-            return multiply(x, _arranged(weight), self.bias, "none", [], "")
-        # The weight is read once, as it lies; inputs that are transposed themselves need no rearranging.
-        product = multiply(weight, x.reshape(rows, -1), None, "none", [], "")
-        return product.t().unflatten(0, x.shape[:-1])
+        if torch.compiler.is_compiling() or self.packed is None or not self._fits(x):
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
-    def _few(self, x: Tensor, weight: Tensor) -> bool:
-        return (
-            x.device.type == "cpu"
-            and x.dtype == weight.dtype == torch.float32
-            and isinstance(weight, nn.Parameter)  # what is computed, such as low-rank updates, comes anew
-            and 0 < x.numel() <= FEW * self.in_features
-            and not (self.training or torch.is_grad_enabled())
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-            and AVAILABLE
-        )
+    def _fits(self, x: Tensor) -> bool:
+        few = x.device.type == "cpu" and x.dtype == torch.float32 and 0 < x.numel() <= FEW * self.in_features
+        return few and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
-AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-"""Whether this build of PyTorch has the two private operators; without them all products are plain."""
+def pack(model: nn.Module, rows: int) -> None:
+    """Pack the weights of a model that begins to decode; `unpack` and `train` drop the copies.
+
+    A model calls this when decoding starts, and `unpack` when anything else runs: weights that have changed
+    by then are never met by an old copy. Does nothing but drop older copies in training, with gradients, on
+    a GPU, in other dtypes than float32, or with more than `FEW` rows.
+    """
+    unpack(model)
+    private = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if os.environ.get(SWITCH, "1") == "0" or not private or rows > FEW or torch.is_grad_enabled():
+        return
+    if model.training or torch.is_autocast_enabled("cpu"):
+        return
+    for module in model.modules():
+        if isinstance(module, Linear):
+            weight = module.weight.detach()
+            if weight.device.type == "cpu" and weight.dtype == torch.float32:
+                module.packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
-def _arranged(weight: Tensor) -> Tensor:
-    now = weight.data_ptr(), weight._version
-    known = _copies.get(weight)
-    if known is None or known[0] != now:
-        known = now, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        _copies[weight] = known
-    return known[1]
+def unpack(model: nn.Module) -> None:
+    """Drop the copies of `pack`."""
+    if not torch.compiler.is_compiling():
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.packed = None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -120,19 +118,3 @@ class _Normalise(torch.autograd.Function):
         along = (each @ weight)[..., None]  # sum(dy * y), for dy = grad * weight
         dx = (grad * weight).addcmul_(y, along, value=-1 / y.shape[-1]).mul_(scale)
         return dx, each.flatten(0, -2).sum(0), None
-
-
-class SwiGLU(nn.Module):
-    """w2(silu(w1 x) * w3 x) with w1 and w3 fused; hidden width 8/3 D, rounded up to 32."""
-
-    def __init__(self, width: int):
-        """No biases."""
-        super().__init__()
-        hidden = 32 * math.ceil(8 * width / 3 / 32)
-        self.gate_up = Linear(width, 2 * hidden, bias=False)
-        self.down = Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)

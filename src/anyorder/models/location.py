@@ -1,9 +1,8 @@
 """The location head: one-step location and content, the first future work of OAR (arXiv 2504.17069 v1).
 
-After token x_t was drawn from hidden state h_t at position pi_t, the head gives p(pi_{t+1} | everything so
+After token x_t was sampled from hidden state h_t at position pi_t, the head gives p(pi_{t+1} | everything so
 far) without another evaluation of the transformer. With it, q(order, x) = prod q(position) q(token |
-position) is an autoregressive model that is sampled ancestrally, and -log q(order, x) of any one order is an
-upper bound on -log p(x).
+position) is an autoregressive model, and -log q(order, x) of any one order is an upper bound on -log p(x).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ NEIGHBOURS = 9
 
 @dataclass
 class LocationTables:
-    """What the head knows of a grid, evaluated once per forward pass or decoding run."""
+    """The head's encodings of a grid, evaluated once per forward pass or decoding run."""
 
     grid: Grid
     absolute: Tensor
@@ -36,9 +35,9 @@ class LocationTables:
 class LocationHead(nn.Module):
     """Score of position p: q . (K(p) + R(p - pi_t) + C(which neighbours of p are revealed)) / sqrt(d).
 
-    q is a small network of (h_t, E[x_t], c); K and R are functions of coordinates, so any grid will do. The
-    condition c is in h_t, too, but there it is mixed with all else: an order that is a function of the class
-    is learnt to the end only where the class can be read.
+    q is a small network of (h_t, E[x_t], c); K and R are functions of coordinates, for any grid. The
+    condition c is an input besides h_t, which contains it: orders that depend on the class are learnt fully
+    only with it.
     """
 
     def __init__(self, width: int, key_width: int = 64):
@@ -67,17 +66,17 @@ class LocationHead(nn.Module):
         """Log-probability of each position to be next, (B, T, N) float32 nats; -inf where it is revealed.
 
         Args:
-            hidden: (B, T, D), what the last token was drawn from; the condition before the first.
+            hidden: (B, T, D), what the last token was predicted from; the condition before the first.
             content: (B, T, D), embedding of the last token.
-            condition: (B, D), all that is asked for.
+            condition: (B, D), the embedded condition.
             last: (B, T) int64, its position, N before the first.
             revealed: (B, T, N) bool, at least one position open.
             tables: of the grid of the positions.
 
         Costs O(T N d) per image, beside O(L D^2) of the transformer's L layers.
         """
-        # The condition before the first step and embeddings are small beside hidden states: without a norm
-        # the head would hear nothing of the class, and begin in the order of another one.
+        # The condition and embeddings are small beside hidden states: without a norm the head would ignore
+        # the class, and begin in the order of another one.
         condition = condition[:, None].expand_as(hidden)
         inputs = [F.rms_norm(x, x.shape[-1:]) for x in (hidden, content, condition)]
         query = self.query(torch.cat(inputs, dim=-1))

@@ -1,19 +1,17 @@
-"""Learned functions of real 2-D coordinates, and the displacements within a grid."""
+"""Learned functions of real 2-D coordinates, displacements within a grid, rotary encoding."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyorder.contracts import Grid
-
-if TYPE_CHECKING:
-    pass
 
 
 class CoordinateEncoding(nn.Module):
@@ -29,8 +27,16 @@ class CoordinateEncoding(nn.Module):
         self.hidden = nn.Linear(4 * features, width)
         self.out = nn.Linear(width, width)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As of `nn.Module`, but frequencies stay float32: rounded ones would move far positions."""
+        exact = self.frequencies
+        super()._apply(fn, recurse)
+        if self.frequencies.dtype != exact.dtype:
+            self.frequencies = exact.to(self.frequencies.device)
+        return self
+
     def forward(self, coordinates: Tensor) -> Tensor:
-        """Coordinates (..., 2) in patches to encodings (..., D)."""
+        """Coordinates (..., 2) float32 in patches to encodings (..., D)."""
         angles = (coordinates[..., None] * self.frequencies).flatten(-2)
         features = torch.cat((angles.sin(), angles.cos()), dim=-1)
         return self.out(F.silu(self.hidden(features.to(self.hidden.weight.dtype))))
@@ -49,6 +55,27 @@ def displacement_index(grid: Grid, start: Tensor, end: Tensor) -> Tensor:
     return down * (2 * grid.w - 1) + end % grid.w - start % grid.w + grid.w - 1
 
 
+def check_shapes(tokens: Tensor, order: Tensor, grid: Grid) -> None:
+    """Refuse tokens and orders that do not fill the grid.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if tokens.shape[1:] != (grid.n,) or order.shape != tokens.shape:
+        raise ValueError(
+            f"a {grid.h} x {grid.w} grid needs tokens and order of shape (B, {grid.n}), "
+            f"got {tuple(tokens.shape)} and {tuple(order.shape)}"
+        )
+
+
+@dataclass
+class Rotation:
+    """cos and sin (B, 1, T, D / H / 2) of the positions that rotate queries and keys."""
+
+    queries: tuple[Tensor, Tensor]
+    keys: tuple[Tensor, Tensor]
+
+
 @dataclass
 class PositionTables:
     """The encodings of one grid, evaluated once per forward pass or decoding run."""
@@ -59,18 +86,39 @@ class PositionTables:
     first: Tensor | None
     """S, (N, D)."""
     following: Tensor | None
-    """R: ((2h - 1)(2w - 1), D) by displacement, or (N, D) by position."""
-    cos: Tensor | None
-    """(N + 1, D / H / 2); row N, for the condition, is the identity rotation."""
-    sin: Tensor | None
+    """R: ((2h - 1)(2w - 1), D) by displacement if `relative`, else (N, D) by position."""
+    relative: bool
+    rotary: tuple[Tensor, Tensor] | None
+    """cos and sin, (N + 1, D / H / 2) float32; row N, for the condition, is the identity rotation."""
+
+    def next(self, last: Tensor, positions: Tensor) -> Tensor | float:
+        """R(position - last) for last in [0, N), (B, T, D)."""
+        if self.following is None:
+            return 0.0
+        index = displacement_index(self.grid, last, positions) if self.relative else positions
+        return F.embedding(index, self.following)
+
+    def rotation(self, last: Tensor, positions: Tensor) -> Rotation | None:
+        """Queries turn by the position they ask about, keys by the position of their own patch."""
+        if self.rotary is None:
+            return None
+        cos, sin = (table[:, None] for table in self.rotary)
+        return Rotation(
+            queries=(cos[positions].transpose(1, 2), sin[positions].transpose(1, 2)),
+            keys=(cos[last].transpose(1, 2), sin[last].transpose(1, 2)),
+        )
 
 
-@dataclass
-class Rotation:
-    """cos and sin (B, 1, T, D / H / 2) of the positions that rotate queries and keys."""
+def rotary_tables(at: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of `PositionTables.rotary` for coordinates (N, 2) float32.
 
-    queries: tuple[Tensor, Tensor]
-    keys: tuple[Tensor, Tensor]
+    Half of the frequencies turn with the row, half with the column, base 100 (small grids).
+    """
+    quarter = head_width // 4
+    frequencies = 100.0 ** (-torch.arange(quarter, device=at.device) / quarter)
+    angles = (at[:, :, None] * frequencies).flatten(1)
+    angles = torch.cat((angles, torch.zeros_like(angles[:1])))
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -6,13 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from anyorder.contracts import AnyOrderNetwork
+from anyorder.families import kind_of
 from anyorder.files import fingerprint, sha256
-from anyorder.inference.convert import Kind, _existing, build, combine, log, read_tokenizer
-from anyorder.inference.folders import INDEX, Parts, save_parts
-from anyorder.inference.weights import kind_of, save_model
+from anyorder.inference.convert import build, combine, read_tokenizer, require_file
+from anyorder.inference.folders import INDEX, save_parts
+from anyorder.inference.weights import log, save_model
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.stages.artifacts import Artifact
 
@@ -29,18 +28,18 @@ class ConvertConfig:
     """The downloaded file."""
     tokenizer: Path | None = None
     """The tokenizer that the model was trained with: another downloaded file, or a converted folder."""
-    kind: Kind = "auto"
-    """What the file holds; auto looks at its tensors."""
+    kind: str = "auto"
+    """What the file holds: vq, maskgit_vq, randar, llamagen or arpg; auto looks at its tensors."""
     grid: tuple[int, int] = (16, 16)
     """Rows and columns of patches in training, which the file does not say; (24, 24) at 384 pixels."""
     heads: int = 0
-    """Attention heads, which the file does not say either; 0: as published for its width."""
+    """Number of attention heads, which the file does not say either; 0: as published for its width."""
     joint_steps: bool = False
-    """Positions of one step see one another as in the published samplers; see docs/adapters.md."""
+    """Positions of one step see one another, as in the published samplers; see docs/adapters.md."""
     extrapolated: int | None = None
-    """Rotary frequencies that are not stretched on other grids (RandAR: 2); see docs/adapters.md."""
+    """Number of rotary frequencies that are not stretched on other grids (RandAR: 2); null stretches none."""
     policy: PolicyConfig | None = None
-    """The order that the pipeline draws in; random by default, raster for LlamaGen."""
+    """The order that the pipeline generates in; random by default, raster for LlamaGen."""
 
 
 def convert(config: ConvertConfig, out: Path) -> None:
@@ -59,7 +58,11 @@ def convert(config: ConvertConfig, out: Path) -> None:
         if not isinstance(model, AnyOrderNetwork):
             raise ValueError("extrapolated is a setting of any-order models: a tokenizer has no positions")
         model.config = dataclasses.replace(model.config, extrapolated=config.extrapolated)
-    parts = _parts(model, config) if config.tokenizer is not None else None
+    parts = None
+    if config.tokenizer is not None:
+        if not isinstance(model, AnyOrderNetwork):
+            raise ValueError(f"{config.source} is a tokenizer itself: leave tokenizer= out")
+        parts = combine(model, read_tokenizer(config.tokenizer), config.policy)
     artifact = Artifact(out, "convert", identity, {})
     if parts is None:
         (out / INDEX).unlink(missing_ok=True)  # of an earlier conversion to a pipeline
@@ -72,22 +75,9 @@ def convert(config: ConvertConfig, out: Path) -> None:
 
 
 def _hashes(config: ConvertConfig) -> dict[str, str]:
-    """What the files hold, so that a file that was replaced is converted again."""
+    """Hashes of the contents, so that a file that was replaced is converted again."""
     found = {}
     for role, path in (("source", config.source), ("tokenizer", config.tokenizer)):
         if path is not None:
-            found[role] = fingerprint(path) if path.is_dir() else sha256(_existing(path))
+            found[role] = fingerprint(path) if path.is_dir() else sha256(require_file(path))
     return found
-
-
-def _parts(model: torch.nn.Module, config: ConvertConfig) -> Parts:
-    """The model with its tokenizer.
-
-    Raises:
-        ValueError: they do not belong together.
-    """
-    assert config.tokenizer is not None
-    if not isinstance(model, AnyOrderNetwork):
-        raise ValueError(f"{config.source} is a tokenizer itself: leave tokenizer= out")
-    tokenizer = read_tokenizer(config.tokenizer)
-    return combine(model, tokenizer, config.policy)

@@ -15,6 +15,7 @@ from anyorder.contracts import AnyOrderNetwork
 from anyorder.data import caches
 from anyorder.data.images import to_uint8
 from anyorder.data.rows import evenly_spaced
+from anyorder.families import kind_of
 from anyorder.files import read_manifest
 from anyorder.inference import weights
 from anyorder.inference.device import device
@@ -164,7 +165,7 @@ class TrainStage(common.TrainingStage):
             ready=online.set_scorer if online else None,
         )  # fmt: skip
         lora.merge_low_rank(result.model)
-        weights.save_model(artifact.folder, result.model, model.config, weights.kind_of(model))
+        weights.save_model(artifact.folder, result.model, model.config, kind_of(model))
         before = self._trained_before()
         return {
             **evaluate(result.model, result.steps),

@@ -1,4 +1,4 @@
-"""What a tokenizer is trained on: pixels, codebook, perception and, from some step on, an adversary.
+"""The training losses of a tokenizer: pixels, codebook, perception and, from some step on, an adversary.
 
 The sum is that of VQGAN (arXiv 2012.09841, Sec. 3.1 and Eq. 7), arranged so that one backward pass and one
 optimizer train both sides: the generator's term sees the discriminator's weights detached, the
@@ -31,19 +31,20 @@ class LossConfig:
     lpips: float = 0.0
     """Weight of the perceptual distance; needs `vgg_path`."""
     vgg_path: str | None = None
-    """VGG16 weights with torchvision's keys `features.N.weight` and `.bias`, .safetensors or .pth."""
+    """File of VGG16 weights with torchvision's keys `features.N.weight` and `.bias`, .safetensors or .pth."""
     lpips_path: str | None = None
-    """LPIPS's linear heads `linN.model.1.weight`; None: every channel counts the same."""
+    """File of LPIPS's linear heads `linN.model.1.weight`; null: every channel counts the same."""
     adversarial: float = 0.0
-    """Weight of the adversarial term, times the adaptive weight."""
+    """Weight of the adversarial term, times the adaptive weight; 0 trains without a discriminator."""
     discriminator_start: int = 0
-    """Training step at which both adversarial terms set in."""
+    """Training step at which both adversarial terms begin."""
     discriminator_channels: int = 64
-    """Width after the discriminator's first layer, a multiple of 8."""
+    """Number of channels after the discriminator's first layer, a multiple of 8."""
     discriminator_layers: int = 3
-    """Times the discriminator halves the image; 3 judges patches of 70 pixels, 2 of 34, 1 of 16."""
+    """How often the discriminator halves the image: 3 rates patches of 70 pixels, 2 of 34, 1 of 16."""
     seed: int = 0
-    """Of the draws that re-seed unused codes; combined with the step, so a resumed run draws the same."""
+    """Seed of the random choices that re-seed unused codes; combined with the step, so that a resumed run
+    makes the same choices."""
 
     def __post_init__(self) -> None:
         for name in ("l1", "l2", "lpips", "adversarial", "discriminator_start", "seed"):
@@ -63,7 +64,7 @@ class LossConfig:
 
 
 class TokenizerLoss(nn.Module):
-    """The training loss of a `VQModel`; its own parameters, the discriminator's, go to the same optimizer."""
+    """The training loss of a `VQModel`; its parameters, the discriminator's, go to the same optimizer."""
 
     def __init__(self, config: LossConfig):
         super().__init__()
@@ -83,7 +84,7 @@ class TokenizerLoss(nn.Module):
         Args:
             model: the tokenizer in training.
             images: (B, 3, H, W) float in [-1, 1].
-            step: training step, from 0; decides whether the adversary plays and seeds the codebook's draws.
+            step: training step, from 0; decides whether the adversarial terms count, and seeds the codebook.
 
         Returns:
             The sum to differentiate, a float32 scalar, and its detached parts before their weights, float32
@@ -150,7 +151,7 @@ def discriminator_loss(discriminator: Discriminator, real: Tensor, fake: Tensor)
 
 
 def adaptive_weight(reconstruction: Tensor, generator: Tensor, last_layer: Tensor) -> Tensor:
-    """Weight that gives the adversary as much pull on the last layer as the reconstruction (VQGAN, Eq. 7).
+    """Weight that makes both gradients at the last layer equally large (VQGAN, Eq. 7).
 
     Args:
         reconstruction: scalar loss that depends on `last_layer`.
@@ -160,16 +161,16 @@ def adaptive_weight(reconstruction: Tensor, generator: Tensor, last_layer: Tenso
     Returns:
         Detached scalar in [0, 10,000].
     """
-    pulls = [
+    norms = [
         torch.autograd.grad(x, last_layer, retain_graph=True)[0].norm() for x in (reconstruction, generator)
     ]
-    return (pulls[0] / (pulls[1] + 1e-4)).clamp(0, 1e4).detach()
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
 
 
 class Discriminator(nn.Sequential):
     """PatchGAN (arXiv 1611.07004, Sec. 3.2.2): one logit per overlapping patch.
 
-    GroupNorm in place of BatchNorm, so that the verdict on an image does not depend on its batch.
+    GroupNorm in place of BatchNorm, so that the logits of an image do not depend on its batch.
     """
 
     def __init__(self, channels: int, layers: int):

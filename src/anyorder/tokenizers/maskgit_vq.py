@@ -12,9 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anyorder import families
 from anyorder.contracts import Grid, TokenizerNetwork
 
+MASKGIT_VQ = families.File("fun-research/TiTok", "maskgit-vqgan-imagenet-f16-256.bin")
+
 GROUPS = 32
+"""Of every GroupNorm."""
 
 
 @dataclass
@@ -22,11 +26,11 @@ class MaskGITVQConfig:
     """Shape of the tokenizer; the defaults are the published ones."""
 
     channels: int = 128
-    """Width at full resolution, a multiple of 32."""
+    """Number of channels at full resolution, a multiple of 32."""
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """Width at each resolution in units of `channels`; each level after the first halves both sides."""
+    """Channels at each resolution in units of `channels`; each level after the first halves both sides."""
     res_blocks: int = 2
-    """Residual blocks per resolution, and in the middle."""
+    """Residual blocks per resolution, and at the lowest one between encoder or decoder and the codebook."""
     vocab_size: int = 1024
     """Number of codes, V."""
     code_dim: int = 256
@@ -156,7 +160,7 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, and in the decoder the way to the next."""
+    """The blocks of one resolution, and in the decoder the change to the next."""
 
     def __init__(self, before: int, width: int, blocks: int, upsample: bool = False):
         super().__init__()
@@ -203,3 +207,27 @@ def _norm(width: int) -> nn.GroupNorm:
 
 def _conv3(before: int, width: int, bias: bool = True) -> nn.Conv2d:
     return nn.Conv2d(before, width, 3, padding=1, bias=bias)
+
+
+def read_config(tensors: dict[str, Tensor], grid: tuple[int, int], heads: int) -> MaskGITVQConfig:
+    """The configuration of a file; see `families.Family`."""
+    channels = families.shape_of(tensors, "encoder.conv_in.weight", 4)[0]
+    levels = range(families.count_blocks(tensors, "encoder.down."))
+    widths = [families.shape_of(tensors, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in levels]
+    vocab_size, code_dim = families.shape_of(tensors, "quantize.embedding.weight")
+    return MaskGITVQConfig(
+        channels=channels,
+        multipliers=tuple(width // channels for width in widths),
+        res_blocks=families.count_blocks(tensors, "encoder.mid."),
+        vocab_size=vocab_size,
+        code_dim=code_dim,
+    )
+
+
+FAMILY = families.Family(
+    MaskGITVQ,
+    MaskGITVQConfig,
+    marker="encoder.down.0.block.0.conv1.weight",
+    read_config=read_config,
+    files=(MASKGIT_VQ,),
+)

@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anyorder import families
 from anyorder.contracts import Grid, TokenizerNetwork
+
+VQ16 = families.File("FoundationVision/LlamaGen", "vq_ds16_c2i.pt")
 
 WINDOW = 65536
 """Tokens remembered in `quantize.codebook_used`; the length is that of the published files."""
@@ -24,29 +27,31 @@ class VQConfig:
     """Shape of the tokenizer and how its codebook learns; the defaults are LlamaGen's VQ-16."""
 
     channels: int = 128
-    """Width at full resolution."""
+    """Number of channels at full resolution."""
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """Width at each resolution in units of `channels`; each level after the first halves both sides."""
+    """Number of channels at each resolution in units of `channels`; each level after the first halves both
+    sides, so (1, 2, 4) makes patches of 4 x 4 pixels."""
     res_blocks: int = 2
     """Residual blocks per resolution in the encoder; the decoder has one more."""
     z_channels: int = 256
-    """Width between encoder or decoder and the 1 x 1 convolutions around the codebook."""
+    """Number of channels between encoder or decoder and the 1 x 1 convolutions around the codebook."""
     vocab_size: int = 16384
     """Number of codes, V."""
     code_dim: int = 8
     """Dimensions of a code; codes and encoder outputs are unit vectors."""
     groups: int = 32
-    """Groups of every GroupNorm; divides every width."""
+    """Groups of every GroupNorm, a divisor of every number of channels."""
     attention: bool = True
-    """Self-attention at the deepest resolution, as published; without it all is convolution."""
+    """Self-attention at the lowest resolution, as published; with false there are only convolutions."""
     dropout: float = 0.0
-    """Probability of zeroing an activation inside the residual blocks, in training."""
+    """Dropout probability inside the residual blocks in training, in [0, 1)."""
     commitment: float = 0.25
-    """Weight of the commitment loss (VQ-VAE, arXiv 1711.00937, Eq. 3)."""
+    """Weight of the commitment loss (VQ-VAE, arXiv 1711.00937, Eq. 3), >= 0."""
     codebook_update: Literal["ema", "gradient"] = "gradient"
-    """Codes follow the moving average of the encoder outputs nearest to them, or the codebook loss."""
+    """How codes learn: ema, as the moving average of the encoder outputs nearest to them, or gradient, by the
+    codebook loss."""
     ema_decay: float = 0.99
-    """Share of a code's moving average that stays in one update."""
+    """Share of a code's moving average that stays in one update, in [0, 1)."""
     revive_after: int = 0
     """Updates without use after which a code is re-seeded from encoder outputs; 0: never."""
 
@@ -54,6 +59,10 @@ class VQConfig:
         self.multipliers = tuple(self.multipliers)
         for name in ("channels", "res_blocks", "z_channels", "vocab_size", "code_dim", "groups"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("dropout", "ema_decay"):
+            _require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        for name in ("commitment", "revive_after"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         _require(
             len(self.multipliers) > 0 and min(self.multipliers) >= 1,
             f"multipliers need one number >= 1 per resolution, got {self.multipliers}; (1, 2, 4) is factor 4",
@@ -63,15 +72,9 @@ class VQConfig:
             not narrow,
             f"groups={self.groups} does not divide widths {narrow}: choose a divisor of {self.channels}",
         )
-        _require(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}")
-        _require(self.commitment >= 0, f"commitment must not be negative, got {self.commitment}")
         _require(
             self.codebook_update in ("ema", "gradient"),
             f"codebook_update must be 'ema' or 'gradient', got {self.codebook_update!r}",
-        )
-        _require(0 <= self.ema_decay < 1, f"ema_decay must lie in [0, 1), got {self.ema_decay}")
-        _require(
-            self.revive_after >= 0, f"revive_after must not be negative (0: never), got {self.revive_after}"
         )
 
     @property
@@ -87,7 +90,7 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass
 class VQOutput:
-    """What one pass through the tokenizer yields."""
+    """The result of one pass through the tokenizer."""
 
     reconstruction: Tensor
     """(B, 3, H, W), about [-1, 1], not clamped."""
@@ -184,12 +187,12 @@ class VQModel(TokenizerNetwork):
     def update_codebook(self, output: VQOutput, generator: torch.Generator) -> None:
         """Learn the codebook from one training batch: moving average, seeding and revival of unused codes.
 
-        Called by the training loss after the forward pass, once per step; nothing else but the optimizer
-        changes the codebook. Safe before the backward pass, which reads copies of the codes in use.
+        Called by the training loss once per step, after the forward pass. Safe before the backward pass,
+        which reads copies of the codes in use.
 
         Args:
             output: of `forward` on the batch.
-            generator: on the model's device; draws the encoder outputs that become codes.
+            generator: on the model's device; chooses the encoder outputs that become codes.
         """
         self.quantize.update(output.latents.detach().flatten(0, 1), output.tokens.flatten(), generator)
 
@@ -212,14 +215,14 @@ class Quantizer(nn.Module):
     """A codebook of V directions in D dimensions.
 
     Only the direction of a stored row matters: rows are normalised at every use. With
-    `codebook_update="ema"` a row holds the moving average of the *sum* of its encoder outputs; its direction
-    is their mean on the sphere and its length the weight of the evidence, so no state is needed besides it.
+    `codebook_update="ema"` a row holds the moving average of the *sum* of its encoder outputs: its direction
+    is their mean on the sphere, its length their weight, so no other state is needed.
 
     Attributes:
         codebook_used: (65536,) float32, the latest training tokens, oldest first; -1 where there is none yet.
-        idle: (V,) int64, updates since a code was last used; -1 before the first update, which then seeds
-            every code from encoder outputs. Only with `codebook_update="ema"` or `revive_after > 0`. Zero it
-            to keep a codebook that was loaded from a file without it.
+        idle: (V,) int64, updates since a code was last used; -1 before the first update, which seeds every
+            code from encoder outputs. Only with `codebook_update="ema"` or `revive_after > 0`. Zero it to
+            keep a codebook that was loaded from a file without it.
     """
 
     codebook_used: Tensor
@@ -280,13 +283,13 @@ class Quantizer(nn.Module):
         weight.copy_(torch.where(used[:, None], decay * weight + (1 - decay) * sums, weight))
 
     def _reseed(self, dead: Tensor, latents: Tensor, tokens: Tensor, generator: torch.Generator) -> None:
-        """Put dead codes on encoder outputs, drawn in proportion to how badly they are represented now."""
+        """Put dead codes on encoder outputs, sampled in proportion to how badly they are represented now."""
         error = 1 - (latents * self.lookup(tokens)).sum(-1)
         count = int(dead.sum())
-        drawn = torch.multinomial(
+        chosen = torch.multinomial(
             error.clamp_min(1e-6), count, replacement=count > len(error), generator=generator
         )
-        self.embedding.weight[dead] = latents[drawn].to(self.embedding.weight.dtype)
+        self.embedding.weight[dead] = latents[chosen].to(self.embedding.weight.dtype)
         self.idle[dead] = 0
 
 
@@ -308,8 +311,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features of images."""
-        # Channels last: convolutions in bf16 on CPU then take half the time, and GroupNorm keeps up where a
-        # group has 16 channels or more. The decoder's input, tokens by channels, is channels last already.
+        # Convolutions in bf16 on a CPU take half the time in this layout; the decoder's input has it already.
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         for level in self.conv_blocks:
             x = level(x)
@@ -341,7 +343,7 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, and the way to the next."""
+    """The blocks of one resolution, and the change to the next."""
 
     def __init__(
         self,
@@ -441,3 +443,30 @@ def _norm(width: int, config: VQConfig) -> nn.GroupNorm:
 
 def _conv3(before: int, width: int) -> nn.Conv2d:
     return nn.Conv2d(before, width, 3, padding=1)
+
+
+def read_config(tensors: dict[str, Tensor], grid: tuple[int, int], heads: int) -> VQConfig:
+    """The configuration of a VQ-16 or VQ-8 file; see `families.Family`."""
+    # Files may or may not hold the tokens that were used last in training.
+    tensors.setdefault("quantize.codebook_used", torch.full((WINDOW,), -1.0))
+    channels = families.shape_of(tensors, "encoder.conv_in.weight", 4)[0]
+    levels = range(families.count_blocks(tensors, "encoder.conv_blocks."))
+    widths = [families.shape_of(tensors, f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4)[0] for i in levels]
+    vocab_size, code_dim = families.shape_of(tensors, "quantize.embedding.weight")
+    return VQConfig(
+        channels=channels,
+        multipliers=tuple(width // channels for width in widths),
+        res_blocks=families.count_blocks(tensors, "encoder.conv_blocks.0.res."),
+        z_channels=families.shape_of(tensors, "encoder.conv_out.weight", 4)[0],
+        vocab_size=vocab_size,
+        code_dim=code_dim,
+    )
+
+
+FAMILY = families.Family(
+    VQModel,
+    VQConfig,
+    marker="encoder.conv_blocks.0.res.0.conv1.weight",
+    read_config=read_config,
+    files=(VQ16,),
+)

@@ -10,14 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from anyorder.contracts import AnyOrderNetwork, Grid
-from anyorder.inference.weights import kind_of
-
-CLASS_TABLES = {
-    "llamagen": "cls_embedding.embedding_table.weight",
-    "randar": "cls_embedding.embedding_table.weight",
-    "arpg": "embeddings.weight",
-}
-"""Kind of model -> the tensor that holds a row for each class, then one for no class."""
+from anyorder.families import family, kind_of
 
 HEADS = ("head", "output")
 """The last matrix, which low-rank training leaves alone: it is as large as the codebook."""
@@ -43,8 +36,8 @@ def adapt(
     before = model.num_classes
     known = known or (range(before) if num_classes == before else [None] * num_classes)
     if list(known) != list(range(before)):
-        name = CLASS_TABLES[kind_of(model)]
-        first = model.vocab_size + 1 if kind_of(model) == "arpg" else 0  # after the codes and the mask
+        declared = family(kind_of(model))
+        name, first = declared.class_table, declared.first_class(model.config)
         tensors[name] = _with_classes(tensors[name], first, before, known)
     adapted = type(model)(config).to(next(model.parameters()).device)
     adapted.load_state_dict(tensors)
@@ -88,8 +81,7 @@ def add_low_rank(model: AnyOrderNetwork, rank: int) -> None:
             module.requires_grad_(True)
         elif isinstance(module, nn.Linear) and name not in HEADS:
             parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank))
-    table = CLASS_TABLES.get(kind_of(model), "condition_embedding.weight")
-    model.get_parameter(table).requires_grad_(True)
+    model.get_parameter(family(kind_of(model)).class_table).requires_grad_(True)
 
 
 def merge_low_rank(model: nn.Module) -> None:

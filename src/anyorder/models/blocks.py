@@ -1,0 +1,82 @@
+"""The residual block of the transformer: attention and SwiGLU."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anyorder.models.attention import Attend, merge_heads
+from anyorder.models.layers import Linear, RMSNorm
+from anyorder.models.positions import Rotation, rotate
+
+if TYPE_CHECKING:
+    from anyorder.models.transformer import TransformerConfig
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; *who attends to whom* is an argument, never a mode."""
+
+    def __init__(self, config: TransformerConfig):
+        """Fused projections without biases."""
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = Linear(config.width, 3 * config.width, bias=False)
+        self.out = Linear(config.width, config.width, bias=False)
+        head_width = config.width // config.heads
+        self.q_norm = RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
+
+    def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs (B, T, D) to queries, keys and values, each (B, H, T, D / H)."""
+        b, t, d = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, *rotation.queries), rotate(k, *rotation.keys)
+        return q.to(v.dtype), k.to(v.dtype), v
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: TransformerConfig):
+        """Attention and SwiGLU."""
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, eps=1e-6)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.width, eps=1e-6)
+        self.mlp = SwiGLU(config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        return self.after(x, merge_heads(attend(*self.before(x, rotation))))
+
+    def before(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What is to be attended with, from inputs (B, T, D): queries, keys, values (B, H, T, D / H)."""
+        return self.attention.project(self.attention_norm(x), rotation)
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Outputs (B, T, D) from the inputs and from what the heads made of them, both (B, T, D)."""
+        # A sum lies in memory as its first term: for few rows as `Linear` returns, and wants, them.
+        x = self.dropout(self.attention.out(attended)) + x
+        return self.dropout(self.mlp(self.mlp_norm(x))) + x
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x) with w1 and w3 fused; hidden width 8/3 D, rounded up to 32."""
+
+    def __init__(self, width: int):
+        """No biases."""
+        super().__init__()
+        hidden = 32 * math.ceil(8 * width / 3 / 32)
+        self.gate_up = Linear(width, 2 * hidden, bias=False)
+        self.down = Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
