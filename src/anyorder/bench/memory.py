@@ -54,8 +54,7 @@ def _cache(subject: Subject, grid: Grid) -> int:
     """Bytes of the keys and values that decoding allocates."""
     with subject.autocast():
         state = subject.model.start(subject.config.images, None, grid)
-    cache = getattr(state, "cache", state)
-    return cache.keys.nbytes + cache.values.nbytes
+    return state.cache.keys.nbytes + state.cache.values.nbytes
 
 
 class _Piecewise:
