@@ -175,6 +175,23 @@ def test_labels(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_used_states_and_the_null_label_are_refused(name):
+    model, raster = published(FAMILIES[name]), torch.arange(GRID.n).expand(2, -1)
+    tokens = torch.zeros(2, GRID.n, dtype=torch.int64)
+    state = model.start(2)
+    following = model.append(state, raster[:, :1], tokens[:, :1])
+    for use in (
+        lambda: model.score(state, raster[:, 1:2]),
+        lambda: model.append(state, raster[:, 1:2], tokens[:, 1:2]),
+    ):
+        with pytest.raises(ValueError, match="used up by append"):
+            use()
+    assert model.score(following, raster[:, 1:2]).isfinite().all()
+    with pytest.raises(ValueError, match=r"lie in \[0, 3\)"):
+        model(tokens, torch.tensor([0, 3]), raster)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_labels_are_dropped_in_training_only(name):
     model = published(FAMILIES[name], label_dropout=0.99)
     tokens, raster = torch.zeros(1, GRID.n, dtype=torch.int64), torch.arange(GRID.n)[None]

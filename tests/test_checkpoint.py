@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import logging
 import os
@@ -6,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from conftest import transformer
 from torch import nn
 
 from anyorder import families
@@ -85,6 +87,43 @@ def test_load_model_refuses(tmp_path):
         load_model(tmp_path)
     path.write_text('{"kind": "tiny", "config": {"widths": [9, 2]}}')
     with pytest.raises(ValueError, match=r"first\.weight is \(2, 3\), expected \(2, 9\)"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "must hold a kind and a config"),
+        ('{"config": {}}', "must hold a kind and a config"),
+        ('{"kind": 3, "config": {}}', "must hold a kind and a config"),
+        ('{"kind": "tiny"}', "must hold the settings of TinyConfig under 'config'"),
+        ('{"kind": "tiny", "config": [1]}', "must hold the settings of TinyConfig under 'config'"),
+        ('{"kind": "tiny", "config": {"widths": "wide"}}', "does not fit this version's TinyConfig"),
+        ('{"kind": "tiny", "config": {"widths": null}}', "does not fit this version's TinyConfig"),
+        ('{"kind": "tiny", "config": {"widths": [1000000000, 1000000000]}}', "expected .1000000000"),
+    ],
+)
+def test_wrong_configurations_are_one_line(tmp_path, text, message):
+    """The last one would take exabytes if the model were built before the shapes are compared."""
+    save_model(tmp_path, Tiny(TinyConfig()), TinyConfig(), "tiny")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_more_blocks_than_tensors_are_refused_before_they_are_made(tmp_path):
+    model = transformer()
+    save_model(tmp_path, model, dataclasses.replace(model.config, depth=10**9), "transformer")
+    with pytest.raises(ValueError, match="does not fit depth=1000000000: it has only"):
+        load_model(tmp_path)
+
+
+def test_weights_of_a_failed_training_are_refused(tmp_path):
+    model = Tiny(TinyConfig())
+    model.first.bias.data[1] = torch.nan
+    save_model(tmp_path, model, model.config, "tiny")
+    with pytest.raises(ValueError, match=r"model\.safetensors is of no use: first\.bias holds NaN"):
         load_model(tmp_path)
 
 

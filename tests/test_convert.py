@@ -92,6 +92,43 @@ def test_prefixes_of_training_programs_are_removed(tmp_path):
     assert_same(build(path, grid=GRID), model)
 
 
+@pytest.mark.parametrize("prefix", ["module._orig_mod.", "_orig_mod.module.", "_orig_mod."])
+def test_nested_prefixes_are_removed(tmp_path, prefix):
+    model, path = model_of("arpg"), tmp_path / "a.pt"
+    torch.save({f"{prefix}{key}": value for key, value in model.state_dict().items()}, path)
+    assert_same(build(path, grid=GRID), model)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_downloads_that_went_wrong_are_named(tmp_path, name):
+    path = tmp_path / name
+    for content, message in (
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "a Git LFS pointer, run 'git lfs pull'",
+        ),
+        (b"\n<!DOCTYPE html><title>Sign in</title>", "a web page, download the file itself"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} cannot be read as weights: it is {message}"):
+            build(path)
+
+
+def test_weights_with_nan_are_refused(tmp_path):
+    model = model_of("arpg")
+    model.head.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"weights.pt is of no use: head.weight holds NaN"):
+        build(download(tmp_path, model))
+
+
+def test_kinds_without_published_files_are_refused(tmp_path):
+    path = download(tmp_path, model_of("arpg"))
+    with pytest.raises(ValueError, match="kind 'transformer' has no published files"):
+        build(path, kind="transformer")
+    with pytest.raises(ValueError, match="unknown kind of model 'llama', allowed: vq"):
+        build(path, kind="llama")
+
+
 def test_arguments_of_training_beside_the_weights_are_tolerated(tmp_path):
     model, path = model_of("llamagen"), tmp_path / "a.pt"
     torch.save({"model": model.state_dict(), "args": argparse.Namespace(lr=1e-4)}, path)

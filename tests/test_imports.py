@@ -104,3 +104,9 @@ def test_a_pipeline_loads_neither_trainer_nor_stages_nor_matplotlib():
     modules = loaded("import anyorder.inference.pipeline")
     above = ("anyorder.training", "anyorder.stages", "anyorder.report", "matplotlib")
     assert not [module for module in modules if module.startswith(above)]
+
+
+def test_loading_an_own_model_loads_no_adapter():
+    modules = loaded("from anyorder.families import family; family('transformer'), family('vq')")
+    assert "anyorder.models.transformer" in modules
+    assert not [module for module in modules if module.startswith("anyorder.adapters")]

@@ -1,3 +1,4 @@
+import copy
 import math
 from itertools import pairwise
 
@@ -401,6 +402,28 @@ def test_bf16_weights_decode():
     assert ((decoded - forward).abs().float().mean() / forward.float().std()) < 0.05
 
 
+@torch.no_grad()
+def test_positions_stay_exact_in_bf16():
+    """Rounded frequencies would move far positions: 8 bits of an angle of 100 radians are nothing."""
+    model = transformer(rotary=True, location=True)
+    exact = copy.deepcopy(model)
+    encodings = [module for module in model.bfloat16().modules() if isinstance(module, CoordinateEncoding)]
+    assert len(encodings) == 5
+    for found, kept in zip(
+        encodings, (m for m in exact.modules() if isinstance(m, CoordinateEncoding)), strict=True
+    ):
+        assert found.frequencies.dtype == torch.float32
+        assert torch.equal(found.frequencies, kept.frequencies)
+        assert found.hidden.weight.dtype == torch.bfloat16
+    grid = Grid(40, 40)
+    tables = [each._tables(grid) for each in (model, exact)]
+    for found, kept in zip(*(table.rotary for table in tables), strict=True):
+        assert torch.equal(found, kept)
+    close = {"rtol": 2e-2, "atol": 2e-2 * float(tables[1].current.std())}
+    assert_close(tables[0].current.float().mean(1), tables[1].current.mean(1), **close)
+    assert torch.equal(model.to(torch.float64).first.frequencies, exact.first.frequencies)
+
+
 def test_large_scores_stay_finite():
     """The merge of prefix and self subtracts the larger maximum first."""
     model = transformer()
@@ -458,6 +481,29 @@ def test_forward_refuses_another_grid():
             model(tokens, None, order)
     with pytest.raises(ValueError, match="a 3 x 3 grid needs"):
         model(TOKENS, None, ORDER, Grid(3, 3))
+
+
+def test_forward_refuses_the_null_label():
+    """`num_classes` is the row of "no label": a model that takes it would seem to be conditioned."""
+    model, labels = transformer(num_classes=3), torch.tensor([0, 1, 3])
+    with pytest.raises(ValueError, match=r"lie in \[0, 3\).*with values \[0, 1, 3\]"):
+        model(TOKENS, labels, ORDER)
+
+
+@torch.no_grad()
+def test_a_used_state_is_refused():
+    model = transformer(location=True)
+    state = model.start(3)
+    following = model.append(state, ORDER[:, :1], TOKENS[:, :1])
+    for use in (
+        lambda: model.score(state, ORDER[:, 1:]),
+        lambda: model.append(state, ORDER[:, 1:2], TOKENS[:, 1:2]),
+        lambda: model.locate(state, torch.zeros(3, 6, dtype=torch.bool)),
+    ):
+        with pytest.raises(ValueError, match="used up by append: go on with the one it returned"):
+            use()
+    model.score(copy.deepcopy(following), ORDER[:, 1:])
+    model.score(following, ORDER[:, 1:])
 
 
 @pytest.mark.parametrize("labels", [[0, 1], [0, 1, 3], [0, 1, -2], [[0], [1], [2]]])

@@ -139,7 +139,7 @@ class State(attention.DecodingState):
     """(B, D): the whole condition, prefix included."""
     scored: attention.Scored
     where: location.LocationTables | None
-    """Of the location head, where there is one."""
+    """Of the location head."""
     prefix: int = 0
     """P: how long the cache is before the first step."""
 
@@ -182,10 +182,8 @@ class AnyOrderTransformer(AnyOrderNetwork):
             for branch in (block.attention.out, block.mlp.down):  # type: ignore[union-attr]
                 nn.init.trunc_normal_(branch.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))  # type: ignore[union-attr, arg-type]
 
-    # --- inputs ------------------------------------------------------------------------------------
-
     def _tables(self, grid: Grid) -> encoding.PositionTables:
-        """Evaluate A, S, R and the rotations on a grid: O(N) small-network evaluations."""
+        """A, S, R and the rotations on a grid: O(N) small-network evaluations."""
         at, relative = grid.coordinates(self.head.weight.device), self.config.next_position == "relative"
         target = encoding.displacements(grid, at.device) if relative else at
         head_width = self.config.width // self.config.heads
@@ -243,8 +241,6 @@ class AnyOrderTransformer(AnyOrderNetwork):
             )
         return self.location
 
-    # --- teacher forcing ---------------------------------------------------------------------------
-
     def forward(
         self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
     ) -> Tensor:
@@ -267,18 +263,12 @@ class AnyOrderTransformer(AnyOrderNetwork):
     ) -> tuple[Tensor, Tensor]:
         """Teacher-forced content and location: q(order, x) = prod q(position) q(token | position).
 
-        Args:
-            tokens: (B, N) int64 in raster order, in [0, V).
-            condition: (B,) int64 labels, (B, 1 + A + L) int64 (see `contracts`), or None.
-            order: (B, N) int64.
-            grid: the grid of `tokens`, where it is not the one of training.
-
         Returns:
-            Logits (B, N, V) as of `forward`, and log-probabilities (B, N, N) float32 nats of each position
-            to be next, -inf where it is revealed already.
+            Logits (B, N, V) as of `forward`, which takes the same arguments, and log-probabilities (B, N, N)
+            float32 nats of each position to be next, -inf where it is revealed already.
 
         Raises:
-            ValueError: the model has no location head, or inputs as of `forward`.
+            ValueError: the model has no location head, or as of `forward`.
         """
         grid, head = grid or self.grid, self._location_head()
         start, prefix = self._condition(len(tokens), condition)
@@ -325,12 +315,10 @@ class AnyOrderTransformer(AnyOrderNetwork):
                 x = block(x, rotation, attention.causal)
         return self.norm(x)
 
-    # --- decoding ----------------------------------------------------------------------------------
-
     def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> State:
         """A cache of O(depth * B * (P + N) * D) that holds the prefix only; the class is pending.
 
-        Weights must not change until the state is no longer used: they may be packed, see `layers.pack`.
+        Weights must not change while it is used, see `layers.pack`.
 
         Raises:
             ValueError: labels, attributes or caption tokens out of range.
@@ -383,9 +371,6 @@ class AnyOrderTransformer(AnyOrderNetwork):
         Each candidate attends to the one shared prefix and to itself: O(M L) attention, no copies of the
         cache. Candidates are remembered until `append`: neither the chosen one nor a second score of some of
         them runs the network again.
-
-        Raises:
-            ValueError: a state that `append` has used up.
         """
         state.require_current()
         found = state.scored.find(positions)
@@ -418,7 +403,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         """Log-probability of each position to be next, (B, N) float32 nats; -inf where `revealed` (B, N).
 
         Raises:
-            ValueError: the model has no location head, or `append` has used the state up.
+            ValueError: the model has no location head.
         """
         state.require_current()
         head, content = self._location_head(), state.content[:, None]
@@ -431,9 +416,6 @@ class AnyOrderTransformer(AnyOrderNetwork):
 
         The input that leads to the first position is taken from `score` where it was scored; those that
         lead to the others run as one causal block.
-
-        Raises:
-            ValueError: a state that `append` has used up.
         """
         state.require_current()
         found, hidden, inputs = state.scored.find(positions[:, :1]), state.hidden, []
