@@ -16,6 +16,7 @@ from conftest import transformer
 from anyorder import Pipeline
 from anyorder.cli import main as cli
 from anyorder.contracts import Grid
+from anyorder.data.caches import TokenSet
 from anyorder.evaluation.metrics import FeatureStatistics, frechet_distance
 from anyorder.files import fingerprint, load_array, read_json, read_manifest
 from anyorder.inference import pipeline
@@ -32,6 +33,7 @@ from anyorder.stages.compare import CompareStage
 from anyorder.stages.execute import execute, split
 from anyorder.stages.experiment import STAGES, load_experiment
 from anyorder.stages.features import FeaturesStage
+from anyorder.stages.generation import load_pipeline
 from anyorder.stages.iterate import IterateStage
 from anyorder.stages.orders import OrdersStage, class_orders
 from anyorder.stages.tokenizer import TokenizerStage
@@ -63,7 +65,7 @@ EXPERIMENT = {
         "drawn": {"stage": "sample", "model": "ordered", **MADE, "n": 10, "batch_size": 4},
         "peeking": {"stage": "sample", "model": "ordered", **MADE, "n": 5,
                     "policy": {"order": "token_likelihood"}, "guidance": {"scale": 2.0}, "bf16": False},
-        "guided-by-any": {"stage": "sample", "model": "ordered", "scorer": "any", **MADE, "n": 5},
+        "guided-by-any": {"stage": "sample", "model": "ordered", "scorer": "any", "n": 5},
         "eval-guided-by-any": {"stage": "eval", "samples": "guided-by-any", **MEASURED, "nll_images": 8},
         "eval-drawn": {"stage": "eval", "samples": "drawn", "model": "ordered", "data": "data", **MEASURED,
                        "tokens": "tokens", "nll_images": 8},
@@ -72,7 +74,7 @@ EXPERIMENT = {
         "pipeline": {"model": "ordered", "scorer": "any"},
         "located": {"stage": "train", "tokens": "tokens", "init": "any", "orders": "orders", "jitter": 1.0,
                     "random_share": 0.3, "model": {"location": True}, "train": STEPS},
-        "by-location": {"stage": "sample", "model": "located", **MADE, "n": 10,
+        "by-location": {"stage": "sample", "model": "located", "n": 10,
                         "policy": {"order": "location"}},
         "eval-by-location": {"stage": "eval", "samples": "by-location", **MEASURED, "nll_images": 8},
         "classes": {"stage": "train", "tokens": "tokens", "orders": "orders", "orders_as": "class_mean",
@@ -372,7 +374,7 @@ def test_evaluations_reproduce_and_keep_times_apart(experiment, tmp_path):
 def test_random_orders_give_a_bound_and_inferred_orders_a_likelihood(experiment, tmp_path):
     _, out = experiment
     assert not read_json(out / "eval-drawn" / "metrics.json")["nll_is_bound"]
-    command = ["sample", f"model={out}/any", f"tokenizer={out}/tokenizer", f"tokens={out}/tokens", "n=8"]
+    command = ["sample", f"model={out}/any", "n=8"]
     assert cli.main([*command, "policy.order=random", f"out={tmp_path}/s"]) == 0
     command = ["eval", f"samples={tmp_path}/s", f"features={out}/features", f"out={tmp_path}/e"]
     assert cli.main([*command, "nll_images=8"]) == 0
@@ -456,6 +458,56 @@ def test_orders_are_extracted_in_float32_unless_asked(experiment, tmp_path, monk
         np.testing.assert_array_equal(
             load_array(tmp_path / "o" / f"{name}.npy"), load_array(out / "orders" / f"{name}.npy")
         )
+
+
+def test_inferred_orders_are_rated_in_float32(experiment, tmp_path, monkeypatch):
+    path, out = experiment
+    monkeypatch.setattr("anyorder.inference.device.native_bf16", lambda device: True)
+    stages = load_experiment(path).stages
+    for name, same in (("drawn", ("tokens", "order")), ("guided-by-any", ())):
+        execute("sample", stages[name][1], tmp_path / name)
+        for array in same:
+            a, b = (load_array(folder / name / f"{array}.npy") for folder in (out, tmp_path))
+            np.testing.assert_array_equal(a, b)
+    tokens = TokenSet(out / "tokens", "test")
+    for order, scorer, dtypes in (
+        ("margin", None, (torch.float32, None)),
+        ("margin", out / "any", (torch.bfloat16, torch.float32)),
+        ("raster", None, (torch.bfloat16, None)),
+    ):
+        artifact = Artifact(tmp_path / order, "x", {}, {"tokenizer": out / "tokenizer"})
+        pipe = load_pipeline(
+            artifact,
+            tokens,
+            out / "ordered",
+            out / "tokenizer",
+            scorer,
+            policy=PolicyConfig(order),
+            bf16=True,
+        )
+        found = tuple(
+            next(m.parameters()).dtype if m is not None else None for m in (pipe.model, pipe.scorer)
+        )
+        assert found == dtypes, order
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_tiny_test_splits(tmp_path, n):
+    """One test image, say of 30, is enough for all but distances; no NaN in any JSON."""
+    settings = {
+        name: dict(EXPERIMENT["stages"][name]) for name in ("data", "tokenizer", "tokens", "any", "orders")
+    }
+    settings["data"] |= {"max_train": 29, "max_test": n}
+    (tmp_path / "x.yaml").write_text(
+        yaml.safe_dump({"out": str(tmp_path), "stages": settings}, sort_keys=False)
+    )
+    assert cli.main(["run", str(tmp_path / "x.yaml")]) == 0
+    for path in tmp_path.rglob("*.json*"):
+        assert not {"NaN", "Infinity"} & set(path.read_text().replace(",", " ").replace(":", " ").split()), (
+            path
+        )
+    code = cli.main(["features", f"data={tmp_path}/data", f"out={tmp_path}/f", "channels=8", "train.steps=1"])
+    assert code == (2 if n < 2 else 0)
 
 
 # --- running again --------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""How sure is a difference? Two sets of generated images against one reference, resampled many times.
+"""Bootstrap intervals of differences: two sets of generated images against one reference.
 
-The generated images are drawn again with replacement (Efron 1979), as *counts*: how often each image is in
-a resample. Every metric is computed from counts, features are never copied. The reference and the models
-stay as they are: an interval tells of the draw of samples, not of the luck of a training.
+Generated images are resampled with replacement (Efron 1979), as *counts*: how often each image is in a
+resample. Metrics are computed from counts, features are never copied. Reference and models stay as they are:
+an interval is about the random draw of samples, not about that of a training.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ def compare(
 ) -> dict[str, Difference]:
     """Differences a - b of Fréchet distance, KID, precision and recall, with bootstrap intervals.
 
-    Sets of one size are resampled together, image by image: they are drawn with the same labels and
-    random streams, whose share in the noise cancels.
+    Sets of one size are resampled together, image by image: they have the same labels and random streams,
+    whose share in the noise cancels.
 
     Args:
         real: the reference.
         a: one set of generated images.
         b: the other.
-        resamples: how often the sets are drawn again, at least 2.
-        confidence: of the intervals, in (0, 1).
-        seed: of the draws.
+        resamples: at least 2.
+        confidence: coverage of the intervals, in (0, 1).
+        seed: of the resampling.
 
     Returns:
         `distance`, `kid` (of all images, not of subsets), `precision` and `recall`.
@@ -159,7 +159,7 @@ def kernel_of_counts(real: Tensor, fake: Tensor, counts: Tensor, chunk: int = 10
         real: features (m, dim).
         fake: features (n, dim).
         counts: (R, n) float64, rows that sum to n.
-        chunk: rows of the kernel matrix held at once; does not change the result.
+        chunk: rows of the kernel matrix held at once.
     """
     real, fake = real.double(), fake.double()
     n, m, copies = len(fake), len(real), counts.square()
@@ -192,8 +192,8 @@ def precision_recall_of_counts(
         real: features (m, dim), m > k.
         fake: features (n, dim), n > k.
         counts: (R, n) float64, rows that sum to n.
-        k: neighbours.
-        chunk: rows of the distance matrix held at once; does not change the result.
+        k: which neighbour.
+        chunk: rows of the distance matrix held at once.
     """
     centre = real.double().mean(0)
     real, fake = real.double() - centre, fake.double() - centre

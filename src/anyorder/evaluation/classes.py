@@ -1,4 +1,4 @@
-"""What a classifier of the data's own labels says of generated images: which classes, and the right ones?"""
+"""Which classes a classifier of the data's labels finds in generated images, and whether they are right."""
 
 from __future__ import annotations
 
@@ -33,10 +33,8 @@ def class_agreement(test: Tensor, samples: Tensor, labels: Tensor) -> ClassAgree
         ValueError: a set is empty, or the sizes do not agree.
     """
     if not len(test) or not len(samples) or len(labels) != len(samples):
-        raise ValueError(
-            f"got {len(test)} test images, {len(samples)} samples and {len(labels)} labels: "
-            "give at least one image of each, and a label for every sample"
-        )
+        got = f"{len(test)} test images, {len(samples)} samples and {len(labels)} labels"
+        raise ValueError(f"got {got}: give at least one image of each, and a label for every sample")
     predicted = samples.argmax(1)
     real, fake = _shares(test.argmax(1), test.shape[1]), _shares(predicted, test.shape[1])
     return ClassAgreement(

@@ -56,21 +56,20 @@ class Inception2015:
         """Load the network.
 
         Args:
-            weights: file with the original weights; None takes them from the torch hub cache, and
-                downloads them (96 MB) if they are not there.
+            weights: file with the original weights; None: from torch's hub cache, or downloaded (96 MB).
             device: where the network runs.
 
         Raises:
             ImportError: torch-fidelity, or the torchvision that it needs, cannot be imported.
-            FileNotFoundError: no weights at `weights`, or they can be neither found nor downloaded.
+            FileNotFoundError: the weights can be neither found nor downloaded.
             ValueError: the file holds other weights; distances would not be FID.
         """
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except (ImportError, RuntimeError) as e:  # RuntimeError: a torchvision built for another torch
             raise ImportError(
-                f"FID needs torch-fidelity ({e}): `pip install torch-fidelity` with the torchvision that "
-                "belongs to your torch, or evaluate with a classifier"
+                f"FID needs torch-fidelity ({e}): `pip install torch-fidelity` with the torchvision of your "
+                "torch, or evaluate with a classifier"
             ) from e
         path = inception_weights(weights)
         self.device = torch.device(device)

@@ -1,7 +1,7 @@
-"""Are generated images copies of training images? Distances to the nearest one, and equal tokens.
+"""Whether generated images are copies of training images: distances to the nearest one, and equal tokens.
 
-Test images are the yardstick: they were not trained on, so whatever they are to the training images, a
-sample may be too. Data sets hold near duplicates; a distance or a share says nothing on its own.
+Test images, which were not trained on, are the reference: data sets hold near duplicates, and a distance or a
+share says nothing on its own.
 """
 
 from __future__ import annotations

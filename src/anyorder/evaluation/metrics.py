@@ -1,9 +1,8 @@
 """Quality of generated images: distances between distributions of features, and of single images.
 
-Statistics are accumulated in float64 as batches stream by; features are computed once and shared by all
-metrics. torchmetrics supplies PSNR and SSIM. Its FID, KID and Inception Score own the feature network
-(one pass per metric) and draw from the global generator, so these three are computed here, from the stored
-features, and tested against torchmetrics.
+Features are computed once and shared by all metrics. torchmetrics supplies PSNR and SSIM; its FID, KID and
+Inception Score each run the feature network and the global generator, so these are computed here and tested
+against it.
 """
 
 from __future__ import annotations
@@ -18,10 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torchmetrics.functional.image import (
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
 
 from anyorder.evaluation.features import FeatureExtractor
@@ -38,18 +34,18 @@ class Gaussian(NamedTuple):
 
 
 class FeatureStatistics:
-    """Moments, features and logits of a stream of images; the same for every batch size.
+    """Moments (float64), features and logits of a stream of images; the same for every batch size.
 
     The moments merge batch by batch (Chan et al. 1983), which is stable where sums of squares cancel.
-
-    Attributes:
-        extractor: name of the extractor that made the features.
-        data: fingerprint of the images, "" where none is known.
-        n: number of images so far.
-        mean: (dim,) float64.
     """
 
     def __init__(self, extractor: str, data: str = ""):
+        """Start with no images.
+
+        Args:
+            extractor: name of the extractor that makes the features.
+            data: fingerprint of the images, "" where none is known.
+        """
         self.extractor = extractor
         self.data = data
         self.n = 0
@@ -70,8 +66,7 @@ class FeatureStatistics:
             first = int(broken.nonzero()[0, 0])
             raise ValueError(
                 f"extractor '{self.extractor}' gave NaN or infinite features for {int(broken.sum())} of "
-                f"{len(features)} images, the first is image {self.n + first}: look at that image and at "
-                "the extractor's weights"
+                f"{len(features)} images, the first is image {self.n + first}: look at it and at the weights"
             )
         self._merge(features.double())
         self._features.append(features)
@@ -87,11 +82,7 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> Tensor:
-        """Unbiased covariance (dim, dim) float64.
-
-        Raises:
-            ValueError: fewer than 2 images.
-        """
+        """Unbiased covariance (dim, dim) float64; ValueError for fewer than 2 images."""
         if self.n < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {self.n}: evaluate more images")
         return self._scatter / (self.n - 1)
@@ -150,13 +141,7 @@ class FeatureStatistics:
 def statistics(
     extractor: FeatureExtractor, batches: Iterable[Tensor], data: str = "", description: str = "features"
 ) -> FeatureStatistics:
-    """Run the extractor over uint8 batches (B, 3, H, W), with a progress bar.
-
-    Args:
-        extractor: the feature space.
-        batches: images, in batches of any size.
-        data: fingerprint of the images, kept for the cache.
-        description: the label of the progress bar.
+    """Run the extractor over uint8 batches (B, 3, H, W) of any size, with a progress bar.
 
     Raises:
         ValueError: the images are not uint8 (B, 3, H, W), or a feature is NaN or infinite.
@@ -165,10 +150,8 @@ def statistics(
     with tqdm(desc=description, unit="image") as bar:
         for images in batches:
             if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-                raise ValueError(
-                    "metrics take uint8 images (B, 3, H, W), "
-                    f"got {images.dtype} of shape {tuple(images.shape)}"
-                )
+                got = f"{images.dtype} of shape {tuple(images.shape)}"
+                raise ValueError(f"metrics take uint8 images (B, 3, H, W), got {got}")
             result.update(*extractor(images))
             bar.update(len(images))
     return result
@@ -195,9 +178,9 @@ def kernel_distance(
     Args:
         real: features (n, dim).
         fake: features (m, dim).
-        subsets: how many random subsets are compared.
-        subset_size: images drawn without replacement from each side per subset; at least 2.
-        seed: of the draw of subsets.
+        subsets: number of random subsets.
+        subset_size: images of each side in a subset, without replacement; at least 2.
+        seed: of the subsets.
 
     Returns:
         Mean and (population) standard deviation over the subsets; the mean may be slightly negative.
@@ -233,7 +216,7 @@ def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[fl
 
     Args:
         logits: (n, classes) of the generated images.
-        splits: parts whose scores are averaged; at least 2 for a deviation, at most n.
+        splits: parts whose scores are averaged, in [2, n].
         seed: of the shuffle.
 
     Returns:
@@ -272,17 +255,15 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 2048) 
     Args:
         real: features (n, dim), n > k.
         fake: features (m, dim), m > k.
-        k: neighbours.
-        chunk: rows of the distance matrix held at once; does not change the result.
+        k: which neighbour.
+        chunk: rows of the distance matrix held at once.
 
     Raises:
         ValueError: a set has no more than k images.
     """
     if min(len(real), len(fake)) <= k:
-        raise ValueError(
-            f"precision and recall with k={k} need more than {k} images, "
-            f"got {len(real)} real and {len(fake)} fake"
-        )
+        counts = f"{len(real)} real and {len(fake)} fake"
+        raise ValueError(f"precision and recall with k={k} need more than {k} images, got {counts}")
     centre = real.double().mean(0)  # distances are computed by products, which cancel far from the origin
     real, fake = real.double() - centre, fake.double() - centre
     return PrecisionRecall(_coverage(real, fake, k, chunk), _coverage(fake, real, k, chunk))
@@ -307,22 +288,15 @@ def manifold_radius(points: Tensor, k: int, chunk: int = 2048) -> Tensor:
 
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB, (B,) float; infinite where the two are equal.
-
-    Args:
-        images: (B, 3, H, W), uint8 or float in [-1, 1].
-        targets: the same shape and dtype.
-    """
+    """Peak signal-to-noise ratio (B,) in dB of images (B, 3, H, W), uint8 or in [-1, 1]; equal: infinite."""
     x, y, data_range = _comparable(images, targets)
     return peak_signal_noise_ratio(x, y, data_range=data_range, reduction="none", dim=(1, 2, 3))
 
 
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
-    """Structural similarity of each image (Wang et al. 2004, 11x11 Gaussian window), (B,) in [-1, 1].
+    """Structural similarity (Wang et al. 2004, 11x11 Gaussian window), (B,) in [-1, 1]; images as in `psnr`.
 
-    Args:
-        images: (B, 3, H, W), uint8 or float in [-1, 1], at least 6 pixels each way.
-        targets: the same shape and dtype.
+    Images have at least 6 pixels each way.
     """
     x, y, data_range = _comparable(images, targets)
     result = structural_similarity_index_measure(x, y, data_range=data_range, reduction="none")
@@ -340,9 +314,7 @@ def _comparable(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, float]
 
 
 def bits_per_dim(nll_per_token: float, tokens_per_image: int, dimensions: int) -> float:
-    """Bits per pixel value that the *tokens* cost.
-
-    A lossy tokenizer does not code the pixels themselves: compare only models on the same tokenizer.
+    """Bits per pixel value that the *tokens* cost; compare only models on the same, lossy tokenizer.
 
     Args:
         nll_per_token: mean negative log-likelihood in nats.
@@ -369,9 +341,8 @@ def evaluate(
         seed: of the KID subsets and of the Inception Score's shuffle.
 
     Returns:
-        fid (Inception-2015) or fd (any other extractor), kid, kid_std, precision, recall, inception_score,
-        is_std, n_real, n_fake, kid_subset_size, extractor, metric_name and notes, a list of caveats to print
-        with the numbers.
+        fid (Inception-2015) or fd (any other extractor), other metrics, sizes, names, and `notes`: caveats to
+        print with the numbers.
 
     Raises:
         ValueError: 3 or fewer images, statistics of another extractor, or NaN features.

@@ -39,12 +39,23 @@ class CompletionStage:
     inputs: ClassVar[tuple[str, ...]] = (
         "model", "tokenizer", "tokens", "features", "data", "scorer", "orders"
     )  # fmt: skip
+    provenance: ClassVar[dict[str, tuple[str, str]]] = {
+        "tokens": ("model", "tokens"),
+        "tokenizer": ("tokens", "tokenizer"),
+        "data": ("features", "data"),
+    }
+    required: ClassVar[tuple[str, ...]] = ("tokens", "tokenizer", "data")
     model: Path
-    tokenizer: Path
-    tokens: Path
-    """The cache the model was trained on."""
+    """Any-order model, trained here or converted."""
     features: Path
-    data: Path
+    """Artifact of the features stage: the feature space of the distance."""
+    tokenizer: Path | None = None
+    """Tokenizer; by default the one that made the tokens."""
+    tokens: Path | None = None
+    """Token cache of the images; by default the one the model was trained on; needed for a converted
+    model."""
+    data: Path | None = None
+    """Where the images behind the features are, if they were moved."""
     scorer: Path | None = None
     """Scoring model, which decides where, for inferred orders; by default the model itself."""
     orders: Path | None = None
@@ -75,6 +86,8 @@ class CompletionStage:
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `SEED.{images,order}.npy`, `SEED.log_prob.npy` where exact, `metrics.json` and a figure."""
+        assert self.tokens
+        assert self.data
         tokens, images = TokenSet(self.tokens, "test"), ImageSet(self.data, "test")
         for folder in (self.features, self.tokens):
             require_made_from(folder, "data", self.data)
@@ -103,8 +116,16 @@ class CompletionStage:
         hole: np.ndarray,
     ) -> None:
         """Batch by batch; a killed run goes on after its last batch."""
+        assert self.tokenizer
         pipe = load_pipeline(
-            artifact, tokens, self.model, self.tokenizer, self.scorer, self.orders, bf16=self.bf16
+            artifact,
+            tokens,
+            self.model,
+            self.tokenizer,
+            self.scorer,
+            self.orders,
+            policy=self.policy,
+            bf16=self.bf16,
         )
         names: dict[str, Any] = {
             f"{seed}.images": ((*images.size, 3), np.uint8),

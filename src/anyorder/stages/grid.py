@@ -32,12 +32,20 @@ class GridStage:
     """Likelihood and samples of a model on another grid than the one of its training."""
 
     inputs: ClassVar[tuple[str, ...]] = ("model", "tokens", "other", "tokenizer", "orders")
+    provenance: ClassVar[dict[str, tuple[str, str]]] = {
+        "tokens": ("model", "tokens"),
+        "tokenizer": ("other", "tokenizer"),
+    }
+    required: ClassVar[tuple[str, ...]] = ("tokens", "tokenizer")
     model: Path
-    tokens: Path
-    """The cache the model was trained on."""
+    """Any-order model, trained here or converted."""
     other: Path
     """Tokens of images of another size, by the same tokenizer."""
-    tokenizer: Path
+    tokens: Path | None = None
+    """Token cache to compare with; by default the one the model was trained on; needed for a converted
+    model."""
+    tokenizer: Path | None = None
+    """Tokenizer; by default the one that made the tokens."""
     orders: Path | None = None
     """Order cache with an order for each class, for policy.order=class_mean; see `orders.stretch`."""
     n: int = 500
@@ -61,6 +69,8 @@ class GridStage:
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `metrics.json`, and a figure: images of the test split above samples."""
+        assert self.tokens
+        assert self.tokenizer
         own, other = TokenSet(self.tokens, "test"), TokenSet(self.other, "test")
         pipe = load_pipeline(artifact, own, self.model, self.tokenizer, orders=self.orders)
         check_tokenizer(other, artifact.identity["inputs"]["tokenizer"])
@@ -82,7 +92,7 @@ class GridStage:
         }
 
     def _nll(self, model: Any, tokens: TokenSet) -> dict[str, Any]:
-        """Exact negative log-likelihood in random orders, nats per token: mean, deviation, each seed."""
+        """Negative log-likelihood along random orders, nats per token: mean, deviation, each seed."""
         batch, labels = (x.to(device()) for x in tokens.batch(evenly_spaced(self.n, len(tokens))))
         condition = as_condition(model, tokens, labels)
         values = []

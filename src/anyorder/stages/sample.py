@@ -33,10 +33,18 @@ class SampleStage:
     """Generate images for the classes, attributes and captions of the test split, or for prompts."""
 
     inputs: ClassVar[tuple[str, ...]] = ("model", "tokenizer", "tokens", "scorer", "orders")
+    provenance: ClassVar[dict[str, tuple[str, str]]] = {
+        "tokens": ("model", "tokens"),
+        "tokenizer": ("tokens", "tokenizer"),
+    }
+    required: ClassVar[tuple[str, ...]] = ("tokens", "tokenizer")
     model: Path
-    tokenizer: Path
-    tokens: Path
-    """The cache the model was trained on, for its test labels."""
+    """Any-order model, trained here or converted."""
+    tokenizer: Path | None = None
+    """Tokenizer; by default the one that made the tokens."""
+    tokens: Path | None = None
+    """Token cache for its test labels; by default the one the model was trained on; a converted model
+    needs it."""
     scorer: Path | None = None
     """Scoring model, which decides where, for inferred orders; by default the model itself. Give the one that
     the model's orders were extracted with."""
@@ -55,7 +63,8 @@ class SampleStage:
     batch_size: int = 64
     """Images generated at once; samples do not depend on it, up to rounding."""
     bf16: bool = True
-    """Compute in bfloat16 where the hardware has it; false is slower and exact in float32."""
+    """Generate in bfloat16 where the hardware has it; false computes in float32. Inferred orders are always
+    rated in float32."""
     compile: bool = False
     """Generate through compiled code, on a GPU as CUDA graphs: takes minutes at first, not for converted
     models. On a CPU it was measured not to pay."""
@@ -77,6 +86,7 @@ class SampleStage:
 
         Where the model takes more than classes, `condition.npy` (n, 1 + A + L) int64 is what was asked for.
         """
+        assert self.tokens
         tokens = TokenSet(self.tokens, "test")
         self._generate(artifact, tokens)
         self._figures(artifact.folder, tokens)
@@ -100,9 +110,10 @@ class SampleStage:
 
     def _generate(self, artifact: Artifact, tokens: TokenSet) -> None:
         """Batch by batch; a killed run goes on after its last batch."""
+        assert self.tokenizer
         pipe = load_pipeline(
             artifact, tokens, self.model, self.tokenizer, self.scorer, self.orders,
-            bf16=self.bf16, compiled=self.compile,
+            policy=self.policy, bf16=self.bf16, compiled=self.compile,
         )  # fmt: skip
         asked, per_prompt = self._conditions(tokens), self.n // max(1, len(self.prompts))
         told, grid, factor = tokens.without(asked, self.hide), tokens.grid, pipe.tokenizer.factor

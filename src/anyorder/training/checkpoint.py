@@ -35,10 +35,10 @@ class Checkpoints:
         Args:
             step: number of the step, in [0, 10^8).
             tensors: by name, on any device.
-            facts: whatever else the run must remember; JSON-able.
+            facts: what else the run needs to resume; JSON-able.
 
         Raises:
-            OSError: the disk is full; the earlier states are left as they were.
+            OSError: the disk is full; earlier states stay.
         """
         self._sweep()
         final = self.folder / f"step-{step:08d}"

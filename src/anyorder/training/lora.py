@@ -1,4 +1,4 @@
-"""Making a published model one's own: other classes, another grid, low-rank updates."""
+"""Fine-tuning a published model: other classes, another grid, low-rank updates."""
 
 from __future__ import annotations
 

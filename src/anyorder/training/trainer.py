@@ -81,8 +81,7 @@ def train(
 
     A run resumes exactly if `model` and `extra` are initialised alike and `loss` takes randomness only from
     its generator and PyTorch's global one. Ctrl-C or SIGTERM finishes the step and saves; a second one stops
-    at once. More `steps` than the checkpoint's run had extend it, and the learning-rate schedule is computed
-    anew over the new length.
+    at once. More `steps` than before extend a run; the learning rate then follows the longer schedule.
 
     Args:
         model: moved to `device` and trained in place; the averaged weights are a copy.
@@ -93,10 +92,9 @@ def train(
         device: where to compute.
         evaluate: a `Hook` that returns values to log, named `test_...` by convention.
         sample: a `Hook` for its side effects.
-        extra: parameters of the loss itself, such as a discriminator: moved, optimised, clipped on their own
-            and checkpointed, but not averaged. `loss` holds it and keeps the two gradients apart.
-        ready: called once with the averaged model (the model itself without `ema`) before the first step, for
-            losses that use it; it is updated in place after every step.
+        extra: parameters of the loss, such as a discriminator: trained, clipped apart and checkpointed,
+            but not averaged. `loss` holds it and keeps the two gradients apart.
+        ready: called before the first step with the averaged model, which is updated in place.
 
     Raises:
         KeyboardInterrupt: stopped by a signal, after the checkpoint is written.
