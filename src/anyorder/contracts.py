@@ -74,18 +74,14 @@ class AnyOrderModel(Protocol):
 
     vocab_size: int
     grid: Grid
-    """The grid that the model was trained on; the default of `forward` and `start`."""
+    """The grid of training; the default of `forward` and `start`."""
 
     def forward(
         self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
     ) -> Tensor:
         """Teacher-forced logits (B, N, V) in order steps; step i never depends on tokens of steps >= i.
 
-        Args:
-            tokens: (B, N) int64 in raster order.
-            condition: (B,) or (B, 1 + A + L) int64, see above; None is unconditional.
-            order: (B, N) int64, a permutation of raster positions in every row.
-            grid: the grid of `tokens`; by default that of training.
+        Arguments as above; `condition` None is unconditional, `grid` None that of training.
         """
 
     def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> Any:
@@ -127,7 +123,7 @@ class AnyOrderNetwork(nn.Module, AnyOrderModel):
     config: Any
     """The dataclass instance that it was built from."""
     num_classes: int
-    """Number of class labels; 0 is unconditional."""
+    """Number of class labels; 0: the model takes none."""
 
 
 @dataclass

@@ -160,11 +160,9 @@ def random_orders(rows: int, grid: Grid, generator: torch.Generator | None = Non
 
 
 def of_classes(table: Tensor, labels: Tensor) -> Tensor:
-    """The order of each image's class, (B, N) int64; the mean of all classes' orders for images without one.
+    """The order of each image's class, (B, N) int64, from a table (classes, N).
 
-    Args:
-        table: (classes, N) int64, an order for each class.
-        labels: (B,) int64 in [-1, classes), -1 for no class.
+    Labels (B,) int64 lie in [-1, classes); -1, no class, takes the order of the mean rank over all classes.
     """
     of_all = inverse(table).double().mean(0).argsort(stable=True)
     return torch.where(labels[:, None] < 0, of_all, table[labels.clamp(min=0)])
@@ -173,15 +171,8 @@ def of_classes(table: Tensor, labels: Tensor) -> Tensor:
 def stretch(order: Tensor, old: Grid, new: Grid) -> Tensor:
     """Orders of one grid on another one: the map of ranks is interpolated bilinearly between patch centres.
 
-    Positions outside of the outermost centres take the nearest rank; equal ranks go in raster order.
-
-    Args:
-        order: (B, N) int64 on `old`.
-        old: its grid.
-        new: the grid to cover.
-
-    Returns:
-        (B, new.n) int64; `order` itself if the grids are the same.
+    Positions outside of the outermost centres take the nearest rank; equal ranks go in raster order. Takes
+    (B, old.n) int64 and returns (B, new.n); `order` itself if the grids are the same.
     """
     if old == new:
         return order

@@ -167,14 +167,8 @@ def score_candidates(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens of candidates (B, M), their log-probabilities and ratings: three (B, M), chunk by chunk.
 
-    Args:
-        model: what scores; its `state` is left as it is.
-        state: of the model.
-        candidates: (B, M) int64, open positions.
-        content: tokens from log-probabilities and `uniform` (B, N) in [0, 1), one number per position.
-        uniform: see there.
-        rate: as of a policy; None: the ratings are the log-probabilities.
-        chunk: see `GenerationOptions`.
+    `content` puts a token on each, with the help of `uniform` (B, N) in [0, 1), a number per position; `rate`
+    is that of a policy, None rates by log-probability. The state is left as it is.
     """
     parts = []
     for positions in candidates.split(chunk or _chunk(model, candidates), dim=1):
@@ -261,11 +255,11 @@ def extract_orders(
         model: any-order model.
         tokens: (B, N) integers, raster order.
         order: where to go; "token_likelihood" is the paper's rule.
-        streams: only needed for a location temperature; seeds 0..B-1 by default.
-        **options: see `GenerationOptions`; `log_prob` is that of `model` also where another model scores.
+        streams: only needed for noise; seeds 0..B-1 by default.
+        **options: see `GenerationOptions`.
 
     Returns:
-        Trace: `order` as extracted and `log_prob` of the true tokens in it.
+        Trace: `order` as extracted and `log_prob` of the true tokens in it by `model`, whatever scores.
 
     Raises:
         ValueError: tokens of another length than the grid.
