@@ -47,7 +47,7 @@ def ours():
     return Pipeline(transformer(num_classes=3), tokenizer(), CLASSES)
 
 
-def pictures(n: int = 2, size: tuple[int, int] = SIZE, seed: int = 0) -> np.ndarray:
+def images_of(n: int = 2, size: tuple[int, int] = SIZE, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, *size, 3), dtype=np.uint8)
 
 
@@ -64,8 +64,8 @@ HOLES = {
 
 @pytest.mark.parametrize("hole", HOLES)
 def test_masked_pixels_change_no_pixel_of_the_result(pipe, hole):
-    mask, first = HOLES[hole], pictures()
-    others = [np.where(mask[..., None], fill, first).astype(np.uint8) for fill in (0, 255, pictures(seed=1))]
+    mask, first = HOLES[hole], images_of()
+    others = [np.where(mask[..., None], fill, first).astype(np.uint8) for fill in (0, 255, images_of(seed=1))]
     out = [arrays(pipe.complete(some, mask, ["cat", "owl"], generator=3)) for some in (first, *others)]
     for again in out[1:]:
         np.testing.assert_array_equal(again, out[0])
@@ -74,7 +74,7 @@ def test_masked_pixels_change_no_pixel_of_the_result(pipe, hole):
 @pytest.mark.parametrize("hole", HOLES)
 @pytest.mark.parametrize("feather", [0, 2])
 def test_known_pixels_stay_bit_by_bit(pipe, hole, feather):
-    mask, given = HOLES[hole], pictures()
+    mask, given = HOLES[hole], images_of()
     out = pipe.complete(given, mask, "dog", feather=feather, guidance_scale=2.0)
     np.testing.assert_array_equal(arrays(out)[:, ~mask], given[:, ~mask])
     patches = mask.reshape(3, 4, 4, 4).any((1, 3)).ravel()
@@ -84,13 +84,13 @@ def test_known_pixels_stay_bit_by_bit(pipe, hole, feather):
 
 
 def test_what_is_kept_reaches_what_is_drawn(ours):
-    mask, given = HOLES["box"], pictures()
+    mask, given = HOLES["box"], images_of()
     out = [arrays(ours.complete(some, mask, order="random")) for some in (given, 255 - given)]
     assert (out[0][:, mask] != out[1][:, mask]).any()
 
 
 def test_masks_of_different_sizes_in_one_batch(ours):
-    given = pictures(3)
+    given = images_of(3)
     together = ours.complete(given, list(HOLES.values()), [0, 1, 2], order="entropy", generator=5)
     for i, mask in enumerate(HOLES.values()):
         alone = ours.complete(given[i], mask, i, order="entropy", generator=5 + i)
@@ -99,20 +99,20 @@ def test_masks_of_different_sizes_in_one_batch(ours):
 
 def test_a_mask_of_everything_is_sampling(ours):
     everything = np.ones(SIZE, bool)
-    out = ours.complete(pictures(1), everything, "cat", 2, order="random", generator=4)
+    out = ours.complete(images_of(1), everything, "cat", 2, order="random", generator=4)
     drawn = ours("cat", 2, order="random", generator=4, grid=(3, 4))
     assert torch.equal(out.tokens, drawn.tokens)
     np.testing.assert_array_equal(arrays(out), arrays(drawn))
 
 
 def test_several_completions_of_one_image(ours):
-    out = ours.complete(pictures(1), HOLES["box"], num_images=8)
+    out = ours.complete(images_of(1), HOLES["box"], num_images=8)
     assert len({image.tobytes() for image in out.images}) > 3
 
 
 def test_the_scorer_decides_where(ours):
     scored = Pipeline(ours.model, ours.tokenizer, CLASSES, scorer=transformer(seed=7, num_classes=3))
-    given, mask = pictures(4), np.ones(SIZE, bool)
+    given, mask = images_of(4), np.ones(SIZE, bool)
     for order in (None, "entropy", PolicyConfig("entropy")):
         assert not torch.equal(
             scored.complete(given, mask, order=order).order, ours.complete(given, mask, order=order).order
@@ -122,7 +122,7 @@ def test_the_scorer_decides_where(ours):
 
 
 def test_outpainting_keeps_the_picture_in_its_place(pipe):
-    given = pictures(1)
+    given = images_of(1)
     out = pipe.complete(Image.fromarray(given[0]), pad=(4, 8, 0, 4), class_labels="owl")
     (image,) = arrays(out)
     assert image.shape == (24, 20, 3)
@@ -134,7 +134,7 @@ def test_outpainting_keeps_the_picture_in_its_place(pipe):
 
 
 def test_variations_keep_a_share_of_the_tokens(pipe):
-    given = pictures(1)
+    given = images_of(1)
     out = pipe.complete(given, keep=0.3, class_labels="cat", num_images=4)
     tokens = pipe.tokenizer.encode(torch.from_numpy(given).permute(0, 3, 1, 2).float() / 127.5 - 1)
     assert out.known.sum(1).tolist() == [4] * 4
@@ -144,8 +144,8 @@ def test_variations_keep_a_share_of_the_tokens(pipe):
     assert torch.equal(alone.tokens[0], out.tokens[2])
 
 
-def test_other_forms_of_pictures_and_masks(ours):
-    given, mask = pictures(1)[0], HOLES["box"]
+def test_other_forms_of_images_and_masks(ours):
+    given, mask = images_of(1)[0], HOLES["box"]
     grey = Image.fromarray((mask * 255).astype(np.uint8))
     forms = [mask, grey, grey.convert("1"), grey.convert("RGB"), mask * np.uint8(255), torch.from_numpy(mask)]
     wanted = arrays(ours.complete(given, mask))
@@ -175,19 +175,22 @@ def test_other_forms_of_pictures_and_masks(ours):
         ({"pad": (0, 0, 0, 0)}, "pad must be pixels"),
         ({"pad": (4, 4)}, "pad must be pixels"),
         ({"pad": (1, 0, 0, 0)}, "12 x 17 pixels .* patches of 4 x 4"),
-        ({"image": pictures(2, (10, 16)), "keep": 0.5}, "10 x 16 pixels .* multiple of 4"),
-        ({"image": [pictures(1)[0], pictures(1, (8, 8))[0]], "keep": 0.5}, "one size, got 8 x 8, 12 x 16"),
+        ({"image": images_of(2, (10, 16)), "keep": 0.5}, "10 x 16 pixels .* multiple of 4"),
+        (
+            {"image": [images_of(1)[0], images_of(1, (8, 8))[0]], "keep": 0.5},
+            "one size, got 8 x 8, 12 x 16",
+        ),
         ({"image": [], "keep": 0.5}, "no image"),
-        ({"image": pictures() / 255, "keep": 0.5}, "uint8 arrays"),
+        ({"image": images_of() / 255, "keep": 0.5}, "uint8 arrays"),
         ({"keep": 0.5, "num_images": 0}, "num_images"),
     ],
 )
 def test_bad_input_is_refused_with_the_reason(ours, call, message):
     with pytest.raises(ValueError, match=message):
-        ours.complete(**{"image": pictures(), **call})
+        ours.complete(**{"image": images_of(), **call})
 
 
-def test_large_pictures_from_coarse_to_fine(pipe):
+def test_large_images_from_coarse_to_fine(pipe):
     out = pipe.coarse_to_fine("dog", 2, order="random", guidance_scale=1.5, factor=2)
     assert [image.size for image in out.images] == [(24, 16)] * 2
     assert out.tokens.shape == (2, 24)
@@ -238,7 +241,7 @@ def test_shapes_and_canvas():
         box_mask((0, 0, 9, 4), (8, 8))
     with pytest.raises(ValueError, match="left,top,right,bottom, got 1,2"):
         box_mask((1, 2), (8, 8))
-    large, mask = canvas(pictures(1), HOLES["box"], (0, 1, 2, 3))
+    large, mask = canvas(images_of(1), HOLES["box"], (0, 1, 2, 3))
     assert large.shape == (1, 16, 18, 3)
     assert (mask[0, 1:13, :16] == HOLES["box"]).all()
     assert mask.sum() == HOLES["box"].sum() + 16 * 18 - 12 * 16
@@ -250,19 +253,19 @@ def test_shapes_and_canvas():
 @pytest.fixture
 def files(ours, tmp_path):
     ours.save_pretrained(tmp_path / "pipe")
-    Image.fromarray(pictures(1)[0]).save(tmp_path / "in.png")
+    Image.fromarray(images_of(1)[0]).save(tmp_path / "in.png")
     Image.fromarray((HOLES["box"] * 255).astype(np.uint8)).save(tmp_path / "mask.png")
     return tmp_path
 
 
-def test_the_command_writes_pictures(files, capsys):
+def test_the_command_writes_images(files, capsys):
     command = ["complete", f"pipeline={files}/pipe", f"image={files}/in.png", "label=dog", "num_images=2"]
     assert cli.main([*command, f"mask={files}/mask.png", f"out={files}/a"]) == 0
     assert cli.main([*command, "box=5,3,11,12", f"out={files}/b"]) == 0
     for name in ("0000.png", "0001.png"):
         a, b = (np.asarray(Image.open(files / folder / name)) for folder in "ab")
         np.testing.assert_array_equal(a, b)
-        np.testing.assert_array_equal(a[~HOLES["box"]], pictures(1)[0][~HOLES["box"]])
+        np.testing.assert_array_equal(a[~HOLES["box"]], images_of(1)[0][~HOLES["box"]])
     assert f"{files}/b/0001.png" in capsys.readouterr().out
     assert cli.main([*command, "pad=4,4,4,4", "policy.order=raster", f"out={files}/c"]) == 0
     assert Image.open(files / "c/0000.png").size == (24, 20)

@@ -99,7 +99,7 @@ def test_classes_without_names_are_numbered():
 
 
 @pytest.mark.parametrize("order", ["entropy", "random", "hilbert"])
-def test_a_drawing_is_the_one_of_the_pipeline(order):
+def test_an_order_of_the_page_is_the_one_of_the_pipeline(order):
     stream = events(orders=order, label="green", n=3, seed=5, temperature=0.8, guidance=1.5)
     steps = steps_of(0, stream)
     expected = PIPE("green", 3, order, 1.5, 5, sampling=Sampling(0.8))
@@ -250,7 +250,7 @@ def watched(monkeypatch):
     return taken
 
 
-def test_a_client_that_leaves_stops_the_drawing(monkeypatch):
+def test_a_client_that_leaves_stops_the_sampling(monkeypatch):
     taken = watched(monkeypatch)
     app = create_app(PIPE)
 
@@ -268,7 +268,7 @@ def test_a_client_that_leaves_stops_the_drawing(monkeypatch):
     assert again.endswith("event: end\ndata: {}\n\n")
 
 
-def test_drawings_take_turns(monkeypatch):
+def test_requests_take_turns(monkeypatch):
     taken = watched(monkeypatch)
     app = create_app(PIPE)
 
@@ -281,7 +281,7 @@ def test_drawings_take_turns(monkeypatch):
     assert second.startswith("event: waiting\ndata: {}\n\nevent: step")
 
 
-def test_the_page_answers_while_pictures_are_drawn(monkeypatch):
+def test_the_page_answers_while_images_are_sampled(monkeypatch):
     """Steps are taken in another thread: the event loop is free while one is under way."""
     stream, loop_is_free = PIPE.stream, []
 

@@ -130,6 +130,22 @@ def test_wrong_types_and_settings_without_effect_are_refused_in_one_line(setting
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("order", ["random", "entropy", "margin", "token_likelihood", "information"])
+def test_the_default_dtype_changes_nothing(order):
+    calls = (
+        lambda: PIPE("cat", 2, order).tokens,
+        lambda: PIPE.complete(IMAGE, HOLE, "cat", 2, order).tokens,
+        lambda: PIPE.coarse_to_fine("cat", 1, order).tokens,
+    )
+    expected = [call() for call in calls]
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = [call() for call in calls]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("extra", [{"margin": 1}, {"feather": 0}, {"margin": 0, "feather": 2}])
 def test_variations_have_no_seam(extra):
     with pytest.raises(

@@ -70,7 +70,7 @@ def test_orders_of_classes_in_few_steps(pipe):
     assert len(made.images) == 2
 
 
-def test_the_command_draws_pictures_and_an_animation(tmp_path, capsys):
+def test_the_command_writes_images_and_an_animation(tmp_path, capsys):
     command = ["sample", "pipeline=fashion32", "labels=Shoes,Bags", "n=3", f"out={tmp_path}"]
     assert cli.main(command) == 0
     files = {path.name for path in tmp_path.iterdir()}

@@ -155,7 +155,7 @@ class Progress:
     @classmethod
     def start(cls, grid: Grid, batch_size: int, device: torch.device | str) -> Progress:
         """Nothing is revealed yet."""
-        numbers = torch.zeros(batch_size, grid.n, device=device)
+        numbers = torch.zeros(batch_size, grid.n, dtype=torch.float32, device=device)
         never = torch.full_like(numbers, -1, dtype=torch.int64)
         revealed, last = torch.zeros_like(never, dtype=torch.bool), never[:, 0].clone()
         return cls(grid, revealed, last, 0, grid.n, grid.n, numbers, numbers.clone(), never, never.clone())

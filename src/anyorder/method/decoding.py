@@ -107,7 +107,7 @@ def generate(
         if policy.located:
             progress.location = scoring_model.locate(scoring_state, progress.revealed)  # type: ignore[attr-defined]
         candidates = policy.propose(progress)
-        ratings = torch.zeros(candidates.shape, device=candidates.device)
+        ratings = torch.zeros_like(candidates, dtype=torch.float32)
         if policy.rated:
             proposed = no_content if policy.token_blind else content
             tokens, log_prob, ratings = score_candidates(
@@ -213,7 +213,7 @@ def _entropy_after(
     log_p = model.score(fork, position).log_softmax(-1, dtype=torch.float32)
     fork = model.append(fork, position, rating_log_probs(fork, log_p).argmax(-1))
     others = (~revealed.scatter(1, position, True)).nonzero()[:, 1].view(len(position), -1)
-    unused = torch.zeros(revealed.shape, device=revealed.device)
+    unused = torch.zeros_like(revealed, dtype=torch.float32)
     return -score_candidates(model, fork, others, no_content, unused, draws.entropy, chunk)[2].sum(1)
 
 
@@ -230,7 +230,7 @@ def trace(steps: Iterator[Step], known: tuple[Tensor, Tensor] | None = None) -> 
     """Run the loop to its end and collect the image, its order and its log-probabilities."""
     parts = [(step.positions, step.tokens, step.log_prob) for step in list(steps)]
     if known is not None:
-        parts.insert(0, (*known, torch.zeros(known[0].shape, device=known[0].device)))
+        parts.insert(0, (*known, torch.zeros_like(known[0], dtype=torch.float32)))
     order, tokens, log_prob = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
     return Trace(tokens=torch.zeros_like(tokens).scatter(1, order, tokens), order=order, log_prob=log_prob)
 
@@ -297,7 +297,7 @@ def complete(
     tokens, known = _integers(tokens, streams), known.to(streams.device)
     # One policy for the whole batch, since orders of images belong to rows; its subsets follow below.
     policy, condition = make_policy(order, grid, streams), options.pop("condition", None)
-    result = Trace(tokens.clone(), torch.empty_like(tokens), torch.zeros(tokens.shape, device=tokens.device))
+    result = Trace(tokens.clone(), torch.empty_like(tokens), torch.zeros_like(tokens, dtype=torch.float32))
     counts = known.sum(1)
     # A batch advances all its rows by as many positions at each step, so rows run together only if they have
     # equally many to go. The streams of a row are its own: the grouping does not change what it gets.

@@ -49,7 +49,7 @@ class _Decided(_Policy):
 
     def rate(self, log_p: Tensor, tokens: Tensor) -> Tensor:
         """Nothing to tell apart: zeros (B, M)."""
-        return torch.zeros(tokens.shape, device=tokens.device)
+        return torch.zeros_like(tokens, dtype=torch.float32)
 
     def select(self, progress: Progress, candidates: Tensor, ratings: Tensor) -> Tensor:
         """Every candidate, in the sequence they were proposed."""
@@ -248,7 +248,7 @@ def _staleness(progress: Progress) -> Tensor:
 def _distance(progress: Progress, candidates: Tensor, to: str) -> Tensor:
     """Euclidean distance in patches, (B, M); zero while nothing is revealed."""
     if progress.open == progress.grid.n:
-        return torch.zeros(candidates.shape, device=candidates.device)
+        return torch.zeros_like(candidates, dtype=torch.float32)
     at = progress.grid.coordinates(candidates.device)
     here = at[candidates]
     if to == "last":

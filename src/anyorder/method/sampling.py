@@ -79,7 +79,8 @@ class Streams:
 
     def uniform(self, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1), (B, ...) float32, each row from its own generator."""
-        return torch.stack([torch.rand(shape, generator=g) for g in self.generators]).to(self.device)
+        rows = [torch.rand(shape, generator=g, dtype=torch.float32) for g in self.generators]
+        return torch.stack(rows).to(self.device)
 
     def gumbel(self, *shape: int) -> Tensor:
         """Standard Gumbel numbers, (B, ...) float32."""
@@ -116,7 +117,7 @@ def entropy(log_p: Tensor, tokens: Tensor) -> Tensor:
 def margin(log_p: Tensor, tokens: Tensor) -> Tensor:
     """Log-ratio of the two most likely tokens; infinite if only one is possible."""
     if log_p.shape[-1] == 1:
-        return torch.full(log_p.shape[:-1], torch.inf, device=log_p.device)
+        return torch.full_like(log_p[..., 0], torch.inf)
     first, second = log_p.topk(2, -1).values.unbind(-1)
     return first - second
 

@@ -23,10 +23,10 @@ from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Sampling
 from anyorder.report import figures
+from anyorder.stages import generation
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import as_condition, require_made_from
 from anyorder.stages.features import load_extractor
-from anyorder.stages.generation import check_order, load_pipeline, over_seeds
 
 SHOWN = 8
 """Images in the figure."""
@@ -82,7 +82,7 @@ class CompletionStage:
                 f"n must be >= 4, batch_size >= 1 and seeds one number at least, got {self.n}, "
                 f"{self.batch_size} and {self.seeds}"
             )
-        check_order(self.policy, self.scorer, self.orders)
+        generation.check_order(self.policy, self.scorer, self.orders)
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `SEED.{images,order}.npy`, `SEED.log_prob.npy` where exact, `metrics.json` and a figure."""
@@ -117,16 +117,10 @@ class CompletionStage:
     ) -> None:
         """Batch by batch; a killed run goes on after its last batch."""
         assert self.tokenizer
-        pipe = load_pipeline(
-            artifact,
-            tokens,
-            self.model,
-            self.tokenizer,
-            self.scorer,
-            self.orders,
-            policy=self.policy,
-            bf16=self.bf16,
-        )
+        pipe = generation.load_pipeline(
+            artifact, tokens, self.model, self.tokenizer, self.scorer, self.orders,
+            policy=self.policy, bf16=self.bf16,
+        )  # fmt: skip
         names: dict[str, Any] = {
             f"{seed}.images": ((*images.size, 3), np.uint8),
             f"{seed}.order": ((tokens.grid.n,), np.uint16),
@@ -178,7 +172,7 @@ class CompletionStage:
                 of_seed["hole_nll"] = float(-log_prob.sum(1).mean() / generated)
             for name, value in of_seed.items():
                 values.setdefault(name, []).append(value)
-        return {name: over_seeds(x) for name, x in values.items()}
+        return {name: generation.over_seeds(x) for name, x in values.items()}
 
     def _exact(self) -> bool:
         """Whether the likelihood of the true tokens is one of the distribution that was sampled from."""
