@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,11 @@ from anyorder.method.policy_config import PolicyConfig, make_policy
 from anyorder.method.sampling import SCORES, Streams
 from anyorder.models.transformer import AnyOrderTransformer, TransformerConfig
 from anyorder.orders import STATIC
+
+hypothesis.settings.register_profile(
+    "any machine", deadline=None
+)  # a busy one takes longer, which is no failure
+hypothesis.settings.load_profile("any machine")
 
 GRID = Grid(2, 3)
 TINY = {"depth": 2, "width": 16, "heads": 2, "vocab_size": 5, "grid": (GRID.h, GRID.w)}

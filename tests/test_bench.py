@@ -94,8 +94,8 @@ def test_the_median_counts_and_the_spread_is_shown(monkeypatch):
     work = ceilings(Subject(parse(BenchConfig, {}, TINY)))[MEMORY]
     seconds = bench_module._times({"work": work}, 3)  # the first two are the warm-up
     assert seconds == {"work": [1.0, 4.0, 2.0]}
-    assert bench_module._rates(work, seconds["work"])["seconds"] == 2.0
-    assert bench_module._rates(work, seconds["work"])["spread (%)"] == 150.0
+    assert bench_module._row(work, seconds["work"])["seconds"] == 2.0
+    assert bench_module._row(work, seconds["work"])["spread (%)"] == 150.0
 
 
 def test_short_work_is_repeated_in_one_measurement(monkeypatch):

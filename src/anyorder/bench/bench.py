@@ -12,17 +12,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from anyorder.bench import workloads
 from anyorder.bench.memory import peak_memory
-from anyorder.bench.workloads import (
-    MEMORY,
-    WORKLOADS,
-    BenchConfig,
-    Subject,
-    Workload,
-    ceilings,
-    matmul_name,
-    workload,
-)
+from anyorder.bench.workloads import WORKLOADS, BenchConfig, Subject, Workload
 from anyorder.files import read_json, versions, write_json
 from anyorder.inference.device import device, fast_dtype
 from anyorder.report.curves import scaling_curves
@@ -77,18 +69,16 @@ def measure(config: BenchConfig) -> dict[str, list[dict[str, Any]]]:
     """
     torch.manual_seed(0)
     subject = Subject(config)
-    tops = ceilings(subject)
-    runs = {name: workload(name, subject) for name in config.only or WORKLOADS}
+    tops = workloads.ceilings(subject)
+    runs = {name: workloads.workload(name, subject) for name in config.only or WORKLOADS}
     seconds = _times(tops | runs, config.repeats)
-    product = matmul_name(subject.dtype, config.batch_size * subject.grid.n)
+    product = workloads.matmul_name(subject.dtype, config.batch_size * subject.grid.n)
     flops = tops[product].cost.flops / statistics.median(seconds[product])
-    bandwidth = tops[MEMORY].cost.bytes / statistics.median(seconds[MEMORY])
+    bandwidth = tops[workloads.MEMORY].cost.bytes / statistics.median(seconds[workloads.MEMORY])
+    shares = flops, bandwidth
     return {
-        "ceilings": [{"ceiling": name} | _rates(top, seconds[name]) for name, top in tops.items()],
-        "rows": [
-            {"workload": name} | _rates(run, seconds[name]) | _shares(run, seconds[name], flops, bandwidth)
-            for name, run in runs.items()
-        ],
+        "ceilings": [{"ceiling": name} | _row(top, seconds[name]) for name, top in tops.items()],
+        "rows": [{"workload": name} | _row(run, seconds[name], shares) for name, run in runs.items()],
     }
 
 
@@ -119,26 +109,24 @@ def _seconds(run: Callable[[], Any], calls: int = 1) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-def _rates(work: Workload, seconds: list[float]) -> dict[str, Any]:
-    median = statistics.median(seconds)
-    return {
+def _row(work: Workload, seconds: list[float], ceiling: tuple[float, float] | None = None) -> dict[str, Any]:
+    """Rates, and shares of a ceiling: matmul rate (FLOP/s) and memory bandwidth (bytes/s)."""
+    median, cost = statistics.median(seconds), work.cost
+    row = {
         "seconds": median,
         "spread (%)": 100 * (max(seconds) - min(seconds)) / median,
         "images/s": work.images / median if work.images else None,
-        "GFLOP": work.cost.flops / 1e9,
-        "GB": work.cost.bytes / 1e9,
-        "GFLOP/s": work.cost.flops / median / 1e9 or None,
-        "GB/s": work.cost.bytes / median / 1e9,
+        "GFLOP": cost.flops / 1e9,
+        "GB": cost.bytes / 1e9,
+        "GFLOP/s": cost.flops / median / 1e9 or None,
+        "GB/s": cost.bytes / median / 1e9,
     }
-
-
-def _shares(work: Workload, seconds: list[float], flops: float, bandwidth: float) -> dict[str, Any]:
-    """Against matmul rate (FLOP/s) and memory bandwidth (bytes/s)."""
-    median, cost = statistics.median(seconds), work.cost
-    return {
-        "share of matmul (%)": 100 * cost.flops / median / flops,
-        "share of attainable (%)": 100 * cost.seconds(flops, bandwidth) / median,
-        "bound by": "matmul" if cost.flops / flops > cost.bytes / bandwidth else "memory",
+    if ceiling is None:
+        return row
+    return row | {
+        "share of matmul (%)": 100 * cost.flops / median / ceiling[0],
+        "share of attainable (%)": 100 * cost.seconds(*ceiling) / median,
+        "bound by": "matmul" if cost.flops / ceiling[0] > cost.bytes / ceiling[1] else "memory",
     }
 
 

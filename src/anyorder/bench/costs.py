@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, shape_wrapper
+from torch.utils.flop_counter import flop_registry
 
 Formula = Callable[..., int]
 
@@ -58,21 +58,13 @@ class _Counter(TorchDispatchMode):
 
 def _kernels_of_cpus() -> dict[Any, Formula]:
     """Formulas that PyTorch's registry lacks, for operators that this build has."""
-    found = {
+    found: dict[tuple[Any, str], Formula] = {
         (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"): _attention,
         (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward"): _attention_backward,
-        (torch.ops.mkldnn, "_linear_pointwise"): _linear,
-        (torch.ops.aten, "_fused_adamw_"): lambda *args, **settings: 0,  # moves weights, gradients, moments
+        (torch.ops.mkldnn, "_linear_pointwise"): lambda x, w, *_, **__: 2 * x.numel() * w.shape[0],
+        (torch.ops.aten, "_fused_adamw_"): lambda *_, **__: 0,  # moves weights, gradients, moments
     }
     return {getattr(space, name): f for (space, name), f in found.items() if hasattr(space, name)}
-
-
-@shape_wrapper
-def _linear(x: Any, weight: Any, *others: Any, out_shape: Any = None, **settings: Any) -> int:
-    rows = 1
-    for size in x[:-1]:
-        rows *= size
-    return 2 * rows * weight[0] * weight[1]
 
 
 def _attention(
