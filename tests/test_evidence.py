@@ -8,10 +8,10 @@ from torch import Tensor
 from anyorder.evaluation.bootstrap import (
     Difference,
     compare,
-    draw_counts,
     frechet_of_counts,
     kernel_of_counts,
     precision_recall_of_counts,
+    resample_counts,
 )
 from anyorder.evaluation.classes import class_agreement
 from anyorder.evaluation.memorization import closeness, copied_share, nearest_distance
@@ -101,7 +101,7 @@ def test_counts_of_one_are_the_metrics_themselves() -> None:
 
 def test_counts_are_as_good_as_copies_of_the_features() -> None:
     real, fake = features(normal(60, 3)), normal(30, 3, 1)
-    counts = draw_counts(30, 2, torch.Generator().manual_seed(0))
+    counts = resample_counts(30, 2, torch.Generator().manual_seed(0))
     assert counts.sum(1).tolist() == [30, 30, 30]
     assert counts[0].tolist() == [1] * 30
     found = frechet_of_counts(real.gaussian, fake, counts)

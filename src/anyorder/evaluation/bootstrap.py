@@ -75,19 +75,18 @@ def compare(
             "evaluate both sets with one extractor"
         )
     generator = torch.Generator().manual_seed(seed)
-    draws = draw_counts(a.n, resamples, generator)
-    others = draws if a.n == b.n else draw_counts(b.n, resamples, generator)
-    of_a, of_b = _metrics(real, a, draws), _metrics(real, b, others)
+    counts = resample_counts(a.n, resamples, generator)
+    others = counts if a.n == b.n else resample_counts(b.n, resamples, generator)
+    of_a, of_b = _metrics(real, a, counts), _metrics(real, b, others)
     return {name: _difference(of_a[name], of_b[name], confidence) for name in of_a}
 
 
-def draw_counts(n: int, resamples: int, generator: torch.Generator) -> Tensor:
-    """How often each of n images is drawn, (1 + resamples, n) float64; row 0 is the set itself."""
+def resample_counts(n: int, resamples: int, generator: torch.Generator) -> Tensor:
+    """How often each of n images is in each resample, (1 + resamples, n) float64; row 0 is the set itself."""
     rows = torch.randint(n, (resamples, n), generator=generator)
-    drawn = torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(
-        1, rows, torch.ones(rows.shape).double()
-    )
-    return torch.cat([torch.ones(1, n, dtype=torch.float64), drawn])
+    counts = torch.zeros(resamples, n, dtype=torch.float64)
+    counts.scatter_add_(1, rows, torch.ones(rows.shape).double())
+    return torch.cat([torch.ones(1, n, dtype=torch.float64), counts])
 
 
 def _metrics(real: FeatureStatistics, fake: FeatureStatistics, counts: Tensor) -> dict[str, Tensor]:
@@ -116,10 +115,10 @@ def _interval(values: Tensor, confidence: float) -> tuple[float, float]:
     Resamples hold images twice and miss others: alone that raises distances and lowers recall. The question
     is how an estimate from n images varies, not what n images less than n different ones would give.
     """
-    estimate, drawn = values[0], values[1:]
+    estimate, resampled = values[0], values[1:]
     tail = (1 - confidence) / 2
-    quantiles = drawn.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
-    low, high = (quantiles - drawn.mean() + estimate).tolist()
+    quantiles = resampled.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    low, high = (quantiles - resampled.mean() + estimate).tolist()
     return low, high
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Closeness(NamedTuple):
-    """How near samples come to training images, as compared with test images."""
+    """How near samples are to training images, compared with test images."""
 
     nearest_training_ratio: float
     """Median distance of samples to their nearest training image over that of test images; copies: 0."""
@@ -50,10 +50,10 @@ def closeness(samples: Tensor, test: Tensor) -> Closeness:
 
 def copied_share(tokens: np.ndarray, training: np.ndarray, chunk: int = 4096) -> float:
     """Share of the rows of `tokens` (m, N) that equal a row of `training` (n, N), both integers."""
-    wanted = [row.tobytes() for row in np.asarray(tokens, dtype=np.int32)]
-    distinct = set(wanted)
+    samples = [row.tobytes() for row in np.asarray(tokens, dtype=np.int32)]
+    distinct = set(samples)
     copies: set[bytes] = set()
     for begin in range(0, len(training), chunk):  # read piece by piece: a cache may exceed the memory
         rows = np.asarray(training[begin : begin + chunk], dtype=np.int32)
         copies |= distinct.intersection(row.tobytes() for row in rows)
-    return sum(row in copies for row in wanted) / len(wanted)
+    return sum(row in copies for row in samples) / len(samples)

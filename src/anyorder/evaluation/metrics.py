@@ -131,7 +131,7 @@ class FeatureStatistics:
         if found != {"extractor": extractor, "data": data}:
             raise ValueError(
                 f"{path} holds statistics of data '{found.get('data')}' by '{found.get('extractor')}', "
-                f"wanted data '{data}' by '{extractor}': delete it and compute it again"
+                f"expected data '{data}' by '{extractor}': delete it and compute it again"
             )
         result = cls(extractor, data)
         result.update(features, logits)
@@ -192,10 +192,10 @@ def kernel_distance(
         raise ValueError(f"KID subsets must hold 2 to {min(len(real), len(fake))} images, got {subset_size}")
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(features: Tensor) -> Tensor:
+    def subset(features: Tensor) -> Tensor:
         return features[torch.randperm(len(features), generator=generator)[:subset_size]].double()
 
-    values = torch.stack([_mmd2(draw(real), draw(fake)) for _ in range(subsets)])
+    values = torch.stack([_mmd2(subset(real), subset(fake)) for _ in range(subsets)])
     return float(values.mean()), float(values.std(correction=0))
 
 
@@ -281,8 +281,8 @@ def manifold_radius(points: Tensor, k: int, chunk: int = 2048) -> Tensor:
     radii = []
     for begin in range(0, len(points), chunk):
         distances = torch.cdist(points[begin : begin + chunk], points)
-        own = torch.arange(len(distances))
-        distances[own, begin + own] = math.inf
+        itself = torch.arange(len(distances))
+        distances[itself, begin + itself] = math.inf
         radii.append(distances.kthvalue(k, dim=1).values)
     return torch.cat(radii)
 

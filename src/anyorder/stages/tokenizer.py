@@ -53,7 +53,7 @@ class TokenizerStage(TrainingStage):
 
     def __post_init__(self) -> None:
         if self.init is not None and self.model != SMALL:
-            raise ValueError("init=... brings its own architecture: remove the model.* settings")
+            raise ValueError("init=... brings its architecture: remove the model.* settings")
         self.train.require_watched(("test_psnr", "test_ssim"))
 
     def run(self, artifact: Artifact) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class TrainStage(common.TrainingStage):
             raise ValueError(f"lora must be a rank >= 0 and goes with init=..., got {self.lora}")
         plain = dataclasses.replace(self.model, location=False, location_gradient=True)
         if self.init is not None and plain != transformer.Architecture():
-            raise ValueError("init=... brings its own architecture: remove the model.* settings")
+            raise ValueError("init=... brings its architecture: remove the model.* settings")
         if self.tokenizer is not None and not self.train.sample_every:
             raise ValueError("tokenizer is for images during training: give train.sample_every > 0, too")
         bounds = ("train_bound", "test_bound") if self.model.location or self.init else ()
@@ -307,7 +307,7 @@ def mean_nll(model: nn.Module, data: Measured) -> dict[str, float]:
 
 
 def _without_waiting(x: Tensor) -> Tensor:
-    """On the device; a GPU takes it from pinned memory in its own time, while the host reads on."""
+    """On the device; a GPU copies it from pinned memory while the host continues."""
     return x.pin_memory().to(device(), non_blocking=True) if device().type != x.device.type else x
 
 

@@ -141,6 +141,6 @@ def _shuffled(seed: int, epoch: int, examples: int) -> np.ndarray:
 
 
 def step_seeds(seed: int, step: int, micro: int) -> tuple[int, int]:
-    """Seeds of PyTorch's global generator (dropout) and of the loss's own, for one pass of a step."""
+    """Seeds of PyTorch's global generator (dropout) and of the loss's generator, for one pass of a step."""
     first, second = np.random.SeedSequence((seed, _STEP, step, micro)).generate_state(2, np.uint64)
     return int(first), int(second)
