@@ -87,7 +87,7 @@ def test_statistics_survive_a_round_trip_and_refuse_others(tmp_path) -> None:
     assert torch.equal(loaded.logits, saved.logits)
     assert loaded.n == 10
     for extractor, data in (("pixels", "other"), ("inception-2015", "abc")):
-        with pytest.raises(ValueError, match="data 'abc' by 'pixels', wanted"):
+        with pytest.raises(ValueError, match="data 'abc' by 'pixels', expected"):
             FeatureStatistics.load(path, extractor, data)
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match="damaged"):
