@@ -11,9 +11,9 @@ import torch
 from tqdm import tqdm
 
 from anyorder.data import caches
+from anyorder.data import rows as select
 from anyorder.data.captions import index_of
 from anyorder.data.images import uint8_batches
-from anyorder.data.rows import batches, evenly_spaced
 from anyorder.data.sunsets import consistency
 from anyorder.evaluation import classes, memorization, metrics
 from anyorder.evaluation.features import ClassifierFeatures
@@ -167,8 +167,8 @@ class EvalStage:
         scorer = load_any_order(self.scorer) if self.scorer else None
         cache = caches.OrderSet(self.orders) if self.orders else None
         values: dict[str, list[torch.Tensor]] = {}
-        rows = evenly_spaced(self.nll_images, len(test))
-        for some in tqdm(list(batches(rows, self.batch_size)), desc="likelihood", unit="batch"):
+        rows = select.evenly_spaced(self.nll_images, len(test))
+        for some in tqdm(list(select.batches(rows, self.batch_size)), desc="likelihood", unit="batch"):
             tokens, labels = test.batch(some)
             labels = test.without(labels, made["config"].get("hide", ()))
             condition = common.as_condition(model, test, labels.to(device()))

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from anyorder import files
 from anyorder import orders as stats
 from anyorder.contracts import AnyOrderNetwork
 from anyorder.data import rows as select
 from anyorder.data.caches import TokenSet
 from anyorder.data.sunsets import sun_first
-from anyorder.files import RowWriter, load_array, read_manifest, save_array
 from anyorder.inference.device import Threads, device, fast_dtype
 from anyorder.inference.weights import load_any_order
 from anyorder.method.decoding import extract_orders
@@ -82,10 +82,12 @@ class OrdersStage:
             compile_decoding(model)
         self._extract(artifact, model, tokens, np.arange(n))
         self._extract(artifact, model, test, select.evenly_spaced(self.test_limit, len(test)))
-        orders = torch.from_numpy(load_array(artifact.folder / "train.order.npy").astype(np.int64))
+        orders = torch.from_numpy(files.load_array(artifact.folder / "train.order.npy").astype(np.int64))
         labels = np.array(tokens.labels[:n])
         classes = tokens.classes or ["all"]
-        save_array(artifact.folder / "class_order.npy", class_orders(orders.numpy(), labels, len(classes)))
+        files.save_array(
+            artifact.folder / "class_order.npy", class_orders(orders.numpy(), labels, len(classes))
+        )
         maps = figures.mean_rank_per_class(orders.numpy(), labels, classes, tokens.grid)
         figures.save_image(maps, artifact.folder / "mean_rank.png")
         known = {} if self.data is None else {"sun_first": self._sun_first(orders, tokens)}
@@ -93,13 +95,13 @@ class OrdersStage:
         return {
             "rows": n,
             "examples": n,
-            "seconds": float(load_array(artifact.folder / "train.seconds.npy").sum()),
+            "seconds": float(files.load_array(artifact.folder / "train.seconds.npy").sum()),
             "tokens": artifact.identity["inputs"]["tokens"],
             "scorer": common.trained_before(self.model),
             "policy": self.policy.label,
             "token_blind": self.policy.token_blind,
             "extraction_evaluations": n * self.policy.evaluations(tokens.grid.n),
-            "mean_log_prob": float(load_array(artifact.folder / "train.log_prob.npy").mean()),
+            "mean_log_prob": float(files.load_array(artifact.folder / "train.log_prob.npy").mean()),
             "kendall_with_raster": float(stats.kendall(orders[:2000], raster).mean()),
             "mean_jump": stats.mean_jump(orders, tokens.grid),
             "position_entropy": [round(h, 4) for h in stats.position_entropy(orders).tolist()],
@@ -110,10 +112,10 @@ class OrdersStage:
     def _sun_first(self, orders: torch.Tensor, tokens: TokenSet) -> float:
         assert self.data is not None
         common.require_made_from(self.tokens, "data", self.data)
-        if "causes" not in read_manifest(self.data):
+        if "causes" not in files.read_manifest(self.data):
             raise ValueError(f"{self.data} holds no sunsets: leave data out, it is only for their causes")
-        causes = np.array(load_array(self.data / "train.causes.npy")[: len(orders)])
-        size = read_manifest(self.tokens)["image_size"]
+        causes = np.array(files.load_array(self.data / "train.causes.npy")[: len(orders)])
+        size = files.read_manifest(self.tokens)["image_size"]
         return sun_first(orders.numpy(), causes, tokens.grid, (size[0], size[1]))
 
     def _extract(
@@ -133,7 +135,7 @@ class OrdersStage:
 
     def _rows(self, folder: Path, model: AnyOrderNetwork, tokens: TokenSet, images: np.ndarray) -> None:
         """Extract the orders of some images into `folder`; a killed run resumes after its last batch."""
-        rows = RowWriter(folder, _arrays(tokens))
+        rows = files.RowWriter(folder, _arrays(tokens))
         size = self.batch_size or shards.images_at_once(model, tokens.grid, self.shards)
         bar = tqdm(total=len(images), initial=rows.rows, desc=f"{tokens.split} orders", unit="image")
         with bar, Threads(device()) as threads:

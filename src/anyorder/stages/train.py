@@ -20,8 +20,8 @@ from anyorder.files import read_manifest
 from anyorder.inference import weights
 from anyorder.inference.device import device
 from anyorder.method import loss as losses
+from anyorder.method import policy_config
 from anyorder.method.decoding import sample
-from anyorder.method.policy_config import INFERRED, PolicyConfig
 from anyorder.method.sampling import Streams
 from anyorder.models import transformer
 from anyorder.report import figures
@@ -55,7 +55,7 @@ class TrainStage(common.TrainingStage):
     orders_as: Literal["own", "class_mean"] = "own"
     """own: the order of each image; class_mean: one order per class, the ranking of its mean ranks, for all
     images."""
-    online: PolicyConfig | None = None
+    online: policy_config.PolicyConfig | None = None
     """Instead of `orders`: extract orders by this policy while training, with the averaged weights."""
     online_every: int = 1
     """With `online`: epochs between two extractions of an image's order, at least 1."""
@@ -118,10 +118,10 @@ class TrainStage(common.TrainingStage):
         """Settings that do not change what the stage writes."""
         return ("tokenizer", *super().aside)
 
-    def _check_online(self, policy: PolicyConfig) -> None:
+    def _check_online(self, policy: policy_config.PolicyConfig) -> None:
         if self.orders is not None or self.order != "random":
             raise ValueError("online extracts the orders itself: give it, or orders=..., or order=...")
-        if policy.order not in (*INFERRED, "location"):
+        if policy.order not in (*policy_config.INFERRED, "location"):
             raise ValueError(f"online.order must be an inferred order, got '{policy.order}'")
         if not self.train.ema:
             raise ValueError("online extracts with the averaged weights: give train.ema, say 0.999")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import logging
 import math
 import signal
 import threading
@@ -32,8 +31,6 @@ from anyorder.models.compiled import require_compiler
 from anyorder.training.checkpoint import Checkpoints
 from anyorder.training.config import TrainConfig, batch_indices, learning_rate, step_seeds
 from anyorder.training.log import Log
-
-logger = logging.getLogger("anyorder")
 
 Loss = Callable[[nn.Module, np.ndarray, int, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 """(model, indices of the batch's examples (b,) int64, step, generator) -> (scalar loss, scalar parts to log).
@@ -367,7 +364,7 @@ class Trainer:
                 "resume (only steps may grow), or another folder to start anew"
             )
         if mine["steps"] > other["steps"]:
-            logger.info(
+            weights.log.info(
                 "extended from %d to %d steps: from step %d on, the learning rate follows the schedule of "
                 "the new length (next: %.3g)", other["steps"], mine["steps"], self.step_number + 1,
                 learning_rate(self.config, self.step_number + 1),
