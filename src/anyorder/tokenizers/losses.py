@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from anyorder.contracts import require
 from anyorder.tokenizers.vq import VQModel, VQOutput
 
 
@@ -43,24 +44,20 @@ class LossConfig:
     discriminator_layers: int = 3
     """How often the discriminator halves the image: 3 rates patches of 70 pixels, 2 of 34, 1 of 16."""
     seed: int = 0
-    """Seed of the random choices that re-seed unused codes; combined with the step, so that a resumed run
-    makes the same choices."""
+    """Seed of the choices that re-seed unused codes; combined with the step: resuming changes none."""
 
     def __post_init__(self) -> None:
         for name in ("l1", "l2", "lpips", "adversarial", "discriminator_start", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.lpips > 0 and self.vgg_path is None:
-            raise ValueError(
-                f"lpips={self.lpips} needs vgg_path, a file with torchvision's VGG16 weights "
-                "(vgg16-397923af.pth or its .safetensors); give one or set lpips=0"
-            )
-        if self.discriminator_channels < 8 or self.discriminator_channels % 8:
-            raise ValueError(
-                f"discriminator_channels must be a positive multiple of 8, got {self.discriminator_channels}"
-            )
-        if self.discriminator_layers < 1:
-            raise ValueError(f"discriminator_layers must be at least 1, got {self.discriminator_layers}")
+            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        require(
+            self.lpips == 0 or self.vgg_path is not None,
+            f"lpips={self.lpips} needs vgg_path, a file with torchvision's VGG16 weights "
+            "(vgg16-397923af.pth or its .safetensors); give one or set lpips=0",
+        )
+        channels, layers = self.discriminator_channels, self.discriminator_layers
+        fits = channels > 0 and channels % 8 == 0
+        require(fits, f"discriminator_channels must be a positive multiple of 8, got {channels}")
+        require(layers >= 1, f"discriminator_layers must be at least 1, got {layers}")
 
 
 class TokenizerLoss(nn.Module):
@@ -77,9 +74,7 @@ class TokenizerLoss(nn.Module):
             self.discriminator = Discriminator(config.discriminator_channels, config.discriminator_layers)
 
     def forward(self, model: VQModel, images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one training batch; also updates the codebook, after the forward pass.
-
-        Only ever called in training, once per step: `model.update_codebook` is part of the call.
+        """Loss of one training batch; also updates the codebook, so call it once per step.
 
         Args:
             model: the tokenizer in training.
@@ -87,10 +82,10 @@ class TokenizerLoss(nn.Module):
             step: training step, from 0; decides whether the adversarial terms count, and seeds the codebook.
 
         Returns:
-            The sum to differentiate, a float32 scalar, and its detached parts before their weights, float32
-            scalars: `l1`, `l2`, `commitment` (weighted), `codebook`; where they apply `lpips`, `generator`,
-            `discriminator` and `adaptive_weight`; and of the latest 65,536 training tokens `codebook_usage`
-            in (0, 1] and `codebook_perplexity` in [1, V].
+            The sum to differentiate, a float32 scalar, and its detached parts before their weights:
+            `l1`, `l2`, `commitment` (weighted), `codebook`; where they apply `lpips`, `generator`,
+            `discriminator`, `adaptive_weight`; and `codebook_usage` and `codebook_perplexity` of the latest
+            65,536 training tokens, see `codebook_usage`.
         """
         output = model(images)
         fake, real = output.reconstruction.float(), images.float()
@@ -99,7 +94,8 @@ class TokenizerLoss(nn.Module):
         parts |= {"commitment": output.commitment_loss, "codebook": output.codebook_loss}
         if self.discriminator is not None and step >= self.config.discriminator_start:
             generator = generator_loss(self.discriminator, fake)
-            weight = adaptive_weight(reconstruction, generator, model.decoder.conv_out.weight)
+            last_layer = model.decoder.get_parameter("conv_out.weight")
+            weight = adaptive_weight(reconstruction, generator, last_layer)
             discriminator = discriminator_loss(self.discriminator, real, fake)
             total = total + self.config.adversarial * weight * generator + discriminator
             parts |= {"generator": generator, "discriminator": discriminator, "adaptive_weight": weight}
@@ -124,11 +120,7 @@ class TokenizerLoss(nn.Module):
 
 
 def codebook_usage(tokens: Tensor, vocab_size: int) -> tuple[float, float]:
-    """How much of the codebook a set of tokens uses.
-
-    Args:
-        tokens: int64 of any shape, in [0, vocab_size), at least one.
-        vocab_size: number of codes, V.
+    """How much of a codebook of V codes is used by tokens, int64 of any shape in [0, V), at least one.
 
     Returns:
         The share of codes that occur, in (0, 1], and the perplexity of their frequencies, in [1, V].
@@ -151,19 +143,14 @@ def discriminator_loss(discriminator: Discriminator, real: Tensor, fake: Tensor)
 
 
 def adaptive_weight(reconstruction: Tensor, generator: Tensor, last_layer: Tensor) -> Tensor:
-    """Weight that makes both gradients at the last layer equally large (VQGAN, Eq. 7).
+    """Weight in [0, 10,000] that makes both gradients at the last layer equally large (VQGAN, Eq. 7).
 
     Args:
-        reconstruction: scalar loss that depends on `last_layer`.
-        generator: scalar loss that depends on `last_layer`.
+        reconstruction, generator: scalar losses that depend on `last_layer`.
         last_layer: the decoder's last weight.
-
-    Returns:
-        Detached scalar in [0, 10,000].
     """
-    norms = [
-        torch.autograd.grad(x, last_layer, retain_graph=True)[0].norm() for x in (reconstruction, generator)
-    ]
+    losses = (reconstruction, generator)
+    norms = [torch.autograd.grad(x, last_layer, retain_graph=True)[0].norm() for x in losses]
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
 
 
@@ -177,10 +164,8 @@ class Discriminator(nn.Sequential):
         super().__init__(nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2))
         widths = [channels * min(2**i, 8) for i in range(layers + 1)]
         for i, (before, width) in enumerate(itertools.pairwise(widths), start=1):
-            stride = 2 if i < layers else 1
-            self.append(nn.Conv2d(before, width, 4, stride=stride, padding=1, bias=False))
-            self.append(nn.GroupNorm(8, width))
-            self.append(nn.LeakyReLU(0.2))
+            conv = nn.Conv2d(before, width, 4, stride=2 if i < layers else 1, padding=1, bias=False)
+            self.extend((conv, nn.GroupNorm(8, width), nn.LeakyReLU(0.2)))
         self.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
         self.smallest = 3 * 2**layers
 
@@ -190,11 +175,12 @@ class Discriminator(nn.Sequential):
         Raises:
             ValueError: images too small to leave a patch.
         """
-        if min(images.shape[2:]) < self.smallest:
-            raise ValueError(
-                f"the discriminator takes images of {self.smallest} x {self.smallest} pixels or more, got "
-                f"{images.shape[2]} x {images.shape[3]}: give fewer discriminator_layers"
-            )
+        (h, w), least = images.shape[2:], self.smallest
+        require(
+            min(h, w) >= least,
+            f"the discriminator takes images of {least} x {least} pixels or more, got {h} x {w}: "
+            "give fewer discriminator_layers",
+        )
         return super().forward(images)
 
 
@@ -212,43 +198,34 @@ class PerceptualLoss(nn.Module):
     std: Tensor
 
     def __init__(self, vgg_path: str | Path, lpips_path: str | Path | None = None):
-        """Read the weights.
-
-        Args:
-            vgg_path: VGG16 with torchvision's keys, .safetensors or a file of `torch.save`.
-            lpips_path: the five linear heads `lin{0..4}.model.1.weight`; None weighs every channel with one.
+        """Read the weights; the files are those of `LossConfig`.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: a file without the expected weights.
         """
         super().__init__()
-        names = [
-            f"features.{i}.{kind}" for stage in VGG16_STAGES for i in stage for kind in ("weight", "bias")
-        ]
+        convolutions = [f"features.{i}" for stage in VGG16_STAGES for i in stage]
+        names = [f"{name}.{kind}" for name in convolutions for kind in ("weight", "bias")]
         for name, value in _read_weights(vgg_path, names, "torchvision's VGG16").items():
             self.register_buffer(name.replace(".", "_"), value.float(), persistent=False)
         heads = [f"lin{i}.model.1.weight" for i in range(len(VGG16_STAGES))]
         given = _read_weights(lpips_path, heads, "LPIPS's VGG16 heads") if lpips_path else {}
         for i, name in enumerate(heads):
-            head = given[name].float() if given else torch.ones(())
-            self.register_buffer(f"head_{i}", head, persistent=False)
+            self.register_buffer(f"head_{i}", given.get(name, torch.ones(())).float(), persistent=False)
         # ImageNet's mean and standard deviation, for images in [-1, 1] instead of [0, 1].
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         self.register_buffer("mean", (2 * mean - 1)[:, None, None], persistent=False)
         self.register_buffer("std", (2 * std)[:, None, None], persistent=False)
 
     def forward(self, fake: Tensor, real: Tensor) -> Tensor:
-        """Mean distance of two batches (B, 3, H, W) in [-1, 1], a float32 scalar; sides of 16 pixels or more.
+        """Mean distance of two batches (B, 3, H, W) in [-1, 1], a float32 scalar.
 
         Raises:
             ValueError: images smaller than 16 x 16.
         """
-        if min(fake.shape[2:]) < 16:
-            raise ValueError(
-                f"lpips takes images of 16 x 16 pixels or more, got {fake.shape[2]} x {fake.shape[3]}: "
-                "set lpips=0"
-            )
+        h, w = fake.shape[2:]
+        require(min(h, w) >= 16, f"lpips takes images of 16 x 16 pixels or more, got {h} x {w}: set lpips=0")
         with torch.no_grad():
             targets = self._features(real)
         distances = [
@@ -273,13 +250,9 @@ def _read_weights(path: str | Path, names: list[str], what: str) -> dict[str, Te
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give the path of {what} weights")
-    if path.suffix == ".safetensors":
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    safe = path.suffix == ".safetensors"
+    state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     missing = [name for name in names if name not in state]
-    if missing:
-        raise ValueError(
-            f"{path} has no {missing[0]} ({len(missing)} of {len(names)} missing): not {what} weights"
-        )
+    count = f"{len(missing)} of {len(names)} missing"
+    require(not missing, f"{path} has no {''.join(missing[:1])} ({count}): not {what} weights")
     return {name: state[name] for name in names}

@@ -7,18 +7,18 @@ Euclidean distance. The published networks work on images in [0, 1]; the contrac
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyorder import families
-from anyorder.contracts import Grid, TokenizerNetwork
+from anyorder.contracts import Grid, require
+from anyorder.tokenizers import vq_network as network
 
 MASKGIT_VQ = families.File("fun-research/TiTok", "maskgit-vqgan-imagenet-f16-256.bin")
-
-GROUPS = 32
-"""Of every GroupNorm."""
+GROUPS = 32  # of every GroupNorm
 
 
 @dataclass
@@ -39,13 +39,12 @@ class MaskGITVQConfig:
     def __post_init__(self) -> None:
         self.multipliers = tuple(self.multipliers)
         for name in ("channels", "res_blocks", "vocab_size", "code_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.channels % GROUPS or not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError(
-                f"channels must be a multiple of {GROUPS} and multipliers one number >= 1 per resolution, "
-                f"got {self.channels} and {self.multipliers}"
-            )
+            require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        require(
+            self.channels % GROUPS == 0 and min(self.multipliers, default=0) >= 1,
+            f"channels must be a multiple of {GROUPS} and multipliers one number >= 1 per resolution, "
+            f"got {self.channels} and {self.multipliers}",
+        )
 
     @property
     def factor(self) -> int:
@@ -53,50 +52,18 @@ class MaskGITVQConfig:
         return 2 ** (len(self.multipliers) - 1)
 
 
-class MaskGITVQ(TokenizerNetwork):
+class MaskGITVQ(network.ConvTokenizer):
     """Images to tokens and back; a `contracts.Tokenizer`."""
 
-    config: MaskGITVQConfig
-
     def __init__(self, config: MaskGITVQConfig):
-        """Build from a configuration; weights come from the global random generator."""
-        super().__init__()
-        self.config = config
-        self.vocab_size = config.vocab_size
-        self.factor = config.factor
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.quantize = Codebook(config)
+        super().__init__(config, _encoder(config), _decoder(config), Codebook(config))
 
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) float in [-1, 1] to tokens (B, N) int64 in raster order, N = H * W / factor**2.
+    def _latents(self, images: Tensor) -> Tensor:
+        self.grid(images)
+        return self.encoder((images + 1) / 2).flatten(2).mT
 
-        Raises:
-            ValueError: wrong number of channels, or sides not divisible by `factor`.
-        """
-        if images.ndim != 4 or images.shape[1] != 3 or any(side % self.factor for side in images.shape[2:]):
-            raise ValueError(
-                f"images must have shape (B, 3, H, W) with sides divisible by {self.factor}, "
-                f"got {tuple(images.shape)}: resize or crop them"
-            )
-        return self.quantize.nearest(self.encoder((images + 1) / 2).flatten(2).mT)
-
-    @torch.no_grad()
-    def decode(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """Tokens (B, N) int64 in raster order to images (B, 3, h * factor, w * factor) float in [-1, 1].
-
-        Raises:
-            ValueError: a token outside [0, vocab_size), or N differs from `grid.n`.
-        """
-        low, high = (int(t) for t in tokens.aminmax()) if tokens.numel() else (0, 0)
-        if tokens.ndim != 2 or tokens.shape[1] != grid.n or low < 0 or high >= self.vocab_size:
-            raise ValueError(
-                f"grid {grid.h} x {grid.w} takes tokens of shape (B, {grid.n}) in [0, {self.vocab_size}), "
-                f"got {tuple(tokens.shape)} in [{low}, {high}]"
-            )
-        codes = self.quantize.embedding(tokens).mT.unflatten(2, (grid.h, grid.w))
-        return self.decoder(codes).clamp(0, 1) * 2 - 1
+    def _decode(self, codes: Tensor, grid: Grid) -> Tensor:
+        return self.decoder(codes.mT.unflatten(2, (grid.h, grid.w))) * 2 - 1
 
 
 class Codebook(nn.Module):
@@ -106,6 +73,10 @@ class Codebook(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.code_dim)
 
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """Codes (..., D) of tokens (...)."""
+        return self.embedding(tokens)
+
     def nearest(self, latents: Tensor) -> Tensor:
         """Tokens (B, N) int64 of encoder outputs (B, N, D): smallest Euclidean distance."""
         codes = self.embedding.weight.float()
@@ -114,69 +85,45 @@ class Codebook(nn.Module):
             return (codes.square().sum(-1) - 2 * latents.float() @ codes.T).argmin(-1)
 
 
-class Encoder(nn.Module):
+def _encoder(config: MaskGITVQConfig) -> nn.Sequential:
     """Images (B, 3, H, W) in [0, 1] to features (B, D, H / factor, W / factor)."""
-
-    def __init__(self, config: MaskGITVQConfig):
-        super().__init__()
-        widths = [m * config.channels for m in config.multipliers]
-        before = [config.channels, *widths[:-1]]
-        self.conv_in = _conv3(3, config.channels, bias=False)
-        self.down = nn.ModuleList(Level(a, b, config.res_blocks) for a, b in zip(before, widths, strict=True))
-        self.mid = _blocks(widths[-1], widths[-1], config.res_blocks)
-        self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.code_dim, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features of images."""
-        x = self.conv_in(x)
-        for i, level in enumerate(self.down):
-            x = level(F.avg_pool2d(x, 2) if i else x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+    widths = [config.channels, *(m * config.channels for m in config.multipliers)]
+    conv_in = network.conv3(3, config.channels, bias=False)
+    blocks = [_blocks(before, width, config.res_blocks) for before, width in pairwise(widths)]
+    pooled = [network.named(pool=nn.AvgPool2d(2), block=block) for block in blocks[1:]]
+    return network.named(
+        conv_in=conv_in,
+        down=nn.Sequential(network.named(block=blocks[0]), *pooled),
+        mid=_blocks(widths[-1], widths[-1], config.res_blocks),
+        norm_out=network.norm(widths[-1], GROUPS),
+        silu=nn.SiLU(),
+        conv_out=nn.Conv2d(widths[-1], config.code_dim, 1),
+    )
 
 
-class Decoder(nn.Module):
+def _decoder(config: MaskGITVQConfig) -> nn.Sequential:
     """Features (B, D, h, w) to images (B, 3, h * factor, w * factor), about [0, 1]."""
-
-    def __init__(self, config: MaskGITVQConfig):
-        super().__init__()
-        widths = [m * config.channels for m in config.multipliers]
-        deeper = [*widths[1:], widths[-1]]
-        self.conv_in = _conv3(config.code_dim, widths[-1])
-        self.mid = _blocks(widths[-1], widths[-1], config.res_blocks)
-        self.up = nn.ModuleList(
-            Level(a, b, config.res_blocks, upsample=i > 0)
-            for i, (a, b) in enumerate(zip(deeper, widths, strict=True))
-        )
-        self.norm_out = _norm(widths[0])
-        self.conv_out = _conv3(widths[0], 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images of features; levels are numbered from the full resolution and run from the deepest."""
-        x = self.mid(self.conv_in(x))
-        for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
-
-
-class Level(nn.Module):
-    """The blocks of one resolution, and in the decoder the change to the next."""
-
-    def __init__(self, before: int, width: int, blocks: int, upsample: bool = False):
-        super().__init__()
-        self.block = _blocks(before, width, blocks)
-        self.upsample_conv = _conv3(width, width) if upsample else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, before, H, W) to (B, width, H, W), or doubled."""
-        x = self.block(x)
-        if self.upsample_conv is None:
-            return x
-        return self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    widths = [m * config.channels for m in config.multipliers]
+    conv_in = network.conv3(config.code_dim, widths[-1])
+    mid = _blocks(widths[-1], widths[-1], config.res_blocks)
+    levels = {}
+    for i, (width, before) in enumerate(pairwise([*widths, widths[-1]])):
+        parts: dict[str, nn.Module] = {"block": _blocks(before, width, config.res_blocks)}
+        if i:
+            parts |= {"repeat": network.doubled(), "upsample_conv": network.conv3(width, width)}
+        levels[str(i)] = network.named(**parts)
+    return network.named(
+        conv_in=conv_in,
+        mid=mid,
+        up=network.named(**dict(reversed(levels.items()))),  # numbered from full resolution, run from deepest
+        norm_out=network.norm(widths[0], GROUPS),
+        silu=nn.SiLU(),
+        conv_out=network.conv3(widths[0], 3),
+    )
 
 
 class ResBlock(nn.Module):
-    """Two pre-activated convolutions beside a shortcut.
+    """Two pre-activated convolutions beside a shortcut, (B, before, H, W) to (B, width, H, W).
 
     Where the width changes, the shortcut is a convolution of the block's *result*, not of its input: so the
     published weights were trained.
@@ -184,14 +131,14 @@ class ResBlock(nn.Module):
 
     def __init__(self, before: int, width: int):
         super().__init__()
-        self.norm1 = _norm(before)
-        self.conv1 = _conv3(before, width, bias=False)
-        self.norm2 = _norm(width)
-        self.conv2 = _conv3(width, width, bias=False)
+        self.norm1 = network.norm(before, GROUPS)
+        self.conv1 = network.conv3(before, width, bias=False)
+        self.norm2 = network.norm(width, GROUPS)
+        self.conv2 = network.conv3(width, width, bias=False)
         self.nin_shortcut = None if before == width else nn.Conv2d(width, width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, before, H, W) to (B, width, H, W)."""
+        """Shortcut and convolutions, added."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if self.nin_shortcut is None else self.nin_shortcut(h))
@@ -201,33 +148,12 @@ def _blocks(before: int, width: int, n: int) -> nn.Sequential:
     return nn.Sequential(*(ResBlock(before if i == 0 else width, width) for i in range(n)))
 
 
-def _norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, width, eps=1e-6)
-
-
-def _conv3(before: int, width: int, bias: bool = True) -> nn.Conv2d:
-    return nn.Conv2d(before, width, 3, padding=1, bias=bias)
-
-
 def read_config(tensors: dict[str, Tensor], grid: tuple[int, int], heads: int) -> MaskGITVQConfig:
     """The configuration of a file; see `families.Family`."""
-    channels = families.shape_of(tensors, "encoder.conv_in.weight", 4)[0]
-    levels = range(families.count_blocks(tensors, "encoder.down."))
-    widths = [families.shape_of(tensors, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in levels]
-    vocab_size, code_dim = families.shape_of(tensors, "quantize.embedding.weight")
-    return MaskGITVQConfig(
-        channels=channels,
-        multipliers=tuple(width // channels for width in widths),
-        res_blocks=families.count_blocks(tensors, "encoder.mid."),
-        vocab_size=vocab_size,
-        code_dim=code_dim,
-    )
+    sizes = network.read_sizes(tensors, "encoder.down.", "block.0.conv1.weight")
+    return MaskGITVQConfig(**sizes, res_blocks=families.count_blocks(tensors, "encoder.mid."))
 
 
 FAMILY = families.Family(
-    MaskGITVQ,
-    MaskGITVQConfig,
-    marker="encoder.down.0.block.0.conv1.weight",
-    read_config=read_config,
-    files=(MASKGIT_VQ,),
+    MaskGITVQ, MaskGITVQConfig, "encoder.down.0.block.0.conv1.weight", read_config, (MASKGIT_VQ,)
 )

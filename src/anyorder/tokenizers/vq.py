@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyorder import families
-from anyorder.contracts import Grid, TokenizerNetwork
-from anyorder.tokenizers.vq_network import Decoder, Encoder
+from anyorder.contracts import Grid, require
+from anyorder.tokenizers import vq_network as network
 
 VQ16 = families.File("FoundationVision/LlamaGen", "vq_ds16_c2i.pt")
 
 WINDOW = 65536
-"""Tokens remembered in `quantize.codebook_used`; the length is that of the published files."""
+"""Tokens remembered in `quantize.codebook_used`, as many as in the published files."""
 
 
 @dataclass
@@ -30,8 +30,8 @@ class VQConfig:
     channels: int = 128
     """Number of channels at full resolution."""
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """Number of channels at each resolution in units of `channels`; each level after the first halves both
-    sides, so (1, 2, 4) makes patches of 4 x 4 pixels."""
+    """Channels at each resolution in units of `channels`; each further level halves both sides: (1, 2, 4)
+    makes patches of 4 x 4 pixels."""
     res_blocks: int = 2
     """Residual blocks per resolution in the encoder; the decoder has one more."""
     z_channels: int = 256
@@ -59,34 +59,25 @@ class VQConfig:
     def __post_init__(self) -> None:
         self.multipliers = tuple(self.multipliers)
         for name in ("channels", "res_blocks", "z_channels", "vocab_size", "code_dim", "groups"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("dropout", "ema_decay"):
-            _require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}")
+            require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}")
         for name in ("commitment", "revive_after"):
-            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        _require(
-            len(self.multipliers) > 0 and min(self.multipliers) >= 1,
+            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        require(
+            min(self.multipliers, default=0) >= 1,
             f"multipliers need one number >= 1 per resolution, got {self.multipliers}; (1, 2, 4) is factor 4",
         )
         narrow = [m * self.channels for m in self.multipliers if m * self.channels % self.groups]
-        _require(
-            not narrow,
-            f"groups={self.groups} does not divide widths {narrow}: choose a divisor of {self.channels}",
-        )
-        _require(
-            self.codebook_update in ("ema", "gradient"),
-            f"codebook_update must be 'ema' or 'gradient', got {self.codebook_update!r}",
-        )
+        mend = f"choose a divisor of {self.channels}"
+        require(not narrow, f"groups={self.groups} does not divide widths {narrow}: {mend}")
+        how = self.codebook_update
+        require(how in ("ema", "gradient"), f"codebook_update must be 'ema' or 'gradient', got {how!r}")
 
     @property
     def factor(self) -> int:
         """Pixels per patch side."""
         return 2 ** (len(self.multipliers) - 1)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass
@@ -105,29 +96,16 @@ class VQOutput:
     """float32 scalar; zero where the codebook follows a moving average."""
 
 
-class VQModel(TokenizerNetwork):
+class VQModel(network.ConvTokenizer):
     """Images to tokens and back; a `contracts.Tokenizer`."""
 
     def __init__(self, config: VQConfig):
-        super().__init__()
-        self.config = config
-        self.vocab_size = config.vocab_size
-        self.factor = config.factor
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.quantize = Quantizer(config)
+        super().__init__(config, network.encoder(config), network.decoder(config), Quantizer(config))
         self.quant_conv = nn.Conv2d(config.z_channels, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
 
     def forward(self, images: Tensor) -> VQOutput:
-        """Reconstruct, with straight-through gradients past the quantisation.
-
-        Args:
-            images: (B, 3, H, W) float in [-1, 1]; H and W divisible by `factor`.
-
-        Raises:
-            ValueError: wrong number of channels, or sides not divisible by `factor`.
-        """
+        """Reconstruct images as for `encode`, with straight-through gradients past the quantisation."""
         latents = self._latents(images)
         tokens = self.quantize.nearest(latents)
         codes = self.quantize.lookup(tokens)
@@ -141,65 +119,14 @@ class VQModel(TokenizerNetwork):
             codebook_loss=F.mse_loss(codes, latents.detach()) if learned else latents.new_zeros(()),
         )
 
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) float in [-1, 1] to tokens (B, N) int64 in raster order, N = H * W / factor**2.
-
-        Raises:
-            ValueError: wrong number of channels, or sides not divisible by `factor`.
-        """
-        return self.quantize.nearest(self._latents(images))
-
-    @torch.no_grad()
-    def decode(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """Tokens (B, N) int64 in raster order to images (B, 3, h * factor, w * factor) float in [-1, 1].
-
-        Raises:
-            ValueError: a token outside [0, vocab_size), or N differs from `grid.n`.
-        """
-        if tokens.ndim != 2 or tokens.shape[1] != grid.n:
-            raise ValueError(
-                f"grid {grid.h} x {grid.w} takes tokens of shape (B, {grid.n}), got {tuple(tokens.shape)}"
-            )
-        low, high = (int(t) for t in tokens.aminmax()) if tokens.numel() else (0, 0)
-        if low < 0 or high >= self.vocab_size:
-            raise ValueError(
-                f"tokens must lie in [0, {self.vocab_size}), got {low} to {high}: "
-                "decode them with the tokenizer that made them"
-            )
-        return self._decode(self.quantize.lookup(tokens), grid).clamp(-1, 1)
-
-    def grid(self, images: Tensor) -> Grid:
-        """The grid of tokens that `images` (B, 3, H, W) are cut into.
-
-        Raises:
-            ValueError: wrong number of channels, or sides not divisible by `factor`.
-        """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must have shape (B, 3, H, W), got {tuple(images.shape)}")
-        h, w = images.shape[2] // self.factor, images.shape[3] // self.factor
-        if (h * self.factor, w * self.factor) != images.shape[2:] or h * w == 0:
-            raise ValueError(
-                f"images of {images.shape[2]} x {images.shape[3]} pixels cannot be cut into patches of "
-                f"{self.factor} x {self.factor}: resize or crop both sides to a multiple of {self.factor}"
-            )
-        return Grid(h, w)
-
     def update_codebook(self, output: VQOutput, generator: torch.Generator) -> None:
-        """Learn the codebook from one training batch: moving average, seeding and revival of unused codes.
-
-        Called by the training loss once per step, after the forward pass. Safe before the backward pass,
-        which reads copies of the codes in use.
-
-        Args:
-            output: of `forward` on the batch.
-            generator: on the model's device; chooses the encoder outputs that become codes.
-        """
+        """Learn the codebook from the output of one training batch; see `Quantizer.update`."""
         self.quantize.update(output.latents.detach().flatten(0, 1), output.tokens.flatten(), generator)
 
     def _latents(self, images: Tensor) -> Tensor:
         self.grid(images)
-        z = self.quant_conv(self.encoder(images))
+        # Convolutions in bf16 on a CPU take half the time in this layout; the decoder's input has it already.
+        z = self.quant_conv(self.encoder(images.contiguous(memory_format=torch.channels_last)))
         return F.normalize(z.flatten(2).mT.float(), dim=-1)
 
     def _decode(self, codes: Tensor, grid: Grid) -> Tensor:
@@ -222,8 +149,7 @@ class Quantizer(nn.Module):
     Attributes:
         codebook_used: (65536,) float32, the latest training tokens, oldest first; -1 where there is none yet.
         idle: (V,) int64, updates since a code was last used; -1 before the first update, which seeds every
-            code from encoder outputs. Only with `codebook_update="ema"` or `revive_after > 0`. Zero it to
-            keep a codebook that was loaded from a file without it.
+            code. Only if codes are averaged or revived. Zero it to keep codes of a file without it.
     """
 
     codebook_used: Tensor
@@ -255,12 +181,14 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, latents: Tensor, tokens: Tensor, generator: torch.Generator) -> None:
-        """One step of learning; see `VQModel.update_codebook`.
+        """Learn from one training batch: moving average, seeding and revival of unused codes.
+
+        May run before the backward pass, which reads copies of the codes in use.
 
         Args:
             latents: (M, D) float32 unit vectors.
             tokens: (M,) int64, their nearest codes.
-            generator: on the same device.
+            generator: on the same device; chooses the encoder outputs that become codes.
         """
         recent = torch.cat((self.codebook_used, tokens.to(self.codebook_used.dtype)))
         self.codebook_used.copy_(recent[-WINDOW:])
@@ -287,9 +215,8 @@ class Quantizer(nn.Module):
         """Put dead codes on encoder outputs, sampled in proportion to how badly they are represented now."""
         error = 1 - (latents * self.lookup(tokens)).sum(-1)
         count = int(dead.sum())
-        chosen = torch.multinomial(
-            error.clamp_min(1e-6), count, replacement=count > len(error), generator=generator
-        )
+        again = count > len(error)
+        chosen = torch.multinomial(error.clamp_min(1e-6), count, replacement=again, generator=generator)
         self.embedding.weight[dead] = latents[chosen].to(self.embedding.weight.dtype)
         self.idle[dead] = 0
 
@@ -298,24 +225,13 @@ def read_config(tensors: dict[str, Tensor], grid: tuple[int, int], heads: int) -
     """The configuration of a VQ-16 or VQ-8 file; see `families.Family`."""
     # Files may or may not hold the tokens that were used last in training.
     tensors.setdefault("quantize.codebook_used", torch.full((WINDOW,), -1.0))
-    channels = families.shape_of(tensors, "encoder.conv_in.weight", 4)[0]
-    levels = range(families.count_blocks(tensors, "encoder.conv_blocks."))
-    widths = [families.shape_of(tensors, f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4)[0] for i in levels]
-    vocab_size, code_dim = families.shape_of(tensors, "quantize.embedding.weight")
     return VQConfig(
-        channels=channels,
-        multipliers=tuple(width // channels for width in widths),
+        **network.read_sizes(tensors, "encoder.conv_blocks.", "res.0.conv1.weight"),
         res_blocks=families.count_blocks(tensors, "encoder.conv_blocks.0.res."),
         z_channels=families.shape_of(tensors, "encoder.conv_out.weight", 4)[0],
-        vocab_size=vocab_size,
-        code_dim=code_dim,
     )
 
 
 FAMILY = families.Family(
-    VQModel,
-    VQConfig,
-    marker="encoder.conv_blocks.0.res.0.conv1.weight",
-    read_config=read_config,
-    files=(VQ16,),
+    VQModel, VQConfig, "encoder.conv_blocks.0.res.0.conv1.weight", read_config, files=(VQ16,)
 )

@@ -1,68 +1,124 @@
-"""Encoder and decoder of the VQ tokenizer: convolutions with the names of LlamaGen's published files."""
+"""Convolutional encoders and decoders; the VQ tokenizer's have the names of LlamaGen's published files."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import OrderedDict
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anyorder import families
+from anyorder.contracts import Grid, TokenizerNetwork, require
+
 if TYPE_CHECKING:
     from anyorder.tokenizers.vq import VQConfig
 
 
-class Encoder(nn.Module):
+class ConvTokenizer(TokenizerNetwork):
+    """A convolutional encoder, a codebook (`nearest`, `lookup`) and a convolutional decoder."""
+
+    def __init__(self, config: Any, encoder: nn.Sequential, decoder: nn.Sequential, quantize: nn.Module):
+        super().__init__()
+        self.config, self.vocab_size, self.factor = config, config.vocab_size, config.factor
+        self.encoder, self.decoder = encoder, decoder
+        self.quantize: Any = quantize
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) float in [-1, 1] to tokens (B, N) int64 in raster order, N = H * W / factor**2.
+
+        Raises:
+            ValueError: wrong number of channels, or sides not divisible by `factor`.
+        """
+        return self.quantize.nearest(self._latents(images))
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Tokens (B, N) int64 in raster order to images (B, 3, h * factor, w * factor) float in [-1, 1].
+
+        Raises:
+            ValueError: a token outside [0, vocab_size), or N differs from `grid.n`.
+        """
+        allowed = f"in [0, {self.vocab_size})"
+        expected = f"grid {grid.h} x {grid.w} takes tokens of shape (B, {grid.n}) {allowed}"
+        require(tokens.shape[1:] == (grid.n,), f"{expected}, got {tuple(tokens.shape)}")
+        low, high = (int(t) for t in tokens.aminmax()) if tokens.numel() else (0, 0)
+        mend = "decode them with the tokenizer that made them"
+        fits = 0 <= low <= high < self.vocab_size
+        require(fits, f"tokens must lie {allowed}, got {low} to {high}: {mend}")
+        return self._decode(self.quantize.lookup(tokens), grid).clamp(-1, 1)
+
+    def grid(self, images: Tensor) -> Grid:
+        """The grid of tokens that `images` (B, 3, H, W) are cut into; errors as for `encode`."""
+        got, sides, factor = tuple(images.shape), images.shape[2:], self.factor
+        require(
+            images.ndim == 4 and got[1] == 3 and 0 not in sides and not any(s % factor for s in sides),
+            f"images must have shape (B, 3, H, W) with sides divisible by {factor}, got {got}: "
+            f"resize or crop both sides to a multiple of {factor}",
+        )
+        return Grid(sides[0] // factor, sides[1] // factor)
+
+    def _latents(self, images: Tensor) -> Tensor:
+        """What is quantised, (B, N, D) float; checks the images."""
+        raise NotImplementedError
+
+    def _decode(self, codes: Tensor, grid: Grid) -> Tensor:
+        """Codes (B, N, D) to images, about [-1, 1]."""
+        raise NotImplementedError
+
+
+def read_sizes(tensors: dict[str, Tensor], levels: str, first: str) -> dict[str, Any]:
+    """Settings of a tokenizer's file that all kinds have; `first` names the first weight of a level."""
+    channels = families.shape_of(tensors, "encoder.conv_in.weight", 4)[0]
+    names = [f"{levels}{i}.{first}" for i in range(families.count_blocks(tensors, levels))]
+    multipliers = tuple(families.shape_of(tensors, name, 4)[0] // channels for name in names)
+    vocab_size, code_dim = families.shape_of(tensors, "quantize.embedding.weight")
+    return {"channels": channels, "multipliers": multipliers, "vocab_size": vocab_size, "code_dim": code_dim}
+
+
+def encoder(config: VQConfig) -> nn.Sequential:
     """Images (B, 3, H, W) to features (B, z_channels, H / factor, W / factor)."""
-
-    def __init__(self, config: VQConfig):
-        super().__init__()
-        widths = [m * config.channels for m in config.multipliers]
-        deepest = len(widths) - 1
-        self.conv_in = _conv3(3, config.channels)
-        self.conv_blocks = nn.ModuleList(
-            Level(before, width, config.res_blocks, config, attention=i == deepest, downsample=i < deepest)
-            for i, (before, width) in enumerate(zip([config.channels, *widths[:-1]], widths, strict=True))
-        )
-        self.mid = _middle(widths[-1], config)
-        self.norm_out = _norm(widths[-1], config)
-        self.conv_out = _conv3(widths[-1], config.z_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features of images."""
-        # Convolutions in bf16 on a CPU take half the time in this layout; the decoder's input has it already.
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
-        for level in self.conv_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+    widths = [config.channels, *(m * config.channels for m in config.multipliers)]
+    deepest = len(widths) - 2
+    conv_in = conv3(3, config.channels)
+    levels = (
+        Level(before, width, config.res_blocks, config, attention=i == deepest, downsample=i < deepest)
+        for i, (before, width) in enumerate(pairwise(widths))
+    )
+    return named(
+        conv_in=conv_in,
+        conv_blocks=nn.Sequential(*levels),
+        mid=_middle(widths[-1], config),
+        norm_out=norm(widths[-1], config.groups),
+        silu=nn.SiLU(),
+        conv_out=conv3(widths[-1], config.z_channels),
+    )
 
 
-class Decoder(nn.Module):
+def decoder(config: VQConfig) -> nn.Sequential:
     """Features (B, z_channels, h, w) to images (B, 3, h * factor, w * factor)."""
-
-    def __init__(self, config: VQConfig):
-        super().__init__()
-        widths = [m * config.channels for m in reversed(config.multipliers)]
-        last = len(widths) - 1
-        self.conv_in = _conv3(config.z_channels, widths[0])
-        self.mid = _middle(widths[0], config)
-        self.conv_blocks = nn.ModuleList(
-            Level(before, width, config.res_blocks + 1, config, attention=i == 0, upsample=i < last)
-            for i, (before, width) in enumerate(zip([widths[0], *widths[:-1]], widths, strict=True))
-        )
-        self.norm_out = _norm(widths[-1], config)
-        self.conv_out = _conv3(widths[-1], 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images of features."""
-        x = self.mid(self.conv_in(x))
-        for level in self.conv_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+    widths = [m * config.channels for m in reversed(config.multipliers)]
+    last, blocks = len(widths) - 1, config.res_blocks + 1
+    conv_in, mid = conv3(config.z_channels, widths[0]), _middle(widths[0], config)
+    levels = (
+        Level(before, width, blocks, config, attention=i == 0, upsample=i < last)
+        for i, (before, width) in enumerate(pairwise([widths[0], *widths]))
+    )
+    return named(
+        conv_in=conv_in,
+        mid=mid,
+        conv_blocks=nn.Sequential(*levels),
+        norm_out=norm(widths[-1], config.groups),
+        silu=nn.SiLU(),
+        conv_out=conv3(widths[-1], 3),
+    )
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, and the change to the next."""
+    """The blocks of one resolution, (B, before, H, W) to (B, width, H, W), and the change to the next."""
 
     def __init__(
         self,
@@ -77,88 +133,80 @@ class Level(nn.Module):
         super().__init__()
         self.res = nn.ModuleList(ResBlock(before if i == 0 else width, width, config) for i in range(blocks))
         self.attn = nn.ModuleList(_attention(width, config, attention) for _ in range(blocks))
-        self.downsample = Downsample(width) if downsample else nn.Identity()
-        self.upsample = Upsample(width) if upsample else nn.Identity()
+        self.downsample = _halved(width) if downsample else nn.Identity()
+        self.upsample = named(repeat=doubled(), conv=conv3(width, width)) if upsample else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, before, H, W) to (B, width, H, W), then resampled."""
+        """The next level's input."""
         for res, attn in zip(self.res, self.attn, strict=True):
             x = attn(res(x))
         return self.upsample(self.downsample(x))
 
 
 class ResBlock(nn.Module):
-    """Two pre-activated convolutions beside a shortcut."""
+    """Two pre-activated convolutions beside a shortcut, (B, before, H, W) to (B, width, H, W)."""
 
     def __init__(self, before: int, width: int, config: VQConfig):
         super().__init__()
-        self.norm1 = _norm(before, config)
-        self.conv1 = _conv3(before, width)
-        self.norm2 = _norm(width, config)
+        self.norm1 = norm(before, config.groups)
+        self.conv1 = conv3(before, width)
+        self.norm2 = norm(width, config.groups)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = _conv3(width, width)
+        self.conv2 = conv3(width, width)
         self.nin_shortcut = nn.Identity() if before == width else nn.Conv2d(before, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, before, H, W) to (B, width, H, W)."""
+        """Shortcut and convolutions, added."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.nin_shortcut(x) + h
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over all pixels, beside a shortcut."""
+    """Single-head self-attention over all pixels of (B, width, H, W), beside a shortcut."""
 
     def __init__(self, width: int, config: VQConfig):
         super().__init__()
-        self.norm = _norm(width, config)
+        self.norm = norm(width, config.groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width, H, W) to the same shape."""
+        """Shortcut and attention, added."""
         h = self.norm(x)
         q, k, v = (conv(h).flatten(2).mT[:, None] for conv in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].mT.unflatten(2, x.shape[2:])
         return x + self.proj_out(h)
 
 
-class Downsample(nn.Module):
-    """Halves height and width; padded below and to the right only, as in VQGAN."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, width, H, W) to (B, width, H / 2, W / 2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Doubles height and width."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = _conv3(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, width, H, W) to (B, width, 2 H, 2 W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 def _middle(width: int, config: VQConfig) -> nn.Sequential:
-    return nn.Sequential(
-        ResBlock(width, width, config), _attention(width, config, True), ResBlock(width, width, config)
-    )
+    first, attention = ResBlock(width, width, config), _attention(width, config, True)
+    return nn.Sequential(first, attention, ResBlock(width, width, config))
 
 
 def _attention(width: int, config: VQConfig, present: bool) -> nn.Module:
     return Attention(width, config) if present and config.attention else nn.Identity()
 
 
-def _norm(width: int, config: VQConfig) -> nn.GroupNorm:
-    return nn.GroupNorm(config.groups, width, eps=1e-6)
+def _halved(width: int) -> nn.Sequential:
+    pad = nn.ZeroPad2d((0, 1, 0, 1))  # below and to the right only, as in VQGAN
+    return named(pad=pad, conv=nn.Conv2d(width, width, 3, stride=2))
 
 
-def _conv3(before: int, width: int) -> nn.Conv2d:
-    return nn.Conv2d(before, width, 3, padding=1)
+def doubled() -> nn.Upsample:
+    """Doubles height and width, by repetition."""
+    return nn.Upsample(scale_factor=2.0)
+
+
+def norm(width: int, groups: int) -> nn.GroupNorm:
+    """GroupNorm with the epsilon of all published tokenizers."""
+    return nn.GroupNorm(groups, width, eps=1e-6)
+
+
+def conv3(before: int, width: int, bias: bool = True) -> nn.Conv2d:
+    """A 3 x 3 convolution that keeps height and width."""
+    return nn.Conv2d(before, width, 3, padding=1, bias=bias)
+
+
+def named(**modules: nn.Module) -> nn.Sequential:
+    """Modules one after the other, under these names."""
+    return nn.Sequential(OrderedDict(modules))
