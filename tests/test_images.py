@@ -449,7 +449,7 @@ def test_rows_of_a_killed_split_are_dropped(tmp_path):
 def test_new_configuration_of_an_artifact_decodes_again(tmp_path):
     source = FolderSource(fill_folder(tmp_path / "in", {"1.png": encode(plain(RED))}), 0)
     for fill in (1, 2):
-        artifact = Artifact(tmp_path / "out", "data", {"fill": fill}, {})
+        artifact = Artifact(tmp_path / "out", "data", {"fill": fill}, {}, overwrite=True)
         assert not list((tmp_path / "out").glob(".train.partial"))
         artifact.finish(**ingest(source, tmp_path / "out", SIZE, fill=(fill, fill, fill)))
     assert not any(

@@ -295,7 +295,7 @@ def test_another_feature_network_replaces_the_features_of_the_first(experiment, 
     _, out = experiment
     command = ["features", f"data={out}/data", f"out={tmp_path}/f", "channels=8", "train.batch_size=8"]
     for steps in (1, 2):
-        assert cli.main([*command, f"train.steps={steps}"]) == 0
+        assert cli.main([*command, f"train.steps={steps}", "overwrite=true"]) == 0
         name = read_manifest(tmp_path / "f")["extractor"]
         data = read_manifest(out / "data")["fingerprint"]
         assert FeatureStatistics.load(tmp_path / "f" / "train.safetensors", name, data).n == 48
@@ -693,12 +693,14 @@ def test_exit_codes_of_a_full_disk_and_of_ctrl_c(tmp_path, monkeypatch, capsys):
 
         return run
 
-    monkeypatch.setattr(cli, "_quickstart", stop(OSError(28, "No space left on device", "x.npy")))
+    monkeypatch.setitem(
+        cli.COMMANDS, "quickstart", cli.Command("", stop(OSError(28, "No space left on device", "x.npy")))
+    )
     assert cli.main(["quickstart"]) == 1
     assert "free some space" in capsys.readouterr().err
-    monkeypatch.setattr(cli, "_quickstart", stop(KeyboardInterrupt()))
+    monkeypatch.setitem(cli.COMMANDS, "quickstart", cli.Command("", stop(KeyboardInterrupt())))
     assert cli.main(["quickstart"]) == 130
-    monkeypatch.setattr(cli, "_quickstart", stop(ValueError("bad")))
+    monkeypatch.setitem(cli.COMMANDS, "quickstart", cli.Command("", stop(ValueError("bad"))))
     with pytest.raises(ValueError, match="bad"):
         cli.main(["quickstart", "--traceback"])
 
@@ -884,6 +886,8 @@ def test_shards_are_the_rows_of_one_run(experiment, tmp_path):
         torn = rows.tobytes()[: 2 * rows[0].nbytes + 1]
         (part / f"train.{name}.npy.partial").write_bytes(b"\0" * 128 + torn)
     run = partial(execute, "orders", stage, tmp_path)
+    identity = {key: read_manifest(whole)[key] for key in ("stage", "inputs")}
+    (tmp_path / ".identity.json").write_text(json.dumps({**identity, "config": split(stage)[0]}))
     with ThreadPoolExecutor(2) as pool:  # each opens the folders itself, as a process does
         list(pool.map(lambda _: run(), range(2)))
     for name in ("train.order", "train.log_prob", "test.order", "test.log_prob", "class_order"):

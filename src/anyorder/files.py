@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import secrets
@@ -16,8 +17,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 MANIFEST = "manifest.json"
-TIMES = "seconds.npy"
-"""Ending of arrays that hold times: they differ from run to run and do not count as content."""
+TIMES = ("seconds.npy", "timing.json")
+"""Endings of files that hold times: they differ from run to run and do not count as content."""
+LARGEST_JSON = 1 << 28
+"""Bytes of the largest JSON file that is read."""
 
 
 @contextlib.contextmanager
@@ -46,16 +49,28 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` atomically as indented JSON."""
-    write_text(path, json.dumps(value, indent=2, default=_jsonable) + "\n")
+    """Write `value` atomically as indented JSON, see `plain`."""
+    write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
 
 
-def _jsonable(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """`value` as JSON has it: paths are texts, tuples lists; NaN and infinity, which JSON lacks, are null.
+
+    Raises:
+        TypeError: a value that JSON cannot hold.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"cannot write {type(value).__name__} to JSON")
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if not isinstance(value, str | int | float | None):
+        raise TypeError(f"cannot write {type(value).__name__} to JSON")
+    return value
 
 
 def read_json(path: str | Path) -> Any:
@@ -63,12 +78,20 @@ def read_json(path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not JSON; the message names it.
+        ValueError: the file is not JSON, too large or nested too deeply; the message names it.
     """
     path = Path(path)
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(
+            f"{path} is too large ({path.stat().st_size >> 20} MiB): it is no file of anyorder's"
+        )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except RecursionError:
+        raise ValueError(
+            f"{path} is not valid JSON (nested too deeply): it is no file of anyorder's"
+        ) from None
+    except ValueError as e:
         raise ValueError(f"{path} is not valid JSON ({e}); delete it and run the stage again") from e
 
 
@@ -92,11 +115,28 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: `folder` is not a finished artifact; the message says how to make it.
+        ValueError: its manifest is damaged, or a file of something else.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a finished artifact (no {MANIFEST}): run its stage first")
-    return read_json(path)
+    manifest = read_record(path)
+    if not isinstance(manifest.get("fingerprint"), str) or not isinstance(manifest.get("files"), dict):
+        raise ValueError(f"{path} is incomplete (fingerprint or files): run the stage again")
+    return manifest
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A manifest, or what a folder is being made from: a mapping with `stage`, `config` and `inputs`.
+
+    Raises:
+        ValueError: damaged, or a file of something else; the message names it.
+    """
+    record = read_json(path)
+    kinds = {"stage": str, "config": dict, "inputs": dict}
+    if not isinstance(record, dict) or not all(isinstance(record.get(k), kind) for k, kind in kinds.items()):
+        raise ValueError(f"{path} is not the manifest of an artifact: choose another folder")
+    return record
 
 
 def fingerprint(folder: str | Path) -> str:

@@ -7,6 +7,8 @@ an interval is about the random draw of samples, not about that of a training.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +28,12 @@ class Difference(NamedTuple):
     relative: float | None
     relative_low: float | None
     relative_high: float | None
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Difference:
+        """From JSON, which has null for the bounds of an unbounded interval."""
+        bounds = {key: math.nan for key in ("low", "high") if values[key] is None}
+        return cls(**{**values, **bounds})
 
     @property
     def reversed(self) -> Difference:

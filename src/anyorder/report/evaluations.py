@@ -257,7 +257,7 @@ def read_differences(artifacts: Found) -> Differences:
     for _, manifest in artifacts:
         if manifest["stage"] == "compare":
             a, b = manifest["inputs"]["a"], manifest["inputs"]["b"]
-            differences = {name: Difference(**value) for name, value in manifest["metrics"].items()}
+            differences = {name: Difference.read(value) for name, value in manifest["metrics"].items()}
             found[b, a] = {name: difference.reversed for name, difference in differences.items()}
             found[a, b] = differences
     return found
@@ -278,7 +278,8 @@ def difference_table(artifacts: Found) -> Table | None:
             "differs": not values["low"] <= 0 <= values["high"],
         }
         for manifest in compared
-        for name, values in manifest["metrics"].items()
+        for name, stored in manifest["metrics"].items()
+        for values in [Difference.read(stored)._asdict()]
     ]
     if not rows:
         return None

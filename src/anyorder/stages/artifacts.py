@@ -1,110 +1,42 @@
 """Artifact folders: what a stage writes, with a manifest that says how it was made.
 
-Every folder holds a `manifest.json` with the resolved configuration, the fingerprints of the input
-artifacts, versions, seed, device, seconds and examples per second. A folder without a manifest is
-unfinished.
+`manifest.json` holds the resolved configuration, fingerprints and folders of the inputs, hashes of the files,
+versions, seconds and further facts. A folder without it is unfinished: `.identity.json` says what is being
+made there, and by whom. An artifact that is replaced waits in `.replaced` until the new one is finished.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import logging
 import os
+import re
+import shutil
+import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from anyorder.files import (
-    MANIFEST,
-    TIMES,
-    _jsonable,
-    fingerprint,
-    read_json,
-    read_manifest,
-    sha256,
-    versions,
-    write_json,
-)
+from anyorder import files
 
-
-def _identity(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str | Path]) -> dict[str, Any]:
-    return {
-        "stage": stage,
-        "config": json.loads(json.dumps(config, default=_jsonable)),
-        "inputs": {role: fingerprint(path) for role, path in inputs.items()},
-    }
-
-
-def _matches(
-    then: Mapping[str, Any],
-    now: Mapping[str, Any],
-    completed: Callable[[dict[str, Any]], dict[str, Any]],
-) -> bool:
-    """Whether what was recorded is what is asked for now."""
-    before, after = _comparable(then, completed), _comparable(now, completed)
-    return all(before[key] == value for key, value in after.items())
-
-
-def _comparable(
-    identity: Mapping[str, Any], completed: Callable[[dict[str, Any]], dict[str, Any]]
-) -> dict[str, Any]:
-    config = json.loads(json.dumps(completed(identity["config"]), default=_jsonable))
-    return {**identity, "config": config}
-
-
-def _is_extended(
-    then: Mapping[str, Any],
-    now: Mapping[str, Any],
-    completed: Callable[[dict[str, Any]], dict[str, Any]],
-    grows: Sequence[str],
-) -> bool:
-    """Whether settings that may grow are larger now than recorded, and all else is equal.
-
-    Raises:
-        ValueError: they are smaller.
-    """
-    before, after = _comparable(then, completed), _comparable(now, completed)
-    old, new = ([pop_setting(identity["config"], key) for key in grows] for identity in (before, after))
-    if None in (*old, *new) or old == new or any(before[key] != value for key, value in after.items()):
-        return False
-    for key, was, wanted in zip(grows, old, new, strict=True):
-        if wanted < was:
-            raise ValueError(
-                f"{key}={wanted}, but {was} are done already: choose {key}>={was} or another out="
-            )
-    return True
-
-
-def pop_setting(config: dict[str, Any], key: str) -> Any:
-    """Take a setting out of a nested configuration; None if there is none."""
-    *groups, last = key.split(".")
-    for group in groups:
-        config = config.get(group) or {}
-    return config.pop(last, None)
-
-
-def recorded_input(folder: str | Path, role: str) -> Path | None:
-    """The folder of an input of a finished artifact; None if the artifact has no such input.
-
-    Raises:
-        FileNotFoundError: `folder` is not a finished artifact, or what it was made from is no longer there.
-        ValueError: the artifact is of a version that recorded no folders.
-    """
-    manifest = read_manifest(folder)
-    if role not in manifest["inputs"]:
-        return None
-    if role not in manifest.get("input_folders", {}):
-        raise ValueError(f"{folder} does not record the folder of its {role}: give {role}=FOLDER")
-    path = Path(os.path.normpath(Path(folder) / manifest["input_folders"][role]))
-    if not (path / MANIFEST).is_file():
-        raise FileNotFoundError(f"the {role} of {folder} is no longer at {path}: give {role}=FOLDER")
-    return path
+log = logging.getLogger("anyorder")
+IDENTITY, REPLACED = ".identity.json", ".replaced"
+FOLDERS = re.compile(r"checkpoints|samples|online|model|tokenizer|scorer|round-\d+|(train|test)-\d+-of-\d+")
+"""Names of the folders that stages make inside an artifact; all others are the user's and never touched."""
+CONTENT = (".npy", ".safetensors", ".json")
+"""Files of these kinds are content and get a hash, except checkpoints and times."""
+Completion = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class Artifact:
     """The folder of one stage: is it up to date, may it be resumed, and its manifest when done.
+
+    It is locked from the moment it is opened until it is finished or closed; a killed process lets go of it.
 
     Attributes:
         folder: where the stage writes.
@@ -117,45 +49,51 @@ class Artifact:
         stage: str,
         config: Mapping[str, Any],
         inputs: Mapping[str, str | Path],
-        completed: Callable[[dict[str, Any]], dict[str, Any]] = lambda then: then,
-        grows: Sequence[str] = (),
+        completed: Completion = lambda then: then,
+        *,
+        grows: Collection[str] = (),
+        shared: bool = False,
+        overwrite: bool = False,
     ):
-        """Open `folder` for `stage`; work begun under another configuration is discarded.
+        """Open `folder` for `stage`, unless it is up to date. What is refused leaves it as it was.
 
         Args:
             folder: the artifact's folder, made if need be.
             stage: name of the stage, for the manifest.
             config: resolved configuration, JSON-able; decides with `inputs` whether the folder is current.
             inputs: folders of the input artifacts by role.
-            completed: fills a recorded configuration up with the settings that did not exist then, and
-                leaves out those that do not matter.
-            grows: dotted settings whose larger values extend what the folder holds, finished or not.
+            completed: what is compared of a configuration: with settings that did not exist when it was
+                recorded, without those that do not matter.
+            grows: dotted settings of which a larger value continues the work that is there.
+            shared: several processes may work in the folder at once, under the same configuration.
+            overwrite: replace what was made under another configuration.
 
         Raises:
             FileNotFoundError: an input is not a finished artifact.
-            ValueError: the folder holds another stage's artifact, or more than is asked for now.
+            ValueError: `folder` is or holds an input, is being written, or holds something else.
         """
-        self.folder = Path(folder)
+        self.folder, self._descriptor, self._opened, self._found = Path(folder), -1, False, set[str]()
+        self._inputs, self._completed, self._grows = dict(inputs), completed, grows
         self.identity = _identity(stage, config, inputs)
-        self.input_folders = {role: os.path.relpath(path, folder) for role, path in inputs.items()}
         self._begin = time.perf_counter()
-        done, begun = self.folder / MANIFEST, self.folder / ".identity.json"
-        for path in (done, begun):
-            if path.is_file() and (other := read_json(path)["stage"]) != stage:
-                raise ValueError(
-                    f"{folder} holds the artifact of stage '{other}', not '{stage}': choose another out="
-                )
+        for role, path in inputs.items():
+            if self.folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+                raise ValueError(f"out={folder} is or holds the input {role}={path}: choose another out=")
         self.current = self.is_current(folder, stage, config, inputs, completed)
-        if not self.current:
-            resumed = begun.is_file() and _matches(read_json(begun), self.identity, completed)
-            for path in (begun, done):
-                then = read_json(path) if path.is_file() and not resumed else None
-                if then is not None and _is_extended(then, self.identity, completed, grows):
-                    resumed = True
-                    done.unlink(missing_ok=True)
-            if not resumed and (begun.is_file() or done.is_file()):  # never touch a folder of somebody else
-                self._discard()
-            write_json(begun, self.identity)
+        if self.current and not (self.folder / IDENTITY).exists():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock(shared)
+        try:
+            self._recover()
+            self.current = self.is_current(folder, stage, config, inputs, completed)
+            if not self.current:
+                self._open(overwrite)
+            if shared and self._descriptor >= 0:
+                fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+        except BaseException:
+            self.close()
+            raise
 
     @staticmethod
     def is_current(
@@ -163,21 +101,11 @@ class Artifact:
         stage: str,
         config: Mapping[str, Any],
         inputs: Mapping[str, str | Path],
-        completed: Callable[[dict[str, Any]], dict[str, Any]] = lambda then: then,
+        completed: Completion = lambda then: then,
     ) -> bool:
         """Whether `folder` is finished with this very configuration and these inputs; writes nothing."""
-        done = Path(folder) / MANIFEST
-        if not done.is_file():
-            return False
-        return _matches(read_json(done), _identity(stage, config, inputs), completed)
-
-    def _discard(self) -> None:
-        """Remove what an earlier configuration left; only files that stages write are touched."""
-        for pattern in (MANIFEST, ".identity.json", "*.partial", "*.npy", "metrics.jsonl"):
-            for path in sorted(self.folder.rglob(pattern)):
-                path.unlink()
-        for path in sorted(self.folder.rglob("checkpoints/**/*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
+        then = _record(Path(folder) / files.MANIFEST)
+        return then is not None and not _differences(then, _identity(stage, config, inputs), completed)
 
     def finish(self, examples: int | None = None, seconds: float | None = None, **facts: Any) -> None:
         """Write the manifest: from now on the artifact is finished.
@@ -188,25 +116,260 @@ class Artifact:
             **facts: whatever else a reader should know (metrics, counts, classes, device, seed).
         """
         seconds = time.perf_counter() - self._begin if seconds is None else seconds
-        files = {
-            str(path.relative_to(self.folder)): sha256(path)
-            for path in sorted(self.folder.rglob("*"))
-            if path.is_file()
-            and path.suffix in {".npy", ".safetensors", ".json"}
-            and path.name not in {MANIFEST, ".identity.json"}
-            and not path.name.endswith(TIMES)  # content, not how long it took
-            and "checkpoints" not in path.parts
-        }
+        names = self._written()
+        hashes = {name: files.sha256(self.folder / name) for name in names if _is_content(name)}
         manifest = {
             **self.identity,
-            "input_folders": self.input_folders,
-            "fingerprint": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16],
-            "files": files,
-            "versions": versions(),
+            "input_folders": {
+                role: os.path.relpath(path, self.folder.resolve()) for role, path in self._inputs.items()
+            },
+            "fingerprint": hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16],
+            "files": hashes,
+            "other_files": [name for name in names if name not in hashes],
+            "versions": files.versions(),
             "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "seconds": round(seconds, 3),
             "examples_per_second": round(examples / seconds, 3) if examples and seconds > 0 else None,
             **facts,
         }
-        write_json(self.folder / MANIFEST, manifest)
-        (self.folder / ".identity.json").unlink(missing_ok=True)
+        files.write_json(self.folder / files.MANIFEST, manifest)
+        self._recover()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folder; where nothing was written, it is as it was before."""
+        if self._opened and not (self.folder / files.MANIFEST).is_file() and not self._written():
+            (self.folder / IDENTITY).unlink(missing_ok=True)
+            self._recover()
+        self._opened = False
+        self._unlock()
+
+    def __enter__(self) -> Artifact:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._unlock()
+
+    def _lock(self, shared: bool) -> None:
+        """Keep other processes out. The folder itself is locked, so a crash leaves no lock behind."""
+        self._descriptor = os.open(self.folder, os.O_RDONLY)
+        # Sharers open the folder one after another; who comes later joins those that are at work.
+        for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH) * 50 if shared else (fcntl.LOCK_EX,):
+            try:
+                return fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.05 if shared else 0)
+            except OSError:
+                return  # a file system without locks
+        self._unlock()
+        who = (_record(self.folder / IDENTITY) or {}).get("writer", "another process")
+        raise ValueError(f"{self.folder} is being written by {who}: wait for it, or choose another out=")
+
+    def _unlock(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _open(self, overwrite: bool) -> None:
+        """Begin, resume or replace: the only place where what is there is moved or deleted."""
+        done, begun = _record(self.folder / files.MANIFEST), _record(self.folder / IDENTITY)
+        then = done or begun
+        if then is None:
+            if orphans := [name for name in _walk(self.folder) if _is_work(name)]:
+                raise ValueError(
+                    f"{self.folder} holds files that no manifest vouches for ({', '.join(orphans[:3])}): "
+                    "move them away, or choose another out="
+                )
+            return self._write_identity(_walk(self.folder))
+        if then["stage"] != self.identity["stage"]:
+            raise ValueError(
+                f"{self.folder} holds the artifact of stage '{then['stage']}', not "
+                f"'{self.identity['stage']}': choose another out="
+            )
+        self._found = set(then.get("found", ()))
+        differences = _differences(then, self.identity, self._completed)
+        goes_on = all(key in self._grows and _less(*values) for key, values in differences.items())
+        if not goes_on and not overwrite and set(differences) <= {*self._grows}:
+            key, (was, now) = next(iter(differences.items()))
+            raise ValueError(f"{key}={now}, but {was} are done already: choose {key}>={was} or another out=")
+        if not (goes_on or overwrite or (begun and not self._written())):
+            changes = ", ".join(f"{key} {a} -> {b}" for key, (a, b) in list(differences.items())[:3])
+            raise ValueError(
+                f"{self.folder} {'was' if done else 'is being'} made with other settings or inputs "
+                f"({changes}): add overwrite=true to replace it, or choose another out="
+            )
+        if done:
+            listed = _listed(done, self.folder)
+            self._found = set(_walk(self.folder)) - listed
+            self._set_aside([] if goes_on else sorted(listed))
+        elif not goes_on and (work := self._written()):
+            log.warning("%s: %d files of unfinished work are discarded", self.folder, len(work))
+            for name in work:
+                (self.folder / name).unlink()
+        self._write_identity(self._found)
+
+    def _write_identity(self, found: Iterable[str]) -> None:
+        self._found = set(found)
+        since = datetime.now().astimezone().isoformat(" ", timespec="seconds")
+        writer = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+        facts = {**self.identity, "found": sorted(self._found), "writer": writer}
+        files.write_json(self.folder / IDENTITY, facts)
+        self._opened = True
+
+    def _written(self) -> list[str]:
+        """The stage's files: without what was there before and what is the user's."""
+        return sorted(set(_walk(self.folder)) - self._found)
+
+    def _set_aside(self, names: Iterable[str]) -> None:
+        """Move a finished artifact away, its manifest last: it stays valid until all is moved."""
+        log.info("%s: what is there is kept until the new artifact is finished", self.folder)
+        for name in [*names, files.MANIFEST]:
+            _move(self.folder, self.folder / REPLACED, name)
+
+    def _recover(self) -> None:
+        """Complete what a kill interrupted: the end of `finish`, or putting back what was set aside."""
+        replaced = self.folder / REPLACED
+        if not (self.folder / IDENTITY).is_file():
+            names = [str(path.relative_to(replaced)) for path in replaced.rglob("*")]
+            for name in sorted(names, key=lambda name: name == files.MANIFEST):
+                if not (replaced / name).is_dir() or (replaced / name).is_symlink():
+                    _move(replaced, self.folder, name)
+        elif not (self.folder / files.MANIFEST).is_file():
+            return  # work in progress
+        if replaced.is_dir():
+            shutil.rmtree(replaced, ignore_errors=True)
+        (self.folder / IDENTITY).unlink(missing_ok=True)
+
+
+def recorded_input(folder: str | Path, role: str) -> Path | None:
+    """The folder of an input of a finished artifact; None if the artifact has no such input.
+
+    Raises:
+        FileNotFoundError: `folder` is not a finished artifact, or what it was made from is no longer there.
+        ValueError: the artifact is of a version that recorded no folders.
+    """
+    manifest = files.read_manifest(folder)
+    if role not in manifest["inputs"]:
+        return None
+    if role not in manifest.get("input_folders", {}):
+        raise ValueError(f"{folder} does not record the folder of its {role}: give {role}=FOLDER")
+    path = Path(os.path.normpath(Path(folder) / manifest["input_folders"][role]))
+    if not (path / files.MANIFEST).is_file():
+        raise FileNotFoundError(f"the {role} of {folder} is no longer at {path}: give {role}=FOLDER")
+    return path
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Compare the files of a finished artifact, and of the inputs that it records, with their hashes.
+
+    Returns:
+        One line for each problem; none if all is well.
+
+    Raises:
+        FileNotFoundError: `folder` is not a finished artifact.
+        ValueError: its manifest is damaged.
+    """
+    folder = Path(folder)
+    manifest, problems = files.read_manifest(folder), []
+    for name, digest in manifest["files"].items():
+        if not (folder / name).is_file():
+            problems.append(f"{folder / name} is missing")
+        elif files.sha256(folder / name) != digest:
+            problems.append(f"{folder / name} was changed")
+    for role, path in manifest.get("input_folders", {}).items():
+        source = Path(os.path.normpath(folder / path))
+        if not (source / files.MANIFEST).is_file():
+            problems.append(f"{source} ({role} of {folder}) is missing")
+        elif files.fingerprint(source) != manifest["inputs"][role]:
+            problems.append(f"{source} ({role} of {folder}) is not what it was made from")
+        else:
+            problems += verify(source)
+    return list(dict.fromkeys(problems))
+
+
+# --- what an artifact is made from ------------------------------------------------------------------------
+
+
+def _identity(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str | Path]) -> dict[str, Any]:
+    fingerprints = {role: files.fingerprint(path) for role, path in inputs.items()}
+    return {"stage": stage, "config": files.plain(config), "inputs": fingerprints}
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    return files.read_record(path) if path.is_file() else None
+
+
+def _differences(
+    then: Mapping[str, Any], now: Mapping[str, Any], completed: Completion
+) -> dict[str, tuple[Any, Any]]:
+    """Dotted names of what differs, with the values of then and now."""
+    keys, flat = ("stage", "config", "inputs"), []
+    for record in (then, now):
+        part = {key: record[key] for key in keys}
+        with contextlib.suppress(ValueError):  # a setting that no longer exists: it differs
+            part["config"] = files.plain(completed(dict(record["config"])))
+        flat.append(_flat(part))
+    a, b = flat
+    names = {name: name.removeprefix("config.") for name in {**b, **a}}
+    return {short: (a.get(name), b.get(name)) for name, short in names.items() if a.get(name) != b.get(name)}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        group = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{name}.") if group else {f"{prefix}{name}": value}
+    return flat
+
+
+def _less(then: Any, now: Any) -> bool:
+    return isinstance(then, int | float) and isinstance(now, int | float) and then < now
+
+
+# --- which files are whose --------------------------------------------------------------------------------
+
+
+def _walk(folder: Path, below: str = "") -> Iterator[str]:
+    """Names of files that a stage may have written: no other folders or artifacts, nothing behind links."""
+    for entry in sorted(os.scandir(folder / below), key=lambda entry: entry.name):
+        name = below + entry.name
+        if not entry.is_dir():
+            if below or (name != files.MANIFEST and not name.startswith(".")):
+                yield name
+        elif below or FOLDERS.fullmatch(name):
+            if entry.is_symlink():
+                yield name
+            elif name.startswith("round-") or not any(
+                (folder / name / own).is_file() for own in (files.MANIFEST, IDENTITY)
+            ):
+                yield from _walk(folder, f"{name}/")
+
+
+def _is_work(name: str) -> bool:
+    """Whether a stage might take a file for its work."""
+    return name.endswith((*CONTENT, ".partial", ".jsonl")) or FOLDERS.match(name) is not None
+
+
+def _is_content(name: str) -> bool:
+    path = Path(name)
+    own = path.name in (files.MANIFEST, IDENTITY) or name.endswith(files.TIMES)
+    return path.suffix in CONTENT and not own and "checkpoints" not in path.parts
+
+
+def _listed(manifest: Mapping[str, Any], folder: Path) -> set[str]:
+    """The files that a manifest lists; older ones do not list times, logs and checkpoints."""
+    if "other_files" in manifest:
+        return {*manifest["files"], *manifest["other_files"]}
+    unlisted = (*files.TIMES, ".partial", ".jsonl")
+    return {*manifest["files"]} | {n for n in _walk(folder) if "/" in n or n.endswith(unlisted)}
+
+
+def _move(source: Path, target: Path, name: str) -> None:
+    """Move a file that is below `source` itself, not behind a link or outside."""
+    path = source / name
+    if os.path.lexists(path) and path.parent.resolve() == source.resolve() / Path(name).parent:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target / name)

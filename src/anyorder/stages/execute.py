@@ -2,46 +2,53 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from anyorder.stages.artifacts import Artifact, pop_setting, recorded_input
+from anyorder.settings import read_stored
+from anyorder.stages.artifacts import Artifact, recorded_input
 
 log = logging.getLogger("anyorder")
 
 Completion = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def execute(name: str, stage: Any, out: Path) -> bool:
+def execute(name: str, stage: Any, out: Path, *, overwrite: bool = False) -> bool:
     """Run one stage unless its artifact is up to date.
+
+    A stage may say, as class attributes, which settings (dotted names) do not change what it writes, `aside`,
+    and which continue the work that is there when they become larger, `grows`.
 
     Args:
         name: what its manifest calls the stage.
         stage: its configuration.
         out: folder of the artifact.
+        overwrite: replace what was made there under other settings.
 
     Returns:
         Whether anything was done.
 
     Raises:
-        ValueError, FileNotFoundError: bad configuration or inputs.
+        ValueError, FileNotFoundError: bad configuration or inputs; `out` is as it was before.
         OSError: the disk is full; what was finished is kept.
     """
     stage = resolved(stage)
     settings, inputs, completion = split(stage)
     if hasattr(stage, "explain"):
         stage.explain(out)
-    artifact = Artifact(out, name, settings, inputs, completion, getattr(stage, "grows", ()))
-    if artifact.current:
-        log.info("%s is up to date", out)
-        return False
-    log.info("%s -> %s", name, out)
-    facts = stage.run(artifact)
-    artifact.finish(facts.pop("examples", None), facts.pop("seconds", None), **facts)
+    grows, shared = getattr(stage, "grows", ()), getattr(stage, "shards", 1) > 1
+    with Artifact(
+        out, name, settings, inputs, completion, grows=grows, shared=shared, overwrite=overwrite
+    ) as artifact:
+        if artifact.current:
+            log.info("%s is up to date", out)
+            return False
+        log.info("%s -> %s", name, out)
+        facts = stage.run(artifact)
+        artifact.finish(facts.pop("examples", None), facts.pop("seconds", None), **facts)
     return True
 
 
@@ -59,10 +66,7 @@ def split(stage: Any) -> tuple[dict[str, Any], dict[str, Path], Completion]:
     observed = stage.observed() if hasattr(stage, "observed") else {}
 
     def compared(then: dict[str, Any]) -> dict[str, Any]:
-        config = observed | copy.deepcopy(completed(then, stage, without=stage.inputs))
-        for key in getattr(stage, "aside", ()):
-            pop_setting(config, key)
-        return config
+        return observed | _without(completed(then, stage, stage.inputs), getattr(stage, "aside", ()))
 
     return settings | observed, inputs, compared
 
@@ -96,14 +100,24 @@ def completed(then: dict[str, Any], like: Any, without: Collection[str] = ()) ->
         like: the configuration of now, a dataclass, for its fields.
         without: fields that are no settings.
     """
-    found = {key: value for key, value in then.items() if key not in without}
+    found = {key: value for key, value in read_stored(type(like), then).items() if key not in without}
     for field in dataclasses.fields(like):
         value = getattr(like, field.name)
-        if isinstance(then.get(field.name), dict) and dataclasses.is_dataclass(value):
-            found[field.name] = completed(then[field.name], value)
-        elif field.name not in then and field.name not in without:
+        if isinstance(found.get(field.name), dict) and dataclasses.is_dataclass(value):
+            found[field.name] = completed(found[field.name], value)
+        elif field.name not in found and field.name not in without:
             found |= _default(field)
     return found
+
+
+def _without(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Nested settings without those of these dotted names."""
+    kept = {}
+    for key, value in settings.items():
+        inner = [name.removeprefix(f"{key}.") for name in names if name.startswith(f"{key}.")]
+        if key not in names:
+            kept[key] = _without(value, inner) if inner and isinstance(value, Mapping) else value
+    return kept
 
 
 def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:

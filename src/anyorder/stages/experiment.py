@@ -59,10 +59,10 @@ class Experiment:
     stages: dict[str, tuple[str, Any]]
     """Artifact name -> (stage name, configuration)."""
 
-    def run(self) -> None:
-        """Run every stage that is not up to date."""
+    def run(self, overwrite: bool = False) -> None:
+        """Run every stage that is not up to date; `overwrite` replaces those of other settings."""
         for name, (kind, stage) in self.stages.items():
-            execute(kind, stage, self.out / name)
+            execute(kind, stage, self.out / name, overwrite=overwrite)
 
     def plan(self) -> list[str]:
         """One line per stage: what would be run (a stage is looked at only if its inputs are finished)."""
