@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,8 +131,10 @@ class OrdersStage:
         split = np.array_split(images, self.shards)
         parts = [folder / f"{tokens.split}-{i}-of-{self.shards}" for i in range(self.shards)]
         shards.share_out(parts, last.is_file, lambda i: self._rows(parts[i], model, tokens, split[i]))
-        with shards.claimed(folder):
+        joining = folder / ".joining"  # the artifact's folder itself is locked by all who work in it
+        with shards.claimed(joining):
             shards.join(parts, names, folder)
+        shutil.rmtree(joining, ignore_errors=True)
 
     def _rows(self, folder: Path, model: AnyOrderNetwork, tokens: TokenSet, images: np.ndarray) -> None:
         """Extract the orders of some images into `folder`; a killed run resumes after its last batch."""
