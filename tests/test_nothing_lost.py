@@ -78,7 +78,7 @@ def test_a_refused_command_leaves_a_finished_artifact(done, overwrite):
 def test_a_refused_command_line_leaves_a_finished_artifact(done, capsys):
     before = content(done)
     for out in (done, done / "checkpoints" / ".."):
-        assert cli.main(["data", "source=sunsets", "size=8,8", f"out={out}", "overwrite=true"]) == 2
+        assert cli.main(["data", "source=sunsets", "size=16,16", f"out={out}", "overwrite=true"]) == 2
         assert "holds the artifact of stage 'stage'" in capsys.readouterr().err
     assert content(done) == before
 
