@@ -56,14 +56,14 @@ def test_moments_do_not_depend_on_batches(sizes: list[int], offset: float) -> No
     features = normal(sum(sizes), 3) + offset
     result = stream(features, sizes)
     assert result.n == sum(sizes)
-    torch.testing.assert_close(result.mean, features.double().mean(0), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(result.covariance, features.double().T.cov(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(result.gaussian.mean, features.double().mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(result.gaussian.covariance, features.double().T.cov(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(result.features, features, rtol=0, atol=0)
 
 
 def test_a_covariance_needs_two_images() -> None:
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
-        stream(normal(1, 3), [1]).covariance  # noqa: B018
+        stream(normal(1, 3), [1]).gaussian  # noqa: B018
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -83,7 +83,7 @@ def test_statistics_survive_a_round_trip_and_refuse_others(tmp_path) -> None:
     saved = statistics(Pixels(), pictures(10).split(3), data="abc")
     saved.save(path)
     loaded = FeatureStatistics.load(path, "pixels", "abc")
-    torch.testing.assert_close(loaded.covariance, saved.covariance)
+    torch.testing.assert_close(loaded.gaussian.covariance, saved.gaussian.covariance)
     assert torch.equal(loaded.logits, saved.logits)
     assert loaded.n == 10
     for extractor, data in (("pixels", "other"), ("inception-2015", "abc")):

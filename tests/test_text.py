@@ -351,7 +351,7 @@ def test_pictures_of_the_asked_colour_agree(experiment, tmp_path):
 def test_agreement_in_closed_form():
     logits = torch.eye(3)[[0, 1, 2, 2]]
     assert agreement(logits, torch.tensor([0, 1, 1, -1])) == pytest.approx(2 / 3)
-    with pytest.raises(ValueError, match="0 of 4 values"):
+    with pytest.raises(ValueError, match="0 of 4 targets"):
         agreement(logits, torch.full((4,), -1))
     with pytest.raises(ValueError, match="got 4 images"):
         agreement(logits, torch.zeros(3, dtype=torch.int64))

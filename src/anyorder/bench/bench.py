@@ -24,12 +24,12 @@ from anyorder.settings import parse
 
 SHORTEST = 0.02
 """Seconds that one measurement lasts at least: short work is run several times in a row."""
+# fmt: off
 AXES = {
-    "batch_size": "images at once, B",
-    "grid": "positions, N",
-    "vocab_size": "codebook size, V",
-    "depth": "depth, blocks",
+    "batch_size": "images at once, B", "grid": "positions, N",
+    "vocab_size": "codebook size, V", "depth": "depth, blocks",
 }
+# fmt: on
 SIZES = ("model", "tokenizer", "grid", "vocab_size", "batch_size", "images")
 """Settings that two results must share to be compared."""
 
@@ -37,9 +37,8 @@ SIZES = ("model", "tokenizer", "grid", "vocab_size", "batch_size", "images")
 def bench(config: BenchConfig, out: Path) -> dict[str, Any]:
     """Measure, print tables, and write `out` (JSON) and, of sweeps, a figure beside it (PNG).
 
-    FLOPs and bytes are counted (`costs`) and divided by the median time. One share is that of the matmul rate
-    at the shape of training in the same dtype; the other is that of the least time that the matmul rate and
-    the memory bandwidth allow, which passes 100 % where caches hold what was counted as moved.
+    One share is of the matmul rate at the shape of training in the same dtype. The other is of the least time
+    that matmul rate and memory bandwidth allow; it passes 100 % where caches hold what was counted as moved.
     """
     base, cuda = measure(config), device().type == "cuda"
     sweeps = {name: _sweep(config, name, base) for name, values in vars(config.over).items() if values}
@@ -56,34 +55,33 @@ def bench(config: BenchConfig, out: Path) -> dict[str, Any]:
     print("\n\n".join(table.text() for table in tables(result)))
     print(f"written to {out}")
     if sweeps:
-        save_image(_figure(sweeps), out.with_suffix(".png"))
-        print(f"figure in {out.with_suffix('.png')}")
+        curves = {
+            AXES[name]: [row | {"value": point["value"]} for point in points for row in point["rows"]]
+            for name, points in sweeps.items()
+        }
+        figure = out.with_suffix(".png")
+        save_image(scaling_curves(curves, ["images/s", "share of attainable (%)"]), figure)
+        print(f"figure in {figure}")
     return result
 
 
 def measure(config: BenchConfig) -> dict[str, list[dict[str, Any]]]:
-    """Time ceilings and workloads in turns, so that a change of the machine's speed affects all of them.
-
-    Returns:
-        "ceilings" and "rows", see `tables`.
-    """
+    """Time ceilings and workloads in turns, so that a change of the machine's speed affects all of them."""
     torch.manual_seed(0)
     subject = Subject(config)
     tops = workloads.ceilings(subject)
     runs = {name: workloads.workload(name, subject) for name in config.only or WORKLOADS}
     seconds = _times(tops | runs, config.repeats)
-    product = workloads.matmul_name(subject.dtype, config.batch_size * subject.grid.n)
-    flops = tops[product].cost.flops / statistics.median(seconds[product])
-    bandwidth = tops[workloads.MEMORY].cost.bytes / statistics.median(seconds[workloads.MEMORY])
-    shares = flops, bandwidth
+    measured = {name: _row(top, seconds[name]) for name, top in tops.items()}
+    product = measured[workloads.matmul_name(subject.dtype, subject.tokens.numel())]
+    limits = 1e9 * product["GFLOP/s"], 1e9 * measured[workloads.MEMORY]["GB/s"]
     return {
-        "ceilings": [{"ceiling": name} | _row(top, seconds[name]) for name, top in tops.items()],
-        "rows": [{"workload": name} | _row(run, seconds[name], shares) for name, run in runs.items()],
+        "ceilings": [{"ceiling": name} | row for name, row in measured.items()],
+        "rows": [{"workload": name} | _row(run, seconds[name], limits) for name, run in runs.items()],
     }
 
 
 def _times(works: dict[str, Workload], repeats: int) -> dict[str, list[float]]:
-    """Seconds per run of each, without the warm-up."""
     calls = {name: _warm_up(work.run) for name, work in works.items()}
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in tqdm(range(repeats), desc="bench", unit="round"):
@@ -109,8 +107,8 @@ def _seconds(run: Callable[[], Any], calls: int = 1) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-def _row(work: Workload, seconds: list[float], ceiling: tuple[float, float] | None = None) -> dict[str, Any]:
-    """Rates, and shares of a ceiling: matmul rate (FLOP/s) and memory bandwidth (bytes/s)."""
+def _row(work: Workload, seconds: list[float], limits: tuple[float, float] | None = None) -> dict[str, Any]:
+    """Rates, and shares of the limits: matmul rate (FLOP/s) and memory bandwidth (bytes/s)."""
     median, cost = statistics.median(seconds), work.cost
     row = {
         "seconds": median,
@@ -121,16 +119,13 @@ def _row(work: Workload, seconds: list[float], ceiling: tuple[float, float] | No
         "GFLOP/s": cost.flops / median / 1e9 or None,
         "GB/s": cost.bytes / median / 1e9,
     }
-    if ceiling is None:
+    if limits is None:
         return row
     return row | {
-        "share of matmul (%)": 100 * cost.flops / median / ceiling[0],
-        "share of attainable (%)": 100 * cost.seconds(*ceiling) / median,
-        "bound by": "matmul" if cost.flops / ceiling[0] > cost.bytes / ceiling[1] else "memory",
+        "share of matmul (%)": 100 * cost.flops / median / limits[0],
+        "share of attainable (%)": 100 * cost.seconds(*limits) / median,
+        "bound by": "matmul" if cost.flops / limits[0] > cost.bytes / limits[1] else "memory",
     }
-
-
-# --- sweeps -----------------------------------------------------------------------------------------------
 
 
 def _sweep(config: BenchConfig, name: str, base: dict[str, Any]) -> list[dict[str, Any]]:
@@ -147,17 +142,6 @@ def _sweep(config: BenchConfig, name: str, base: dict[str, Any]) -> list[dict[st
         result = base if changed == config else measure(changed)
         points.append({"value": value**2 if name == "grid" else value, **result})
     return points
-
-
-def _figure(sweeps: dict[str, list[dict[str, Any]]]) -> Any:
-    curves = {
-        AXES[name]: [row | {"value": point["value"]} for point in points for row in point["rows"]]
-        for name, points in sweeps.items()
-    }
-    return scaling_curves(curves, ["images/s", "share of attainable (%)"])
-
-
-# --- tables and comparison --------------------------------------------------------------------------------
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -196,9 +180,8 @@ def against(new: dict[str, Any], old: dict[str, Any]) -> Table:
         ValueError: they were measured at other sizes, or have no workload in common.
     """
     sizes, before = _sizes(new), _sizes(old)
-    if other := [
-        f"{name} is {size} and {before[name]}" for name, size in sizes.items() if size != before[name]
-    ]:
+    other = [f"{name} is {size} and {before[name]}" for name, size in sizes.items() if size != before[name]]
+    if other:
         raise ValueError(
             f"the results are of different sizes: {', '.join(other)}; "
             "run one of them again with the settings of the other"
@@ -214,10 +197,8 @@ def _sizes(result: dict[str, Any]) -> dict[str, Any]:
     """By dotted name, with defaults for settings that are newer than the result."""
     known = {name: value for name, value in result["config"].items() if name in SIZES}
     config = dataclasses.asdict(parse(BenchConfig, known))
-    sizes = {name: config[name] for name in SIZES}
-    for name in ("model", "tokenizer"):
-        sizes |= {f"{name}.{key}": value for key, value in sizes.pop(name).items()}
-    return sizes
+    nested = {f"{name}.{key}": size for name in ("model", "tokenizer") for key, size in config[name].items()}
+    return nested | {name: config[name] for name in ("grid", "vocab_size", "batch_size", "images")}
 
 
 def _by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -230,13 +211,11 @@ def _by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _ratios(name: str, new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    ratio = lambda key: new[key] / old[key] if new.get(key) and old.get(key) else None  # noqa: E731
-    return {
-        "workload": name,
-        "seconds": new["seconds"],
-        "seconds before": old["seconds"],
-        "ratio of time": ratio("seconds"),
-        "ratio of share of matmul": ratio("share of matmul (%)"),
-        "ratio of share of attainable": ratio("share of attainable (%)"),
-        "spread (%)": max(new["spread (%)"], old["spread (%)"]),
+    of = {"time": "seconds", "share of matmul": "share of matmul (%)"}
+    of["share of attainable"] = "share of attainable (%)"
+    ratios = {
+        f"ratio of {what}": new[key] / old[key] if new.get(key) and old.get(key) else None
+        for what, key in of.items()
     }
+    times = {"workload": name, "seconds": new["seconds"], "seconds before": old["seconds"]}
+    return {**times, **ratios, "spread (%)": max(new["spread (%)"], old["spread (%)"])}

@@ -1,8 +1,7 @@
 """What work costs, counted while it runs: FLOPs, and bytes that have to move.
 
-A multiply-add is two FLOPs. Matrix products, convolutions and attention count, by PyTorch's formulas; what is
-done to each number by itself does not. Each of them reads its operands and writes its result once; attention
-keeps its scores to itself.
+A multiply-add is two FLOPs. Matrix products, convolutions and attention count, by PyTorch's formulas;
+elementwise work does not. Each reads its operands and writes its result once; attention moves no scores.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Cost:
     bytes: float = 0.0
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """The least time of it (the roofline): arithmetic and memory work side by side, the slower counts."""
+        """The least time (the roofline): arithmetic and memory transfers overlap, the slower one counts."""
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from anyorder.bench.workloads import Subject
 from anyorder.contracts import Grid
@@ -24,9 +23,6 @@ MIB = 2**20
 
 def peak_memory(subject: Subject, sides: tuple[int, ...]) -> list[dict[str, Any]]:
     """Measured and counted memory, a row per grid of side x side patches; weights are not part of it.
-
-    Not every step is run: until one chunk of open positions is left memory is linear in the step, so the peak
-    is that of the first two steps or of the step at which one chunk is left.
 
     Returns:
         positions: N.
@@ -42,6 +38,7 @@ def peak_memory(subject: Subject, sides: tuple[int, ...]) -> list[dict[str, Any]
         grid, config = Grid(side, side), subject.config
         hidden = subject.dtype.itemsize * config.images * grid.n * config.model.width
         logits = torch.float32.itemsize * config.images * min(config.chunk, grid.n) * config.vocab_size
+        # Memory is linear in the step until one chunk of open positions is left: one of its ends is the peak.
         last = max(0, grid.n - config.chunk)
         peak = max(_peak(subject, grid, known, steps) for known, steps in ((0, 2), (last, 1)))
         sizes = {"peak": peak, "cache": _cache(subject, grid), "candidates": hidden, "chunk": logits}
@@ -53,8 +50,8 @@ def peak_memory(subject: Subject, sides: tuple[int, ...]) -> list[dict[str, Any]
 def _cache(subject: Subject, grid: Grid) -> int:
     """Bytes of the keys and values that decoding allocates."""
     with subject.autocast():
-        state = subject.model.start(subject.config.images, None, grid)
-    return state.cache.keys.nbytes + state.cache.values.nbytes
+        cache = subject.model.start(subject.config.images, None, grid).cache
+    return cache.keys.nbytes + cache.values.nbytes
 
 
 class _Piecewise:
@@ -65,7 +62,7 @@ class _Piecewise:
         self.grid, self.vocab_size = model.grid, model.vocab_size
         self.forward, self.start, self.score = model.forward, model.start, model.score
 
-    def append(self, state: State, positions: Tensor, tokens: Tensor) -> State:
+    def append(self, state: State, positions: torch.Tensor, tokens: torch.Tensor) -> State:
         for some in zip(positions.split(self.chunk, 1), tokens.split(self.chunk, 1), strict=True):
             state = self.model.append(state, *some)
         return state
@@ -73,19 +70,13 @@ class _Piecewise:
 
 def _peak(subject: Subject, grid: Grid, known: int, steps: int) -> int:
     """Bytes that some steps take once `known` positions are given."""
-    config = subject.config
-    given = torch.arange(known, device=subject.device).expand(config.images, -1)
-    tokens = subject.random_tokens(config.images, grid)[:, :known]
+    images, chunk = subject.config.images, subject.config.chunk
+    positions = torch.arange(known, device=subject.device).expand(images, -1)
+    given = positions, subject.random_tokens(images, grid)[:, :known]
+    model = _Piecewise(subject.model, chunk)
 
     def some_steps() -> None:
-        run = generate(
-            _Piecewise(subject.model, config.chunk),
-            InferredOrder(),
-            subject.streams,
-            grid=grid,
-            known=(given, tokens),
-            chunk=config.chunk,
-        )
+        run = generate(model, InferredOrder(), subject.streams, grid=grid, known=given, chunk=chunk)
         list(islice(run, steps))
 
     measure = _peak_of_gpu if subject.device.type == "cuda" else _peak_of_cpu
@@ -93,20 +84,17 @@ def _peak(subject: Subject, grid: Grid, known: int, steps: int) -> int:
 
 
 def _peak_of_gpu(work: Callable[[], Any]) -> int:
-    torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     work()
-    torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
 
 def _peak_of_cpu(work: Callable[[], Any]) -> int:
     """Most bytes that `work` allocates and has alive at once, for tensors and within kernels."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would announce its start and stop
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profiler:
         work()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"

@@ -1,7 +1,4 @@
-"""What `anyorder bench` measures: the machine's ceilings, and workloads as shares of them.
-
-To add a workload, add a function from a `Subject` to what is run to `WORKLOADS`.
-"""
+"""What `anyorder bench` measures: ceilings of the machine, and workloads; add one to `WORKLOADS`."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -106,9 +102,8 @@ class BenchConfig:
 
     def vq(self) -> VQConfig:
         """The tokenizer that is measured."""
-        size = self.tokenizer
-        groups = math.gcd(32, size.channels)
-        return VQConfig(size.channels, size.multipliers, vocab_size=self.vocab_size, groups=groups)
+        channels, vocab = self.tokenizer.channels, self.vocab_size
+        return VQConfig(channels, self.tokenizer.multipliers, vocab_size=vocab, groups=math.gcd(32, channels))
 
 
 @dataclass(frozen=True)
@@ -132,13 +127,21 @@ class Subject:
         if config.compile:
             compile_decoding(self.model)
         self.tokens = self.random_tokens(config.batch_size)
+        self.known = self.random_tokens(config.images)
         self.order = random_orders(config.batch_size, self.grid).to(self.device)
         self.streams = Streams(range(config.images), self.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
 
     @cached_property
     def tokenizer(self) -> VQModel:
         """Built only if it is measured."""
         return VQModel(self.config.vq()).to(self.device).eval()
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] that fill the grid."""
+        h, w = (self.tokenizer.factor * side for side in self.config.grid)
+        return 2 * torch.rand(self.config.batch_size, 3, h, w, device=self.device) - 1
 
     def random_tokens(self, rows: int, grid: Grid | None = None) -> Tensor:
         """(rows, N) int64."""
@@ -169,7 +172,7 @@ def ceilings(subject: Subject) -> dict[str, Workload]:
     weight = subject.model.blocks[0].mlp.gate_up.weight.detach().T  # type: ignore[union-attr, operator]
     found = {}
     for dtype in dict.fromkeys((torch.float32, subject.dtype)):
-        for rows in (subject.config.batch_size * subject.grid.n, subject.config.images):
+        for rows in (subject.tokens.numel(), subject.config.images):
             x = torch.randn(rows, len(weight), device=subject.device).to(dtype)
             product = partial(torch.matmul, x, weight.to(dtype))
             found[matmul_name(dtype, rows)] = Workload(product, count(product))
@@ -180,62 +183,43 @@ def ceilings(subject: Subject) -> dict[str, Workload]:
 
 def workload(name: str, subject: Subject) -> Workload:
     """One of `WORKLOADS`; it is run once to count its cost."""
-    run = WORKLOADS[name](subject)
+    run: Callable[[], Any] = partial(WORKLOADS[name], subject)
     if name != "training step":
         run = subject.without_gradients(run)
     few = name.startswith("sampling") or name == "order extraction"
     return Workload(run, count(run), subject.config.images if few else subject.config.batch_size)
 
 
-def _training(subject: Subject) -> Run:
+def _train(subject: Subject) -> None:
     """Forward, backward and AdamW on a batch in random orders."""
-    optimizer = torch.optim.AdamW(subject.model.parameters(), fused=True)
-
-    def step() -> None:
-        subject.model.train()
-        with subject.autocast():
-            loss = token_nll(subject.model, subject.tokens, None, subject.order).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
+    subject.model.train()
+    with subject.autocast():
+        loss = _score(subject).mean()
+    subject.optimizer.zero_grad()
+    loss.backward()
+    subject.optimizer.step()
 
 
-def _scoring(subject: Subject) -> Run:
-    """The likelihood of a batch, teacher forced."""
-    return partial(token_nll, subject.model, subject.tokens, None, subject.order)
+def _score(subject: Subject) -> Tensor:
+    return token_nll(subject.model, subject.tokens, None, subject.order)
 
 
-def _sampling(order: str, subject: Subject) -> Run:
-    return partial(sample, subject.model, order, subject.streams, chunk=subject.config.chunk)
+def _sample(order: str, subject: Subject) -> Any:
+    return sample(subject.model, order, subject.streams, chunk=subject.config.chunk)
 
 
-def _extraction(subject: Subject) -> Run:
-    tokens, chunk = subject.random_tokens(subject.config.images), subject.config.chunk
-    return partial(extract_orders, subject.model, tokens, "entropy", subject.streams, chunk=chunk)
+def _extract(subject: Subject) -> Any:
+    chunk = subject.config.chunk
+    return extract_orders(subject.model, subject.known, "entropy", subject.streams, chunk=chunk)
 
 
-def _encoding(subject: Subject) -> Run:
-    grid, side = subject.grid, subject.tokenizer.factor
-    images = torch.rand(len(subject.tokens), 3, side * grid.h, side * grid.w, device=subject.device)
-    return partial(subject.tokenizer.encode, 2 * images - 1)
-
-
-def _decoding(subject: Subject) -> Run:
-    return partial(subject.tokenizer.decode, subject.tokens, subject.grid)
-
-
-Run = Callable[[], Any]
-WORKLOADS: Mapping[str, Callable[[Subject], Run]] = MappingProxyType(
-    {
-        "training step": _training,
-        "teacher-forced scoring": _scoring,
-        "sampling, fixed order": partial(_sampling, "random"),
-        "sampling, location head": partial(_sampling, "location"),
-        "sampling, inferred order": partial(_sampling, "entropy"),
-        "order extraction": _extraction,
-        "tokenizer encode": _encoding,
-        "tokenizer decode": _decoding,
-    }
-)
+WORKLOADS: Mapping[str, Callable[[Subject], Any]] = {
+    "training step": _train,
+    "teacher-forced scoring": _score,
+    "sampling, fixed order": partial(_sample, "random"),
+    "sampling, location head": partial(_sample, "location"),
+    "sampling, inferred order": partial(_sample, "entropy"),
+    "order extraction": _extract,
+    "tokenizer encode": lambda subject: subject.tokenizer.encode(subject.pixels),
+    "tokenizer decode": lambda subject: subject.tokenizer.decode(subject.tokens, subject.grid),
+}

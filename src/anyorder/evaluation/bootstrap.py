@@ -1,8 +1,8 @@
 """Bootstrap intervals of differences: two sets of generated images against one reference.
 
-Generated images are resampled with replacement (Efron 1979), as *counts*: how often each image is in a
-resample. Metrics are computed from counts, features are never copied. Reference and models stay as they are:
-an interval is about the random draw of samples, not about that of a training.
+Generated images are resampled with replacement (Efron 1979). A resample is a row of *counts*, float64 (R, n):
+how often it holds each image; features are never copied. Reference and models stay as they are: an interval
+is about the noise of sampling, not about that of training.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anyorder.evaluation.metrics import FeatureStatistics, Gaussian, manifold_radius
+from anyorder.evaluation import metrics
+from anyorder.evaluation.metrics import FeatureStatistics
 
 
 class Difference(NamedTuple):
@@ -54,24 +55,13 @@ def compare(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Difference]:
-    """Differences a - b of Fréchet distance, KID, precision and recall, with bootstrap intervals.
+    """Differences a - b of `distance` (Fréchet), `kid` (of all images), `precision` and `recall` of two sets.
 
     Sets of one size are resampled together, image by image: they have the same labels and random streams,
     whose share in the noise cancels.
 
-    Args:
-        real: the reference.
-        a: one set of generated images.
-        b: the other.
-        resamples: at least 2.
-        confidence: coverage of the intervals, in (0, 1).
-        seed: of the resampling.
-
-    Returns:
-        `distance`, `kid` (of all images, not of subsets), `precision` and `recall`.
-
     Raises:
-        ValueError: `resamples` or `confidence` out of range, or features of different extractors.
+        ValueError: `resamples` < 2, `confidence` outside (0, 1), or features of different extractors.
     """
     if resamples < 2 or not 0 < confidence < 1:
         raise ValueError(
@@ -98,7 +88,6 @@ def resample_counts(n: int, resamples: int, generator: torch.Generator) -> Tenso
 
 
 def _metrics(real: FeatureStatistics, fake: FeatureStatistics, counts: Tensor) -> dict[str, Tensor]:
-    """Each metric (1 + resamples,) float64."""
     precision, recall = precision_recall_of_counts(real.features, fake.features, counts)
     return {
         "distance": frechet_of_counts(real.gaussian, fake.features, counts),
@@ -125,23 +114,14 @@ def _interval(values: Tensor, confidence: float) -> tuple[float, float]:
     """
     estimate, resampled = values[0], values[1:]
     tail = (1 - confidence) / 2
-    quantiles = resampled.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
-    low, high = (quantiles - resampled.mean() + estimate).tolist()
-    return low, high
+    shift = float(estimate - resampled.mean())
+    return float(resampled.quantile(tail)) + shift, float(resampled.quantile(1 - tail)) + shift
 
 
-def frechet_of_counts(real: Gaussian, fake: Tensor, counts: Tensor) -> Tensor:
-    """Squared Fréchet distance of every resample, (R,) float64; compare `metrics.frechet_distance`.
-
-    Args:
-        real: moments of the reference.
-        fake: features (n, dim).
-        counts: (R, n) float64, rows that sum to n.
-    """
-    values, vectors = torch.linalg.eigh(real.covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+def frechet_of_counts(real: metrics.Gaussian, fake: Tensor, counts: Tensor) -> Tensor:
+    """`metrics.frechet_distance` of every resample of the features `fake` (n, dim), (R,) float64."""
     x = fake.double() - real.mean
-    y, n = x @ root, fake.shape[0]  # the covariance of y is A^1/2 B A^1/2
+    y, n = x @ metrics.root(real.covariance), len(fake)  # the covariance of y is A^1/2 B A^1/2
     means, squares = counts @ x / n, counts @ x.square().sum(1)
     traces = (squares - n * means.square().sum(1)) / (n - 1)
     crosses = torch.stack([_root_trace(y, row) for row in counts])
@@ -149,7 +129,6 @@ def frechet_of_counts(real: Gaussian, fake: Tensor, counts: Tensor) -> Tensor:
 
 
 def _root_trace(y: Tensor, counts: Tensor) -> Tensor:
-    """Trace of the square root of the covariance of the resample."""
     n, there = len(y), counts > 0
     y, weights = y[there], counts[there]
     mean = weights @ y / n
@@ -158,55 +137,33 @@ def _root_trace(y: Tensor, counts: Tensor) -> Tensor:
 
 
 def kernel_of_counts(real: Tensor, fake: Tensor, counts: Tensor, chunk: int = 1024) -> Tensor:
-    """Unbiased squared MMD (KID's kernel) of every resample, (R,) float64.
+    """Unbiased squared MMD (KID's kernel) of every resample of the features `fake` (n, dim), (R,) float64.
 
-    Pairs of an image with itself, and with its own copies in the resample, are left out.
-
-    Args:
-        real: features (m, dim).
-        fake: features (n, dim).
-        counts: (R, n) float64, rows that sum to n.
-        chunk: rows of the kernel matrix held at once.
+    Pairs of an image with itself, and with copies of it in the resample, are left out; `chunk` rows of the
+    kernel matrix are held at once.
     """
     real, fake = real.double(), fake.double()
     n, m, copies = len(fake), len(real), counts.square()
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / real.shape[1] + 1) ** 3
-
-    within = (
-        sum(kernel(part, real).sum() for part in real.split(chunk)) - ((real.square().mean(1) + 1) ** 3).sum()
-    )
-    pairs = torch.zeros(len(counts), dtype=torch.float64)
-    between = torch.empty(n, dtype=torch.float64)
-    for begin in range(0, n, chunk):
-        rows = slice(begin, begin + chunk)
-        pairs += ((kernel(fake[rows], fake) @ counts.T).T * counts[:, rows]).sum(1)
-        between[rows] = kernel(fake[rows], real).mean(1)
-    itself = (fake.square().mean(1) + 1) ** 3
-    among = (pairs - copies @ itself) / (n * n - copies.sum(1))
+    real_itself, fake_itself = ((x.square().mean(1) + 1) ** 3 for x in (real, fake))
+    within = sum(metrics.kernel(part, real).sum() for part in real.split(chunk)) - real_itself.sum()
+    parts = zip(fake.split(chunk), counts.split(chunk, 1), strict=True)
+    pairs = sum((metrics.kernel(part, fake) @ counts.T * rows.T).sum(0) for part, rows in parts)
+    between = torch.cat([metrics.kernel(part, real).mean(1) for part in fake.split(chunk)])
+    among = (pairs - copies @ fake_itself) / (n * n - copies.sum(1))
     return within / (m * (m - 1)) + among - 2 * (counts @ between) / n
 
 
 def precision_recall_of_counts(
     real: Tensor, fake: Tensor, counts: Tensor, k: int = 3, chunk: int = 1024
 ) -> tuple[Tensor, Tensor]:
-    """Precision and recall of every resample, (R,) float64 each; compare `metrics.precision_recall`.
+    """`metrics.precision_recall` of every resample of `fake`, (R,) float64 each.
 
     The balls of the generated manifold keep their radii; a resample decides which of them exist.
-
-    Args:
-        real: features (m, dim), m > k.
-        fake: features (n, dim), n > k.
-        counts: (R, n) float64, rows that sum to n.
-        k: which neighbour.
-        chunk: rows of the distance matrix held at once.
     """
     centre = real.double().mean(0)
     real, fake = real.double() - centre, fake.double() - centre
-    radius = manifold_radius(real, k, chunk)
-    fits = torch.cat([(torch.cdist(part, real) <= radius).any(1) for part in fake.split(chunk)])
-    radius, there = manifold_radius(fake, k, chunk), (counts > 0).float().T
+    fits = metrics.covered(real, fake, k, chunk)
+    radius, there = metrics.manifold_radius(fake, k, chunk), (counts > 0).float().T
     hits = torch.zeros(len(counts), dtype=torch.float64)
     for part in real.split(chunk):
         inside = (torch.cdist(part, fake) <= radius).float()

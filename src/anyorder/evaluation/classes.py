@@ -1,4 +1,4 @@
-"""Which classes a classifier of the data's labels finds in generated images, and whether they are right."""
+"""Classes that a classifier finds in generated images, and whether they are the intended ones."""
 
 from __future__ import annotations
 
@@ -20,14 +20,10 @@ class ClassAgreement(NamedTuple):
 
 
 def class_agreement(test: Tensor, samples: Tensor, labels: Tensor) -> ClassAgreement:
-    """Compare the predicted classes of samples with those of the test split.
+    """Compare predictions for samples, logits (m, classes), with those for test images, logits (n, classes).
 
-    Both sides are *predictions*, so that the classifier's own mistakes are in both.
-
-    Args:
-        test: logits (n, classes) of test images.
-        samples: logits (m, classes) of generated images.
-        labels: (m,) int64, the classes that the samples were conditioned on.
+    Both sides are *predictions*, so that mistakes of the classifier are in both. The samples were conditioned
+    on `labels` (m,) int64.
 
     Raises:
         ValueError: a set is empty, or the sizes do not agree.
@@ -44,23 +40,19 @@ def class_agreement(test: Tensor, samples: Tensor, labels: Tensor) -> ClassAgree
     )
 
 
-def agreement(logits: Tensor, asked: Tensor) -> float:
-    """Share of images whose predicted value is the one that was asked for.
-
-    Args:
-        logits: (n, values) of a classifier.
-        asked: (n,) int64 in [0, values), -1 where nothing was asked for.
+def agreement(logits: Tensor, targets: Tensor) -> float:
+    """Share of images, logits (n, values), whose predicted value is the target (n,) int64, -1 for none.
 
     Raises:
-        ValueError: nothing was asked for in any image, or the sizes do not agree.
+        ValueError: no image has a target, or the sizes do not agree.
     """
-    known = asked >= 0
-    if len(logits) != len(asked) or not bool(known.any()):
+    known = targets >= 0
+    if len(logits) != len(targets) or not bool(known.any()):
         raise ValueError(
-            f"got {len(logits)} images and {int(known.sum())} of {len(asked)} values asked for: "
+            f"got {len(logits)} images and {int(known.sum())} of {len(targets)} targets: "
             "give one for every image, and at least one that is not -1"
         )
-    return float((logits.argmax(1) == asked)[known].double().mean())
+    return float((logits.argmax(1) == targets)[known].double().mean())
 
 
 def _shares(predicted: Tensor, classes: int) -> Tensor:

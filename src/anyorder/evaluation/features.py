@@ -1,7 +1,7 @@
-"""Feature extractors: what "looks alike" means to a metric, behind one interface.
+"""Feature extractors: the spaces that images are compared in.
 
 Only the Inception network of 2015 may call its Fréchet distance "FID". Every other extractor reports
-"FD (name)", because its numbers compare with nothing but numbers of the very same extractor.
+"FD (name)": its numbers compare with those of the same extractor only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INCEPTION_URL = (
 
 
 class FeatureExtractor(Protocol):
-    """Maps images to the features and logits that all distribution metrics are computed from."""
+    """Maps images to features and logits."""
 
     name: str
     """Names the network *and* its weights: statistics of different names are never compared."""
@@ -53,11 +53,7 @@ class Inception2015:
     num_classes = 1008
 
     def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu"):
-        """Load the network.
-
-        Args:
-            weights: file with the original weights; None: from torch's hub cache, or downloaded (96 MB).
-            device: where the network runs.
+        """Load the network from a file; None: from torch's hub cache, or downloaded (96 MB).
 
         Raises:
             ImportError: torch-fidelity, or the torchvision that it needs, cannot be imported.
@@ -71,10 +67,9 @@ class Inception2015:
                 f"FID needs torch-fidelity ({e}): `pip install torch-fidelity` with the torchvision of your "
                 "torch, or evaluate with a classifier"
             ) from e
-        path = inception_weights(weights)
-        self.device = torch.device(device)
+        path, self.device = inception_weights(weights), device
         self.network = FeatureExtractorInceptionV3(self.name, ["2048", "logits_unbiased"], str(path))
-        self.network.to(self.device)
+        self.network.to(device)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +86,7 @@ def inception_weights(path: str | Path | None = None) -> Path:
         ValueError: the file's hash is not that of the original weights.
     """
     if path is None:
-        path = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_URL.rpartition("/")[2])
+        path = Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION_URL).name)
         if not path.is_file():
             _download(path)
     path = Path(path)
@@ -125,8 +120,7 @@ class ClassifierConfig:
     image_size: int = 32
     """Shorter side of the images in pixels, at least 16."""
     channels: tuple[int, ...] = (32, 64, 128)
-    """Width of each stage, multiples of 8; the resolution halves from 16x16 between stages, the last width
-    is the feature dimension."""
+    """Widths of 1 to 4 stages, multiples of 8; the sides halve from 16 on; features have the last width."""
     label_smoothing: float = 0.1
     """Share of the target spread over all classes (Szegedy et al. 2016, arXiv 1512.00567), in [0, 1)."""
 
@@ -147,9 +141,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(8, channels)
+        self.norm1, self.norm2 = nn.GroupNorm(8, channels), nn.GroupNorm(8, channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = nn.GroupNorm(8, channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,8 +160,7 @@ class Classifier(nn.Module):
     def __init__(self, config: ClassifierConfig):
         super().__init__()
         self.config = config
-        widths = config.channels
-        stride = config.image_size // 16
+        widths, stride = config.channels, config.image_size // 16
         stages = [nn.Conv2d(3, widths[0], stride + 2, stride, padding=1), ResidualBlock(widths[0])]
         for before, width in pairwise(widths):
             stages += [nn.Conv2d(before, width, 2, 2), ResidualBlock(width)]

@@ -23,12 +23,9 @@ class Closeness(NamedTuple):
 
 
 def nearest_distance(queries: Tensor, points: Tensor, chunk: int = 512) -> Tensor:
-    """Euclidean distance (m,) float32 of each query to the nearest of the points.
+    """Euclidean distance (m,) float32 of queries (m, dim) to the nearest of one or more points (n, dim).
 
-    Args:
-        queries: features (m, dim) float32.
-        points: features (n, dim) float32, n >= 1.
-        chunk: rows of the distance matrix held at once; does not change the result.
+    `chunk` rows of the distance matrix are held at once.
     """
     centre = points.mean(0)
     points = points - centre

@@ -1,8 +1,7 @@
 """Quality of generated images: distances between distributions of features, and of single images.
 
-Features are computed once and shared by all metrics. torchmetrics supplies PSNR and SSIM; its FID, KID and
-Inception Score each run the feature network and the global generator, so these are computed here and tested
-against it.
+torchmetrics supplies PSNR and SSIM; its FID, KID and Inception Score each run the feature network and use the
+global random generator, so they are computed here, from shared features, and tested against it.
 """
 
 from __future__ import annotations
@@ -34,23 +33,11 @@ class Gaussian(NamedTuple):
 
 
 class FeatureStatistics:
-    """Moments (float64), features and logits of a stream of images; the same for every batch size.
-
-    The moments merge batch by batch (Chan et al. 1983), which is stable where sums of squares cancel.
-    """
+    """Features, logits and moments of a stream of images; the same for every batch size."""
 
     def __init__(self, extractor: str, data: str = ""):
-        """Start with no images.
-
-        Args:
-            extractor: name of the extractor that makes the features.
-            data: fingerprint of the images, "" where none is known.
-        """
-        self.extractor = extractor
-        self.data = data
-        self.n = 0
-        self.mean = torch.zeros(())
-        self._scatter = torch.zeros(())
+        """Start with no images; `data` is their fingerprint, "" where none is known."""
+        self.extractor, self.data, self.n = extractor, data, 0
         self._features: list[Tensor] = []
         self._logits: list[Tensor] = []
 
@@ -68,29 +55,21 @@ class FeatureStatistics:
                 f"extractor '{self.extractor}' gave NaN or infinite features for {int(broken.sum())} of "
                 f"{len(features)} images, the first is image {self.n + first}: look at it and at the weights"
             )
-        self._merge(features.double())
+        self.n += len(features)
         self._features.append(features)
         self._logits.append(logits)
 
-    def _merge(self, x: Tensor) -> None:
-        n, mean = self.n + len(x), x.mean(0)
-        delta, centred = mean - self.mean, x - mean
-        between = torch.outer(delta, delta) * (self.n * len(x) / n)
-        self._scatter = self._scatter + centred.T @ centred + between
-        self.mean = self.mean + delta * (len(x) / n)
-        self.n = n
-
-    @property
-    def covariance(self) -> Tensor:
-        """Unbiased covariance (dim, dim) float64; ValueError for fewer than 2 images."""
-        if self.n < 2:
-            raise ValueError(f"a covariance needs at least 2 images, got {self.n}: evaluate more images")
-        return self._scatter / (self.n - 1)
-
     @property
     def gaussian(self) -> Gaussian:
-        """Mean and covariance."""
-        return Gaussian(self.mean, self.covariance)
+        """Mean and unbiased covariance; ValueError for fewer than 2 images."""
+        if self.n < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {self.n}: evaluate more images")
+        features = self.features
+        mean = features.mean(0, dtype=torch.float64)
+        scatter = torch.zeros(2 * mean.shape, dtype=torch.float64)
+        for part in features.split(4096):  # in float64, all of them may not fit into memory
+            scatter += (part - mean).T @ (part - mean)
+        return Gaussian(mean, scatter / (self.n - 1))
 
     @property
     def features(self) -> Tensor:
@@ -104,10 +83,10 @@ class FeatureStatistics:
 
     def save(self, path: str | Path) -> None:
         """Write features and logits as safetensors, atomically, with the names of extractor and data."""
-        tensors = {"features": self.features, "logits": self.logits}
+        # One entry: safetensors writes several in no fixed order, and equal statistics are equal files.
+        source = json.dumps({"data": self.data, "extractor": self.extractor})
         with atomic(path) as temporary:
-            # One entry: safetensors writes several in no fixed order, and equal statistics are equal files.
-            source = json.dumps({"data": self.data, "extractor": self.extractor})
+            tensors = {"features": self.features, "logits": self.logits}
             save_file(tensors, temporary, metadata={"source": source})
 
     @classmethod
@@ -119,9 +98,7 @@ class FeatureStatistics:
             ValueError: damaged, or of another extractor or other images; both are named.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"no feature statistics at {path}: compute them with `statistics` and save them"
-            )
+            raise FileNotFoundError(f"no feature statistics at {path}: compute and save them first")
         try:
             with safe_open(path, "pt") as file:
                 found = json.loads((file.metadata() or {}).get("source", "{}"))
@@ -163,24 +140,24 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     `|m_a - m_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2)`. The product in this form is symmetric, so that
     eigenvalues are real and rank-deficient covariances (fewer images than dimensions) need no epsilon.
     """
-    values, vectors = torch.linalg.eigh(a.covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
+    of_a = root(a.covariance)
+    cross = torch.linalg.eigvalsh(of_a @ b.covariance @ of_a).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
     return max(0.0, float(distance))
+
+
+def root(covariance: Tensor) -> Tensor:
+    """The symmetric square root of a positive semi-definite matrix."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
 def kernel_distance(
     real: Tensor, fake: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """KID: unbiased squared MMD with the kernel (x.y / dim + 1)^3 (arXiv 1801.01401, Sec. 4).
+    """KID: unbiased squared MMD of random subsets (Bińkowski et al. 2018, arXiv 1801.01401, Sec. 4).
 
-    Args:
-        real: features (n, dim).
-        fake: features (m, dim).
-        subsets: number of random subsets.
-        subset_size: images of each side in a subset, without replacement; at least 2.
-        seed: of the subsets.
+    Features are (n, dim) and (m, dim); a subset holds `subset_size` images of each side, without replacement.
 
     Returns:
         Mean and (population) standard deviation over the subsets; the mean may be slightly negative.
@@ -199,14 +176,14 @@ def kernel_distance(
     return float(values.mean()), float(values.std(correction=0))
 
 
+def kernel(x: Tensor, y: Tensor) -> Tensor:
+    """KID's kernel (x.y / dim + 1)^3 of every pair, (n, m)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
 def _mmd2(x: Tensor, y: Tensor) -> Tensor:
-    m, dim = x.shape
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / dim + 1) ** 3
-
     def off_diagonal_mean(k: Tensor) -> Tensor:
-        return (k.sum() - k.trace()) / (m * (m - 1))
+        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
 
     return off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y)) - 2 * kernel(x, y).mean()
 
@@ -214,16 +191,11 @@ def _mmd2(x: Tensor, y: Tensor) -> Tensor:
 def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float]:
     """exp(E KL(p(y|x) || p(y))) over shuffled splits (Salimans et al. 2016, arXiv 1606.03498, Sec. 4).
 
-    Args:
-        logits: (n, classes) of the generated images.
-        splits: parts whose scores are averaged, in [2, n].
-        seed: of the shuffle.
-
     Returns:
-        Mean and sample standard deviation over the splits; the score lies in [1, classes].
+        Mean and sample standard deviation over the splits of logits (n, classes); a score is in [1, classes].
 
     Raises:
-        ValueError: fewer images than splits.
+        ValueError: fewer than 2 splits, or fewer images than splits.
     """
     if not 2 <= splits <= len(logits):
         raise ValueError(f"the Inception Score needs 2 to {len(logits)} splits (images), got {splits}")
@@ -250,13 +222,8 @@ class PrecisionRecall(NamedTuple):
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 2048) -> PrecisionRecall:
     """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, Eq. 1-2).
 
-    A set's manifold is the union of balls around its points that reach to their k-th nearest neighbour.
-
-    Args:
-        real: features (n, dim), n > k.
-        fake: features (m, dim), m > k.
-        k: which neighbour.
-        chunk: rows of the distance matrix held at once.
+    A set's manifold is the union of balls around its features (n, dim) that reach to their k-th nearest
+    neighbour. `chunk` rows of the distance matrix are held at once.
 
     Raises:
         ValueError: a set has no more than k images.
@@ -266,23 +233,22 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 2048) 
         raise ValueError(f"precision and recall with k={k} need more than {k} images, got {counts}")
     centre = real.double().mean(0)  # distances are computed by products, which cancel far from the origin
     real, fake = real.double() - centre, fake.double() - centre
-    return PrecisionRecall(_coverage(real, fake, k, chunk), _coverage(fake, real, k, chunk))
+    pairs = (real, fake), (fake, real)
+    return PrecisionRecall(*(float(covered(*pair, k, chunk).double().mean()) for pair in pairs))
 
 
-def _coverage(points: Tensor, queries: Tensor, k: int, chunk: int) -> float:
-    """Share of the queries that lie within the k-th neighbour's distance of any of the points."""
+def covered(points: Tensor, queries: Tensor, k: int, chunk: int) -> Tensor:
+    """Whether queries (m, dim) are within the k-th neighbour's distance of any of the points, (m,) bool."""
     radius = manifold_radius(points, k, chunk)
-    inside = [(torch.cdist(part, points) <= radius).any(1) for part in queries.split(chunk)]
-    return float(torch.cat(inside).double().mean())
+    return torch.cat([(torch.cdist(part, points) <= radius).any(1) for part in queries.split(chunk)])
 
 
-def manifold_radius(points: Tensor, k: int, chunk: int = 2048) -> Tensor:
+def manifold_radius(points: Tensor, k: int, chunk: int) -> Tensor:
     """Distance (n,) of each of the points (n, dim) to its k-th nearest other point."""
     radii = []
     for begin in range(0, len(points), chunk):
         distances = torch.cdist(points[begin : begin + chunk], points)
-        itself = torch.arange(len(distances))
-        distances[itself, begin + itself] = math.inf
+        distances.diagonal(begin).fill_(math.inf)  # of each point to itself
         radii.append(distances.kthvalue(k, dim=1).values)
     return torch.cat(radii)
 
@@ -294,10 +260,7 @@ def psnr(images: Tensor, targets: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004, 11x11 Gaussian window), (B,) in [-1, 1]; images as in `psnr`.
-
-    Images have at least 6 pixels each way.
-    """
+    """SSIM (Wang et al. 2004, 11x11 Gaussian window), (B,) in [-1, 1]; images as in `psnr`, >= 6 pixels."""
     x, y, data_range = _comparable(images, targets)
     result = structural_similarity_index_measure(x, y, data_range=data_range, reduction="none")
     assert isinstance(result, Tensor)
@@ -316,10 +279,7 @@ def _comparable(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, float]
 def bits_per_dim(nll_per_token: float, tokens_per_image: int, dimensions: int) -> float:
     """Bits per pixel value that the *tokens* cost; compare only models on the same, lossy tokenizer.
 
-    Args:
-        nll_per_token: mean negative log-likelihood in nats.
-        tokens_per_image: N.
-        dimensions: H * W * 3 of the image.
+    `nll_per_token` is a mean in nats; the image has `dimensions` = H * W * 3 values.
     """
     return nll_per_token * tokens_per_image / (dimensions * math.log(2))
 
@@ -333,12 +293,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """All distribution metrics of generated images against real ones.
 
-    Args:
-        extractor: the feature space.
-        real: uint8 batches (B, 3, H, W), or their statistics.
-        fake: likewise for generated images.
-        kid_subset_size: shrunk, with a note, where a set is smaller.
-        seed: of the KID subsets and of the Inception Score's shuffle.
+    Images are uint8 batches (B, 3, H, W), or their statistics. KID subsets shrink, with a note, where a set
+    is smaller than they are; `seed` is that of KID and of the Inception Score.
 
     Returns:
         fid (Inception-2015) or fd (any other extractor), other metrics, sizes, names, and `notes`: caveats to
@@ -347,8 +303,7 @@ def evaluate(
     Raises:
         ValueError: 3 or fewer images, statistics of another extractor, or NaN features.
     """
-    real = _resolve(extractor, real, "real images")
-    fake = _resolve(extractor, fake, "generated images")
+    real, fake = _resolve(extractor, real, "real images"), _resolve(extractor, fake, "generated images")
     distance = frechet_distance(real.gaussian, fake.gaussian)
     subset_size = min(kid_subset_size, real.n, fake.n)
     kid, kid_std = kernel_distance(real.features, fake.features, subset_size=subset_size, seed=seed)
@@ -383,11 +338,9 @@ def _resolve(
 
 
 def _notes(extractor: FeatureExtractor, n: int, kid_subset_size: int) -> list[str]:
-    notes = []
-    if n <= extractor.dim:
-        notes.append(
-            f"{extractor.metric} from {n} images in {extractor.dim} dimensions is strongly biased upwards."
-        )
+    name, dim, notes = extractor.metric, extractor.dim, []
+    if n <= dim:
+        notes.append(f"{name} from {n} images in {dim} dimensions is strongly biased upwards.")
     if n < kid_subset_size:
         notes.append(f"KID subsets shrunk from {kid_subset_size} to {n} images.")
     return notes
