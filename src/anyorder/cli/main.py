@@ -66,11 +66,11 @@ class Call:
 
     def parse(self, config: str = "", **values: str) -> Any:
         """The configuration of the command."""
-        from anyorder.settings import parse
+        from anyorder import settings
 
         if self.paths:
             raise ValueError(f"settings are written key=value, got '{self.paths[0]}'")
-        return parse(_config_class(config or self.name), values, self.settings)
+        return settings.parse(_config_class(config or self.name), values, self.settings)
 
     def show(self, config: Any, out: Path | str = "") -> bool:
         """Whether this is a dry run; if so, the resolved configuration is printed as YAML."""
@@ -190,7 +190,7 @@ def _write_report(folders: list[Path], out: Path, data_images: bool) -> str:
 
 
 def _bench(call: Call) -> str:
-    from anyorder.bench.bench import against, bench, load_result
+    from anyorder.bench import bench
 
     out, old = call.out("bench.json"), call.take("against", "none")
     files, call.paths = call.paths, []
@@ -201,12 +201,12 @@ def _bench(call: Call) -> str:
             "two results are compared by anyorder bench NEW.json against=OLD.json, without settings"
         )
     config = call.parse()
-    before = load_result(Path(old)) if old != "none" else None  # refused before anything is measured
+    before = bench.load_result(Path(old)) if old != "none" else None  # refused before anything is measured
     if call.show(config, out):
         return ""
-    result = load_result(Path(files[0])) if files else bench(config, out)
+    result = bench.load_result(Path(files[0])) if files else bench.bench(config, out)
     if before is not None:
-        table = against(result, before)
+        table = bench.against(result, before)
         print(f"\n{table.caption}\n{table.text()}")
     return "" if files else f"{out}; next, after a change: anyorder bench out=NEW.json --against {out}"
 
@@ -353,10 +353,10 @@ def _help(name: str = "") -> None:
         return
     print(f"usage: anyorder {name} {COMMANDS[name].usage}\n\n{name}: {COMMANDS[name].about}")
     if name not in ("run", "quickstart", "report", "verify"):
-        from anyorder.settings import describe
+        from anyorder import settings
 
         for config in map(_config_class, ["sample pipeline", name] if name == "sample" else [name]):
-            print(f"\n{config.__doc__}\n\n{describe(config)}")
+            print(f"\n{config.__doc__}\n\n{settings.describe(config)}")
 
 
 def _understand(arguments: list[str]) -> Call:
@@ -365,11 +365,11 @@ def _understand(arguments: list[str]) -> Call:
     Raises:
         ValueError: unknown command or option, with the nearest known one.
     """
-    from anyorder.settings import as_overrides, did_you_mean
+    from anyorder import settings
 
-    name, *rest = as_overrides(arguments, FLAGS)
+    name, *rest = settings.as_overrides(arguments, FLAGS)
     if name not in COMMANDS:
-        hint = did_you_mean(name, COMMANDS)
+        hint = settings.did_you_mean(name, COMMANDS)
         raise ValueError(f"unknown command '{name}'{hint} Commands: {', '.join(COMMANDS)}")
     words = [text for text in rest if text not in FLAGS]
     paths = [text for text in words if "=" not in text]
