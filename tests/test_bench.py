@@ -150,7 +150,7 @@ def test_only_measures_what_is_asked_for(tmp_path):
         (["grid=0,3"], "at least one row"),
         (["tokenizer.channels=0"], "channels must be at least 1"),
         (["against=nowhere.json"], "nowhere.json"),
-        (["--against"], "--against FILE"),
+        (["--against"], "--against VALUE"),
         (["new.json"], "against=OLD.json"),
         (["new.json", "repeats=1", "against=old.json"], "without settings"),
     ],
