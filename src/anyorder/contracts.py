@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 
 def require(holds: bool, message: str) -> None:
-    """Refuse what a user gave: a ValueError with this message, unless the condition holds."""
+    """Raise a ValueError with this message, unless the condition holds."""
     if not holds:
         raise ValueError(message)
 
@@ -35,7 +35,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         text = f"a grid needs at least one row and one column, got {self.h} x {self.w}"
-        require(self.h >= 1 and self.w >= 1, text)
+        require(min(self.h, self.w) >= 1, text)
 
     @property
     def n(self) -> int:
@@ -79,10 +79,7 @@ class AnyOrderModel(Protocol):
     def forward(
         self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
     ) -> Tensor:
-        """Teacher-forced logits (B, N, V) in order steps; step i never depends on tokens of steps >= i.
-
-        Arguments as above; `condition` None is unconditional, `grid` None that of training.
-        """
+        """Teacher-forced logits (B, N, V) in order steps; step i never depends on tokens of steps >= i."""
 
     def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> Any:
         """The state before anything is revealed."""
@@ -93,13 +90,13 @@ class AnyOrderModel(Protocol):
     def append(self, state: Any, positions: Tensor, tokens: Tensor) -> Any:
         """Reveal tokens (B, K) at positions (B, K), in that sequence; the old state is used up.
 
-        Never recomputes what `score` has already computed for the first of the positions.
+        Never recomputes what `score` has computed for the first of the positions.
         """
 
 
 @runtime_checkable
 class LocatingModel(AnyOrderModel, Protocol):
-    """A model that says where to go, too: q(order, x) = prod q(position) q(token | position)."""
+    """A model with a location head: q(order, x) = prod q(position) q(token | position)."""
 
     def joint(
         self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
@@ -128,7 +125,7 @@ class AnyOrderNetwork(nn.Module, AnyOrderModel):
 
 @dataclass
 class Progress:
-    """What a policy may look at: where things are, never what is there (that would be peeking)."""
+    """What a policy may look at: positions, never tokens."""
 
     grid: Grid
     revealed: Tensor
@@ -138,30 +135,30 @@ class Progress:
     step: int
     """How many reveals the loop has made."""
     total: int
-    """How many positions of each image the loop set out to reveal."""
+    """How many positions of each image are to be revealed in all."""
     open: int
     """How many positions of each image are still open."""
     noise: Tensor
-    """(B, N) float32, one standard Gumbel number per position for this step, from each row's generator."""
+    """(B, N) float32, a standard Gumbel number per position for this step, from each row's generator."""
     ratings: Tensor
-    """(B, N) float32, what each position was rated when it was scored last; 0 before."""
+    """(B, N) float32, the last rating of each position; 0 before."""
     rated_at: Tensor
     """(B, N) int64, the step at which each position was scored last, -1 before."""
     revealed_at: Tensor
-    """(B, N) int64, the step at which the loop revealed each position, -1 for open and known ones."""
+    """(B, N) int64, the step at which each position was revealed, -1 for open and known ones."""
     location: Tensor | None = None
     """(B, N) float32, the model's log q(next position), for policies that are `located`."""
 
     @classmethod
     def start(cls, grid: Grid, batch_size: int, device: torch.device | str) -> Progress:
-        """Nothing is revealed yet."""
+        """Before anything is revealed."""
         numbers = torch.zeros(batch_size, grid.n, dtype=torch.float32, device=device)
         never = torch.full_like(numbers, -1, dtype=torch.int64)
         revealed, last = torch.zeros_like(never, dtype=torch.bool), never[:, 0].clone()
         return cls(grid, revealed, last, 0, grid.n, grid.n, numbers, numbers.clone(), never, never.clone())
 
     def give(self, positions: Tensor) -> None:
-        """Mark positions (B, K) as known; the loop then sets out to reveal the others."""
+        """Mark positions (B, K) as known."""
         self.revealed.scatter_(1, positions, True)
         self.last = positions[:, -1]
         self.open = self.total = self.open - positions.shape[1]
@@ -176,10 +173,7 @@ class Progress:
 
 
 class OrderPolicy(Protocol):
-    """Decides where to go: `propose` candidates, `rate` what the model says of them, `select` some.
-
-    `method.policies` holds all that there are; a class with these members is a policy, too.
-    """
+    """Decides where to go: `propose` candidates, `rate` them by the model's distributions, `select` some."""
 
     @property
     def name(self) -> str:
@@ -199,7 +193,7 @@ class OrderPolicy(Protocol):
 
     @property
     def look_ahead(self) -> int:
-        """How many of the best rated candidates are rated anew by expected information; 0: none."""
+        """How many of the best candidates are rated anew by expected information; 0: none."""
 
     def subset(self, rows: Tensor) -> OrderPolicy:
         """The same policy for some images (R,) int64 of the batch."""
@@ -220,7 +214,7 @@ class Step:
 
     index: int
     total: int
-    """Number of positions that the loop set out to reveal in each image."""
+    """Positions of each image that are to be revealed in all."""
     positions: Tensor
     """(B, K) int64."""
     tokens: Tensor
@@ -231,7 +225,7 @@ class Step:
 
 @dataclass
 class Trace:
-    """The outcome of a whole loop: B images of N tokens with the order they came in."""
+    """B generated images of N tokens, and the order they were revealed in."""
 
     tokens: Tensor
     """(B, N) int64 in raster order."""

@@ -28,11 +28,7 @@ def permute(values: Tensor, order: Tensor) -> Tensor:
 
 
 def validate(order: Tensor, grid: Grid) -> Tensor:
-    """Return `order` (..., N) if every row is a permutation of the grid's positions.
-
-    Raises:
-        ValueError: wrong length, wrong dtype, or a position missing or repeated.
-    """
+    """Return `order` (..., N); a ValueError unless every row is a permutation of the grid's positions."""
     size = f"an order of {grid.h} x {grid.w} needs {grid.n} positions, got shape {tuple(order.shape)}"
     require(order.shape[-1:] == (grid.n,), size)
     require(not order.is_floating_point(), f"an order holds integers, got {order.dtype}")
@@ -63,11 +59,11 @@ def snake(grid: Grid) -> list[int]:
 def spiral_in(grid: Grid) -> list[int]:
     """Clockwise from the top-left corner to the middle."""
     rows = [list(range(r * grid.w, (r + 1) * grid.w)) for r in range(grid.h)]
-    walk: list[int] = []
+    path: list[int] = []
     while rows:
-        walk += rows.pop(0)
-        rows = [list(column) for column in zip(*rows, strict=True)][::-1]  # turn what is left to the left
-    return walk
+        path += rows.pop(0)
+        rows = [list(column) for column in zip(*rows, strict=True)][::-1]  # turn the rest to the left
+    return path
 
 
 def spiral_out(grid: Grid) -> list[int]:
@@ -81,11 +77,11 @@ def diagonal(grid: Grid) -> list[int]:
 
 
 def hilbert(grid: Grid) -> list[int]:
-    """A Hilbert-like curve for any h x w: neighbours in the walk are neighbours in the image."""
+    """A Hilbert-like curve for any h x w: successive positions are neighbours in the image."""
     major, minor = (1, 1j) if grid.w >= grid.h else (1j, 1)
     size = {1: grid.w, 1j: grid.h}
-    walk = _hilbert(0, size[major] * major, size[minor] * minor)
-    return [int(z.imag) * grid.w + int(z.real) for z in walk]
+    curve = _hilbert(0, size[major] * major, size[minor] * minor)
+    return [int(z.imag) * grid.w + int(z.real) for z in curve]
 
 
 def _hilbert(corner: complex, along: complex, across: complex) -> Iterator[complex]:
@@ -108,17 +104,17 @@ def _hilbert(corner: complex, along: complex, across: complex) -> Iterator[compl
 
 
 def _even(half: int, whole: int) -> int:
-    """Prefer even halves: they let the walk leave a sub-rectangle on the side where the next begins."""
+    """Prefer even halves: the curve then leaves a sub-rectangle on the side where the next begins."""
     return half + 1 if half % 2 and whole > 2 else half
 
 
 def halton(grid: Grid) -> list[int]:
     """Low-discrepancy order: cells in the sequence in which Halton points (bases 2, 3) first hit them."""
     seen: dict[int, None] = {}
-    i = 0
-    while len(seen) < grid.n:
-        i += 1
-        seen.setdefault(int(_radical_inverse(i, 2) * grid.h) * grid.w + int(_radical_inverse(i, 3) * grid.w))
+    for i in itertools.count(1):
+        seen[int(_radical_inverse(i, 2) * grid.h) * grid.w + int(_radical_inverse(i, 3) * grid.w)] = None
+        if len(seen) == grid.n:
+            break
     return list(seen)
 
 
@@ -169,16 +165,15 @@ def of_classes(table: Tensor, labels: Tensor) -> Tensor:
 
 
 def stretch(order: Tensor, old: Grid, new: Grid) -> Tensor:
-    """Orders of one grid on another one: the map of ranks is interpolated bilinearly between patch centres.
+    """Orders (B, old.n) int64 on another grid, (B, new.n): ranks are interpolated between patch centres.
 
-    Positions outside of the outermost centres take the nearest rank; equal ranks go in raster order. Takes
-    (B, old.n) int64 and returns (B, new.n); `order` itself if the grids are the same.
+    Bilinearly; outside of the outermost centres by the nearest rank. Equal ranks go in raster order.
     """
     if old == new:
         return order
     ranks = inverse(order).double().view(-1, 1, old.h, old.w)
     stretched = F.interpolate(ranks, (new.h, new.w), mode="bilinear", align_corners=False)
-    # Rounded, so that ranks which are equal but for rounding errors stay in raster order on every machine.
+    # Rounded, so that ranks that differ by rounding errors only stay in raster order on every machine.
     return stretched.flatten(1).mul(2**20).round().argsort(dim=1, stable=True)
 
 
@@ -197,10 +192,7 @@ def kendall(a: Tensor, b: Tensor) -> Tensor:
 
 
 def position_entropy(order: Tensor) -> Tensor:
-    """Entropy of the position revealed at each step over a set of orders (B, N), (N,) float64 in nats.
-
-    Zero where all images agree; log N (for many images) where the step says nothing of the position.
-    """
+    """Entropy of the position revealed at each step over a set of orders (B, N), (N,) float64 in nats."""
     n = order.shape[1]
     counts = torch.zeros(n, n, dtype=torch.float64)  # step x position
     counts.scatter_add_(1, order.T.cpu(), torch.ones(order.T.shape, dtype=torch.float64))

@@ -7,7 +7,7 @@ Sampling in a given order, sampling with inferred locations, order extraction an
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -23,8 +23,8 @@ Content = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(positions (B, M), log-probabilities (B, M, V), uniform (B, M)) -> tokens (B, M)."""
 
 ROWS = {"cpu": 2**10, "cuda": 2**14}
-"""Candidates of all images together that are scored at once: enough to keep the device busy. On a CPU, where
-more fall out of its cache, 512 to 2048 were measured to be equally fast, 256 slower."""
+"""Candidates of all images together that are scored at once. On a CPU, 512 to 2048 were measured to be equally
+fast, fewer and more slower."""
 LOGITS = 2**26
 """Logits held at once, 256 MiB in float32: fewer candidates where the codebook is large."""
 
@@ -39,8 +39,7 @@ class GenerationOptions(TypedDict, total=False):
     sampling: Sampling
     """Temperature and truncation of sampled tokens."""
     scorer: AnyOrderModel | None
-    """The scoring model, which decides where; by default the generator itself. For a generator that was
-    fine-tuned on the orders of this model: it then scores chosen positions only. Unused by fixed orders."""
+    """The scoring model, which decides where; by default the generator. Unused by fixed orders."""
     chunk: int | None
     """Candidates per image that are scored at once; by default as many as `ROWS` and `LOGITS` allow."""
 
@@ -67,19 +66,15 @@ def generate(
     Memory: the model's cache, O(depth * B * N * D), plus O(B * chunk * (D + V)).
 
     Args:
-        model: any-order model, the generator: it decides what.
+        model: the generator, which decides what.
         order: where to go; whatever `make_policy` takes.
         streams: one random stream per image; their number is the batch size B >= 1.
         targets: (B, N) int64, raster order: put these tokens instead of sampled ones (order extraction).
         known: positions (B, K) and tokens (B, K) that are given, revealed first.
         condition: this and what follows: see `GenerationOptions`.
 
-    Yields:
-        Step: after each reveal.
-
     Raises:
-        ValueError: no images, an order that `make_policy` refuses, a separate scorer for a policy that looks
-            at the generator's tokens, a policy that needs a location head and a model without one, or logits
+        ValueError: no images, an order that `make_policy` refuses or that does not fit the models, or logits
             that are not finite.
     """
     grid = grid or model.grid
@@ -91,7 +86,12 @@ def generate(
     require(not policy.located or hasattr(scorer or model, "locate"), headless)
     # The last of the models decides where; it needs a state only if the policy asks it anything.
     models = [model, scorer] if scorer is not None and (policy.rated or policy.located) else [model]
-    content = sampled(sampling) if targets is None else given(targets)
+
+    def content(positions: Tensor, log_p: Tensor, uniform: Tensor) -> Tensor:
+        if targets is not None:
+            return targets.gather(1, positions)
+        return draws.sample_tokens(draws.truncate(log_p, sampling), uniform)
+
     condition = None if condition is None else condition.to(streams.device, torch.int64)
     states = [each.start(len(streams), condition, grid) for each in models]
     progress = Progress.start(grid, len(streams), streams.device)
@@ -109,7 +109,7 @@ def generate(
         candidates = policy.propose(progress)
         ratings = torch.zeros_like(candidates, dtype=torch.float32)
         if policy.rated:
-            proposed = no_content if policy.token_blind else content
+            proposed = None if policy.token_blind else content
             tokens, log_prob, ratings = score_candidates(
                 scoring_model, scoring_state, candidates, proposed, uniform, policy.rate, chunk
             )
@@ -117,7 +117,7 @@ def generate(
             progress.rated_at.scatter_(1, candidates, progress.step)
         if policy.look_ahead:
             candidates, ratings = expected_information(
-                scoring_model, scoring_state, progress, candidates, ratings, policy.look_ahead, chunk
+                scoring_model, scoring_state, progress.revealed, candidates, ratings, policy.look_ahead, chunk
             )
         chosen = policy.select(progress, candidates, ratings)
         positions = candidates.gather(1, chosen)
@@ -138,43 +138,29 @@ def generate(
         yield Step(progress.step - 1, progress.total, positions, tokens, log_prob)
 
 
-# --- one step: what would be there, and how good is it? ---------------------------------------------------
-
-
-def sampled(sampling: Sampling) -> Content:
-    """Content of generation: a token sampled from the model for each candidate."""
-    return lambda positions, log_p, uniform: draws.sample_tokens(draws.truncate(log_p, sampling), uniform)
-
-
-def given(tokens: Tensor) -> Content:
-    """Content of order extraction: the true tokens (B, N) of an image."""
-    return lambda positions, log_p, uniform: tokens.gather(1, positions)
-
-
-def no_content(positions: Tensor, log_p: Tensor, uniform: Tensor) -> Tensor:
-    """For ratings that do not look at tokens."""
-    return torch.zeros_like(positions)
-
-
 def score_candidates(
     model: AnyOrderModel,
     state: Any,
     candidates: Tensor,
-    content: Content,
+    content: Content | None,
     uniform: Tensor,
     rate: Callable[[Tensor, Tensor], Tensor] | None,
     chunk: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens of candidates (B, M), their log-probabilities and ratings: three (B, M), chunk by chunk.
 
-    `content` puts a token on each, with the help of `uniform` (B, N) in [0, 1), a number per position; `rate`
-    is that of a policy, None rates by log-probability. The state is left as it is.
+    `content` chooses the tokens, with `uniform` (B, N) in [0, 1); None is for ratings that ignore them. `rate`
+    is that of a policy; None rates by log-probability. The state is unchanged.
     """
     parts = []
     for positions in candidates.split(chunk or _chunk(model, candidates), dim=1):
         # On a GPU the kernel casts, so that no float32 logits exist.
         log_p = model.score(state, positions).log_softmax(-1, dtype=torch.float32)
-        tokens = content(positions, log_p, uniform.gather(1, positions))
+        tokens = (
+            content(positions, log_p, uniform.gather(1, positions))
+            if content
+            else torch.zeros_like(positions)
+        )
         log_prob = draws.token_likelihood(log_p, tokens)
         parts.append((tokens, log_prob, rate(rating_log_probs(state, log_p), tokens) if rate else log_prob))
     tokens, log_prob, ratings = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
@@ -184,37 +170,30 @@ def score_candidates(
 def expected_information(
     model: AnyOrderModel,
     state: Any,
-    progress: Progress,
+    revealed: Tensor,
     candidates: Tensor,
     ratings: Tensor,
     top: int,
     chunk: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Rate the `top` best candidates anew, by how much is learnt about all other open positions at each.
+    """Rate the `top` best candidates anew, by the fall in the summed entropy of all other open positions.
 
-    That is the fall in their summed entropy, in nats, when the most likely token is revealed there. Takes all
-    open positions (B, M) and ratings (B, M) that are their entropies, of either sign; returns positions
-    (B, min(top, M)) and new ratings of them.
+    That is in nats, when the most likely token is revealed there. Takes all open positions (B, M) and ratings
+    (B, M) that are their entropies, of either sign; returns positions (B, min(top, M)) and their ratings.
     """
-    listed = ratings.argsort(dim=1, descending=True, stable=True)[:, :top]
-    positions, entropies = candidates.gather(1, listed), ratings.abs()
-    if listed.shape[1] == 1:  # nothing to choose from
-        return positions, ratings.gather(1, listed)
-    before = entropies.sum(1, keepdim=True) - entropies.gather(1, listed)
-    after = [_entropy_after(model, state, progress.revealed, p, chunk) for p in positions.split(1, dim=1)]
-    return positions, before - torch.stack(after, dim=1)
-
-
-def _entropy_after(
-    model: AnyOrderModel, state: Any, revealed: Tensor, position: Tensor, chunk: int | None
-) -> Tensor:
-    """Summed entropy (B,) nats of what is open after the likeliest token is put on `position` (B, 1)."""
-    fork = copy.deepcopy(state)  # `append` uses a state up
-    log_p = model.score(fork, position).log_softmax(-1, dtype=torch.float32)
-    fork = model.append(fork, position, rating_log_probs(fork, log_p).argmax(-1))
-    others = (~revealed.scatter(1, position, True)).nonzero()[:, 1].view(len(position), -1)
-    unused = torch.zeros_like(revealed, dtype=torch.float32)
-    return -score_candidates(model, fork, others, no_content, unused, draws.entropy, chunk)[2].sum(1)
+    best = ratings.argsort(dim=1, descending=True, stable=True)[:, :top]
+    positions, entropies, gains = candidates.gather(1, best), ratings.abs(), []
+    if best.shape[1] == 1:  # nothing to choose from
+        return positions, ratings.gather(1, best)
+    for column, position in zip(best.split(1, dim=1), positions.split(1, dim=1), strict=True):
+        fork = copy.deepcopy(state)  # `append` uses a state up
+        log_p = model.score(fork, position).log_softmax(-1, dtype=torch.float32)
+        fork = model.append(fork, position, rating_log_probs(fork, log_p).argmax(-1))
+        others = (~revealed.scatter(1, position, True)).nonzero()[:, 1].view(len(position), -1)
+        unused = torch.zeros_like(revealed, dtype=torch.float32)
+        after = -score_candidates(model, fork, others, None, unused, draws.entropy, chunk)[2].sum(1, True)
+        gains.append(entropies.sum(1, True) - entropies.gather(1, column) - after)
+    return positions, torch.cat(gains, dim=1)
 
 
 def _chunk(model: AnyOrderModel, positions: Tensor) -> int:
@@ -226,9 +205,9 @@ def _chunk(model: AnyOrderModel, positions: Tensor) -> int:
 # --- whole images -----------------------------------------------------------------------------------------
 
 
-def trace(steps: Iterator[Step], known: tuple[Tensor, Tensor] | None = None) -> Trace:
-    """Run the loop to its end and collect the image, its order and its log-probabilities."""
-    parts = [(step.positions, step.tokens, step.log_prob) for step in list(steps)]
+def trace(steps: Iterable[Step], known: tuple[Tensor, Tensor] | None = None) -> Trace:
+    """The images, their orders and log-probabilities, from all steps of the loop and what was known before."""
+    parts = [(step.positions, step.tokens, step.log_prob) for step in steps]
     if known is not None:
         parts.insert(0, (*known, torch.zeros_like(known[0], dtype=torch.float32)))
     order, tokens, log_prob = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
@@ -252,21 +231,18 @@ def extract_orders(
     """Recover the order in which the model itself would reveal each image (OAR v1, Sec. 3).
 
     Args:
-        model: any-order model.
+        model: any-order model; the log-probabilities of the result are of the true tokens under it.
         tokens: (B, N) integers, raster order.
         order: where to go; "token_likelihood" is the paper's rule.
         streams: only needed for noise; seeds 0..B-1 by default.
         **options: see `GenerationOptions`.
 
-    Returns:
-        Trace: `order` as extracted and `log_prob` of the true tokens in it by `model`, whatever scores.
-
     Raises:
         ValueError: tokens of another length than the grid.
     """
-    _check_length(tokens, options.get("grid") or model.grid)
     streams = streams or Streams(range(len(tokens)), tokens.device)
-    return trace(generate(model, order, streams, targets=_integers(tokens, streams), **options))
+    tokens = _checked(tokens, options.get("grid") or model.grid, streams)
+    return trace(generate(model, order, streams, targets=tokens, **options))
 
 
 def complete(
@@ -293,14 +269,13 @@ def complete(
     message = f"known must be bool of shape {tuple(tokens.shape)}, got {known.dtype} {tuple(known.shape)}"
     require(known.shape == tokens.shape and known.dtype == torch.bool, message)
     grid = options.get("grid") or model.grid
-    _check_length(tokens, grid)
-    tokens, known = _integers(tokens, streams), known.to(streams.device)
+    tokens, known = _checked(tokens, grid, streams), known.to(streams.device)
     # One policy for the whole batch, since orders of images belong to rows; its subsets follow below.
     policy, condition = make_policy(order, grid, streams), options.pop("condition", None)
     result = Trace(tokens.clone(), torch.empty_like(tokens), torch.zeros_like(tokens, dtype=torch.float32))
     counts = known.sum(1)
-    # A batch advances all its rows by as many positions at each step, so rows run together only if they have
-    # equally many to go. The streams of a row are its own: the grouping does not change what it gets.
+    # A batch advances all rows by equally many positions, so rows run together only if equally many are open.
+    # Each row has a random stream: the grouping does not change the result.
     for count in counts.unique().tolist():
         rows = (counts == count).nonzero().squeeze(1)
         at = known[rows].nonzero(as_tuple=True)[1].reshape(len(rows), count)
@@ -320,20 +295,11 @@ def sample_coarse_to_fine(
     factor: int = 2,
     **options: Unpack[GenerationOptions],
 ) -> Trace:
-    """Sample on a grid `factor` times that of training: first every factor-th patch, then the others.
+    """Sample on a grid `factor` (>= 2) times that of training: first every factor-th patch, then the others.
 
     The first ones are sampled on the grid of training, so that the image is laid out as it was learnt; then
-    they are the known ones of the large grid (RandAR, arXiv 2412.01827, resolution extrapolation).
-
-    Args:
-        model: any-order model.
-        order: name of an order or a `PolicyConfig`, on both grids.
-        streams: one random stream per image.
-        factor: >= 2.
-        **options: see `GenerationOptions`; `grid` is the coarse one.
-
-    Returns:
-        Trace of the large grid; `log_prob` is zero for the patches that were sampled on the small one.
+    they are known on the large grid, at log-probability 0 (RandAR, arXiv 2412.01827, resolution
+    extrapolation). `order` is a name or a `PolicyConfig`, for both grids; `grid` is the coarse one.
     """
     require(factor >= 2, f"factor must be >= 2, got {factor}: generate on the grid of training instead")
     coarse = options.get("grid") or model.grid
@@ -348,10 +314,7 @@ def sample_coarse_to_fine(
     return complete(model, tokens, known, order, streams, **options)
 
 
-def _integers(tokens: Tensor, streams: Streams) -> Tensor:
-    return tokens.to(streams.device, torch.int64)
-
-
-def _check_length(tokens: Tensor, grid: Grid) -> None:
+def _checked(tokens: Tensor, grid: Grid, streams: Streams) -> Tensor:
     message = f"{tokens.shape[1]} tokens per image do not fill a {grid.h} x {grid.w} grid"
     require(tokens.shape[1] == grid.n, message)
+    return tokens.to(streams.device, torch.int64)

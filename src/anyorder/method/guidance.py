@@ -33,9 +33,8 @@ class GuidanceConfig:
     def __post_init__(self) -> None:
         require(math.isfinite(self.scale), f"scale must be a number, got {self.scale}")
         begin, end = self.interval
-        require(
-            0 <= begin <= end <= 1, f"interval must be two rising shares in [0, 1], got {begin:g} and {end:g}"
-        )
+        text = f"interval must be two rising shares in [0, 1], got {begin:g} and {end:g}"
+        require(0 <= begin <= end <= 1, text)
         text = f"locations must be guided or unguided, got '{self.locations}'"
         require(self.locations in ("guided", "unguided"), text)
         text = f"schedule must be constant, linear or power-cosine, got '{self.schedule}'"
@@ -46,17 +45,14 @@ class GuidanceConfig:
         """The scale when this share (0 to 1) of the image is revealed."""
         if not self.interval[0] <= fraction <= self.interval[1]:
             return 1.0
-        ramp = {
-            "constant": 1.0,
-            "linear": fraction,
-            "power-cosine": (1 - math.cos(math.pi * fraction**self.power)) / 2,
-        }[self.schedule]
-        return 1 + (self.scale - 1) * ramp
+        cosine = (1 - math.cos(math.pi * fraction**self.power)) / 2
+        ramp = {"constant": 1.0, "linear": fraction, "power-cosine": cosine}
+        return 1 + (self.scale - 1) * ramp[self.schedule]
 
 
 @dataclass
 class GuidedState:
-    """The wrapped model's state for 2B rows (conditional, then unconditional) and the number revealed."""
+    """The wrapped model's state of 2B rows, conditional then unconditional, and how many are revealed."""
 
     inner: Any
     revealed: int
@@ -66,7 +62,7 @@ class GuidedState:
 
 
 def rating_log_probs(state: Any, log_p: Tensor) -> Tensor:
-    """What positions are rated by: `log_p` (B, M, V) of what `score` returned, or that without guidance."""
+    """What positions are rated by (B, M, V): `log_p` of what `score` returned, or that without guidance."""
     unguided = getattr(state, "unguided", None)
     return log_p if unguided is None else unguided.float().log_softmax(-1)
 
@@ -76,25 +72,23 @@ class Guided:
 
     def __init__(self, model: AnyOrderModel, config: GuidanceConfig):
         """Wrap `model`; it is not copied."""
-        self.model = model
-        self.config = config
-        self.vocab_size = model.vocab_size
-        self.grid = model.grid
+        self.model, self.config = model, config
+        self.vocab_size, self.grid = model.vocab_size, model.grid
 
     def forward(
         self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
     ) -> Tensor:
         """Teacher-forced guided logits (B, N, V) in order steps."""
-        logits = self.model.forward(tokens.repeat(2, 1), self._both(condition), order.repeat(2, 1), grid)
+        logits = self.model.forward(tokens.repeat(2, 1), _both(condition), order.repeat(2, 1), grid)
         n = tokens.shape[1]
         scale = torch.tensor([self.config.at(i / n) for i in range(n)], device=logits.device)
-        return self._mix(logits, scale[None, :, None])
+        return _mix(logits, scale[None, :, None])
 
     def start(
         self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None
     ) -> GuidedState:
         """State of 2B rows."""
-        inner = self.model.start(2 * batch_size, self._both(condition), grid)
+        inner = self.model.start(2 * batch_size, _both(condition), grid)
         return GuidedState(inner, 0, (grid or self.grid).n)
 
     def score(self, state: GuidedState, positions: Tensor) -> Tensor:
@@ -102,7 +96,7 @@ class Guided:
         logits = self.model.score(state.inner, positions.repeat(2, 1))
         if self.config.locations == "unguided":
             state.unguided = logits.chunk(2)[0]
-        return self._mix(logits, self.config.at(state.revealed / state.n))
+        return _mix(logits, self.config.at(state.revealed / state.n))
 
     def append(self, state: GuidedState, positions: Tensor, tokens: Tensor) -> GuidedState:
         """Both halves see the same tokens."""
@@ -115,15 +109,14 @@ class Guided:
             raise ValueError("the guided model has no location head: choose another order")
         return self.model.locate(state.inner, revealed.repeat(2, 1)).chunk(2)[0]
 
-    @staticmethod
-    def _both(condition: Tensor | None) -> Tensor:
-        if condition is None:
-            raise ValueError(
-                "guidance needs class labels, attributes or a prompt: give one, or leave guidance_scale at 1"
-            )
-        return torch.cat((condition, torch.full_like(condition, -1)))
 
-    @staticmethod
-    def _mix(logits: Tensor, scale: float | Tensor) -> Tensor:
-        conditional, unconditional = logits.float().chunk(2)
-        return unconditional + scale * (conditional - unconditional)
+def _both(condition: Tensor | None) -> Tensor:
+    if condition is None:
+        text = "guidance needs class labels, attributes or a prompt: give one, or leave guidance_scale at 1"
+        raise ValueError(text)
+    return torch.cat((condition, torch.full_like(condition, -1)))
+
+
+def _mix(logits: Tensor, scale: float | Tensor) -> Tensor:
+    conditional, unconditional = logits.float().chunk(2)
+    return unconditional + scale * (conditional - unconditional)

@@ -19,16 +19,7 @@ def token_nll(
     """-log p(x[pi_i] | x[pi_<i], pi_<=i, c) of every step (OAR, arXiv 2504.17069 v1, Sec. 3).
 
     The mean over i is the training loss; the sum is the exact negative log-likelihood under that order.
-
-    Args:
-        model: any-order model.
-        tokens: (B, N) int64 in raster order.
-        condition: (B,) or (B, 1 + A + L) int64, see `contracts`, or None.
-        order: (B, N) int64.
-        grid: the grid of `tokens`, where it is not that of training.
-
-    Returns:
-        (B, N) float32, nats, in order steps.
+    Arguments as of `AnyOrderModel.forward`; returns (B, N) float32, nats, in order steps.
     """
     return cross_entropy(model.forward(tokens, condition, order, grid), tokens, order)
 
@@ -38,11 +29,8 @@ def joint_nll(
 ) -> tuple[Tensor, Tensor]:
     """-log q(token | position) and -log q(position) of every step, q(order, x) being the product of both.
 
-    Their sum over all steps is -log q(order, x), an upper bound on -log p(x) for whatever order. Arguments
-    as of `token_nll`, of a model with a location head.
-
-    Returns:
-        Two (B, N) float32, nats, in order steps: content and location.
+    Their sum over all steps is -log q(order, x), an upper bound on -log p(x) for any order. Returns two
+    (B, N) float32, nats, in order steps: content and location.
     """
     logits, locations = model.joint(tokens, condition, order, grid)
     return cross_entropy(logits, tokens, order), -locations.gather(-1, order[..., None]).squeeze(-1)
@@ -64,28 +52,19 @@ def image_nll(
     *,
     location: bool = False,
 ) -> dict[str, Tensor]:
-    """Mean negative log-likelihood of each image along its order, without gradients.
+    """Mean negative log-likelihood of each image along its order, without gradients, a few images at a time.
 
-    Images are taken a few at a time, so that logits stay below 2^26 numbers (256 MiB in float32). Exact for
-    the given orders; as the density of samples in random orders it is an upper bound (Jensen's inequality).
-
-    Args:
-        model: any-order model, with a location head if `location`; everything else is on its device.
-        tokens: (n, N) int64 in raster order.
-        condition: (n,) or (n, 1 + A + L) int64, see `contracts`, or None.
-        order: (n, N) int64.
-        grid: the grid of `tokens`, where it is not the model's own.
-        location: also evaluate the location head.
+    Exact for the given orders; as the density of samples in random orders it is an upper bound (Jensen).
+    Arguments as of `AnyOrderModel.forward`, on the model's device.
 
     Returns:
-        nll, and with `location` bound, which adds the location's part; each (n,) float64, nats per token.
+        nll, and with `location` bound, which adds that of the location head; (n,) float64, nats per token.
     """
     size = max(1, LOGITS // (tokens.shape[1] * model.vocab_size))
     found: list[Tensor] = []
     for begin in range(0, len(tokens), size):
         some = slice(begin, begin + size)
-        told = None if condition is None else condition[some]
-        inputs = (tokens[some], told, order[some], grid)
+        inputs = (tokens[some], None if condition is None else condition[some], order[some], grid)
         parts = joint_nll(model, *inputs) if location else (token_nll(model, *inputs),)  # type: ignore[arg-type]
         found.append(torch.stack([part.double().mean(1) for part in parts]))
     content, *where = torch.cat(found, dim=1)

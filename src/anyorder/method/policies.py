@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from anyorder.contracts import Grid, Progress, require
 from anyorder.method.sampling import SCORES, TOKEN_BLIND
-from anyorder.method.schedules import ParallelSchedule
+from anyorder.method.schedules import ParallelSchedule, descending
 from anyorder.orders import inverse, validate
 
 Score = Literal["entropy", "max_prob", "margin", "token_likelihood"]
-Policy = TypeVar("Policy", bound="_Policy")
 
 
 def open_positions(progress: Progress) -> Tensor:
@@ -28,7 +27,7 @@ def open_positions(progress: Progress) -> Tensor:
 class _Policy(ParallelSchedule):
     """What policies share; see `contracts.OrderPolicy`."""
 
-    def subset(self: Policy, rows: Tensor) -> Policy:
+    def subset(self, rows: Tensor) -> Self:
         """The same policy for some images (R,) int64 of the batch."""
         return self
 
@@ -43,12 +42,12 @@ class _Decided(_Policy):
     look_ahead = 0
 
     def _next(self, progress: Progress, priority: Tensor) -> Tensor:
-        """The positions (B, K) to go to now, by priority (B, N): the largest first."""
+        """The positions (B, K) to reveal now, by priority (B, N): the largest first."""
         positions = open_positions(progress)
         return positions.gather(1, self.first(progress, positions, priority.gather(1, positions)))
 
     def rate(self, log_p: Tensor, tokens: Tensor) -> Tensor:
-        """Nothing to tell apart: zeros (B, M)."""
+        """Zeros (B, M)."""
         return torch.zeros_like(tokens, dtype=torch.float32)
 
     def select(self, progress: Progress, candidates: Tensor, ratings: Tensor) -> Tensor:
@@ -58,29 +57,23 @@ class _Decided(_Policy):
 
 @dataclass(frozen=True, eq=False)
 class FixedOrder(_Decided):
-    """Follows an order given beforehand, skipping positions that are known already.
+    """Follows an order given beforehand, a permutation of the grid; skips positions that are known.
 
     With `min_distance` the next position that keeps it to the others of the same step goes first.
-
-    Raises:
-        ValueError: not a permutation of the grid, or a schedule that makes no sense.
     """
 
     order: Tensor
     """(N,) or (B, N) int64, one order for all images or one each."""
     grid: Grid
-    """The grid it covers."""
     name: str = field(default="given", kw_only=True)
-    """For reports."""
     rank: Tensor = field(init=False, repr=False)
-    """Inverse of `order`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "rank", inverse(validate(self.order, self.grid)))
 
-    def subset(self, rows: Tensor) -> FixedOrder:
-        """The orders of some images (R,) int64 of the batch."""
+    def subset(self, rows: Tensor) -> Self:
+        """The policy with the orders of some images (R,) int64 of the batch."""
         return replace(self, order=self.order[rows.to(self.order.device)]) if self.order.ndim == 2 else self
 
     def propose(self, progress: Progress) -> Tensor:
@@ -96,20 +89,19 @@ class InferredOrder(_Policy):
     position-token pair), which looks at the sampled token and so changes the distribution that is sampled.
     The other scores are token-blind: p(x) stays a normalised autoregressive density.
 
-    With `rescore` below 1 it is lazy: half of what is scored at a step are the positions that their last
-    ratings put first, half are those around which most was revealed since (a reveal at d patches counts
-    1 / d^2). Only what was scored at this step can be revealed, so log-probabilities stay exact.
+    With `rescore` below 1, half of what is scored at a step are the positions with the highest last ratings,
+    half are those around which most was revealed since (a reveal at d patches counts 1 / d^2). Only what was
+    scored at this step can be revealed, so log-probabilities stay exact.
 
-    With `look_ahead` it goes where the outcome tells most about the others, by greedy expected information:
-    the fall in the summed entropy of all other open positions when the most likely token is revealed. The
-    positions that the ratings put first are looked up (with sign -1 the least certain: no position can tell
-    more than its own entropy). The looked-up token is the model's, not the sampled one: it is token-blind.
+    With `look_ahead`, the positions with the highest ratings are rated anew by greedy expected information,
+    see `decoding.expected_information`. With sign -1 they are the least certain: no position can tell more
+    than its entropy. The most likely token counts, not the sampled one: it is token-blind.
     """
 
     score: Score = "entropy"
     """Confidence score of a position, in nats."""
     sign: Literal[1, -1] = 1
-    """1: most certain first; -1: least certain first."""
+    """1: most certain first; -1: least."""
     temperature: float = 0.0
     """Gumbel noise of this scale (nats) on the ratings: 0 takes the highest, larger explores."""
     distance: float = 0.0
@@ -117,12 +109,12 @@ class InferredOrder(_Policy):
     distance_to: Literal["last", "nearest"] = "last"
     """Distance to the patch revealed last, or to the nearest revealed one."""
     location: float = 0.0
-    """Weight of the location head's log-probability in the ratings. At 1, with the likelihood of the true
-    token, extraction is the greedy E-step of hard EM on q(order, x)."""
+    """Weight of the location head's log-probability in the ratings; at 1, with the likelihood of true tokens,
+    extraction is the greedy E-step of hard EM on q(order, x)."""
     rescore: float = 1.0
     """Share of the open positions that is scored at each step but the first; 1: all, the exact order."""
     look_ahead: int = 0
-    """How many positions are looked up one step ahead; each costs another scoring of all open positions."""
+    """Positions rated one step ahead; each costs another scoring of all open positions."""
 
     rated = True
 
@@ -162,33 +154,32 @@ class InferredOrder(_Policy):
 
     def evaluations(self, n: int) -> int:
         """Candidate evaluations to decide where, looking ahead included, per image of n open positions."""
-        total, waiting = 0, n
+        total, still_open = 0, n
         for step, k in enumerate(self.sizes(n)):
-            total += self._scored(step, waiting, k)
-            waiting -= k
+            total += self._scored(step, still_open, k)
+            still_open -= k
         return total * (1 + self.look_ahead)
 
-    def _scored(self, step: int, waiting: int, k: int) -> int:
-        """How many of the `waiting` positions are scored at a step that reveals k of them."""
+    def _scored(self, step: int, still_open: int, k: int) -> int:
+        """How many of the open positions are scored at a step that reveals k of them."""
         if self.rescore == 1 or step == 0:
-            return waiting
-        return min(waiting, max(k, math.ceil(self.rescore * waiting - 1e-9)))
+            return still_open
+        return min(still_open, max(k, math.ceil(self.rescore * still_open - 1e-9)))
 
     def propose(self, progress: Progress) -> Tensor:
         """Open positions (B, M) in raster order: all, or those whose ratings may have changed most."""
-        waiting = open_positions(progress)
-        n = waiting.shape[1]
-        m = self._scored(progress.step, n, self.take(progress))
-        if m == n:
-            return waiting
-        priority = self._priority(progress, waiting, progress.ratings.gather(1, waiting))
-        highest = _descending(priority)[:, : (m + 1) // 2]
-        staleness = _staleness(progress).gather(1, waiting).scatter(1, highest, -1)
-        columns = torch.cat((highest, _descending(staleness)[:, : m // 2]), dim=1)
-        return waiting.gather(1, columns.sort(1).values)
+        positions = open_positions(progress)
+        m = self._scored(progress.step, progress.open, self.take(progress))
+        if m == progress.open:
+            return positions
+        priority = self._priority(progress, positions, progress.ratings.gather(1, positions))
+        highest = descending(priority)[:, : (m + 1) // 2]
+        staleness = _staleness(progress).gather(1, positions).scatter(1, highest, -1)
+        columns = torch.cat((highest, descending(staleness)[:, : m // 2]), dim=1)
+        return positions.gather(1, columns.sort(1).values)
 
     def rate(self, log_p: Tensor, tokens: Tensor) -> Tensor:
-        """Confidence scores (B, M) in nats, those to be revealed first are the largest."""
+        """Confidence scores (B, M) in nats, larger is revealed earlier."""
         return self.sign * SCORES[self.score](log_p, tokens)
 
     def _priority(self, progress: Progress, positions: Tensor, ratings: Tensor) -> Tensor:
@@ -209,14 +200,10 @@ class InferredOrder(_Policy):
 
 @dataclass(frozen=True)
 class LocatedOrder(_Decided):
-    """The location head chooses: no candidate is scored to decide where; it costs what a fixed order does.
-
-    At temperature 1 (order, x) is sampled ancestrally from q(order, x); several positions of one step are
-    sampled without replacement.
-    """
+    """The location head chooses, at the cost of a fixed order; at temperature 1 (order, x) ~ q(order, x)."""
 
     temperature: float = 1.0
-    """Gumbel noise of this scale on log q(position): 1 samples from the head, 0 takes its likeliest."""
+    """Gumbel noise of this scale on log q(position): 1 samples, without replacement; 0 takes the likeliest."""
 
     name = "location"
     located = True
@@ -229,11 +216,6 @@ class LocatedOrder(_Decided):
         """The K positions that the head prefers, (B, K)."""
         assert progress.location is not None
         return self._next(progress, progress.location + self.temperature * progress.noise)
-
-
-def _descending(values: Tensor) -> Tensor:
-    """Columns (B, M) by value (B, M), the largest first, ties by column."""
-    return values.argsort(dim=1, descending=True, stable=True)
 
 
 def _staleness(progress: Progress) -> Tensor:

@@ -40,16 +40,14 @@ def make_policy(order: Order, grid: Grid, streams: Streams, *, per_step: int = 1
     """A policy from what users write.
 
     Args:
-        order: the name of a static order, "random", the name of a score (most certain first), an order
-            (N,) or (B, N) of integers, a `PolicyConfig`, a policy, which is returned as it is, or a function
-            from the grid to one of these.
+        order: a name as in `PolicyConfig.order`, an order (N,) or (B, N) of integers, a `PolicyConfig`, a
+            policy, or a function from the grid to one of these.
         grid: the grid to cover.
-        streams: random orders come from each image's own stream.
+        streams: one per image; random orders come from them.
         per_step: positions per step, for names and orders.
 
     Raises:
-        ValueError: unknown name (the message lists all), or an order that is no permutation of the grid or
-            not of as many images as there are streams.
+        ValueError: unknown name, no permutation of the grid, or orders for another number of images.
     """
     if callable(order):
         order = order(grid)
@@ -65,7 +63,7 @@ def make_policy(order: Order, grid: Grid, streams: Streams, *, per_step: int = 1
 
 
 def _given_order(order: Any, streams: Streams) -> Tensor:
-    """An order as users have it (a tensor of any integer type, an array, a list) on the streams' device."""
+    """An order (a tensor of any integer type, an array, a list) on the streams' device."""
     order = torch.as_tensor(order)
     if order.is_floating_point():
         raise ValueError(f"an order holds integers, got {order.dtype}")
@@ -82,10 +80,10 @@ class PolicyConfig(ParallelSchedule):
     """random, a static order (raster, hilbert, ...), a score (entropy, max_prob, margin, token_likelihood),
     information (expected information), location (the location head), or class_mean (one order per class)."""
     sign: Literal[1, -1] | None = None
-    """For a score, 1: most certain first (the default); -1: least. For information: which are looked up."""
+    """For a score, 1: most certain first (the default); -1: least. For information: which are rated ahead."""
     temperature: float | None = None
-    """For inferred orders, Gumbel noise of this scale (nats) on the ratings: by default 0, no noise; for the
-    location head by default 1, which samples from it."""
+    """For inferred orders, Gumbel noise of this scale (nats) on the ratings, by default none; for the location
+    head by default 1, which samples from it."""
     distance: float = 0.0
     """For a score, nats lost per patch of distance; larger keeps successive positions together."""
     distance_to: Literal["last", "nearest"] = "last"
@@ -159,24 +157,15 @@ class PolicyConfig(ParallelSchedule):
     def label(self) -> str:
         """Short name for tables: the order and every setting that is not the default."""
         changed = self._changed()
-        names = sorted(
-            (field.name for field in fields(self) if field.name in changed), key=_SCHEDULE.__contains__
-        )
-        values = ((name, getattr(self, name)) for name in names)
-        return ", ".join(
-            [self.order, *(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in values)]
-        )
+        names = [field.name for field in fields(self) if field.name in changed]
+        values = [(name, getattr(self, name)) for name in sorted(names, key=_SCHEDULE.__contains__)]
+        texts = [f"{name} {v:g}" if isinstance(v, float) else f"{name} {v}" for name, v in values]
+        return ", ".join([self.order, *texts])
 
     def build(self, grid: Grid, streams: Streams, orders: Tensor | None = None) -> OrderPolicy:
         """The policy for a batch; random orders come from the images' streams.
 
-        Args:
-            grid: the grid to cover.
-            streams: one random stream per image.
-            orders: (B, N) int64, each image's order for class_mean: the one of its class.
-
-        Raises:
-            ValueError: class_mean without `orders`.
+        `orders` (B, N) int64 are those of each image's class; a ValueError refuses class_mean without them.
         """
         if (policy := self._inferred_policy()) is not None:
             return policy
@@ -185,9 +174,7 @@ class PolicyConfig(ParallelSchedule):
         elif self.order in STATIC:
             orders = static_order(self.order, grid)
         elif orders is None:
-            raise ValueError(
-                "class_mean needs the orders of the classes: give each image's as a tensor (B, N)"
-            )
+            raise ValueError("class_mean needs the orders of the classes: give a tensor (B, N)")
         schedule = {name: getattr(self, name) for name in _SCHEDULE}
         return policies.FixedOrder(orders.to(streams.device), grid, name=self.order, **schedule)
 

@@ -54,15 +54,14 @@ def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens (...) int64 from logits (..., V), -inf for impossible ones, and `uniform` (...) in [0, 1).
+    """Tokens (...) int64 from logits (..., V) and `uniform` (...) in [0, 1), by inverting the cumulative sum.
 
-    By inverting the distribution function: one number per token, rather than V, makes a generator per image
-    cheap.
+    One random number per token, rather than V, makes a generator per image cheap.
     """
     # Integers add up exactly in any sequence; float sums waver on a GPU and would reach impossible tokens.
     cdf = (logits.float().softmax(-1) * 2**30).int().cumsum(-1, dtype=torch.int32)
     target = (uniform.double() * cdf[..., -1]).int()
-    # The clamp matters for logits that are not finite only: `generate` reports those.
+    # The clamp matters only for logits that are not finite: `generate` reports those.
     return torch.searchsorted(cdf, target[..., None], right=True).squeeze(-1).clamp_max(cdf.shape[-1] - 1)
 
 
@@ -84,8 +83,7 @@ class Streams:
 
     def gumbel(self, *shape: int) -> Tensor:
         """Standard Gumbel numbers, (B, ...) float32."""
-        tiny = torch.finfo(torch.float32).tiny
-        return -(-self.uniform(*shape).clamp_min(tiny).log()).log()
+        return -(-self.uniform(*shape).clamp_min(torch.finfo(torch.float32).tiny).log()).log()
 
     def subset(self, rows: Sequence[int]) -> Streams:
         """The streams of some images, shared with this object."""

@@ -10,7 +10,7 @@ A schedule says what share of the positions is still open after the share r of t
                                           ARPG (arXiv 2503.10568)
     one_minus_cos  1 - cos((1 - r) pi/2)  many first, few last: cosine backwards
 
-Few first spends the steps where nothing is known yet and positions say most of one another.
+Few first spends the steps where little is known and positions say most of one another.
 """
 
 from __future__ import annotations
@@ -49,20 +49,24 @@ def reveals(n: int, steps: int, schedule: Shape = "constant") -> list[int]:
     return [after - before for before, after in itertools.pairwise(done)]
 
 
+def descending(values: Tensor) -> Tensor:
+    """Columns (B, M) by value (B, M), the largest first, ties by column."""
+    # Not `topk`, which breaks ties as it likes, differently for every size and device.
+    return values.argsort(dim=1, descending=True, stable=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelSchedule:
     """How many positions are revealed together at each step, and how far apart they lie.
 
-    Positions of one step are sampled in parallel: none of them knows the others' tokens. That is for models
-    that were trained on random orders; one that was trained on a single order (raster, those of classes) has
-    only learnt to predict the very next position of it.
+    Positions of one step are blind to one another's tokens. That is for models that were trained on random
+    orders; one trained on a single order has only learnt to predict the very next position.
     """
 
     per_step: int = 1
     """Positions revealed at each step, in parallel; more than 1 is faster and less exact."""
     steps: int = 0
-    """Reveal everything in so many steps, several positions in parallel; 0: `per_step` decides. For models
-    that were trained on random orders."""
+    """Reveal everything in so many steps, several positions in parallel; 0: `per_step` decides."""
     schedule: Shape = "constant"
     """How `steps` share the positions: cosine few first, arccos many last, one_minus_cos many first."""
     min_distance: float = 0.0
@@ -71,7 +75,7 @@ class ParallelSchedule:
     def __post_init__(self) -> None:
         require(self.per_step >= 1, f"per_step must be >= 1, got {self.per_step}")
         require(self.steps >= 0, f"steps must be >= 0 (0: per_step decides), got {self.steps}")
-        require(self.schedule in OPEN, f"unknown schedule '{self.schedule}': choose one of {', '.join(OPEN)}")
+        reveals(1, 1, self.schedule)  # refuses an unknown one
         both = f"give either per_step or steps, got {self.per_step} and {self.steps}"
         require(self.per_step == 1 or not self.steps, both)
         endless = f"schedule '{self.schedule}' needs to know in how many steps: give steps=..."
@@ -95,12 +99,10 @@ class ParallelSchedule:
     def first(self, progress: Progress, positions: Tensor, priority: Tensor) -> Tensor:
         """Columns (B, K) of the `positions` (B, M) to reveal now, the highest `priority` (B, M) first.
 
-        Ties go by column. Greedy: the first of those that keep `min_distance` to all before, or of all if
-        none does.
+        Greedy: the first of those that keep `min_distance` to all before, or of all if none does.
         """
         k = self.take(progress)
-        # Not `topk`, which breaks ties as it likes, differently for every size and device.
-        by_priority = priority.argsort(dim=1, descending=True, stable=True)
+        by_priority = descending(priority)
         if k == 1 or not self.min_distance:
             return by_priority[:, :k]
         at = progress.grid.coordinates(positions.device)
