@@ -33,9 +33,9 @@ from anyorder.stages.compare import CompareStage
 from anyorder.stages.execute import execute, split
 from anyorder.stages.experiment import STAGES, load_experiment
 from anyorder.stages.features import FeaturesStage
-from anyorder.stages.generation import load_pipeline
 from anyorder.stages.iterate import IterateStage
 from anyorder.stages.orders import OrdersStage, class_orders
+from anyorder.stages.sample import SampleStage
 from anyorder.stages.tokenizer import TokenizerStage
 from anyorder.stages.train import TrainStage
 from anyorder.training.config import TrainConfig
@@ -476,15 +476,10 @@ def test_inferred_orders_are_rated_in_float32(experiment, tmp_path, monkeypatch)
         ("raster", None, (torch.bfloat16, None)),
     ):
         artifact = Artifact(tmp_path / order, "x", {}, {"tokenizer": out / "tokenizer"})
-        pipe = load_pipeline(
-            artifact,
-            tokens,
-            out / "ordered",
-            out / "tokenizer",
-            scorer,
-            policy=PolicyConfig(order),
-            bf16=True,
+        stage = SampleStage(
+            model=out / "ordered", tokenizer=out / "tokenizer", scorer=scorer, policy=PolicyConfig(order)
         )
+        pipe = stage.load_pipeline(artifact, tokens, bf16=True)
         found = tuple(
             next(m.parameters()).dtype if m is not None else None for m in (pipe.model, pipe.scorer)
         )

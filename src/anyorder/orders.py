@@ -111,10 +111,10 @@ def _even(half: int, whole: int) -> int:
 def halton(grid: Grid) -> list[int]:
     """Low-discrepancy order: cells in the sequence in which Halton points (bases 2, 3) first hit them."""
     seen: dict[int, None] = {}
-    for i in itertools.count(1):
-        seen[int(_radical_inverse(i, 2) * grid.h) * grid.w + int(_radical_inverse(i, 3) * grid.w)] = None
-        if len(seen) == grid.n:
-            break
+    i = 0
+    while len(seen) < grid.n:
+        i += 1
+        seen.setdefault(int(_radical_inverse(i, 2) * grid.h) * grid.w + int(_radical_inverse(i, 3) * grid.w))
     return list(seen)
 
 

@@ -23,8 +23,8 @@ Content = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(positions (B, M), log-probabilities (B, M, V), uniform (B, M)) -> tokens (B, M)."""
 
 ROWS = {"cpu": 2**10, "cuda": 2**14}
-"""Candidates of all images together that are scored at once. On a CPU, 512 to 2048 were measured to be equally
-fast, fewer and more slower."""
+"""Candidates of all images together that are scored at once. On a CPU, 512 to 2048 were measured to be as
+fast, 256 slower."""
 LOGITS = 2**26
 """Logits held at once, 256 MiB in float32: fewer candidates where the codebook is large."""
 
@@ -149,8 +149,8 @@ def score_candidates(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens of candidates (B, M), their log-probabilities and ratings: three (B, M), chunk by chunk.
 
-    `content` chooses the tokens, with `uniform` (B, N) in [0, 1); None is for ratings that ignore them. `rate`
-    is that of a policy; None rates by log-probability. The state is unchanged.
+    `content` chooses the tokens, with `uniform` (B, N) in [0, 1); None: zeros, for ratings that ignore them.
+    `rate` is that of a policy; None rates by log-probability. The state is unchanged.
     """
     parts = []
     for positions in candidates.split(chunk or _chunk(model, candidates), dim=1):
@@ -206,7 +206,7 @@ def _chunk(model: AnyOrderModel, positions: Tensor) -> int:
 
 
 def trace(steps: Iterable[Step], known: tuple[Tensor, Tensor] | None = None) -> Trace:
-    """The images, their orders and log-probabilities, from all steps of the loop and what was known before."""
+    """The images, their orders and log-probabilities, from all steps of the loop and what was given."""
     parts = [(step.positions, step.tokens, step.log_prob) for step in steps]
     if known is not None:
         parts.insert(0, (*known, torch.zeros_like(known[0], dtype=torch.float32)))

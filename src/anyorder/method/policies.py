@@ -203,7 +203,7 @@ class LocatedOrder(_Decided):
     """The location head chooses, at the cost of a fixed order; at temperature 1 (order, x) ~ q(order, x)."""
 
     temperature: float = 1.0
-    """Gumbel noise of this scale on log q(position): 1 samples, without replacement; 0 takes the likeliest."""
+    """Gumbel noise of this scale on log q(position): 1 samples from it, 0 takes the likeliest."""
 
     name = "location"
     located = True

@@ -82,7 +82,7 @@ class PolicyConfig(ParallelSchedule):
     sign: Literal[1, -1] | None = None
     """For a score, 1: most certain first (the default); -1: least. For information: which are rated ahead."""
     temperature: float | None = None
-    """For inferred orders, Gumbel noise of this scale (nats) on the ratings, by default none; for the location
+    """For inferred orders, Gumbel noise of this scale (nats) on the ratings, by default 0; for the location
     head by default 1, which samples from it."""
     distance: float = 0.0
     """For a score, nats lost per patch of distance; larger keeps successive positions together."""

@@ -1,66 +1,80 @@
-"""What the stages that generate images share: a pipeline of artifacts, and statistics over seeds."""
+"""What the stages that generate images share: settings, a pipeline of artifacts, statistics over seeds."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, ClassVar
 
+from anyorder.contracts import require
 from anyorder.data.caches import OrderSet, TokenSet, check_tokenizer
 from anyorder.inference.device import device, fast_dtype
 from anyorder.inference.pipeline import Pipeline
 from anyorder.inference.weights import load_any_order, load_tokenizer
+from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.policy_config import INFERRED, PolicyConfig
+from anyorder.method.sampling import Sampling
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import require_trained_on
 
 
-def load_pipeline(
-    artifact: Artifact,
-    tokens: TokenSet,
-    model: Path,
-    tokenizer: Path,
-    scorer: Path | None = None,
-    orders: Path | None = None,
-    *,
-    policy: PolicyConfig = PolicyConfig("random"),  # noqa: B008 - frozen
-    bf16: bool = False,
-    compiled: bool = False,
-) -> Pipeline:
-    """A pipeline of the artifacts that a stage names, on the device.
+@dataclass(kw_only=True)
+class GeneratingStage:
+    """Inputs and settings of a stage that generates images."""
 
-    With `bf16` the generator computes in bfloat16 where the hardware has it. The model that decides where, if
-    `policy` is inferred, stays float32: in bf16 other orders come out (Kendall's tau 0.72 for margin).
+    inputs: ClassVar[tuple[str, ...]] = ("model", "tokenizer", "tokens", "scorer", "orders")
+    provenance: ClassVar[dict[str, tuple[str, str]]] = {
+        "tokens": ("model", "tokens"),
+        "tokenizer": ("tokens", "tokenizer"),
+    }
+    required: ClassVar[tuple[str, ...]] = ("tokens", "tokenizer")
+    model: Path
+    """Any-order model, trained here or converted."""
+    tokenizer: Path | None = None
+    """Tokenizer; by default the one that made the tokens."""
+    tokens: Path | None = None
+    """Token cache; by default the one the model was trained on; a converted model needs it."""
+    scorer: Path | None = None
+    """Scoring model, which decides where, for inferred orders; by default the model itself. Give the one that
+    the model's orders were extracted with."""
+    orders: Path | None = None
+    """Order cache with an order for each class, for policy.order=class_mean."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """The order; by default lowest entropy first, a token-blind order: samples follow the model."""
+    sampling: Sampling = field(default_factory=Sampling)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
 
-    Raises:
-        ValueError: a model was trained on other tokens, or another tokenizer made them.
-    """
-    for folder in filter(None, (model, scorer)):
-        require_trained_on(folder, tokens)
-    check_tokenizer(tokens, artifact.identity["inputs"]["tokenizer"])
-    pipe = Pipeline(
-        load_any_order(model),
-        load_tokenizer(tokenizer),
-        scorer=load_any_order(scorer) if scorer else None,
-        class_orders=OrderSet(orders).class_orders if orders else None,
-    )
-    if scorer or policy.order not in (*INFERRED, "location"):
-        pipe.model.to(fast_dtype(device(), bf16))
-    return pipe.compile_decoding() if compiled else pipe
+    def __post_init__(self) -> None:
+        order, inferred = self.policy.order, self.policy.inferred or self.policy.order == "location"
+        lacking = "policy.order=class_mean needs the orders of the classes: give orders=FOLDER"
+        require(order != "class_mean" or self.orders is not None, lacking)
+        unused = f"has no effect on policy.order={order}: leave it out"
+        require(order == "class_mean" or self.orders is None, f"orders {unused}")
+        require(self.scorer is None or (self.policy.token_blind and inferred), f"scorer {unused}")
 
+    def load_pipeline(
+        self, artifact: Artifact, tokens: TokenSet, *, bf16: bool = False, compiled: bool = False
+    ) -> Pipeline:
+        """A pipeline of the inputs, on the device.
 
-def check_order(policy: PolicyConfig, scorer: Path | None, orders: Path | None) -> None:
-    """Refuse inputs that an order lacks, or leaves unused.
-
-    Raises:
-        ValueError: class_mean without orders, orders without it, or a scorer that decides nothing.
-    """
-    if policy.order == "class_mean" and orders is None:
-        raise ValueError("policy.order=class_mean needs the orders of the classes: give orders=FOLDER")
-    if orders is not None and policy.order != "class_mean":
-        raise ValueError(f"orders has no effect on policy.order={policy.order}: leave it out")
-    if scorer is not None and not (policy.token_blind and (policy.inferred or policy.order == "location")):
-        raise ValueError(f"scorer has no effect on policy.order={policy.order}: leave it out")
+        With `bf16` the generator computes in bfloat16 where the hardware has it. The model that decides
+        where, if the order is inferred, stays float32: in bf16 other orders come out (Kendall's tau 0.72 for
+        margin). A ValueError refuses a model that was trained on other tokens, or another tokenizer.
+        """
+        assert self.tokenizer
+        for folder in filter(None, (self.model, self.scorer)):
+            require_trained_on(folder, tokens)
+        check_tokenizer(tokens, artifact.identity["inputs"]["tokenizer"])
+        pipe = Pipeline(
+            load_any_order(self.model),
+            load_tokenizer(self.tokenizer),
+            scorer=load_any_order(self.scorer) if self.scorer else None,
+            class_orders=OrderSet(self.orders).class_orders if self.orders else None,
+        )
+        if self.scorer or self.policy.order not in (*INFERRED, "location"):
+            pipe.model.to(fast_dtype(device(), bf16))
+        return pipe.compile_decoding() if compiled else pipe
 
 
 def over_seeds(values: list[float]) -> dict[str, Any]:

@@ -11,43 +11,32 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from anyorder.contracts import require
 from anyorder.data.caches import TokenSet, check_tokenizer
 from anyorder.data.rows import evenly_spaced
 from anyorder.files import read_manifest, write_json
 from anyorder.inference.device import device
 from anyorder.inference.pipeline import Pipeline
-from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.loss import image_nll
 from anyorder.method.policy_config import PolicyConfig
-from anyorder.method.sampling import Sampling
 from anyorder.orders import random_orders
 from anyorder.report import figures
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import as_condition
-from anyorder.stages.generation import check_order, load_pipeline, over_seeds
+from anyorder.stages.generation import GeneratingStage, over_seeds
 
 
-@dataclass
-class GridStage:
+@dataclass(kw_only=True)
+class GridStage(GeneratingStage):
     """Likelihood and samples of a model on another grid than the one of its training."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("model", "tokens", "other", "tokenizer", "orders")
+    inputs: ClassVar[tuple[str, ...]] = (*GeneratingStage.inputs, "other")
     provenance: ClassVar[dict[str, tuple[str, str]]] = {
         "tokens": ("model", "tokens"),
         "tokenizer": ("other", "tokenizer"),
     }
-    required: ClassVar[tuple[str, ...]] = ("tokens", "tokenizer")
-    model: Path
-    """Any-order model, trained here or converted."""
     other: Path
     """Tokens of images of another size, by the same tokenizer."""
-    tokens: Path | None = None
-    """Token cache to compare with; by default the one the model was trained on; needed for a converted
-    model."""
-    tokenizer: Path | None = None
-    """Tokenizer; by default the one that made the tokens."""
-    orders: Path | None = None
-    """Order cache with an order for each class, for policy.order=class_mean; see `orders.stretch`."""
     n: int = 500
     """Test images for the likelihoods, evenly spaced over the split; by default 500."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -56,29 +45,21 @@ class GridStage:
     """Images generated on the other grid, of classes in turn; by default 16."""
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig("random"))
     """The order they are generated in; by default random. An inferred order costs O(N^2) on large grids."""
-    sampling: Sampling = field(default_factory=Sampling)
-    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
 
     def __post_init__(self) -> None:
-        if self.n < 1 or self.samples < 1 or not self.seeds:
-            raise ValueError(
-                f"n and samples must be >= 1 and seeds one number at least, got {self.n}, {self.samples} and "
-                f"{self.seeds}"
-            )
-        check_order(self.policy, None, self.orders)
+        text = f"n and samples must be >= 1 and seeds one number at least, got {self.n}, {self.samples}"
+        require(min(self.n, self.samples, len(self.seeds)) >= 1, f"{text} and {self.seeds}")
+        super().__post_init__()
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `metrics.json`, and a figure: images of the test split above samples."""
         assert self.tokens
-        assert self.tokenizer
-        own, other = TokenSet(self.tokens, "test"), TokenSet(self.other, "test")
-        pipe = load_pipeline(artifact, own, self.model, self.tokenizer, orders=self.orders)
+        trained, other = TokenSet(self.tokens, "test"), TokenSet(self.other, "test")
+        pipe = self.load_pipeline(artifact, trained)
         check_tokenizer(other, artifact.identity["inputs"]["tokenizer"])
-        if own.classes != other.classes:
-            raise ValueError(
-                f"{self.other} has other classes than {self.tokens}: tokenize the same kind of images"
-            )
-        both = {"own": own, "other": other}
+        text = f"{self.other} has other classes than {self.tokens}: tokenize the same kind of images"
+        require(trained.classes == other.classes, text)
+        both = {"own": trained, "other": other}
         found = {name: self._nll(pipe.model, tokens) for name, tokens in both.items()}
         write_json(artifact.folder / "metrics.json", found)
         figures.save_image(self._figure(pipe, other), artifact.folder / "grid.png")
@@ -111,6 +92,4 @@ class GridStage:
             sampling=self.sampling, grid=tokens.grid, condition=as_condition(pipe.model, tokens, labels),
         )  # fmt: skip
         shown = [*pipe.decode(tokens.batch(rows)[0], tokens.grid), *made.images]
-        return figures.image_grid(
-            np.stack([np.asarray(x) for x in shown]), columns=min(8, len(rows)), scale=2
-        )
+        return figures.image_grid(np.stack([np.asarray(x) for x in shown]), min(8, len(rows)), scale=2)

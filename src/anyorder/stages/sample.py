@@ -3,63 +3,35 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from anyorder.contracts import class_labels
+from anyorder.contracts import class_labels, require
 from anyorder.data.caches import TokenSet
 from anyorder.data.rows import slices
 from anyorder.files import RowWriter, load_array
 from anyorder.inference.device import Threads, device
-from anyorder.method.guidance import GuidanceConfig
-from anyorder.method.policy_config import PolicyConfig
-from anyorder.method.sampling import Sampling
 from anyorder.report import figures
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import SHOWN, as_condition
-from anyorder.stages.generation import check_order, load_pipeline
-
-SAMPLES = "samples.safetensors"
-"""Features and logits of the samples in an eval artifact, so that comparisons need no second pass."""
+from anyorder.stages.generation import GeneratingStage
 
 
-@dataclass
-class SampleStage:
+@dataclass(kw_only=True)
+class SampleStage(GeneratingStage):
     """Generate images for the classes, attributes and captions of the test split, or for prompts."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("model", "tokenizer", "tokens", "scorer", "orders")
-    provenance: ClassVar[dict[str, tuple[str, str]]] = {
-        "tokens": ("model", "tokens"),
-        "tokenizer": ("tokens", "tokenizer"),
-    }
-    required: ClassVar[tuple[str, ...]] = ("tokens", "tokenizer")
-    model: Path
-    """Any-order model, trained here or converted."""
-    tokenizer: Path | None = None
-    """Tokenizer; by default the one that made the tokens."""
-    tokens: Path | None = None
-    """Token cache for its test labels; by default the one the model was trained on; a converted model
-    needs it."""
-    scorer: Path | None = None
-    """Scoring model, which decides where, for inferred orders; by default the model itself. Give the one that
-    the model's orders were extracted with."""
-    orders: Path | None = None
-    """Order cache with an order for each class, for policy.order=class_mean."""
     n: int = 1000
     """Number of images, at least 1; by default 1000."""
     prompts: tuple[str, ...] = ()
     """Generate for these texts alone, n / len(prompts) images for each, all from the same seeds."""
     hide: tuple[str, ...] = ()
-    """What the model is not told of the test images: class, captions, or attributes by name."""
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    """The order; by default lowest entropy first, a token-blind order: samples follow the model."""
-    sampling: Sampling = field(default_factory=Sampling)
-    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    """What the model is not given of the test images: class, captions, or attributes by name."""
     batch_size: int = 64
     """Images generated at once; samples do not depend on it, up to rounding."""
     bf16: bool = True
@@ -72,9 +44,9 @@ class SampleStage:
     """Image i is generated from seed + i."""
 
     def __post_init__(self) -> None:
-        if self.n < 1 or self.batch_size < 1:
-            raise ValueError(f"n and batch_size must be >= 1, got {self.n} and {self.batch_size}")
-        check_order(self.policy, self.scorer, self.orders)
+        text = f"n and batch_size must be >= 1, got {self.n} and {self.batch_size}"
+        require(min(self.n, self.batch_size) >= 1, text)
+        super().__post_init__()
         if self.prompts and (self.hide or self.n % len(self.prompts)):
             raise ValueError(
                 f"n must be a multiple of the {len(self.prompts)} prompts, and they leave nothing to hide: "
@@ -84,11 +56,36 @@ class SampleStage:
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `{images,tokens,order,log_prob,labels,seconds}.npy` and figures of the first samples.
 
-        Where the model takes more than classes, `condition.npy` (n, 1 + A + L) int64 is what was asked for.
+        Where the model takes more than classes, `condition.npy` (n, 1 + A + L) int64 is the condition. Works
+        batch by batch; a killed run goes on after its last batch.
         """
         assert self.tokens
         tokens = TokenSet(self.tokens, "test")
-        self._generate(artifact, tokens)
+        pipe = self.load_pipeline(artifact, tokens, bf16=self.bf16, compiled=self.compile)
+        conditions, per_prompt = self._conditions(tokens), self.n // max(1, len(self.prompts))
+        given = tokens.without(conditions, self.hide)
+        rows = _writer(artifact.folder, tokens, pipe.tokenizer.factor, conditions)
+        bar = tqdm(total=self.n, initial=rows.rows, desc=f"samples, {self.policy.label}", unit="image")
+        with bar, Threads(device()) as threads:
+            for some in slices(self.n, self.batch_size, rows.rows):
+                begin = time.perf_counter()
+                made = pipe(
+                    None, len(some), self.policy, self.guidance,
+                    [self.seed + int(row) % per_prompt for row in some],
+                    sampling=self.sampling, grid=tokens.grid,
+                    condition=as_condition(pipe.model, tokens, given[some]),
+                )  # fmt: skip
+                arrays = {name: getattr(made, name).cpu().numpy() for name in ("tokens", "order", "log_prob")}
+                rows.append(
+                    images=np.stack([np.asarray(image) for image in made.images]),
+                    labels=class_labels(conditions[some]).numpy(),
+                    seconds=np.full(len(some), (time.perf_counter() - begin) / len(some)),
+                    **arrays,
+                    **({"condition": conditions[some].numpy()} if conditions.ndim > 1 else {}),
+                )
+                bar.update(len(some))
+                threads.step()
+        rows.close()
         self._figures(artifact.folder, tokens)
         seconds = load_array(artifact.folder / "seconds.npy")
         return {
@@ -101,55 +98,12 @@ class SampleStage:
         }
 
     def _conditions(self, tokens: TokenSet) -> Tensor:
-        """What each image is asked to be, (n,) or (n, 1 + A + L) int64."""
+        """The condition of each image, (n,) or (n, 1 + A + L) int64."""
         if self.prompts:
             each = [prompt for prompt in self.prompts for _ in range(self.n // len(self.prompts))]
             return tokens.vocabulary.condition(self.n, prompts=each)
         shuffled = np.random.default_rng(self.seed).permutation(len(tokens))
         return tokens.batch(np.resize(shuffled, self.n))[1]
-
-    def _generate(self, artifact: Artifact, tokens: TokenSet) -> None:
-        """Batch by batch; a killed run goes on after its last batch."""
-        assert self.tokenizer
-        pipe = load_pipeline(
-            artifact, tokens, self.model, self.tokenizer, self.scorer, self.orders,
-            policy=self.policy, bf16=self.bf16, compiled=self.compile,
-        )  # fmt: skip
-        asked, per_prompt = self._conditions(tokens), self.n // max(1, len(self.prompts))
-        told, grid, factor = tokens.without(asked, self.hide), tokens.grid, pipe.tokenizer.factor
-        names = {
-            "images": ((grid.h * factor, grid.w * factor, 3), np.uint8),
-            "tokens": ((grid.n,), np.int32),
-            "order": ((grid.n,), np.uint16),
-            "log_prob": ((grid.n,), np.float32),
-            "labels": ((), np.int64),
-            "seconds": ((), np.float32),
-        }
-        names |= {"condition": (tuple(asked.shape[1:]), np.int64)} if asked.ndim > 1 else {}
-        rows = RowWriter(artifact.folder, names)
-        bar = tqdm(total=self.n, initial=rows.rows, desc=f"samples, {self.policy.label}", unit="image")
-        with bar, Threads(device()) as threads:
-            for some in slices(self.n, self.batch_size, rows.rows):
-                begin = time.perf_counter()
-                made = pipe(
-                    None, len(some), self.policy, self.guidance,
-                    [self.seed + int(row) % per_prompt for row in some],
-                    sampling=self.sampling, grid=grid, condition=as_condition(pipe.model, tokens, told[some]),
-                )  # fmt: skip
-                images = np.stack([np.asarray(image) for image in made.images])
-                seconds = np.full(len(some), (time.perf_counter() - begin) / len(some))
-                rows.append(
-                    images=images,
-                    tokens=made.tokens.cpu().numpy(),
-                    order=made.order.cpu().numpy(),
-                    log_prob=made.log_prob.cpu().numpy(),
-                    labels=class_labels(asked[some]).numpy(),
-                    seconds=seconds,
-                    **({"condition": asked[some].numpy()} if asked.ndim > 1 else {}),
-                )
-                bar.update(len(some))
-                threads.step()
-        rows.close()
 
     def _figures(self, folder: Path, tokens: TokenSet) -> None:
         """The first samples: a grid, half of them with their orders, an animation; a row for each prompt."""
@@ -160,3 +114,12 @@ class SampleStage:
             figures.save_image(grid, folder / "prompts.png")
         orders = load_array(folder / "order.npy")[:SHOWN].astype(np.int64)
         figures.save_sample_figures(folder, np.array(images[:SHOWN]), orders, tokens.grid)
+
+
+def _writer(folder: Path, tokens: TokenSet, factor: int, conditions: Tensor) -> RowWriter:
+    n, size = tokens.grid.n, (tokens.grid.h * factor, tokens.grid.w * factor, 3)
+    arrays = {"images": (size, np.uint8), "tokens": ((n,), np.int32), "order": ((n,), np.uint16)}
+    arrays |= {"log_prob": ((n,), np.float32), "labels": ((), np.int64), "seconds": ((), np.float32)}
+    if conditions.ndim > 1:
+        arrays["condition"] = (tuple(conditions.shape[1:]), np.int64)
+    return RowWriter(folder, arrays)
