@@ -117,9 +117,9 @@ class SampleStage(GeneratingStage):
 
 
 def _writer(folder: Path, tokens: TokenSet, factor: int, conditions: Tensor) -> RowWriter:
-    n, size = tokens.grid.n, (tokens.grid.h * factor, tokens.grid.w * factor, 3)
-    arrays = {"images": (size, np.uint8), "tokens": ((n,), np.int32), "order": ((n,), np.uint16)}
-    arrays |= {"log_prob": ((n,), np.float32), "labels": ((), np.int64), "seconds": ((), np.float32)}
+    n, size = (tokens.grid.n,), (tokens.grid.h * factor, tokens.grid.w * factor, 3)
+    arrays: dict[str, Any] = {"images": (size, np.uint8), "tokens": (n, np.int32), "order": (n, np.uint16)}
+    arrays |= {"log_prob": (n, np.float32), "labels": ((), np.int64), "seconds": ((), np.float32)}
     if conditions.ndim > 1:
         arrays["condition"] = (tuple(conditions.shape[1:]), np.int64)
     return RowWriter(folder, arrays)
