@@ -32,6 +32,7 @@ def artifact(folder: Path, stage: str, inputs: dict[str, str] | None = None, **f
     manifest = {
         "stage": stage,
         "config": {},
+        "files": {},
         "inputs": inputs or {},
         "finished": f"2026-01-01T00:00:00.{next(COUNTER):06d}+00:00",
         "fingerprint": f"{folder.parent.name}/{folder.name}",

@@ -6,7 +6,7 @@ Several run folders of one experiment are its seeds: evaluations of equal name a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
@@ -61,48 +61,26 @@ TABLES = {
 """The three tables about samples by caption."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Evaluation:
     """One evaluated set of samples: an `eval` artifact, whose parent folder is the run.
 
-    `extraction` counts the position evaluations spent on the orders of its model, where known; `floor` holds
-    the columns of the row `FLOOR` in the same feature space.
+    `extraction` counts the position evaluations spent on the orders of the model, where known; `floor` holds
+    the columns of the row `FLOOR` in the same feature space; `distance` is that to the test split.
     """
 
     path: Path
     manifest: dict[str, Any]
-    extraction: int | None = None
-    floor: Mapping[str, float] = field(default_factory=dict)
+    extraction: int | None
+    floor: Mapping[str, float]
 
-    @property
-    def name(self) -> str:
-        """Name of the samples."""
-        return short_name(self.path.name)
-
-    @property
-    def run(self) -> Path:
-        """Folder of the run."""
-        return self.path.parent
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """Results of the stage `eval`."""
-        return self.manifest["metrics"]
-
-    @property
-    def distance(self) -> float:
-        """Fréchet distance to the test split."""
-        return self.metrics["fid"] if "fid" in self.metrics else self.metrics["fd"]
-
-    @property
-    def order(self) -> str:
-        """Policy, and the scoring model if it is another one."""
-        scorer = self.metrics.get("scorer")
-        return f"{self.metrics['policy']} by {scorer}" if scorer else self.metrics["policy"]
+    def __post_init__(self) -> None:
+        self.name, self.run, self.metrics = short_name(self.path), self.path.parent, self.manifest["metrics"]
+        self.distance: float = self.metrics["fid"] if "fid" in self.metrics else self.metrics["fd"]
 
     def row(self) -> dict[str, Any]:
         """Every column of the tables; None where there is no value."""
-        blind = self.metrics["token_blind"]
+        blind, policy, scorer = (self.metrics.get(key) for key in ("token_blind", "policy", "scorer"))
         found = self.metrics | {
             "kid": 1000 * self.metrics["kid"],
             "attribute_agreement": self.metrics.get(f"agreement_{self.metrics.get('attribute')}"),
@@ -113,25 +91,20 @@ class Evaluation:
         if not blind:
             found |= {key: None for key, _ in LIKELIHOOD.values()} | dict.fromkeys(NLL, NO_LIKELIHOOD)
         columns = {name: found.get(key) for table in TABLES.values() for name, (key, _) in table.items()}
-        return {"samples": self.name, "order": self.order, "token-blind": blind, **columns}
+        order = f"{policy} by {scorer}" if scorer else policy
+        return {"samples": self.name, "order": order, "token-blind": blind, **columns}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Variant:
-    """Evaluations of equal name, one of each run."""
+    """Evaluations of equal name, one of each run; `distance` is their mean."""
 
     name: str
     evaluations: Sequence[Evaluation]
 
-    @property
-    def policy(self) -> str:
-        """Label of the policy alone."""
-        return self.evaluations[0].metrics["policy"]
-
-    @property
-    def distance(self) -> float:
-        """Mean Fréchet distance over the seeds."""
-        return mean(evaluation.distance for evaluation in self.evaluations)
+    def __post_init__(self) -> None:
+        self.policy: str = self.evaluations[0].metrics["policy"]
+        self.distance = mean(evaluation.distance for evaluation in self.evaluations)
 
     def row(self) -> dict[str, Any]:
         """Every column of the tables, numbers as mean and spread."""
@@ -140,9 +113,9 @@ class Variant:
         return {**averaged, "seeds": len(rows)}
 
 
-def short_name(folder: str) -> str:
+def short_name(folder: str | Path) -> str:
     """Name of the samples that an eval artifact is about."""
-    return folder.removeprefix("eval-")
+    return Path(folder).name.removeprefix("eval-")
 
 
 def _together(values: list[Any]) -> Any:
@@ -163,12 +136,13 @@ def find_artifacts(folders: Sequence[Path]) -> Found:
         manifests = {path.parent: read_manifest(path.parent) for path in sorted(Path(folder).rglob(MANIFEST))}
         if not manifests:
             raise FileNotFoundError(f"{folder} holds no finished artifact: run its experiment first")
-        found |= dict(sorted(manifests.items(), key=lambda item: _finished(*item)))
+        found |= dict(sorted(manifests.items(), key=_finished))
     return list(found.items())
 
 
-def _finished(path: Path, manifest: dict[str, Any]) -> str:
-    """When an artifact was finished, ISO 8601 in UTC; without a record, the time of its file."""
+def _finished(artifact: tuple[Path, dict[str, Any]]) -> str:
+    """When it was finished, ISO 8601 in UTC; without a record, the time of the file."""
+    path, manifest = artifact
     time = datetime.fromtimestamp((path / MANIFEST).stat().st_mtime, UTC)
     return manifest.get("finished", time.isoformat(timespec="milliseconds"))
 
@@ -187,10 +161,10 @@ def _floor(path: Path, evaluation: dict[str, Any], made: dict[str, dict[str, Any
     if not features and elsewhere != path and (elsewhere / MANIFEST).is_file():
         features = read_manifest(elsewhere)
     measured = {"fd": features.get("distance_of_training_images"), **features.get("floor", {})}
-    distance = "FID" if "fid" in evaluation["metrics"] else "FD"
-    names = {"fd": distance, "fid": distance, "precision": "precision", "recall": "recall"}
-    floor = {names[key]: value for key, value in measured.items() if key in names and value is not None}
-    return floor | ({"KID x 1000": 1000 * measured["kid"]} if "kid" in measured else {})
+    if "kid" in measured:
+        measured["kid"] *= 1000
+    names = {"fd": "FID" if "fid" in evaluation["metrics"] else "FD", "kid": "KID x 1000"}
+    return {names.get(key, key): value for key, value in measured.items() if value is not None}
 
 
 def _extraction(evaluation: dict[str, Any], made: dict[str, dict[str, Any]]) -> int | None:
@@ -199,10 +173,9 @@ def _extraction(evaluation: dict[str, Any], made: dict[str, dict[str, Any]]) -> 
     for manifest in (evaluation["metrics"], made.get(model, {})):
         if manifest.get("extraction_evaluations") is not None:
             return manifest["extraction_evaluations"]
+    # A model may have two parents: the one it started from, and the one that its orders were extracted with.
     ancestors, new = set[str](), {model}
-    while (
-        new
-    ):  # a model may have two parents: the model it started from, and the one that extracted its orders
+    while new:
         ancestors |= new
         new = {f for a in new for f in made.get(a, {}).get("inputs", {}).values()} - ancestors
     known = [made[f].get("extraction_evaluations") for f in ancestors & made.keys()]
@@ -211,10 +184,8 @@ def _extraction(evaluation: dict[str, Any], made: dict[str, dict[str, Any]]) -> 
 
 def group(evaluations: Sequence[Evaluation]) -> list[Variant]:
     """Evaluations of equal name as one variant, in the sequence of their first."""
-    found: dict[str, list[Evaluation]] = {}
-    for evaluation in evaluations:
-        found.setdefault(evaluation.name, []).append(evaluation)
-    return [Variant(name, members) for name, members in found.items()]
+    names = dict.fromkeys(evaluation.name for evaluation in evaluations)
+    return [Variant(name, [e for e in evaluations if e.name == name]) for name in names]
 
 
 def metric_names(evaluations: Sequence[Evaluation]) -> str:
@@ -241,10 +212,8 @@ def tables(rows: Sequence[dict[str, Any]], metric_name: str) -> list[Table]:
 def best_of(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> dict[str, Literal["min", "max"]]:
     """The better end of columns that have one; KID below zero is within its noise: none is the best."""
     noise = {"KID x 1000"} if any((row["KID x 1000"] or 0) < 0 for row in rows) else set()
-    ends = {
-        name: QUALITY.get(name, (LIKELIHOOD | COST | COPIES).get(name, ("", None)))[1] for name in columns
-    }
-    return {name: end for name, end in ends.items() if end is not None and name not in noise}
+    known = QUALITY | LIKELIHOOD | COST | COPIES
+    return {name: end for name in columns if (end := known[name][1]) and name not in noise}
 
 
 Differences = dict[tuple[str, str], dict[str, Difference]]
@@ -271,15 +240,15 @@ def difference_table(artifacts: Found) -> Table | None:
             "a": short_name(manifest["a"]),
             "b": short_name(manifest["b"]),
             "metric": name,
-            "a - b": values["difference"],
-            "interval": f"{values['low']:+.4g} to {values['high']:+.4g}",
-            "relative (%)": None if values["relative"] is None else 100 * values["relative"],
-            "relative interval (%)": percent_interval(Difference(**values)),
-            "differs": not values["low"] <= 0 <= values["high"],
+            "a - b": found.difference,
+            "interval": f"{found.low:+.4g} to {found.high:+.4g}",
+            "relative (%)": None if found.relative is None else 100 * found.relative,
+            "relative interval (%)": percent_interval(found),
+            "differs": found.low > 0 or found.high < 0,
         }
         for manifest in compared
-        for name, stored in manifest["metrics"].items()
-        for values in [Difference.read(stored)._asdict()]
+        for name, values in manifest["metrics"].items()
+        for found in [Difference.read(values)]
     ]
     if not rows:
         return None

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from statistics import mean, stdev
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 MISSING = "\u2013"
+_BEST = {"min": min, "max": max}
 
 
 class Spread(float):
@@ -25,8 +26,7 @@ class Spread(float):
         return result
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One formatted value of a table."""
 
     text: str
@@ -53,23 +53,27 @@ class Table:
     unranked: int = 0
 
     def __post_init__(self) -> None:
-        known, allowed = set(self.columns), {"min", "max"}
         for what, names in (("best", self.best), *((f"row {i}", row) for i, row in enumerate(self.rows))):
-            if unknown := sorted(set(names) - known):
-                raise ValueError(
-                    f"{what} names columns {unknown} that the table does not have: {list(self.columns)}"
-                )
-        if wrong := {k: v for k, v in self.best.items() if v not in allowed}:
+            if unknown := sorted(names.keys() - set(self.columns)):
+                raise ValueError(f"{what} names columns {unknown} that are not among {list(self.columns)}")
+        if wrong := {k: v for k, v in self.best.items() if v not in _BEST}:
             raise ValueError(f"the best value of a column is its 'min' or its 'max', got {wrong}")
 
     def cells(self) -> list[list[Cell]]:
         """The formatted values, row by row."""
-        targets = {column: self._target(column) for column in self.best}
-        ranked = len(self.rows) - self.unranked
-        return [
-            [self._cell(row.get(c), targets.get(c) if i < ranked else None) for c in self.columns]
-            for i, row in enumerate(self.rows)
-        ]
+        ranked = self.rows[: len(self.rows) - self.unranked]
+        targets = {}
+        for column, end in self.best.items():
+            values = [row[column] for row in ranked if _is_number(row.get(column))]
+            if len(values) > 1:  # a single one has nothing to be better than
+                targets[column] = _BEST[end](values)
+
+        def cell(column: str, value: Any, competes: bool) -> Cell:
+            best = competes and column in targets and _is_number(value) and value == targets[column]
+            return Cell(format_value(value), bool(best))
+
+        count = len(ranked)
+        return [[cell(c, row.get(c), i < count) for c in self.columns] for i, row in enumerate(self.rows)]
 
     def text(self) -> str:
         """The table in aligned columns, for terminals."""
@@ -82,23 +86,13 @@ class Table:
         """The table in Markdown, the best values bold."""
         rows = [[f"**{c.text}**" if c.best else c.text for c in row] for row in self.cells()]
         rule = ["---:" if numeric else "---" for numeric in self.numeric]
-        escaped = [[text.replace("|", "\\|") for text in row] for row in [list(self.columns), rule, *rows]]
-        return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
+        lines = (" | ".join(t.replace("|", "\\|") for t in row) for row in [self.columns, rule, *rows])
+        return "\n".join(f"| {line} |" for line in lines)
 
     @property
     def numeric(self) -> list[bool]:
         """Which columns hold a number; these are aligned right."""
         return [any(_is_number(row.get(c)) for row in self.rows) for c in self.columns]
-
-    def _target(self, column: str) -> float | None:
-        """The best value of a column, unless there is nothing to compare it with."""
-        ranked = self.rows[: len(self.rows) - self.unranked]
-        values = [row[column] for row in ranked if _is_number(row.get(column))]
-        return {"min": min, "max": max}[self.best[column]](values) if len(values) > 1 else None
-
-    @staticmethod
-    def _cell(value: Any, target: float | None) -> Cell:
-        return Cell(format_value(value), _is_number(value) and value == target)
 
 
 def _is_number(value: Any) -> bool:

@@ -12,17 +12,8 @@ from statistics import mean
 from typing import Any
 
 from anyorder.evaluation.bootstrap import Difference
-from anyorder.report.evaluations import (
-    FLOOR,
-    NOT_MEASURED,
-    QUALITY,
-    Differences,
-    Evaluation,
-    Variant,
-    best_of,
-    metric_names,
-    percent_interval,
-)
+from anyorder.report import evaluations
+from anyorder.report.evaluations import Differences, Evaluation, Variant
 from anyorder.report.tables import Table
 
 BASELINES = ("raster", "random")
@@ -30,38 +21,26 @@ BASELINES = ("raster", "random")
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant against a baseline: pairs of evaluations of one run, and the comparison of each."""
+    """A variant against a baseline: pairs of evaluations of one run, and intervals of their distances."""
 
     variant: Variant
     baseline: Variant
     pairs: Sequence[tuple[Evaluation, Evaluation]]
-    differences: Sequence[dict[str, Difference] | None]
+    intervals: Sequence[Difference]
 
     @property
     def relative(self) -> float:
         """Difference of the mean Fréchet distances, relative to the baseline's."""
-        ours, theirs = (mean(pair[side].distance for pair in self.pairs) for side in (0, 1))
-        return ours / theirs - 1
-
-    @property
-    def intervals(self) -> list[Difference]:
-        """The differences in distance that have an interval."""
-        return [found["distance"] for found in self.differences if found]
-
-    @property
-    def lower(self) -> int:
-        """Seeds whose interval lies below zero."""
-        return sum(interval.high < 0 for interval in self.intervals)
-
-    @property
-    def higher(self) -> int:
-        """Seeds whose interval lies above zero."""
-        return sum(interval.low > 0 for interval in self.intervals)
+        return mean(a.distance for a, _ in self.pairs) / mean(b.distance for _, b in self.pairs) - 1
 
     def change(self, key: str) -> float:
         """Difference of the means of a metric."""
-        ours, theirs = (mean(pair[side].metrics[key] for pair in self.pairs) for side in (0, 1))
-        return ours - theirs
+        return mean(a.metrics[key] for a, _ in self.pairs) - mean(b.metrics[key] for _, b in self.pairs)
+
+    @property
+    def outside(self) -> tuple[int, int]:
+        """Seeds whose interval lies below zero, and above."""
+        return sum(i.high < 0 for i in self.intervals), sum(i.low > 0 for i in self.intervals)
 
     @property
     def disagree(self) -> list[str]:
@@ -79,7 +58,7 @@ class Comparison:
             return "one seed"
         if len(self.intervals) < n:
             return "no intervals"
-        if n not in (self.lower, self.higher):
+        if n not in self.outside:
             return "within noise"
         if self.disagree:
             return f"FD is {side}, but {' and '.join(self.disagree)}"
@@ -87,21 +66,21 @@ class Comparison:
 
     def sentence(self) -> str:
         """The verdict in one sentence."""
-        names, n = f"{self.variant.name} against {self.baseline.name}", len(self.pairs)
+        name, n, (below, above) = self.variant.name, len(self.pairs), self.outside
         numbers = (
             f"FD {100 * self.relative:+.1f} %, KID x 1000 {1000 * self.change('kid'):+.3g}, "
             f"recall {self.change('recall'):+.3f}"
         )
         if n == 1:
-            return f"One seed: no verdict ({names}: {numbers})."
-        counts = f"intervals of FD below zero in {self.lower} and above zero in {self.higher} of {n} seeds"
+            return f"One seed: no verdict ({name} against {self.baseline.name}: {numbers})."
+        counts = f"intervals of FD below zero in {below} and above zero in {above} of {n} seeds"
         verdict = {
             "no intervals": "no verdict, as intervals (stage compare) are missing",
             "within noise": "the difference is within noise",
-            "wins": f"{self.variant.name} wins",
-            "loses": f"{self.variant.name} loses",
+            "wins": f"{name} wins",
+            "loses": f"{name} loses",
         }.get(self.outcome, f"no winner, as {self.outcome}")
-        return f"{names}: {verdict} ({numbers}; {counts})."
+        return f"{name} against {self.baseline.name}: {verdict} ({numbers}; {counts})."
 
 
 def strongest_baseline(variants: Sequence[Variant]) -> Variant | None:
@@ -113,16 +92,18 @@ def compare_with(variant: Variant, baseline: Variant, differences: Differences) 
     """Pairs of the same run; None if the two share no run."""
     theirs = {evaluation.run: evaluation for evaluation in baseline.evaluations}
     pairs = [(ours, theirs[ours.run]) for ours in variant.evaluations if ours.run in theirs]
-    found = [differences.get((a.manifest["fingerprint"], b.manifest["fingerprint"])) for a, b in pairs]
-    return Comparison(variant, baseline, pairs, found) if pairs else None
+    keys = [(a.manifest["fingerprint"], b.manifest["fingerprint"]) for a, b in pairs]
+    intervals = [differences[key]["distance"] for key in keys if key in differences]
+    return Comparison(variant, baseline, pairs, intervals) if pairs else None
 
 
 def best_comparison(variants: Sequence[Variant], differences: Differences) -> Comparison | None:
     """The variant of least mean distance that is no baseline, against the strongest baseline."""
     baseline = strongest_baseline(variants)
+    if baseline is None:
+        return None
     others = sorted((v for v in variants if v.policy not in BASELINES), key=lambda v: v.distance)
-    found = (compare_with(variant, baseline, differences) for variant in others if baseline is not None)
-    return next((comparison for comparison in found if comparison is not None), None)
+    return next(filter(None, (compare_with(variant, baseline, differences) for variant in others)), None)
 
 
 def verdict(variants: Sequence[Variant], differences: Differences) -> str:
@@ -136,16 +117,17 @@ def verdict(variants: Sequence[Variant], differences: Differences) -> str:
 def main_table(variants: Sequence[Variant], differences: Differences) -> Table:
     """FD, KID and recall of every variant, its comparison with the strongest baseline, and the floor."""
     baseline = strongest_baseline(variants)
-    evaluations = [evaluation for variant in variants for evaluation in variant.evaluations]
+    members = [evaluation for variant in variants for evaluation in variant.evaluations]
     rows = [_row(variant, baseline, differences) for variant in variants]
     columns = [c for c in rows[0] if any(row[c] is not None for row in rows)]
-    real = next((evaluation.floor for evaluation in evaluations if evaluation.floor), {})
-    floor = {c: real.get(c, NOT_MEASURED) for c in columns if c in QUALITY}
+    measures = [c for c in columns if c in evaluations.QUALITY]
+    real = next((evaluation.floor for evaluation in members if evaluation.floor), {})
+    floor = {c: real.get(c, evaluations.NOT_MEASURED) for c in measures}
     seeds = " and ".join(map(str, sorted({len(v.evaluations) for v in variants})))
     spread = f"Mean ± standard deviation over {seeds} seeds. " if seeds != "1" else ""
-    caption = f"{spread}{metric_names(evaluations)}; last row: training against test images."
-    shown = [{c: row[c] for c in columns} for row in rows] + [{"samples": FLOOR, **floor}]
-    return Table(columns, shown, caption, best_of(rows, [c for c in columns if c in QUALITY]), unranked=1)
+    caption = f"{spread}{evaluations.metric_names(members)}; last row: training against test images."
+    shown = [{c: row[c] for c in columns} for row in rows] + [{"samples": evaluations.FLOOR, **floor}]
+    return Table(columns, shown, caption, evaluations.best_of(rows, measures), unranked=1)
 
 
 def _row(variant: Variant, baseline: Variant | None, differences: Differences) -> dict[str, Any]:
@@ -154,10 +136,8 @@ def _row(variant: Variant, baseline: Variant | None, differences: Differences) -
     if baseline is None:
         return cells
     found = compare_with(variant, baseline, differences) if variant is not baseline else None
-    against = f"against {baseline.name}"
-    if found is None:
-        return {**cells, f"FD {against}": None, "verdict": None}
-    change = f"{100 * found.relative:+.1f} %"
-    if len(found.pairs) == 1 and found.intervals and (interval := percent_interval(found.intervals[0])):
-        change += f" ({interval})"
-    return {**cells, f"FD {against}": change, "verdict": found.outcome}
+    change = f"{100 * found.relative:+.1f} %" if found else None
+    if found and len(found.pairs) == 1 and found.intervals:
+        interval = evaluations.percent_interval(found.intervals[0])
+        change = f"{change} ({interval})" if interval else change
+    return {**cells, f"FD against {baseline.name}": change, "verdict": found.outcome if found else None}
