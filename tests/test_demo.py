@@ -4,8 +4,14 @@ import asyncio
 import base64
 import io
 import json
+import math
 import re
+import signal
+import socket
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +24,7 @@ from anyorder import Pipeline
 from anyorder.cli import main as cli
 from anyorder.contracts import Grid
 from anyorder.data.captions import CaptionTokenizer, Vocabulary
-from anyorder.demo import server
+from anyorder.demo import line, server
 from anyorder.demo.server import create_app, nearest_revealed, paint
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import SCORES, Sampling
@@ -40,8 +46,12 @@ def pipeline(classes=CLASSES, policy=None, vocabulary=None, **model):
     return Pipeline(drawer, tokenizer, classes, policy, vocabulary=vocabulary)
 
 
+def client_of(pipe, hosts=(), name="localhost:8000"):
+    return TestClient(create_app(pipe, hosts), f"http://{name}", raise_server_exceptions=False)
+
+
 PIPE = pipeline()
-CLIENT = TestClient(create_app(PIPE))
+CLIENT = client_of(PIPE)
 
 
 def events(client=CLIENT, **query):
@@ -82,6 +92,15 @@ def test_the_page_names_its_controls():
     assert set(re.findall(r'\$\("([\w-]+)"\)', page)) == set(re.findall(r'id="([\w-]+)"', page))
 
 
+def test_the_page_tells_what_the_server_says():
+    """The place in the line, the server's errors, and that the connection has failed."""
+    page = CLIENT.get("/").text
+    assert "yours is number ${data.place} in the queue" in page
+    assert 'name === "error") throw new Error(data.error)' in page
+    assert "The server is gone: the connection failed." in page
+    assert page.count("fetch(") == 1, "all connections are made where their failure is told"
+
+
 def test_about():
     about = CLIENT.get("/about").json()
     assert about["classes"] == CLASSES
@@ -94,7 +113,7 @@ def test_about():
 
 
 def test_classes_without_names_are_numbered():
-    about = TestClient(create_app(pipeline(classes=[]))).get("/about").json()
+    about = client_of(pipeline(classes=[])).get("/about").json()
     assert about["classes"] == ["0", "1", "2"]
 
 
@@ -133,7 +152,7 @@ def test_defaults_are_the_pipelines_own():
     """Without an order its own policy is drawn, here with settings of its own, and is on offer by name."""
     own = PolicyConfig("max_prob", distance=0.5, per_step=5)
     pipe = pipeline(policy=own)
-    client = TestClient(create_app(pipe))
+    client = client_of(pipe)
     first = client.get("/about").json()["orders"][0]
     assert (first["name"], first["kind"]) == ("max_prob, distance 0.5, per_step 5", "inferred")
     both = [step for name, step in events(client, orders=["raster", own.label]) if name == "step"]
@@ -213,11 +232,88 @@ def test_other_addresses_are_404():
     assert CLIENT.get("/etc/passwd").status_code == 404
 
 
+def test_an_unexpected_error_is_500_and_one_short_line_in_the_log(monkeypatch, caplog):
+    def broken(pipe):
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(server, "describe_pipeline", broken)
+    answer = CLIENT.get("/about?" + "x" * 60_000)
+    assert answer.status_code == 500
+    assert answer.json() == {"error": "The server failed: RuntimeError: first line"}
+    assert caplog.messages == ["/about failed: RuntimeError: first line"]
+    assert caplog.records[0].exc_info is None
+
+
+# --- other web sites -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/", "/about", "/draw?n=1&orders=raster", "/draw?n=0", "/x", "500", "host"])
+def test_every_answer_has_the_headers(path, monkeypatch):
+    client = CLIENT
+    if path == "500":
+        monkeypatch.setattr(server, "describe_pipeline", lambda pipe: 1 / 0)
+        path = "/about"
+    elif path == "host":
+        client, path = client_of(PIPE, name="evil.example"), "/"
+    headers = client.get(path).headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["x-frame-options"] == "DENY"
+    assert "frame-ancestors 'none'" in headers["content-security-policy"]
+    assert headers["x-accel-buffering"] == "no"
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("localhost", 200), ("localhost:8000", 200), ("127.0.0.1:8000", 200), ("[::1]:8000", 200),
+        ("LOCALHOST", 200), ("192.168.1.5:8000", 200), ("[fd00::5]:8000", 200), ("lab.example.org", 200),
+        ("a.lab.test:80", 200), ("evil.example", 400), ("localhost.evil.example", 400),
+        ("evil-lab.test", 400),
+        ("127.0.0.1.evil.example:8000", 400), ("evil.example:127.0.0.1", 400), ("example.org", 400),
+        ("192.168.1.6", 400), ("[::2]", 400), ("", 400), ("localhost@evil.example", 400),
+    ],
+)  # fmt: skip
+def test_only_known_host_names_are_answered(name, status):
+    client = client_of(PIPE, ["192.168.1.5", "fd00::5", "lab.example.org", "*.lab.test"])
+    for path in ("/", "/about", "/draw?n=1&orders=raster"):
+        assert client.get(path, headers={"host": name}).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"sec-fetch-site": "same-origin"}, 200),
+        ({"sec-fetch-site": "none"}, 200),
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"sec-fetch-site": "same-site"}, 403),
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors", "sec-fetch-dest": "image"}, 403),
+        ({"origin": "http://localhost:8000"}, 200),
+        ({"origin": "http://localhost:3000"}, 403),
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "http://["}, 403),
+        ({"referer": "http://localhost:8000/?n=1"}, 200),
+        ({"referer": "http://evil.example/localhost:8000"}, 403),
+        ({"origin": "http://localhost:8000", "referer": "https://evil.example/"}, 403),
+    ],
+)
+def test_other_sites_cannot_start_work(headers, status, monkeypatch):
+    taken = watched(monkeypatch)
+    answer = CLIENT.get("/draw?n=1&orders=raster", headers=headers)
+    assert answer.status_code == status
+    assert len(taken) == (12 if status == 200 else 0)
+    assert CLIENT.get("/", headers=headers).status_code == 200
+
+
 # --- clients that come and go ----------------------------------------------------------------------------
 
 
-async def request(app, query, leave_after=None):
-    """Ask as a server would; the client leaves after some messages. Returns what it was sent."""
+async def request(app, query, leave_after=None, stall=None):
+    """Ask as a server would. Returns what was sent.
+
+    The client leaves after some messages, or reads no more after the first (number, event) until the event.
+    """
     sent, gone = [], asyncio.Event()
 
     async def receive():
@@ -228,10 +324,12 @@ async def request(app, query, leave_after=None):
         sent.append(message.get("body", b"").decode())
         if leave_after is not None and len(sent) >= leave_after:
             gone.set()
+        if stall and len(sent) == stall[0]:
+            await stall[1].wait()
 
     scope = {
-        "type": "http", "method": "GET", "path": "/draw", "query_string": query.encode(), "headers": [],
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "type": "http", "method": "GET", "path": "/draw", "query_string": query.encode(),
+        "headers": [(b"host", b"localhost")], "asgi": {"version": "3.0", "spec_version": "2.3"},
     }  # fmt: skip
     await app(scope, receive, send)
     return "".join(sent)
@@ -268,17 +366,107 @@ def test_a_client_that_leaves_stops_the_sampling(monkeypatch):
     assert again.endswith("event: end\ndata: {}\n\n")
 
 
-def test_requests_take_turns(monkeypatch):
+def test_requests_take_turns_and_know_their_place(monkeypatch):
     taken = watched(monkeypatch)
     app = create_app(PIPE)
 
     async def visits():
-        return await asyncio.gather(*(request(app, f"orders=entropy&seed={seed}") for seed in (1, 2)))
+        return await asyncio.gather(*(request(app, f"orders=entropy&seed={seed}") for seed in (1, 2, 3)))
 
-    first, second = asyncio.run(visits())
-    assert taken == [1] * 12 + [2] * 12
-    assert "event: waiting" not in first
-    assert second.startswith("event: waiting\ndata: {}\n\nevent: step")
+    texts = asyncio.run(visits())
+    assert taken == [1] * 12 + [2] * 12 + [3] * 12
+    places = [re.findall(r'event: waiting\ndata: {"place":(\d+)}\n\n', text) for text in texts]
+    assert places == [[], ["1"], ["2", "1"]]
+    assert all(text.count("event: step") == 12 and "event: end" in text for text in texts)
+    assert texts[2].rindex("event: waiting") < texts[2].index("event: step")
+
+
+def test_a_client_that_does_not_read_lets_the_others_pass(monkeypatch):
+    """It loses its turn, not its images: once it reads again, it waits and gets the same ones."""
+    monkeypatch.setattr(line, "GRACE", 0.02)
+    taken = watched(monkeypatch)
+    app = create_app(PIPE)
+
+    async def visits():
+        reads_again = asyncio.Event()
+        stalled = asyncio.create_task(request(app, "orders=raster&n=1&seed=1", stall=(4, reads_again)))
+        others = await asyncio.gather(*(request(app, f"orders=raster&n=1&seed={s}") for s in (2, 3)))
+        reads_again.set()
+        return others, await stalled
+
+    others, late = asyncio.run(visits())
+    assert taken == [1] * 3 + [2] * 12 + [3] * 12 + [1] * 9
+    assert all(text.endswith("event: end\ndata: {}\n\n") for text in (*others, late))
+    assert tokens_in(late) == tokens_in(CLIENT.get("/draw?orders=raster&n=1&seed=1").text)
+
+
+def tokens_in(text):
+    return re.findall(r'"tokens":(.*?),"log', text)
+
+
+def test_a_client_that_never_reads_is_cut_off(monkeypatch, caplog):
+    monkeypatch.setattr(line, "GRACE", 0.02)
+    monkeypatch.setattr(line, "PATIENCE", 0.1)
+    monkeypatch.setattr(line, "MAX_REQUESTS", 1)
+    taken = watched(monkeypatch)
+    app = create_app(PIPE)
+
+    async def visits():
+        text = await request(app, "orders=raster&n=1", stall=(4, asyncio.Event()))
+        return text, await request(app, "orders=raster&n=1&seed=1")
+
+    text, again = asyncio.run(visits())
+    assert "event: end" not in text
+    assert taken == [0] * 3 + [1] * 12
+    assert "event: end" in again, "its place is free"
+    assert caplog.messages == ["a client did not read for 0.1 s and was cut off"]
+
+
+def test_more_requests_than_the_limit_are_refused(monkeypatch):
+    monkeypatch.setattr(line, "MAX_REQUESTS", 2)
+    app = create_app(PIPE)
+
+    async def visits():
+        leaves = asyncio.Event()
+        waiting = [asyncio.create_task(request(app, "n=1", stall=(2, leaves))) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        refused = await asyncio.to_thread(TestClient(app, "http://localhost").get, "/draw?n=1")
+        page = await asyncio.to_thread(TestClient(app, "http://localhost").get, "/")
+        leaves.set()
+        await asyncio.gather(*waiting)
+        return refused, page, await request(app, "n=1")
+
+    refused, page, later = asyncio.run(visits())
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "30")
+    assert refused.json()["error"].startswith("The server is busy, 2 requests are open: try again in ")
+    assert page.status_code == 200
+    assert "event: end" in later
+
+
+def failing(monkeypatch, message="no memory\nhere is a stack of C++ calls"):
+    """The pipeline fails at its third step if the seed is 7."""
+    stream = PIPE.stream
+
+    def fails(label, n, order, guidance, seed, **more):
+        for step in stream(label, n, order, guidance, seed, **more):
+            if seed == 7 and step.index == 2:
+                raise RuntimeError(message)
+            yield step
+
+    monkeypatch.setattr(PIPE, "stream", fails)
+
+
+def test_an_error_while_sampling_is_an_event(monkeypatch, caplog):
+    failing(monkeypatch)
+    found = events(orders="raster", n=1, seed=7)
+    error = {"error": "The images could not be generated: RuntimeError: no memory"}
+    assert [name for name, _ in found] == ["step", "step", "error"]
+    assert found[-1][1] == error
+    assert caplog.messages == ["sampling failed: RuntimeError: no memory"]
+    assert caplog.records[0].exc_info is None
+    assert events(orders="raster", n=1)[-1] == ("end", {}), "the next request is served"
+    failing(monkeypatch, "x" * 60_000)
+    assert len(events(orders="raster", n=1, seed=7)[-1][1]["error"]) < 300
 
 
 def test_the_page_answers_while_images_are_sampled(monkeypatch):
@@ -307,11 +495,148 @@ def test_the_page_answers_while_images_are_sampled(monkeypatch):
 def test_the_command_serves_a_pipeline(tmp_path, monkeypatch, capsys):
     PIPE.save_pretrained(tmp_path / "pipeline")
     served = []
-    monkeypatch.setattr("uvicorn.run", lambda app, **settings: served.append((app, settings)))
-    assert cli.main(["demo", f"pipeline={tmp_path / 'pipeline'}", "port=8123"]) == 0
-    ((app, settings),) = served
-    assert (settings["host"], settings["port"]) == ("127.0.0.1", 8123)
-    assert TestClient(app).get("/about").json()["classes"] == CLASSES
+    monkeypatch.setattr(
+        "uvicorn.Server.run", lambda self, sockets: served.append((self.config.app, *sockets))
+    )
+    assert cli.main(["demo", f"pipeline={tmp_path / 'pipeline'}", "port=0", "allow_host=lab.test,::2"]) == 0
+    ((app, listener),) = served
+    assert listener.fileno() == -1, "closed at the end"
+    assert re.match(r"the page is at http://127\.0\.0\.1:\d+, Ctrl-C ends it", capsys.readouterr().out)
+    for name in ("localhost", "127.0.0.1", "lab.test", "[::2]"):
+        assert TestClient(app, f"http://{name}").get("/about").json()["classes"] == CLASSES
+    assert TestClient(app, "http://evil.example").get("/about").status_code == 400
+
+
+def test_a_taken_port_is_one_line(tmp_path, capsys):
+    PIPE.save_pretrained(tmp_path / "pipeline")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["demo", f"pipeline={tmp_path / 'pipeline'}", f"port={port}"]) == 1
+    assert "Address already in use" in capsys.readouterr().err
+
+
+class Served:
+    """`anyorder demo` in another process, with small send buffers so that stalled clients are noticed."""
+
+    CODE = """
+import socket, sys
+from anyorder.cli.main import main
+create = socket.create_server
+def small(*arguments, **more):
+    listener = create(*arguments, **more)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+    return listener
+socket.create_server = small
+sys.exit(main(["demo", "pipeline=fashion32", "port=0"]))
+"""
+
+    def __enter__(self):
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.CODE], stdout=pipe, stderr=pipe, text=True
+        )
+        self.port = int(re.search(r":(\d+),", self.process.stdout.readline())[1])
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self.process.communicate()
+
+    def rss(self):
+        """Resident memory in MB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+
+    def files(self):
+        """Open files and connections."""
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    async def ask(self, query, steps=math.inf):
+        """The status and names of events, each with the second at which it came; leaves after some steps."""
+        reader, writer = await self.connect(query)
+        found = []
+        while sum(name == "step" for name, _ in found) < steps and (text := await reader.readline()):
+            if text.startswith((b"event: ", b"HTTP/1.1 ")):
+                found.append((text.split()[1].decode(), time.monotonic()))
+        writer.close()
+        return found
+
+    async def connect(self, query, **settings):
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, **{"limit": 2**20, **settings})
+        writer.write(f"GET /draw?{query} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        return reader, writer
+
+    async def stall(self, query):
+        """Ask, and never read: nothing is taken from the connection beyond small buffers."""
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", self.port))
+        connection.sendall(f"GET /draw?{query} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        return connection
+
+
+def test_ctrl_c_ends_quietly_and_the_log_stays_short():
+    async def visits(served):
+        long = await served.ask("label=" + "x" * 60_000)
+        stalled = await served.stall("n=16&orders=raster")
+        asking = [asyncio.create_task(served.ask("n=16&orders=raster&orders=entropy")) for _ in range(3)]
+        await served.ask("n=1&orders=raster&seed=1", steps=0)  # and leave while waiting
+        await asyncio.sleep(1.5)
+        served.process.send_signal(signal.SIGINT)
+        code = await asyncio.to_thread(served.process.wait, 30)
+        stalled.close()
+        return long, code, [found[-1][0] for found in await asyncio.gather(*asking)]
+
+    with Served() as served:
+        long, code, ends = asyncio.run(visits(served))
+        log = served.process.communicate()[1]
+    assert long[0][0] == "400"
+    assert sorted(ends) == ["step", "waiting", "waiting"], "one was being served"
+    assert (code, log) == (0, "")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_fifty_clients_some_stalled_some_vanishing():
+    """The last one gets its first step within 1.5 times the time that the others' images took."""
+
+    async def visits(served):
+        for _ in range(3):
+            await served.ask("n=1&orders=raster")
+        begin, memory, files = time.monotonic(), [served.rss()], served.files()
+        stalled = [await served.stall("n=8&orders=raster") for _ in range(5)]
+        vanishing = [asyncio.create_task(served.ask("n=1&orders=raster", steps=2)) for _ in range(10)]
+        reading = [asyncio.create_task(served.ask("n=1&orders=raster")) for _ in range(34)]
+        reading[16].add_done_callback(lambda _: memory.append(served.rss()))
+        await asyncio.sleep(0.5)
+        last = await served.ask("n=1&orders=raster")
+        await asyncio.gather(*vanishing)
+        found = [*await asyncio.gather(*reading), last]
+        end, memory = time.monotonic(), [*memory, served.rss()]
+        await asyncio.sleep(25)
+        left = served.files() - files
+        for connection in stalled:
+            connection.close()
+        return found, begin, end, memory, left
+
+    with Served() as served:
+        found, begin, end, memory, left = asyncio.run(visits(served))
+        served.process.send_signal(signal.SIGINT)
+        log = served.process.communicate()[1].splitlines()
+    names = [[name for name, _ in events if name != "waiting"] for events in found]
+    assert names == [["200", *["step"] * 64, "end"]] * 35
+    steps = [[at for name, at in events if name == "step"] for events in found]
+    ideal = sum(ats[-1] - ats[0] for ats in steps[:-1]) * 64 / 63
+    waited = steps[-1][0] - begin
+    print(
+        f"50 clients in {end - begin:.1f} s; last one's first step after {waited:.2f} s, ideal {ideal:.2f} s;"
+    )
+    print(f"RSS at the begin, in the middle, at the end: {memory} MB; {left} connections left")
+    assert waited <= 1.5 * ideal
+    assert memory[1] - memory[0] < 50
+    assert memory[2] - memory[1] < 10, "flat once every kind of client has come"
+    assert left <= 0
+    assert log == ["a client did not read for 10 s and was cut off"] * 5
 
 
 def test_help_and_mistakes_of_the_command(monkeypatch, capsys):
@@ -325,6 +650,9 @@ def test_help_and_mistakes_of_the_command(monkeypatch, capsys):
     assert "'pipeline' (str) is required" in capsys.readouterr().err
     assert cli.main(["demo", "pipeline=x", "port=99999"]) == 2
     assert "port must lie in [0, 65535]" in capsys.readouterr().err
+    for wrong in ("http://lab.test", "lab.test:8000", "a b", "lab.*", "*lab.test"):
+        assert cli.main(["demo", "pipeline=x", f"allow_host={wrong}"]) == 2
+        assert "allow_host takes names such as lab.example.org, without port" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["starlette", "uvicorn"])
@@ -335,14 +663,14 @@ def test_without_a_web_server_the_extra_is_named(missing, monkeypatch, capsys):
 
 
 def test_orders_of_classes_and_location_heads_are_on_offer():
-    client = TestClient(create_app(Pipeline.from_pretrained("fashion32")))
+    client = client_of(Pipeline.from_pretrained("fashion32"))
     about = client.get("/about").json()
     assert about["orders"][0]["name"] == "class_mean"
     assert all(order["text"] for order in about["orders"])
     steps = steps_of(0, events(client, label="Shoes", n=1))
     assert len(steps) == 64
     assert len(steps_of(0, events(client, n=1))) == 64, "without a class, too"
-    located = TestClient(create_app(pipeline(location=True))).get("/about").json()
+    located = client_of(pipeline(location=True)).get("/about").json()
     assert "location" in {order["name"] for order in located["orders"]}
 
 
@@ -350,9 +678,7 @@ def test_texts_are_asked_for_where_they_are_taken():
     pytest.importorskip("tokenizers", reason="captions need: pip install 'anyorder[text]'")
     captions = CaptionTokenizer.train(["a red shoe", "a green bag"], 40)
     vocabulary = Vocabulary(CLASSES, captions=captions, length=4)
-    client = TestClient(
-        create_app(pipeline(vocabulary=vocabulary, text_vocab=captions.vocab_size, text_length=4))
-    )
+    client = client_of(pipeline(vocabulary=vocabulary, text_vocab=captions.vocab_size, text_length=4))
     assert client.get("/about").json()["takes_text"]
     assert not CLIENT.get("/about").json()["takes_text"]
     prompts = ("", "a red shoe", "a green bag")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
+import contextlib
 import io
 import itertools
-import json
+import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -16,14 +16,11 @@ from typing import Any
 import torch
 import uvicorn
 from PIL import Image
-from starlette import responses
-from starlette.applications import Starlette
-from starlette.concurrency import iterate_in_threadpool
-from starlette.requests import Request
-from starlette.routing import Route
+from starlette import applications, requests, responses, routing
 from torch import Tensor
 
 from anyorder.contracts import Grid, Step
+from anyorder.demo import guard, line
 from anyorder.inference.pipeline import Pipeline
 from anyorder.method import sampling
 from anyorder.method.policy_config import INFERRED, PolicyConfig
@@ -33,11 +30,6 @@ from anyorder.settings import parse
 FRAMES = 64
 """About how many PNGs are sent of each order at most; large grids are painted every few steps."""
 MAX_IMAGES, MAX_ORDERS = 16, 6
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data:; connect-src 'self'",
-    "Cache-Control": "no-cache",
-}
 
 
 @dataclass
@@ -50,10 +42,16 @@ class DemoConfig:
     port: int = 8000
     """TCP port to listen on, 0 to 65535; by default 8000."""
     host: str = "127.0.0.1"
-    """Address to listen on; by default 127.0.0.1, this machine only. 0.0.0.0 lets other machines in."""
+    """Address to listen on; by default 127.0.0.1, this machine only. 0.0.0.0 lets other machines in, under
+    the names that `allow_host` lists."""
+    allow_host: list[str] = field(default_factory=list)
+    """Further names or addresses under which browsers may ask for the page, without port: for example
+    lab.example.org,192.168.1.5. By default localhost, 127.0.0.1, [::1] and `host`; * allows every name."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.port < 65536, f"port must lie in [0, 65535], got {self.port}")
+        wrong = [name for name in self.allow_host if not guard.is_host(name)]
+        _require(not wrong, f"allow_host takes names such as lab.example.org, without port, got {wrong}")
 
 
 @dataclass
@@ -97,48 +95,59 @@ def serve(config: DemoConfig) -> None:
 
     Raises:
         FileNotFoundError: no such pipeline.
+        OSError: the address cannot be listened on.
         ValueError: its folder is damaged.
     """
-    app = create_app(Pipeline.from_pretrained(config.pipeline))
-    # A page that is still waiting for images must not hold up Ctrl-C.
-    uvicorn.run(app, host=config.host, port=config.port, timeout_graceful_shutdown=1)
+    app = create_app(Pipeline.from_pretrained(config.pipeline), [config.host, *config.allow_host])
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    # A page that is still waiting for images must not hold up Ctrl-C. What uvicorn would log are addresses
+    # of any length and tracebacks; `line` and `guard.failed` log one short line instead.
+    settings = uvicorn.Config(
+        app, timeout_graceful_shutdown=1, lifespan="off", access_log=False, log_config=None,
+        log_level="critical",
+    )  # fmt: skip
+    with socket.create_server((config.host, config.port), family=family) as listener:
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: close connections that were cut off and stay full
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 2000 * line.PATIENCE)
+        address = f"http://{guard.bracketed(config.host)}:{listener.getsockname()[1]}"
+        print(f"the page is at {address}, Ctrl-C ends it", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(settings).run(sockets=[listener])
 
 
-def create_app(pipe: Pipeline) -> Starlette:
-    """The web application around one pipeline; one request is served at a time, others wait their turn."""
+def create_app(pipe: Pipeline, hosts: Sequence[str] = ()) -> applications.Starlette:
+    """The web application around one pipeline; one request is served at a time, others wait their turn.
+
+    Args:
+        pipe: generates the images.
+        hosts: names under which browsers may ask for the page, besides localhost and its addresses.
+    """
     page = files("anyorder.demo").joinpath("index.html").read_text(encoding="utf-8")
-    turn = asyncio.Lock()
+    waiting = line.Line()
 
-    async def index(request: Request) -> responses.Response:
-        return responses.HTMLResponse(page, headers=HEADERS)
+    async def index(request: requests.Request) -> responses.Response:
+        return responses.HTMLResponse(page)
 
-    async def about(request: Request) -> responses.Response:
+    async def about(request: requests.Request) -> responses.Response:
         return responses.JSONResponse(describe_pipeline(pipe))
 
-    async def draw(request: Request) -> responses.Response:
+    async def draw(request: requests.Request) -> responses.Response:
+        if guard.from_elsewhere(request.headers):
+            return guard.refusal(403, "Another web site may not start work here: open the page itself.")
+        if waiting.open >= line.MAX_REQUESTS:
+            busy = f"The server is busy, {waiting.open} requests are open: try again in half a minute."
+            return guard.refusal(503, busy, {"Retry-After": "30"})
         try:
             query: dict[str, Any] = {**request.query_params, "orders": request.query_params.getlist("orders")}
-            events = generate_events(pipe, parse(GenerateRequest, query))
+            return line.EventStream(generate_events(pipe, parse(GenerateRequest, query)), waiting)
         except ValueError as e:
-            return responses.JSONResponse({"error": str(e)}, status_code=400)
-        # iterate_in_threadpool: a cancelled request (its client is gone) asks for no further step.
-        stream = _messages(iterate_in_threadpool(events), turn)
-        return responses.StreamingResponse(stream, media_type="text/event-stream", headers=HEADERS)
+            return guard.refusal(400, str(e))
 
-    return Starlette(routes=[Route("/", index), Route("/about", about), Route("/draw", draw)])
-
-
-async def _messages(events: AsyncIterator[dict[str, Any]], turn: asyncio.Lock) -> AsyncIterator[str]:
-    if turn.locked():
-        yield _message("waiting", {})
-    async with turn:
-        async for event in events:
-            yield _message("step", event)
-    yield _message("end", {})
-
-
-def _message(name: str, data: dict[str, Any]) -> str:
-    return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n"
+    return applications.Starlette(
+        routes=[routing.Route(path, get) for path, get in (("/", index), ("/about", about), ("/draw", draw))],
+        exception_handlers={Exception: guard.failed},
+        middleware=guard.guards(hosts),
+    )
 
 
 def choices(pipe: Pipeline) -> dict[str, PolicyConfig]:
