@@ -17,18 +17,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def loss_curves(
-    runs: Sequence[tuple[str, str | Path]],
-    ylabel: str = "loss (nats per token)",
-    starts: Sequence[int] | None = None,
-) -> Image.Image:
+def loss_curves(runs: Sequence[tuple[str, str | Path]], starts: Sequence[int] | None = None) -> Image.Image:
     """Training loss (thin: as logged, thick: smoothed), test loss (dots) and speed of several runs.
 
     Args:
-        runs: (name, path of its `metrics.jsonl`): lines with `step` and `loss`, some with `test_nll` or
+        runs: (name, path of a `metrics.jsonl`): lines with `step` and `loss`, some with `test_nll` or
             `test_loss`, some with `examples_per_second`. Where a resumed run repeats a step, the last counts.
-        ylabel: what the loss is, with its unit.
-        starts: steps that each run's model was trained for before; 0 by default.
+        starts: steps that the models were trained for before; 0 by default.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -44,7 +39,7 @@ def loss_curves(
         panels = figure.subplots(1, 1 + with_speed, squeeze=False, width_ratios=[1.7, 1][: 1 + with_speed])[0]
         for i, (name, log) in enumerate(logs):
             _plot_run(panels, name, log, COLOURS[i % len(COLOURS)])
-        for axis, label in zip(panels, (ylabel, "examples per second"), strict=False):
+        for axis, label in zip(panels, ("loss (nats per token)", "examples per second"), strict=False):
             axis.set(xlabel="step", ylabel=label)
             axis.margins(x=0.02)
         if with_speed:
@@ -58,16 +53,14 @@ def loss_curves(
 
 
 def _plot_run(panels: Sequence[Axes], name: str, log: list[dict[str, Any]], colour: str) -> None:
-    steps, losses = _series(log, "loss")
+    shown, (steps, losses) = display_name(name, mathtext=True), _series(log, "loss")
     panels[0].plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
-    panels[0].plot(
-        steps, _smooth(losses), color=colour, linewidth=1.8, label=display_name(name, mathtext=True)
-    )
+    panels[0].plot(steps, _smooth(losses), color=colour, linewidth=1.8, label=shown)
     for key in ("test_nll", "test_loss"):
         steps, values = _series(log, key)
         if len(steps):
-            label = f"{name}, test"
-            panels[0].plot(steps, values, "o--", color=colour, markersize=4, linewidth=0.8, label=label)
+            style: dict[str, Any] = {"color": colour, "markersize": 4, "linewidth": 0.8}
+            panels[0].plot(steps, values, "o--", label=f"{shown}, test", **style)
     if len(panels) > 1:
         panels[1].plot(*_series(log, "examples_per_second"), color=colour, linewidth=1.2)
 
@@ -102,9 +95,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             result.append(json.loads(line))
             result[-1]["step"]
         except (json.JSONDecodeError, KeyError, TypeError) as e:
-            raise ValueError(
-                f"{path}, line {number}: not a JSON object with a step: {line.strip()[:80]}"
-            ) from e
+            found = line.strip()[:80]
+            raise ValueError(f"{path}, line {number}: not a JSON object with a step: {found}") from e
     return result
 
 
@@ -112,10 +104,8 @@ def scaling_curves(sweeps: Mapping[str, Sequence[Mapping[str, Any]]], measures: 
     """How measures of several workloads change with sizes: a column of panels per size, a row per measure.
 
     Args:
-        sweeps: for each size, with the label of its axis as the key, rows with "workload", "value" and the
-            measures.
-        measures: keys of the rows, with units; shares in percent are plotted on a linear scale, rates on a
-            logarithmic one.
+        sweeps: by the label of a size, rows with "workload", "value" and the measures.
+        measures: keys of the rows, with units; those in percent get a linear scale, others a logarithmic one.
 
     Raises:
         ValueError: no size or no measure.
@@ -139,17 +129,9 @@ def scaling_curves(sweeps: Mapping[str, Sequence[Mapping[str, Any]]], measures: 
 
 def _plot_scaling(axis: Axes, i: int, name: str, rows: list[Mapping[str, Any]], measure: str) -> None:
     points = sorted((row["value"], row[measure]) for row in rows if row.get(measure) is not None)
-    style = ("o-", "s--")[i // len(COLOURS) % 2]
     x, y = ([point[k] for point in points] for k in (0, 1))
-    axis.plot(
-        x,
-        y,
-        style,
-        color=COLOURS[i % len(COLOURS)],
-        markersize=4,
-        linewidth=1.2,
-        label=display_name(name, mathtext=True),
-    )
+    style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "markersize": 4, "linewidth": 1.2}
+    axis.plot(x, y, ("o-", "s--")[i // len(COLOURS) % 2], label=display_name(name, mathtext=True), **style)
 
 
 def _scale(axis: Axes, values: list[int], measure: str) -> None:

@@ -1,8 +1,7 @@
 """Figures made of images: sample grids, maps of the generation order, animations of a generation.
 
-Images are uint8 (n, H, W, 3), orders (n, N) int as in `contracts`. Every function gives the same pixels for
-the same input; `save_image` and `save_animation` write atomically. matplotlib is imported where it is used,
-and never through pyplot, which keeps global state and looks for a display.
+Images are uint8 (n, H, W, 3), orders (n, N) int as in `contracts`. The same input gives the same pixels.
+matplotlib is imported where it is used, and never through pyplot, which keeps state and needs a display.
 """
 
 from __future__ import annotations
@@ -62,16 +61,13 @@ def image_grid(images: np.ndarray, columns: int = 8, scale: int = 1, gap: int = 
         ValueError: the images are not uint8 (n, H, W, 3), or there are none.
     """
     _require_images(images)
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    n, height, width, _ = images.shape
-    columns = min(columns, n)
-    rows = math.ceil(n / columns)
-    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
-    canvas = np.full(shape, 255, dtype=np.uint8)
-    for i, image in enumerate(images):
-        y, x = i // columns * (height + gap), i % columns * (width + gap)
-        canvas[y : y + height, x : x + width] = image
-    return Image.fromarray(canvas)
+    padding = (0, rows * columns - len(images)), (0, gap), (0, gap), (0, 0)
+    tiles = np.pad(images, padding, constant_values=255).reshape(rows, columns, -1, images.shape[2] + gap, 3)
+    canvas = np.concatenate(np.concatenate(tiles, axis=1), axis=1)
+    return Image.fromarray(canvas[: canvas.shape[0] - gap, : canvas.shape[1] - gap])
 
 
 def prompt_grid(rows: Sequence[np.ndarray], prompts: Sequence[str], scale: int = 3) -> Image.Image:
@@ -92,9 +88,8 @@ def prompt_grid(rows: Sequence[np.ndarray], prompts: Sequence[str], scale: int =
 
 def _require_images(images: np.ndarray) -> None:
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) == 0:
-        raise ValueError(
-            f"figures take one or more uint8 images (n, H, W, 3), got {images.dtype} of shape {images.shape}"
-        )
+        found = f"{images.dtype} of shape {images.shape}"
+        raise ValueError(f"figures take one or more uint8 images (n, H, W, 3), got {found}")
 
 
 def ranks(orders: np.ndarray, grid: Grid) -> np.ndarray:
@@ -113,12 +108,7 @@ def ranks(orders: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def order_map(rank: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Heat map of when each position was generated, light first, dark last, (H, W, 3) uint8.
-
-    Args:
-        rank: (h, w) steps or mean steps, from 0 to N - 1.
-        size: (H, W) of the result in pixels, at least (h, w).
-    """
+    """Steps (h, w) from 0 to N - 1 as a heat map (H, W, 3) uint8 of `size`; light first, dark last."""
     from matplotlib import colormaps
 
     h, w = rank.shape
@@ -141,8 +131,7 @@ def order_panel(
 
 def _with_key(panel: Image.Image, steps: int, height: int = 26) -> Image.Image:
     """Add a strip below: the colour of the first and of the last step."""
-    font = ImageFont.load_default(12)
-    first, last = "first", f"last of {steps}"
+    font, first, last = ImageFont.load_default(12), "first", f"last of {steps}"
     left, right = font.getlength(first) + 8, font.getlength(last) + 8
     bar = min(160, max(40, int(panel.width - left - right)))
     width = max(panel.width, math.ceil(left + bar + right))
@@ -150,20 +139,15 @@ def _with_key(panel: Image.Image, steps: int, height: int = 26) -> Image.Image:
     canvas.paste(panel, (0, 0))
     gradient = order_map(np.arange(bar)[None], (10, bar))
     canvas.paste(Image.fromarray(gradient), (int(left), panel.height + 10))
-    draw = ImageDraw.Draw(canvas)
-    middle = panel.height + 15
-    draw.text((2, middle), first, "#333333", font, anchor="lm")
-    draw.text((left + bar + 6, middle), last, "#333333", font, anchor="lm")
+    for x, text in ((2, first), (left + bar + 6, last)):
+        ImageDraw.Draw(canvas).text((x, panel.height + 15), text, "#333333", font, anchor="lm")
     return canvas
 
 
 def mean_rank_per_class(
     orders: np.ndarray, labels: np.ndarray, classes: Sequence[str], grid: Grid, columns: int = 6
 ) -> Image.Image:
-    """Mean step of each position: a map for all images, and for each class that occurs.
-
-    Orders are (n, N) int; labels (n,) int are indices into the names `classes`; `columns` maps per row.
-    """
+    """Mean step of each position: a map for all images, and for each class that `labels` (n,) hold."""
     rank, labels = ranks(orders, grid), np.asarray(labels)
     maps = [(f"all ({len(rank)})", rank.mean(0))]
     for label in np.unique(labels):
@@ -175,11 +159,11 @@ def mean_rank_per_class(
     rows = math.ceil(len(maps) / columns)
     with styled_figure(1.45 * columns + 0.8, 1.45 * rows * grid.h / grid.w + 0.35 * rows) as figure:
         axes = figure.subplots(rows, columns, squeeze=False)
-        stack = np.stack([mean for _, mean in maps])
+        scale = {"vmin": min(mean.min() for _, mean in maps), "vmax": max(mean.max() for _, mean in maps)}
         for axis in axes.flat:
             axis.set_axis_off()
         for axis, (name, mean) in zip(axes.flat, maps, strict=False):
-            shown = axis.imshow(mean, cmap=MAP, vmin=stack.min(), vmax=stack.max())
+            shown = axis.imshow(mean, cmap=MAP, **scale)
             axis.set_title(display_name(name, mathtext=True), fontsize=8)
         bar = figure.colorbar(shown, ax=axes, shrink=min(1.0, 2 / rows), pad=0.02)
         bar.set_label(f"mean step (0 to {grid.n - 1})")
@@ -217,22 +201,11 @@ def save_sample_figures(
 
 
 def save_animation(
-    path: str | Path,
-    frames: np.ndarray,
-    columns: int = 8,
-    scale: int = 2,
-    seconds: float = 4.0,
-    hold: float = 2.0,
+    path: Path, frames: np.ndarray, columns: int = 8, scale: int = 2, seconds: float = 4, hold: float = 2
 ) -> None:
-    """Write an endless `.gif` or `.webp` animation of a grid of images, atomically.
+    """Write frames (T, n, H, W, 3) uint8 as an endless animation of grids: `.gif`, or lossless `.webp`.
 
-    Args:
-        path: WebP is lossless and smaller.
-        frames: (T, n, H, W, 3) uint8, see `generation_frames`.
-        columns: images per row.
-        scale: enlargement.
-        seconds: duration without the last frame, which stays for `hold` seconds.
-        hold: seconds.
+    The last frame stays for `hold` seconds, the others take `seconds` together.
 
     Raises:
         ValueError: the file's ending names no animated format, or there are fewer than 2 frames.

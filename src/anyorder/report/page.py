@@ -24,10 +24,7 @@ from anyorder.report.tables import Table
 
 @dataclass
 class Figure:
-    """One image: from Pillow, from the bytes of a file, or from a path (animations stay animated).
-
-    `alt` says what it shows, for readers who cannot see it; it must not be empty.
-    """
+    """An image from Pillow, from the bytes of a file or from a path; `alt` says in words what it shows."""
 
     kind: ClassVar[str] = "figure"
     image: Image.Image | bytes | str | Path
@@ -55,8 +52,7 @@ def _image_bytes(image: Image.Image | bytes | str | Path) -> bytes:
     if isinstance(image, bytes):
         return image
     if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG", optimize=True)
+        image.save(buffer := io.BytesIO(), format="PNG", optimize=True)
         return buffer.getvalue()
     if not Path(image).is_file():
         raise FileNotFoundError(f"no image at {image}: run the stage that makes it")
@@ -79,12 +75,9 @@ class Details:
     title: str
     content: str | Mapping[str, Any]
 
-    @property
-    def text(self) -> str:
-        """The content as shown."""
-        if isinstance(self.content, str):
-            return self.content
-        return json.dumps(self.content, indent=2, default=str, ensure_ascii=False)
+    def __post_init__(self) -> None:
+        as_json = json.dumps(self.content, indent=2, default=str, ensure_ascii=False)
+        self.text = self.content if isinstance(self.content, str) else as_json
 
 
 Item = str | Table | Figure | Gallery | Details
@@ -99,10 +92,9 @@ class Section:
     items: Sequence[Item] = ()
     folded: bool = False
 
-    @property
-    def paragraphs(self) -> list[str]:
-        """The paragraphs of the text."""
-        return [p.strip() for p in self.text.split("\n\n") if p.strip()]
+    def __post_init__(self) -> None:
+        self.paragraphs = [p.strip() for p in self.text.split("\n\n") if p.strip()]
+        self.tables = [item for item in self.items if isinstance(item, Table)]
 
 
 def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> None:
@@ -117,7 +109,7 @@ def write_markdown(path: str | Path, title: str, sections: Sequence[Section]) ->
     """Write the sections that hold tables as Markdown, without images and details."""
     blocks = [f"# {title}"]
     for section in sections:
-        if any(isinstance(item, Table) for item in section.items):
+        if section.tables:
             blocks += [f"## {section.title}", *section.paragraphs]
             for item in section.items:
                 if isinstance(item, str):
@@ -132,7 +124,6 @@ def write_records(path: str | Path, title: str, sections: Sequence[Section]) -> 
     tables = [
         {"section": section.title, "caption": item.caption, "rows": [dict(row) for row in item.rows]}
         for section in sections
-        for item in section.items
-        if isinstance(item, Table)
+        for item in section.tables
     ]
     write_json(path, {"title": title, "versions": versions(), "tables": tables})

@@ -9,22 +9,19 @@ from typing import Any
 
 from anyorder.report import curves, evaluations, page, verdict
 from anyorder.report.evaluations import Found
-from anyorder.report.page import Figure, Gallery, Section
+from anyorder.report.page import Section
 from anyorder.report.tables import Spread, Table
 
 LOG = "metrics.jsonl"
-Columns = Mapping[str, str | Callable[[Path, dict[str, Any]], Any]]
-"""By name of the column: a key of the manifest, or the value of an artifact."""
+Columns = Mapping[str, str | Callable[[dict[str, Any]], Any]]
+"""By name of the column: a key of the manifest, with dots between levels, or a value made from it."""
 
 
 def report(folders: Sequence[Path], out: Path, *, data_images: bool = True) -> Table | None:
-    """Write one self-contained page about runs; its tables alone as Markdown or JSON.
+    """Write one self-contained page about runs (`.html`); the tables alone as `.md` or `.json`.
 
-    Args:
-        folders: run folders; stages of equal name in several runs are one variant with several seeds.
-            Manifests alone will do: images that are missing are left out.
-        out: the `.html`, `.md` or `.json` file.
-        data_images: show reconstructions and completions, which contain images of the data set.
+    Stages of equal name in several run folders are one variant with several seeds. Missing images are
+    left out, and without `data_images` those that contain images of the data set.
 
     Returns:
         The main table; None if no samples were evaluated.
@@ -43,12 +40,7 @@ def report(folders: Sequence[Path], out: Path, *, data_images: bool = True) -> T
         *_measures(evaluated),
         *_differences(artifacts),
         *_samples(of("sample")),
-        *(
-            section
-            for kind in KINDS
-            if (found := _rounds(of(kind.stage)))
-            for section in kind.sections(found, data_images)
-        ),
+        *(kind.section(found, data_images) for kind in KINDS if (found := _rounds(of(kind.stage)))),
         *_losses(of("train")),
         Section("Time", "", [_times(artifacts)]),
         Section("Manifests", "", [page.Details(f"{m['stage']}: {path.name}", m) for path, m in artifacts]),
@@ -57,8 +49,7 @@ def report(folders: Sequence[Path], out: Path, *, data_images: bool = True) -> T
         section.folded = True
     write = {".md": page.write_markdown, ".json": page.write_records}.get(out.suffix, page.write_report)
     write(out, f"anyorder: {', '.join(Path(f).name for f in folders)}", [*opening, *folded])
-    tables = [item for section in opening for item in section.items if isinstance(item, Table)]
-    return tables[0] if tables else None
+    return opening[0].tables[0] if opening else None
 
 
 def _opening(evaluated: Sequence[evaluations.Evaluation], artifacts: Found) -> list[Section]:
@@ -71,11 +62,8 @@ def _opening(evaluated: Sequence[evaluations.Evaluation], artifacts: Found) -> l
     folders = {manifest["fingerprint"]: (path, manifest) for path, manifest in artifacts}
     inputs = [variant.evaluations[0].manifest["inputs"].get("samples") for variant in shown or variants[:3]]
     images = _images([folders[i] for i in inputs if i in folders], "grid.png", "samples")
-    items: list[page.Item] = [
-        verdict.main_table(variants, differences),
-        verdict.verdict(variants, differences),
-    ]
-    return [Section("Results", "", [*items, *images])]
+    results = verdict.main_table(variants, differences), verdict.verdict(variants, differences)
+    return [Section("Results", "", [*results, *images])]
 
 
 def _measures(evaluated: Sequence[evaluations.Evaluation]) -> list[Section]:
@@ -104,11 +92,12 @@ def _differences(artifacts: Found) -> list[Section]:
 
 def _images(found: Found, name: str, title: str) -> list[page.Item]:
     """A gallery of the images of this name, where there are any."""
-    there = [path for path, _ in found if (path / name).is_file()]
     figures = [
-        Figure(path / name, path.name.removeprefix("samples-"), f"{title}: {path.name}") for path in there
+        page.Figure(path / name, path.name.removeprefix("samples-"), f"{title}: {path.name}")
+        for path, _ in found
+        if (path / name).is_file()
     ]
-    return [Gallery(figures)] if figures else []
+    return [page.Gallery(figures)] if figures else []
 
 
 def _samples(samples: Found) -> list[Section]:
@@ -131,58 +120,45 @@ def _rounds(found: Found) -> Found:
     ]
 
 
-def _table(found: Found, columns: Columns, caption: str = "", **best: Any) -> Table:
-    """A row for each artifact; columns without any value are left out."""
-    values = {name: _get(column) if isinstance(column, str) else column for name, column in columns.items()}
-    rows = [{name: value(path, m) for name, value in values.items()} for path, m in found]
-    shown = [name for name in columns if any(row[name] is not None for row in rows)]
-    return Table(shown, [{name: row[name] for name in shown} for row in rows], caption, **best)
+def _table(found: Found, first: str, columns: Columns) -> Table:
+    """A row for each artifact, `first` with the name; columns without any value are left out."""
+    rows = [{first: p.name, **{name: _value(m, c) for name, c in columns.items()}} for p, m in found]
+    shown = [name for name in (first, *columns) if any(row[name] is not None for row in rows)]
+    return Table(shown, [{name: row[name] for name in shown} for row in rows])
 
 
-def _get(key: str) -> Callable[[Path, dict[str, Any]], Any]:
-    """A column: the manifest's value under `key`, with dots between levels."""
-
-    def value(path: Path, manifest: dict[str, Any]) -> Any:
-        found: Any = manifest
-        for part in key.split("."):
-            found = found.get(part) if found else None
-        return found
-
-    return value
+def _value(manifest: dict[str, Any], column: str | Callable[[dict[str, Any]], Any]) -> Any:
+    if not isinstance(column, str):
+        return column(manifest)
+    found: Any = manifest
+    for part in column.split("."):
+        found = found.get(part) if found else None
+    return found
 
 
-def _seeds(key: str) -> Callable[[Path, dict[str, Any]], Any]:
-    """A column: mean and spread of a metric that was measured for several seeds."""
-
-    def value(path: Path, manifest: dict[str, Any]) -> Any:
-        found = manifest["metrics"].get(key)
-        return None if found is None else Spread.of(found["seeds"])
-
-    return value
-
-
-def _name(path: Path, manifest: dict[str, Any]) -> str:
-    return path.name
+def _seeds(key: str) -> Callable[[dict[str, Any]], Spread | None]:
+    """A column: mean and deviation of a metric that was measured for several seeds."""
+    return lambda m: Spread.of(m["metrics"][key]["seeds"]) if m["metrics"].get(key) else None
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How the artifacts of a stage are shown: a table, and an image of each."""
+    """How the artifacts of a stage are shown: a table with their names in the `first` column, and images."""
 
     stage: str
     title: str
     text: str
+    first: str
     columns: Columns
     image: str = ""
     alt: str = ""
     of_data: bool = False
 
-    def sections(self, found: Found, data_images: bool) -> list[Section]:
-        """The section; without its images if these contain images of the data set that are not wanted."""
-        shown = (
-            _images(found, self.image, self.alt) if self.image and (data_images or not self.of_data) else []
-        )
-        return [Section(self.title, self.text, [_table(found, self.columns), *shown])]
+    def section(self, found: Found, data_images: bool) -> Section:
+        """The section; `data_images`: with images that contain images of the data set."""
+        shown = self.image and (data_images or not self.of_data)
+        images = _images(found, self.image, self.alt) if shown else []
+        return Section(self.title, self.text, [_table(found, self.first, self.columns), *images])
 
 
 # fmt: off
@@ -192,7 +168,7 @@ KINDS = (
         "Holes in test images, generated given the rest. FD or FID: between completed and true images. "
         "Inside the hole: hole_mse (pixels in [0, 1]), hole_psnr (dB), and for token-blind policies hole_nll "
         "(nats per true token). Mean ± deviation over seeds. Rows of images: true, its hole, completions.",
-        {"completion": _name, "mask": "config.mask", "policy": "policy", "FD": _seeds("fd"),
+        "completion", {"mask": "config.mask", "policy": "policy", "FD": _seeds("fd"),
          "FID": _seeds("fid"), "hole_mse": _seeds("hole_mse"), "hole_psnr": _seeds("hole_psnr"),
          "hole_nll": _seeds("hole_nll")},
         "grid.png", "completions", of_data=True,
@@ -200,19 +176,19 @@ KINDS = (
     Kind(
         "grid", "On other grids",
         "Exact negative log-likelihood of test images in random orders; mean ± deviation over these orders.",
-        {"model": _name, "next position": "next_position",
-         "trained on": lambda _, m: "{} x {}".format(*m["grids"]["own"]),
-         "grid": lambda _, m: "{} x {}".format(*m["grids"]["other"]),
+        "model", {"next position": "next_position",
+         "trained on": lambda m: "{} x {}".format(*m["grids"]["own"]),
+         "grid": lambda m: "{} x {}".format(*m["grids"]["other"]),
          "nats/token there": _seeds("other"), "where trained": _seeds("own")},
         "grid.png", "generated on other grids", of_data=True,
     ),
     Kind(
         "orders", "Extracted orders",
         "Orders extracted from training images: mean step of each position, for all images and per class.",
-        {"orders": _name, "policy": "policy", "images": "rows",
+        "orders", {"policy": "policy", "images": "rows",
          "Kendall's tau with raster": "kendall_with_raster", "mean jump (patches)": "mean_jump",
-         "first step entropy (nats)": lambda _, m: m["position_entropy"][0],
-         "nats/token": lambda _, m: -m["mean_log_prob"], "sun before cloud": "sun_first",
+         "first step entropy (nats)": lambda m: m["position_entropy"][0],
+         "nats/token": lambda m: -m["mean_log_prob"], "sun before cloud": "sun_first",
          "extraction evaluations": "extraction_evaluations", "seconds": "seconds"},
         "mean_rank.png", "mean step of each position",
     ),
@@ -220,21 +196,21 @@ KINDS = (
         "iterate", "Rounds of extraction and fine-tuning",
         "Hard EM on q(order, x): orders are extracted with the model of the round before, then content and "
         "location are fine-tuned on them. The bound is -log q(order, x) >= -log p(x), in nats per token.",
-        {"run": _name, "round": "round", "E-step": "policy", "random share": "random_share",
+        "run", {"round": "round", "E-step": "policy", "random share": "random_share",
          "train bound": "train_bound", "test bound": "test_bound", "gap": "gap",
          "training tokens": "training_tokens", "extraction evaluations": "extraction_evaluations"},
     ),
     Kind(
         "tokenizer", "Tokenizer", "Measured on the test split.",
-        {"tokenizer": _name, "PSNR (dB)": "test.psnr", "SSIM": "test.ssim",
-         "codebook usage (%)": lambda _, m: 100 * m["test"]["codebook_usage"],
+        "tokenizer", {"PSNR (dB)": "test.psnr", "SSIM": "test.ssim",
+         "codebook usage (%)": lambda m: 100 * m["test"]["codebook_usage"],
          "codebook perplexity": "test.codebook_perplexity", "parameters": "parameters"},
         "reconstructions.png", "test images above what the tokens keep of them", of_data=True,
     ),
     Kind(
         "train", "Training",
         "Nats/token in the orders of training and in random ones; the bound adds the cost of locations.",
-        {"model": _name, "orders": lambda _, m: _trained_on(m), "parameters": "parameters",
+        "model", {"orders": lambda m: _trained_on(m), "parameters": "parameters",
          "train nats/token": "train_nll", "test nats/token": "test_nll", "test bound": "test_bound",
          "under random orders": "any_order_nll", "training tokens": "training_tokens",
          "training s": "training_seconds"},
@@ -248,12 +224,9 @@ def _losses(trained: Found) -> list[Section]:
     if not logged:
         return []
     starts = [_steps_before(path, trained) for path in logged]
-    image = curves.loss_curves([(path.name, path / LOG) for path in logged], starts=starts)
-    return [
-        Section(
-            "Loss", "Fine-tuning continues at the last step of its start.", [Figure(image, "", "loss curves")]
-        )
-    ]
+    image = curves.loss_curves([(path.name, path / LOG) for path in logged], starts)
+    text = "Fine-tuning continues at the last step of the model that it started from."
+    return [Section("Loss", text, [page.Figure(image, "", "loss curves")])]
 
 
 def _trained_on(manifest: dict[str, Any]) -> str:
@@ -277,10 +250,5 @@ def _steps_before(path: Path, trained: Found) -> int:
 
 def _times(artifacts: Found) -> Table:
     total = {"stage": "", "seconds": sum(m.get("seconds") or 0 for _, m in artifacts)}
-    columns: Columns = {
-        "artifact": _name,
-        "stage": "stage",
-        "seconds": "seconds",
-        "examples/s": "examples_per_second",
-    }
-    return _table([*artifacts, (Path("all"), total)], columns)
+    columns = {"stage": "stage", "seconds": "seconds", "examples/s": "examples_per_second"}
+    return _table([*artifacts, (Path("all"), total)], "artifact", columns)
