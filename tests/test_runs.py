@@ -475,11 +475,11 @@ def test_inferred_orders_are_rated_in_float32(experiment, tmp_path, monkeypatch)
         ("margin", out / "any", (torch.bfloat16, torch.float32)),
         ("raster", None, (torch.bfloat16, None)),
     ):
-        artifact = Artifact(tmp_path / order, "x", {}, {"tokenizer": out / "tokenizer"})
         stage = SampleStage(
             model=out / "ordered", tokenizer=out / "tokenizer", scorer=scorer, policy=PolicyConfig(order)
         )
-        pipe = stage.load_pipeline(artifact, tokens, bf16=True)
+        with Artifact(tmp_path / order, "x", {}, {"tokenizer": out / "tokenizer"}) as artifact:
+            pipe = stage.load_pipeline(artifact, tokens, bf16=True)
         found = tuple(
             next(m.parameters()).dtype if m is not None else None for m in (pipe.model, pipe.scorer)
         )

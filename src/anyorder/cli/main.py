@@ -112,8 +112,6 @@ def _stage(call: Call) -> str:
 
 
 def _sample(call: Call) -> str:
-    if not any(text.startswith("pipeline=") for text in call.settings):
-        return _stage(call)
     from anyorder.cli.sample import sample_files
 
     out, config = call.out(), call.parse("sample pipeline")
@@ -284,7 +282,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "iterate": Command("rounds of extraction and fine-tuning with a location head"),
         "sample": Command(
             "generate images in a fixed, random or inferred order",
-            _sample,
+            _stage,
             "pipeline=NAME out=FOLDER [key=value ...]\n"
             "       anyorder sample model=FOLDER tokenizer=FOLDER out=FOLDER [key=value ...]",
         ),
@@ -376,6 +374,12 @@ def _understand(arguments: list[str]) -> Call:
     return Call(name, paths, [text for text in words if "=" in text], "--dry-run" in rest)
 
 
+def _function(call: Call) -> Callable[[Call], str]:
+    """What does the command; `sample` is a stage unless it is given a pipeline."""
+    of_pipeline = call.name == "sample" and any(text.startswith("pipeline=") for text in call.settings)
+    return _sample if of_pipeline else COMMANDS[call.name].run
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     arguments = ["--help" if a in ("-h", "help") else a for a in (sys.argv[1:] if argv is None else argv)]
@@ -391,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             call = _understand(arguments)
             if "--help" in arguments:
                 _help(call.name)
-            elif written := COMMANDS[call.name].run(call):
+            elif written := _function(call)(call):
                 print(f"wrote {written}")
         sys.stdout.flush()
         return 0 if arguments else 2

@@ -9,6 +9,8 @@ from typing import Self
 
 import torch
 
+from anyorder.contracts import require
+
 BF16 = "ANYORDER_BF16"
 """Environment variable: `on`, `off` or `auto` (default: bfloat16 where the hardware has it)."""
 
@@ -19,13 +21,9 @@ def native_bf16(device: torch.device) -> bool:
     `ANYORDER_BF16=on` or `off` decides for every command. By default (`auto`) the hardware does: CUDA devices
     of compute capability 8.0 and up, and x86 CPUs with AMX or AVX512-BF16, multiply bfloat16 matrices fast.
     On a CPU with neither, bfloat16 products were measured at a twelfth of the float32 rate.
-
-    Raises:
-        ValueError: `ANYORDER_BF16` is something else.
     """
     choice = os.environ.get(BF16, "auto").lower()
-    if choice not in ("auto", "on", "off"):
-        raise ValueError(f"{BF16} must be auto, on or off, got '{choice}'")
+    require(choice in ("auto", "on", "off"), f"{BF16} must be auto, on or off, got '{choice}'")
     return choice == "on" or (choice == "auto" and _in_hardware(device))
 
 
@@ -36,7 +34,7 @@ def _in_hardware(device: torch.device) -> bool:
 
 
 def fast_dtype(device: torch.device, bf16: bool) -> torch.dtype:
-    """bfloat16 if it is wanted and pays on `device` (see `native_bf16`), float32 otherwise."""
+    """bfloat16 if `bf16` and `native_bf16` of the device, float32 otherwise."""
     return torch.bfloat16 if bf16 and native_bf16(device) else torch.float32
 
 
@@ -53,16 +51,12 @@ class Threads:
     and now and then while fewer than all threads were best; about 2 % of the time goes into these trials.
     Results of one and two threads were found to be bit-identical in float32; in bfloat16 the last bits of
     gradients may differ. With `OMP_NUM_THREADS` set, on a GPU, or with one thread nothing is ever changed.
-
     As a context manager it restores the number at the end.
     """
 
-    ROUNDS = 4
-    """Timed steps of each number in a trial."""
-    WINDOW = 8
-    """Steps whose mean time is compared with that of the trial."""
-    REST = 50
-    """Trials are at least this many times their duration apart."""
+    ROUNDS = 4  # timed steps of each number in a trial
+    WINDOW = 8  # steps whose mean time is compared with that of the trial
+    REST = 50  # trials are at least this many times their duration apart
 
     def __init__(self, device: torch.device, threads: int | None = None):
         """Start with a trial, or with the number `threads` of a run that goes on."""
@@ -70,16 +64,12 @@ class Threads:
         fixed = device.type != "cpu" or "OMP_NUM_THREADS" in os.environ
         self.choices = [self.most] if fixed else [self.most >> i for i in range(self.most.bit_length())]
         self.best = self.most
-        self.usual: float | None = None
-        """Seconds per step with the best number; None until they are known."""
+        self.usual: float | None = None  # seconds per step with the best number
         self._plan: list[int] = []
         self._times: dict[int, list[float]] = {}
         self._window: list[float] = []
         self._rest_until = 0.0
-        if threads in self.choices:
-            self._use(threads)
-        else:
-            self._begin_trial()
+        self._use(threads) if threads in self.choices else self._begin_trial()
         self._mark = time.perf_counter()
 
     def __enter__(self) -> Self:
@@ -99,17 +89,13 @@ class Threads:
             return
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
-        if self._plan:
-            self._try(seconds, now)
-        else:
-            self._watch(seconds, now)
+        self._try(seconds, now) if self._plan else self._watch(seconds, now)
 
     def _begin_trial(self) -> None:
         if len(self.choices) > 1:
-            # There and back again, so that steps that become slower or faster favour no number. The first
-            # step is not timed: it allocates.
-            there = self.choices + self.choices[::-1]
-            self._plan = [self.most, *there * (self.ROUNDS // 2)]
+            # In both directions, so that steps that become slower or faster favour no number. The first step
+            # is not timed: it allocates.
+            self._plan = [self.most, *(self.choices + self.choices[::-1]) * (self.ROUNDS // 2)]
             self._times = {n: [] for n in self.choices}
             self._begun = time.perf_counter()
             torch.set_num_threads(self.most)

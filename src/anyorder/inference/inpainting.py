@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyorder.contracts import AnyOrderModel, Grid, Tokenizer, Trace
+from anyorder.contracts import AnyOrderModel, Grid, Tokenizer, Trace, require
 from anyorder.data.images import from_float
 from anyorder.method.decoding import GenerationOptions, complete
 from anyorder.method.policy_config import Order
@@ -38,15 +38,13 @@ class Filling:
     """How holes are filled."""
 
     margin: int = 0
-    """Patches (0 or more) around the hole whose tokens are generated, too, since they saw most of what stood
-    in for the hole; their known pixels are kept all the same."""
+    """Patches (0 or more) around the hole whose tokens are generated, too; their known pixels are kept."""
     feather: int = 2
     """Pixels inside the hole over which the step at its seam fades out; 0 leaves generated pixels alone."""
 
     def __post_init__(self) -> None:
-        for name in ("margin", "feather"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        for name, value in vars(self).items():
+            require(value >= 0, f"{name} must be >= 0, got {value}")
 
 
 def complete_images(
@@ -70,9 +68,6 @@ def complete_images(
         streams: one random stream per image.
         filling: margin and feather.
         **options: see `GenerationOptions`; `grid` is set.
-
-    Raises:
-        ValueError: sides that are not divisible by the factor, or a mask that does not fit.
     """
     options["grid"] = grid = grid_of(images, tokenizer.factor)
     known = ~open_tokens(mask, tokenizer.factor, filling.margin)
@@ -95,16 +90,11 @@ def vary_images(
     streams: Streams,
     **options: Unpack[GenerationOptions],
 ) -> Completion:
-    """Variations: a random share of tokens is kept, the others are generated; no pixel is pasted.
+    """Variations: a share `keep` of the tokens, in [0, 1), stays; the stream of each image decides which.
 
-    Arguments as of `complete_images`, but for `keep`: the share of tokens to keep, in [0, 1); the stream of
-    each image says which.
-
-    Raises:
-        ValueError: sides that are not divisible by the factor, or a share outside of [0, 1).
+    The others are generated, and no pixel is pasted. Other arguments as of `complete_images`.
     """
-    if not 0 <= keep < 1:
-        raise ValueError(f"keep must be a share of tokens in [0, 1), got {keep}")
+    require(0 <= keep < 1, f"keep must be a share of tokens in [0, 1), got {keep}")
     options["grid"] = grid = grid_of(images, tokenizer.factor)
     # By rank rather than by threshold: every image keeps equally many, and all run as one batch.
     rank = streams.uniform(grid.n).argsort(1).argsort(1)
@@ -114,17 +104,11 @@ def vary_images(
 
 
 def grid_of(images: Tensor, factor: int) -> Grid:
-    """The grid of tokens of images (B, 3, H, W).
-
-    Raises:
-        ValueError: sides that are not divisible by `factor`.
-    """
+    """The grid of tokens of images (B, 3, H, W); a ValueError refuses sides not divisible by `factor`."""
     h, w = images.shape[2:]
-    if h % factor or w % factor:
-        raise ValueError(
-            f"images of {h} x {w} pixels (height x width) cannot be cut into patches of {factor} x {factor}: "
-            f"resize, crop or pad both sides to a multiple of {factor}"
-        )
+    text = f"images of {h} x {w} pixels (height x width) cannot be cut into patches of {factor} x {factor}: "
+    text += f"resize, crop or pad both sides to a multiple of {factor}"
+    require(h % factor == w % factor == 0, text)
     return Grid(h // factor, w // factor)
 
 
@@ -147,14 +131,8 @@ def to_float(images: Tensor) -> Tensor:
 def extend(values: Tensor, known: Tensor, rings: int | None = None) -> tuple[Tensor, Tensor]:
     """Carry known values outwards, ring by ring; a pixel takes the mean of its known neighbours.
 
-    Args:
-        values: (B, C, H, W); what stands at unknown pixels is ignored.
-        known: (B, 1, H, W) bool.
-        rings: how far to go; everywhere by default.
-
-    Returns:
-        (B, C, H, W), the known values with their extension and 0 where it does not reach, and (B, 1, H, W)
-        int64, the ring of each pixel: 0 if known, -1 where the extension does not reach.
+    Takes values (B, C, H, W), known (B, 1, H, W) bool and how far to go. Returns the extended values, 0 where
+    they do not reach, and the ring of each pixel (B, 1, H, W) int64: 0 if known, -1 if not reached.
     """
     values, reached = values * known, known.to(values.dtype)
     ring = torch.where(known, 0, -1)
@@ -171,15 +149,9 @@ def extend(values: Tensor, known: Tensor, rings: int | None = None) -> tuple[Ten
 
 
 def fading_step(step: Tensor, known: Tensor, width: int) -> Tensor:
-    """The step between known and generated pixels, carried into the hole and fading out over `width` pixels.
+    """What to add to generated pixels, (B, C, H, W): the step at the seam, fading out over `width` pixels.
 
-    Args:
-        step: (B, C, H, W), known minus generated; ignored inside the hole.
-        known: (B, 1, H, W) bool.
-        width: in pixels, >= 1.
-
-    Returns:
-        (B, C, H, W), to be added to the generated pixels; zero from `width` + 1 pixels inside the hole on.
+    Takes the step (B, C, H, W), known minus generated pixels, and known (B, 1, H, W) bool; `width` >= 1.
     """
     carried, ring = extend(step, known, width)
     return torch.where(ring > 0, carried * (1 - ring / (width + 1)), 0)

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from anyorder.contracts import require
 from anyorder.data.images import load_image, load_mask
 
 Box = tuple[int, int, int, int]
@@ -24,18 +25,14 @@ Padding = tuple[int, int, int, int]
 def read_images(images: Any) -> np.ndarray:
     """One or several images of one size, (B, H, W, 3) uint8.
 
-    Args:
-        images: a path, a Pillow image of any mode, a uint8 array (H, W, 3), or several as a list or array.
-
-    Raises:
-        ValueError: none, not to be read, an array of another dtype or shape, or of different sizes.
+    Takes a path, a Pillow image of any mode, a uint8 array (H, W, 3), or several as a list or array. A
+    ValueError refuses what cannot be read, and different sizes.
     """
     found = [load_image(one) for one in _several(images, "images", (3,), np.uint8)]
-    if not found:
-        raise ValueError("got no image: give at least one")
-    if len(sizes := {one.shape[:2] for one in found}) > 1:
-        listed = ", ".join(f"{h} x {w}" for h, w in sorted(sizes))
-        raise ValueError(f"images of one call must have one size, got {listed}: call once for each size")
+    require(bool(found), "got no image: give at least one")
+    sizes = sorted({one.shape[:2] for one in found})
+    listed = ", ".join(f"{h} x {w}" for h, w in sizes)
+    require(len(sizes) == 1, f"images of one call must have one size, got {listed}: call once for each size")
     return np.stack(found)
 
 
@@ -45,75 +42,51 @@ def _several(given: Any, what: str, channels: tuple[int, ...], *dtypes: type) ->
     given = given.cpu().numpy() if isinstance(given, Tensor) else given
     alone = isinstance(given, files) or (isinstance(given, np.ndarray) and given.ndim == 2 + len(channels))
     found = [one if isinstance(one, files) else np.asarray(one) for one in ([given] if alone else given)]
+    kinds = " or ".join(np.dtype(dtype).name for dtype in dtypes)
+    expected = (
+        f"{what} are paths, Pillow images or {kinds} arrays ({', '.join(['H', 'W', *map(str, channels)])})"
+    )
     for one in found:
-        if isinstance(one, np.ndarray) and not (
-            one.dtype in dtypes and one.ndim == 2 + len(channels) and one.shape[2:] == channels
-        ):
-            kinds = " or ".join(np.dtype(dtype).name for dtype in dtypes)
-            shape = ", ".join(map(str, ("H", "W", *channels)))
-            raise ValueError(
-                f"{what} are paths, Pillow images or {kinds} arrays ({shape}), got {one.dtype} {one.shape}"
-            )
+        if isinstance(one, np.ndarray):
+            fits = one.dtype in dtypes and one.ndim == 2 + len(channels) and one.shape[2:] == channels
+            require(fits, f"{expected}, got {one.dtype} {one.shape}")
     return found
 
 
-def read_masks(masks: Any, n: int, size: tuple[int, int]) -> np.ndarray:
-    """One mask for all images or one each, (n, H, W) bool, True where pixels are to be generated.
-
-    Args:
-        masks: a path or Pillow image (white is generated, black and transparent are kept), a bool or uint8
-            array (H, W), or several as a list or array.
-        n: number of images.
-        size: (height, width) of the images in pixels.
-
-    Raises:
-        ValueError: another size or number, another dtype, or a mask that leaves nothing to generate.
-    """
+def _read_masks(masks: Any, n: int, size: tuple[int, int]) -> np.ndarray:
+    """One mask for all images or one each, (n, H, W) bool, of `size` (height, width)."""
     found = [load_mask(one) for one in _several(masks, "masks", (), np.bool_, np.uint8)]
     for mask in found:
-        if mask.shape != size:
-            raise ValueError(
-                f"the mask has {mask.shape} pixels (height, width), the image {size}: "
-                "resize the mask to the image (Image.Resampling.NEAREST)"
-            )
-        if not mask.any():
-            raise ValueError(
-                "the mask is black everywhere, so there is nothing to generate: white (True) marks the "
-                "pixels to generate, black (False) those to keep; is it inverted?"
-            )
-    if len(found) not in (1, n):
-        raise ValueError(f"got {len(found)} masks for {n} images: give one mask, or one per image")
+        text = f"the mask has {mask.shape} pixels (height, width), the image {size}: resize the mask to the"
+        require(mask.shape == size, f"{text} image (Image.Resampling.NEAREST)")
+        text = "the mask is black everywhere, so there is nothing to generate: white (True) marks the pixels"
+        require(bool(mask.any()), f"{text} to generate, black (False) those to keep; is it inverted?")
+    text = f"got {len(found)} masks for {n} images: give one mask, or one per image"
+    require(len(found) in (1, n), text)
     return np.stack(found * (n if len(found) == 1 else 1))
 
 
 def box_mask(box: Sequence[int], size: tuple[int, int]) -> np.ndarray:
-    """A mask (H, W) bool with a rectangle to generate, see `Box`; `size` is (height, width) in pixels.
+    """A mask (H, W) bool of `size` (height, width) with a rectangle to generate, see `Box`.
 
     Raises:
         ValueError: the box is empty or leaves the image.
     """
     h, w = size
     left, top, right, bottom = box if len(box) == 4 else (0, 0, 0, 0)
-    if not (0 <= left < right <= w and 0 <= top < bottom <= h):
-        raise ValueError(
-            f"box must be left,top,right,bottom, got {','.join(map(str, box))}: "
-            f"0 <= left < right <= {w} and 0 <= top < bottom <= {h} must hold"
-        )
+    text = f"box must be left,top,right,bottom, got {','.join(map(str, box))}: "
+    text += f"0 <= left < right <= {w} and 0 <= top < bottom <= {h} must hold"
+    require(0 <= left < right <= w and 0 <= top < bottom <= h, text)
     mask = np.zeros(size, dtype=np.bool_)
     mask[top:bottom, left:right] = True
     return mask
 
 
 def shaped_mask(name: str, size: tuple[int, int]) -> np.ndarray:
-    """A mask (H, W) bool by name: the centre (half of either side), or the lower third.
-
-    Raises:
-        ValueError: unknown name.
-    """
+    """A mask (H, W) bool by name: "centre" (half of either side), or "lower" (third)."""
     h, w = size
     boxes = {"centre": (w // 4, h // 4, w - w // 4, h - h // 4), "lower": (0, h - h // 3, w, h)}
-    if name not in boxes:
-        raise ValueError(f"unknown mask '{name}': choose one of {', '.join(boxes)}")
+    require(name in boxes, f"unknown mask '{name}': choose one of {', '.join(boxes)}")
     return box_mask(boxes[name], size)
 
 
@@ -122,7 +95,8 @@ def canvas(images: np.ndarray, mask: Any, padding: Sequence[int] | None) -> tupl
 
     Args:
         images: (B, H, W, 3) uint8.
-        mask: what `read_masks` takes, of the size of the images, or None: nothing of the images.
+        mask: a path or Pillow image (white is generated, black and transparent are kept), a bool or uint8
+            array (H, W), or several as a list or array; None: nothing of the images.
         padding: see `Padding`, or None.
 
     Returns:
@@ -130,19 +104,16 @@ def canvas(images: np.ndarray, mask: Any, padding: Sequence[int] | None) -> tupl
         (B, ...) bool of the same size, True around them.
 
     Raises:
-        ValueError: neither mask nor padding, a negative number of pixels, or none at all; see `read_masks`.
+        ValueError: nothing to generate, or a mask or padding that does not fit.
     """
-    if mask is None and padding is None:
-        raise ValueError("say what to generate: mask=..., pad=... or keep=...")
+    require(mask is not None or padding is not None, "say what to generate: mask=..., pad=... or keep=...")
     n, h, w, _ = images.shape
-    hole = np.zeros((n, h, w), np.bool_) if mask is None else read_masks(mask, n, (h, w))
+    hole = np.zeros((n, h, w), np.bool_) if mask is None else _read_masks(mask, n, (h, w))
     if padding is None:
         return images, hole
-    if len(padding) != 4 or min(padding) < 0 or max(padding) == 0:
-        raise ValueError(
-            "pad must be pixels >= 0 to add on the left,top,right,bottom, one of them > 0, "
-            f"got {','.join(map(str, padding))}"
-        )
+    text = "pad must be pixels >= 0 to add on the left,top,right,bottom, one of them > 0, got"
+    valid = len(padding) == 4 and min(padding) >= 0 and max(padding) > 0
+    require(valid, f"{text} {','.join(map(str, padding))}")
     left, top, right, bottom = padding
     around = ((0, 0), (top, bottom), (left, right))
     return np.pad(images, (*around, (0, 0))), np.pad(hole, around, constant_values=True)

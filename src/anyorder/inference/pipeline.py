@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from anyorder import contracts, orders
-from anyorder.contracts import Grid
+from anyorder.contracts import Grid, require
 from anyorder.data.captions import index_of
 from anyorder.data.images import to_uint8
 from anyorder.inference import folders, inpainting, masks
@@ -28,7 +28,7 @@ from anyorder.models.compiled import compile_decoding
 
 @dataclass
 class PipelineOutput:
-    """What a call of a pipeline returns."""
+    """The result of a call."""
 
     images: list[Image.Image]
     order: Tensor
@@ -53,7 +53,7 @@ class Pipeline(folders.Parts):
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> Pipeline:
-        """Load a pipeline folder, a model that comes with the package, or one from the Hugging Face hub.
+        """Load a pipeline.
 
         Args:
             path_or_hub_id: a folder, "fashion32" (comes with the package), the id of a hub repository that
@@ -89,10 +89,7 @@ class Pipeline(folders.Parts):
     def compile_decoding(self) -> Pipeline:
         """Generate with compiled code from now on, on a GPU with CUDA graphs; call it after `to`.
 
-        Each new number of images takes minutes at first; see `models.compiled.compile_decoding`.
-
-        Raises:
-            ValueError: a published model, or there is no compiler.
+        Each new number of images takes minutes at first; errors as of `models.compiled.compile_decoding`.
         """
         for model in filter(None, (self.model, self.scorer)):
             compile_decoding(model)
@@ -111,9 +108,9 @@ class Pipeline(folders.Parts):
         Raises:
             ValueError: unknown label, attribute or order, or settings that do not fit together.
         """
-        asked = ImageRequest(*request, **settings)
-        model, order, streams, options = self._prepare(asked)
-        made = decoding.trace(decoding.generate(model, order, streams, **options))
+        model, order, streams, options = self._prepare(ImageRequest(*request, **settings))
+        # Unpacked here, so that the generator runs without a frame of `trace` on the stack.
+        made = decoding.trace([*decoding.generate(model, order, streams, **options)])
         return self._output(made, options["grid"])
 
     @takes_request
@@ -154,43 +151,39 @@ class Pipeline(folders.Parts):
             **settings: fields of `ImageRequest`.
 
         Raises:
-            ValueError: an image that cannot be read, a mask of another size or with nothing to generate,
-                sides that are not divisible by the factor, or settings that do not fit together.
+            ValueError: an image or mask that cannot be read or does not fit, nothing to generate, or settings
+                that do not fit together.
         """
         asked = ImageRequest(*request, **settings)
-        asked.leave_out_grid("the grid of a completion is that of the image")
+        require(asked.grid is None, "the grid of a completion is that of the image: leave out grid")
         filling = {name: n for name, n in (("margin", margin), ("feather", feather)) if n is not None}
-        if keep is not None and (mask is not None or pad is not None or filling):
-            raise ValueError("give either keep=..., or mask=... and pad=... with margin and feather")
+        both = keep is not None and (mask is not None or pad is not None or filling)
+        require(not both, "give either keep=..., or mask=... and pad=... with margin and feather")
         images = masks.read_images(image)
         if len(images) == 1:
             images = images.repeat(asked.columns(asked.num_images)[0], 0)
         images, hole = masks.canvas(images, mask, pad) if keep is None else (images, None)
         pixels, grid = self._pixels(images)
         model, order, streams, options = self._prepare(asked, grid, len(images))
-        common = (model, self.tokenizer, pixels)
         if keep is not None:
-            made = inpainting.vary_images(*common, keep, order, streams, **options)
+            made = inpainting.vary_images(model, self.tokenizer, pixels, keep, order, streams, **options)
         else:
             gap, how = torch.from_numpy(hole).to(self.device), inpainting.Filling(**filling)
-            made = inpainting.complete_images(*common, gap, order, streams, how, **options)
+            made = inpainting.complete_images(
+                model, self.tokenizer, pixels, gap, order, streams, how, **options
+            )
         shown = [Image.fromarray(one) for one in made.images.permute(0, 2, 3, 1).cpu().numpy()]
         return PipelineOutput(shown, made.trace.order, made.trace.tokens, made.trace.log_prob, made.known)
 
     @takes_request
     def coarse_to_fine(self, *request: Any, factor: int = 2, **settings: Any) -> PipelineOutput:
-        """Generate images `factor` times as high and wide as those of training; see `sample_coarse_to_fine`.
+        """Generate images `factor` (>= 2) times as high and wide as those of training.
 
-        Args:
-            *request: fields of `ImageRequest`, without `grid`; `order` by name or a `PolicyConfig`.
-            factor: >= 2.
-            **settings: fields of `ImageRequest`.
-
-        Raises:
-            ValueError: as of a call, or a factor below 2.
+        See `decoding.sample_coarse_to_fine`. Takes the fields of `ImageRequest` without `grid`; `order` by
+        name or a `PolicyConfig`.
         """
         asked = ImageRequest(*request, **settings)
-        asked.leave_out_grid("factor says the grid of coarse_to_fine")
+        require(asked.grid is None, "factor says the grid of coarse_to_fine: leave out grid")
         model, order, streams, options = self._prepare(asked)
         made = decoding.sample_coarse_to_fine(model, order, streams, factor, **options)
         return self._output(made, Grid(factor * self.model.grid.h, factor * self.model.grid.w))
@@ -201,7 +194,7 @@ class Pipeline(folders.Parts):
 
         Args:
             images: the true images, as of `complete`.
-            completed: what `complete` made of them with a mask; all keep equally many tokens.
+            completed: the result of `complete` with a mask; all images keep equally many tokens.
             *request: fields of `ImageRequest`, as they were given to `complete`.
             **settings: fields of `ImageRequest`.
 
@@ -243,27 +236,26 @@ class Pipeline(folders.Parts):
         return pixels, inpainting.grid_of(pixels, self.tokenizer.factor)
 
     def _prepare(
-        self, asked: ImageRequest, grid: Grid | None = None, images: int | None = None
+        self, request: ImageRequest, grid: Grid | None = None, images: int | None = None
     ) -> tuple[contracts.AnyOrderModel, policy_config.Order, Streams, decoding.GenerationOptions]:
-        """The arguments of `decoding.generate`; whatever is wrong is said here, before the first step."""
-        n, given = asked.columns(asked.num_images if images is None else images)
-        if asked.num_images not in (None, n):
-            raise ValueError(
-                f"got {n} images for num_images={asked.num_images}: give one image, or one for each"
-            )
-        grid, guidance = grid or asked.shape or self.model.grid, asked.guidance
+        """The arguments of `decoding.generate`; errors are found here, before the first step."""
+        n, given = request.columns(request.num_images if images is None else images)
+        text = f"got {n} images for num_images={request.num_images}: give one image, or one for each"
+        require(request.num_images in (None, n), text)
+        grid, guidance = grid or request.shape or self.model.grid, request.guidance
         condition = self._condition(n, given)
-        order = self._order(asked, condition, n)
+        order = self._order(request, condition, n)
         # An order that looks at tokens needs those of the model that samples them.
         scorer = self.scorer if getattr(order, "token_blind", True) else None
         rated = getattr(order, "rated", getattr(order, "inferred", False))
-        if rated and scorer is not None and guidance.scale != 1 and guidance.locations == "unguided":
-            raise ValueError("locations='unguided' has no effect: the scorer is never guided; leave it out")
+        unused = rated and scorer is not None and guidance.scale != 1 and guidance.locations == "unguided"
+        text = "locations='unguided' has no effect: the scorer is never guided; leave it out"
+        require(not unused, text)
         model = Guided(self.model, guidance) if guidance.scale != 1 else self.model
         options = decoding.GenerationOptions(
-            condition=condition, grid=grid, sampling=asked.tokens, scorer=scorer
+            condition=condition, grid=grid, sampling=request.tokens, scorer=scorer
         )
-        return model, order, Streams(asked.seeds(n), self.device), options
+        return model, order, Streams(request.seeds(n), self.device), options
 
     def _condition(self, n: int, given: dict[str, list[Any]]) -> Tensor | None:
         """The condition (n,) or (n, 1 + A + L) int64 of what is given for each image."""
@@ -278,15 +270,14 @@ class Pipeline(folders.Parts):
     def _label(self, label: Any) -> int:
         if isinstance(label, str):
             return index_of(label, self.classes, "class")
-        if not hasattr(label, "__index__"):
-            raise ValueError(f"class labels are names or numbers, got {label!r}")
-        if not 0 <= label < self.model.num_classes:
-            raise ValueError(f"class labels lie in [0, {self.model.num_classes}), got {label}")
+        require(hasattr(label, "__index__"), f"class labels are names or numbers, got {label!r}")
+        text = f"class labels lie in [0, {self.model.num_classes}), got {label}"
+        require(0 <= label < self.model.num_classes, text)
         return int(label)
 
-    def _order(self, asked: ImageRequest, condition: Tensor | None, n: int) -> policy_config.Order:
-        """The order asked for; class_mean as a function of the grid, from the class of each image."""
-        order = self.policy if asked.order is None else asked.order
+    def _order(self, request: ImageRequest, condition: Tensor | None, n: int) -> policy_config.Order:
+        """The order of the request; class_mean as a function of the grid, from the class of each image."""
+        order = self.policy if request.order is None else request.order
         if isinstance(order, str):
             order = policy_config.PolicyConfig(order)
         if not isinstance(order, policy_config.PolicyConfig) or order.order != "class_mean":

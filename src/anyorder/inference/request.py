@@ -1,4 +1,4 @@
-"""What a pipeline is asked for: one list of arguments for all that it generates."""
+"""The request: one list of arguments for all that a pipeline generates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anyorder.contracts import Grid, OrderPolicy
+from anyorder.contracts import Grid, OrderPolicy, require
 from anyorder.method.guidance import GuidanceConfig, Schedule
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Sampling
@@ -34,7 +34,7 @@ class ImageRequest:
     "token_likelihood", "information"), "location" (a location head), "class_mean" (the order of each image's
     class, see `Pipeline`), an order (N,) or (B, N), or a `PolicyConfig`; by default the pipeline's policy."""
     guidance_scale: float | GuidanceConfig = 1.0
-    """1 is none; more pulls images towards the class, prompt and attributes. A `GuidanceConfig` says all."""
+    """1 is none; more pulls images towards the class, prompt and attributes. Or a `GuidanceConfig`."""
     generator: int | Sequence[int] | torch.Generator = 0
     """A seed (image i uses seed + i), one seed per image, or a `torch.Generator` that the seeds are taken
     from. An image depends on its seed alone, up to rounding, which may differ with the batch size."""
@@ -59,13 +59,12 @@ class ImageRequest:
         """The guidance, whichever way it is given."""
         scale, schedule = self.guidance_scale, self.guidance_schedule
         if isinstance(scale, GuidanceConfig):
-            if schedule is not None:
-                raise ValueError("a GuidanceConfig says the schedule: leave out guidance_schedule")
+            require(schedule is None, "a GuidanceConfig says the schedule: leave out guidance_schedule")
             return scale
-        if not (isinstance(scale, int | float | np.number) and math.isfinite(scale)):
-            raise ValueError(f"guidance_scale must be a finite number or a GuidanceConfig, got {scale!r}")
-        if schedule is not None and scale == 1:
-            raise ValueError("guidance_schedule has no effect at guidance_scale=1: give a scale, say 2")
+        finite = isinstance(scale, int | float | np.number) and math.isfinite(scale)
+        require(finite, f"guidance_scale must be a finite number or a GuidanceConfig, got {scale!r}")
+        text = "guidance_schedule has no effect at guidance_scale=1: give a scale, say 2"
+        require(schedule is None or scale != 1, text)
         return GuidanceConfig(float(scale), schedule or "constant")
 
     @property
@@ -91,11 +90,6 @@ class ImageRequest:
             raise ValueError(f"grid must be (rows, columns) in patches, got {self.grid!r}") from e
         return Grid(h, w)
 
-    def leave_out_grid(self, why: str) -> None:
-        """Refuse a grid, and say why."""
-        if self.grid is not None:
-            raise ValueError(f"{why}: leave out grid")
-
     def seeds(self, n: int) -> list[int]:
         """One seed for each of n images."""
         given: Any = self.generator
@@ -108,29 +102,24 @@ class ImageRequest:
         except TypeError as e:
             kinds = "a seed, one seed per image or a torch.Generator"
             raise ValueError(f"generator must be {kinds}, got {given!r}") from e
-        if len(seeds) != n:
-            raise ValueError(f"got {len(seeds)} seeds for {n} images: give one seed, or one per image")
+        require(len(seeds) == n, f"got {len(seeds)} seeds for {n} images: give one seed, or one per image")
         return seeds
 
     def columns(self, n: int | None) -> tuple[int, dict[str, list[Any]]]:
-        """The number of images (n, if something else decides it), and what is given for each.
-
-        That is lists of n values by "labels", "prompts", "values of NAME" and "conditions".
-        """
+        """The number of images (`n`, if given); n "labels", "prompts", "values of NAME" or "conditions"."""
         given: dict[str, Any] = {"labels": self.class_labels, "prompts": self.prompt}
         given = {name: value for name, value in given.items() if value is not None}
         given |= {VALUES + name: value for name, value in (self.attributes or {}).items()}
         if self.condition is not None:
-            if given:
-                raise ValueError(f"give either condition=..., or {' and '.join(given)}")
+            require(not given, f"give either condition=..., or {' and '.join(given)}")
             given = {"conditions": self.condition}
         lists = {name: _listed(value) for name, value in given.items()}
         n = max(map(len, lists.values()), default=1) if n is None else n
-        if not isinstance(n, int | np.integer) or n < 1:
-            raise ValueError(f"num_images must be a whole number >= 1, got {n!r}")
+        whole = isinstance(n, int | np.integer) and n >= 1
+        require(whole, f"num_images must be a whole number >= 1, got {n!r}")
         for name, values in lists.items():
-            if len(values) not in (1, n):
-                raise ValueError(f"got {len(values)} {name} for num_images={n}: give one, or one per image")
+            text = f"got {len(values)} {name} for num_images={n}: give one, or one per image"
+            require(len(values) in (1, n), text)
         return int(n), {name: values * (n if len(values) == 1 else 1) for name, values in lists.items()}
 
 
@@ -138,17 +127,15 @@ def _listed(value: Any) -> list[Any]:
     return [value] if isinstance(value, str) or np.ndim(value) == 0 else list(value)
 
 
-Result = TypeVar("Result")
-POSITIONAL = 5
-"""Fields of `ImageRequest` that are usually given by position."""
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def takes_request(method: Callable[..., Result]) -> Callable[..., Result]:
+def takes_request(method: Method) -> Method:
     """Show the fields of `ImageRequest` in the signature of a method that takes (*request, **settings)."""
     fields = list(inspect.signature(ImageRequest).parameters.values())
+    named = [p.replace(kind=p.KEYWORD_ONLY) for p in fields[5:]]  # the first five are given by position
     own = list(inspect.signature(method).parameters.values())
-    positional = [p for p in own if p.kind is p.POSITIONAL_OR_KEYWORD] + fields[:POSITIONAL]
-    named = [p.replace(kind=p.KEYWORD_ONLY) for p in fields[POSITIONAL:]]
-    signature = inspect.Signature([*positional, *(p for p in own if p.kind is p.KEYWORD_ONLY), *named])
+    positional, keywords = ([p for p in own if p.kind is kind] for kind in (own[0].kind, named[0].kind))
+    signature = inspect.Signature([*positional, *fields[:5], *keywords, *named])
     method.__signature__ = signature  # type: ignore[attr-defined]
     return method
