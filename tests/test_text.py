@@ -242,9 +242,9 @@ def test_parts_of_a_condition_can_be_hidden(experiment):
     ("name", "spoil", "message"),
     [
         ("captions", lambda a: a[:, :2], "expected"),
-        ("captions", lambda a: np.full_like(a, 99), "tokens in"),
+        ("captions", lambda a: np.full_like(a, 99), "tokens from 99 to 99, the vocabulary has"),
         ("attributes", lambda a: a[:3], "expected int64"),
-        ("attributes", lambda a: a + 7, "values of the attributes"),
+        ("attributes", lambda a: a + 7, "values of the attribute colour from .*, it has 3"),
     ],
 )
 def test_damaged_caches_are_named(experiment, tmp_path, name, spoil, message):

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anyorder.contracts import Grid, class_labels
+from anyorder import files
+from anyorder.contracts import Grid, class_labels, require
 from anyorder.data.captions import CaptionTokenizer, Vocabulary, index_of
-from anyorder.files import load_array, read_json, read_manifest
+from anyorder.data.rows import evenly_spaced
 from anyorder.orders import of_classes
 
 Indices = Sequence[int] | np.ndarray | Tensor
@@ -30,22 +31,34 @@ class _Split:
         fingerprint: of the artifact.
     """
 
-    def __init__(self, folder: str | Path, split: str, what: str):
+    def __init__(self, folder: str | Path, split: str):
         self.folder, self.split = Path(folder), split
-        self._manifest = read_manifest(folder)
+        self._manifest = files.read_manifest(folder)
         self.fingerprint: str = self._manifest["fingerprint"]
         self.classes: list[str] = self._manifest["classes"]
         self.attributes: dict[str, list[str]] = self._manifest.get("attributes", {})
-        self._path = self.folder / f"{split}.{what}.npy"
-        self._rows = load_array(self._path)
-        self.labels = _read_labels(self.folder, split, len(self), len(self.classes))
+
+    def _path(self, what: str) -> Path:
+        return self.folder / f"{self.split}.{what}.npy"
+
+    def _read_labels(self, n: int) -> np.ndarray:
+        path, count = self._path("labels"), len(self.classes)
+        labels = _read(path, (n,), "int64")
+        _check_range(path, labels, "labels", max(1, count), f"there are {count} classes")
+        return labels
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.labels)
 
     def attribute_values(self) -> np.ndarray:
         """(n, A) int64, index into the values of each attribute, -1 for none."""
-        return _read_columns(self.folder, self.split, len(self), [len(v) for v in self.attributes.values()])
+        if not self.attributes:
+            return np.empty((len(self), 0), np.int64)
+        path = self._path("attributes")
+        columns = np.array(_read(path, (len(self), len(self.attributes)), "int64"))
+        for column, (name, known) in zip(columns.T, self.attributes.items(), strict=True):
+            _check_range(path, column, f"values of the attribute {name}", len(known), f"it has {len(known)}", -1)
+        return columns
 
 
 class ImageSet(_Split):
@@ -57,10 +70,9 @@ class ImageSet(_Split):
 
     def __init__(self, folder: str | Path, split: str = "train"):
         """Open `{split}.images.npy` and `{split}.labels.npy`; errors as for `TokenSet`."""
-        super().__init__(folder, split, "images")
-        self.images = found = self._rows
-        if found.ndim != 4 or found.shape[3] != 3 or found.dtype != np.uint8:
-            raise _damaged(self._path, f"got {found.dtype} {found.shape}, expected uint8 (n, H, W, 3)")
+        super().__init__(folder, split)
+        self.images = _read(self._path("images"), ("n", "H", "W", 3), "uint8")
+        self.labels = self._read_labels(len(self.images))
 
     def labels_of(self, attribute: str | None) -> tuple[np.ndarray, list[str]]:
         """Labels (n,) int64, -1 for none, and their names: of the class (None) or of an attribute.
@@ -80,9 +92,10 @@ class ImageSet(_Split):
             ValueError: there are not as many captions as images.
         """
         path = self.folder / f"{self.split}.captions.json"
-        texts = read_json(path) if path.is_file() else None
-        if texts is not None and len(texts) != len(self):
-            raise _damaged(path, f"got {len(texts)} captions, there are {len(self)} images")
+        if not path.is_file():
+            return None
+        texts = files.read_json(path)
+        _check(len(texts) == len(self), path, f"got {len(texts)} captions, there are {len(self)} images")
         return texts
 
     @property
@@ -118,24 +131,23 @@ class TokenSet(_Split):
             FileNotFoundError: `folder` is no finished artifact, or has no such split.
             ValueError: a file is damaged; the message names it.
         """
-        super().__init__(folder, split, "tokens")
-        self.tokens = found = self._rows
+        super().__init__(folder, split)
         self.grid = Grid(*self._manifest["grid"])
         self.vocab_size: int = self._manifest["vocab_size"]
         self.tokenizer: str = self._manifest["tokenizer"]
         self.data: str = self._manifest["data"]
-        if found.ndim != 2 or found.shape[1] != self.grid.n or found.dtype.kind not in "iu":
-            raise _damaged(self._path, f"got {found.dtype} {found.shape}, expected (n, {self.grid.n})")
-        sample = _sample(found)
-        if sample.size and not 0 <= sample.min() <= sample.max() < self.vocab_size:
-            held = f"tokens from {sample.min()} to {sample.max()}"
-            raise _damaged(self._path, f"it holds {held}, the vocabulary has {self.vocab_size}")
+        path, limit = self._path("tokens"), f"the vocabulary has {self.vocab_size}"
+        self.tokens = _read(path, ("n", self.grid.n))
+        self.labels = self._read_labels(len(self.tokens))
+        _check_range(path, _sample(self.tokens), "tokens", self.vocab_size, limit)
         text = self._manifest.get("text") or {"vocab_size": 0, "length": 0}
         self.text_vocab, self.text_length = text["vocab_size"], text["length"]
-        columns = [self.attribute_values()]
+        captions = np.empty((len(self), 0))
         if self.text_length:
-            columns.append(_read_captions(self.folder, split, len(self), self.text_vocab, self.text_length))
-        self.further = np.concatenate(columns, axis=1).astype(np.int32)
+            path, limit = self._path("captions"), f"the vocabulary has {self.text_vocab}"
+            captions = _read(path, (len(self), self.text_length))
+            _check_range(path, captions, "tokens", self.text_vocab, limit, -1)
+        self.further = np.concatenate((self.attribute_values(), captions), axis=1).astype(np.int32)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -151,11 +163,10 @@ class TokenSet(_Split):
         The condition is labels (B,) int64, or (B, 1 + A + L) if there are attributes or captions.
         """
         rows = np.asarray(indices)
-        tokens = self.tokens[rows].astype(np.int64)
         labels, further = np.array(self.labels[rows]), self.further[rows]
         if further.shape[1]:
             labels = np.concatenate((labels[:, None], further), axis=1)
-        return torch.from_numpy(np.asarray(tokens)), torch.from_numpy(labels)
+        return _int64(self.tokens[rows]), torch.from_numpy(labels)
 
     def without(self, condition: Tensor, parts: Sequence[str]) -> Tensor:
         """A condition (see `batch`) with some parts hidden: "class", "captions", or attributes by name.
@@ -187,43 +198,39 @@ class OrderSet:
     """
 
     def __init__(self, folder: str | Path):
-        """Open `train.order.npy` and `train.log_prob.npy`.
-
-        Raises:
-            FileNotFoundError: `folder` is no finished artifact.
-            ValueError: a file is damaged; the message names it.
-        """
+        """Open `train.order.npy` and the files beside it; errors as for `TokenSet`."""
         self.folder = Path(folder)
-        manifest = read_manifest(folder)
+        manifest = files.read_manifest(folder)
         self.fingerprint: str = manifest["fingerprint"]
         self.tokens: str = manifest["tokens"]
         self.policy: str = manifest["policy"]
-        path = self.folder / "train.order.npy"
-        self.orders = load_array(path)
-        if self.orders.ndim != 2 or len(self.orders) != manifest["rows"]:
-            raise _damaged(path, f"got shape {self.orders.shape}, expected {manifest['rows']} rows")
-        if (np.sort(_sample(self.orders), axis=1) != np.arange(self.orders.shape[1])).any():
-            raise _damaged(path, f"a row is no permutation of {self.orders.shape[1]} positions")
+        path, rows = self.folder / "train.order.npy", manifest["rows"]
+        self.orders = files.load_array(path)
+        shape = self.orders.shape
+        _check(len(shape) == 2 and shape[0] == rows, path, f"got shape {shape}, expected {rows} rows")
+        self._check_orders(path, _sample(self.orders))
         path = self.folder / "train.log_prob.npy"
-        self.log_prob = load_array(path)
-        if self.log_prob.shape != self.orders.shape:
-            raise _damaged(path, f"got shape {self.log_prob.shape}, the orders have {self.orders.shape}")
-        self.test_orders = self._small("test.order.npy")
-        self.class_orders = self._small("class_order.npy")
+        self.log_prob = files.load_array(path)
+        _check(self.log_prob.shape == shape, path, f"got shape {self.log_prob.shape}, the orders have {shape}")
+        self.test_orders = self._table("test.order.npy")
+        self.class_orders = self._table("class_order.npy")
 
-    def _small(self, name: str) -> Tensor:
-        """A short table of orders, (n, N) int64."""
-        table = np.array(load_array(self.folder / name)).astype(np.int64)
-        if table.shape[1:] != self.orders.shape[1:] or (np.sort(table) != np.arange(table.shape[-1])).any():
-            raise _damaged(self.folder / name, f"a row is no permutation of {self.orders.shape[1]} positions")
-        return torch.from_numpy(table)
+    def _check_orders(self, path: Path, orders: np.ndarray) -> None:
+        n = self.orders.shape[1]
+        permuted = orders.shape[1:] == (n,) and (np.sort(orders) == np.arange(n)).all()
+        _check(permuted, path, f"a row is no permutation of {n} positions")
+
+    def _table(self, name: str) -> Tensor:
+        table = files.load_array(self.folder / name)
+        self._check_orders(self.folder / name, table)
+        return _int64(table)
 
     def __len__(self) -> int:
         return len(self.orders)
 
     def batch(self, indices: Indices) -> Tensor:
         """Orders (B, N) int64 of the given rows."""
-        return torch.from_numpy(np.asarray(self.orders[np.asarray(indices)].astype(np.int64)))
+        return _int64(self.orders[np.asarray(indices)])
 
     def of_classes(self, condition: Tensor) -> Tensor:
         """The mean order of the class of each condition, (B, N) int64; of all classes where there is none."""
@@ -231,20 +238,12 @@ class OrderSet:
 
 
 def check_tokenizer(tokens: TokenSet, tokenizer: str) -> None:
-    """Refuse tokens that another tokenizer made.
-
-    Args:
-        tokens: the token cache.
-        tokenizer: fingerprint of the tokenizer in use.
-
-    Raises:
-        ValueError: the fingerprints differ.
-    """
-    if tokens.tokenizer != tokenizer:
-        raise ValueError(
-            f"the tokens in {tokens.folder} were made by tokenizer {tokens.tokenizer}, not by {tokenizer}: "
-            "tokenize the images again with this tokenizer, or use the one that made them"
-        )
+    """Refuse, by a ValueError, tokens of another tokenizer than the one of this fingerprint."""
+    require(
+        tokens.tokenizer == tokenizer,
+        f"the tokens in {tokens.folder} were made by tokenizer {tokens.tokenizer}, not by {tokenizer}: "
+        "tokenize the images again with this tokenizer, or use the one that made them",
+    )
 
 
 def check_tokens(orders: OrderSet, tokens: TokenSet) -> None:
@@ -254,56 +253,44 @@ def check_tokens(orders: OrderSet, tokens: TokenSet) -> None:
         ValueError: the orders were extracted from another token cache, or `tokens` is not the train split.
     """
     mend = "extract the orders again from these tokens, or use the tokens that they are for"
-    if orders.tokens != tokens.fingerprint:
-        raise ValueError(
-            f"the orders in {orders.folder} are for token cache {orders.tokens}, "
-            f"but {tokens.folder} is {tokens.fingerprint}: {mend}"
-        )
+    require(
+        orders.tokens == tokens.fingerprint,
+        f"the orders in {orders.folder} are for token cache {orders.tokens}, "
+        f"but {tokens.folder} is {tokens.fingerprint}: {mend}",
+    )
     fits = len(orders) <= len(tokens) and orders.orders.shape[1:] == tokens.tokens.shape[1:]
-    if tokens.split != "train" or not fits:
-        raise ValueError(
-            f"the orders in {orders.folder} are for {orders.orders.shape} tokens of the train split, "
-            f"got {tokens.tokens.shape} tokens of the {tokens.split} split: {mend}"
-        )
+    require(
+        tokens.split == "train" and fits,
+        f"the orders in {orders.folder} are for {orders.orders.shape} tokens of the train split, "
+        f"got {tokens.tokens.shape} tokens of the {tokens.split} split: {mend}",
+    )
 
 
-def _read_labels(folder: Path, split: str, rows: int, classes: int) -> np.ndarray:
-    path = folder / f"{split}.labels.npy"
-    labels = load_array(path)
-    if labels.shape != (rows,) or labels.dtype != np.int64:
-        raise _damaged(path, f"got {labels.dtype} {labels.shape}, expected int64 ({rows},)")
-    if rows and not 0 <= labels.min() <= labels.max() < max(1, classes):
-        raise _damaged(path, f"labels from {labels.min()} to {labels.max()}, there are {classes} classes")
-    return labels
+def _read(path: Path, shape: tuple[int | str, ...], dtype: str = "") -> np.ndarray:
+    """A memory map of this dtype, by default any integers, and shape, in which texts stand for any size."""
+    array = files.load_array(path)
+    fits = np.issubdtype(array.dtype, dtype or np.integer) and len(shape) == array.ndim
+    fits = fits and all(isinstance(n, str) or n == m for n, m in zip(shape, array.shape, strict=True))
+    expected = f"{dtype} ({', '.join(map(str, shape))})".lstrip()
+    _check(fits, path, f"got {array.dtype} {array.shape}, expected {expected}")
+    return array
 
 
-def _read_columns(folder: Path, split: str, rows: int, sizes: list[int]) -> np.ndarray:
-    """Values (rows, A) int64 of the attributes."""
-    if not sizes:
-        return np.empty((rows, 0), np.int64)
-    path = folder / f"{split}.attributes.npy"
-    values = np.array(load_array(path))
-    if values.shape != (rows, len(sizes)) or values.dtype != np.int64:
-        raise _damaged(path, f"got {values.dtype} {values.shape}, expected int64 ({rows}, {len(sizes)})")
-    if (values < -1).any() or (values >= np.array(sizes)).any():
-        raise _damaged(path, f"there are {sizes} values of the attributes, it holds others")
-    return values
+def _check_range(path: Path, found: np.ndarray, what: str, end: int, limit: str, low: int = 0) -> None:
+    """Values must lie in [low, end)."""
+    if found.size:
+        first, last = found.min(), found.max()
+        _check(low <= first and last < end, path, f"it holds {what} from {first} to {last}, {limit}")
 
 
-def _read_captions(folder: Path, split: str, rows: int, vocab: int, length: int) -> np.ndarray:
-    """Caption tokens (rows, L) int64."""
-    path = folder / f"{split}.captions.npy"
-    tokens = np.array(load_array(path)).astype(np.int64)
-    if tokens.shape != (rows, length) or (tokens.size and not -1 <= tokens.min() <= tokens.max() < vocab):
-        raise _damaged(path, f"got {tokens.shape}, expected ({rows}, {length}) tokens in [0, {vocab}) or -1")
-    return tokens
+def _check(holds: bool, path: Path, what: str) -> None:
+    require(holds, f"{path} is damaged: {what}; delete its folder and run the stage again")
 
 
 def _sample(rows: np.ndarray) -> np.ndarray:
     """Rows spread evenly over the file, the first and the last among them."""
-    count = min(len(rows), _SAMPLE)
-    return rows[np.linspace(0, max(0, len(rows) - 1), count, dtype=np.int64)]
+    return rows[evenly_spaced(_SAMPLE, len(rows))]
 
 
-def _damaged(path: Path, what: str) -> ValueError:
-    return ValueError(f"{path} is damaged: {what}; delete its folder and run the stage again")
+def _int64(rows: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(rows, np.int64))
