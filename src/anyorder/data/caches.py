@@ -31,6 +31,8 @@ class _Split:
         fingerprint: of the artifact.
     """
 
+    labels: np.ndarray
+
     def __init__(self, folder: str | Path, split: str):
         self.folder, self.split = Path(folder), split
         self._manifest = files.read_manifest(folder)
@@ -57,7 +59,9 @@ class _Split:
         path = self._path("attributes")
         columns = np.array(_read(path, (len(self), len(self.attributes)), "int64"))
         for column, (name, known) in zip(columns.T, self.attributes.items(), strict=True):
-            _check_range(path, column, f"values of the attribute {name}", len(known), f"it has {len(known)}", -1)
+            _check_range(
+                path, column, f"values of the attribute {name}", len(known), f"it has {len(known)}", -1
+            )
         return columns
 
 
@@ -211,7 +215,9 @@ class OrderSet:
         self._check_orders(path, _sample(self.orders))
         path = self.folder / "train.log_prob.npy"
         self.log_prob = files.load_array(path)
-        _check(self.log_prob.shape == shape, path, f"got shape {self.log_prob.shape}, the orders have {shape}")
+        _check(
+            self.log_prob.shape == shape, path, f"got shape {self.log_prob.shape}, the orders have {shape}"
+        )
         self.test_orders = self._table("test.order.npy")
         self.class_orders = self._table("class_order.npy")
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
+from anyorder.contracts import require
 from anyorder.data.rows import slices
 
 Size = tuple[int, int]
@@ -35,15 +36,10 @@ GENERATE = 128
 """Grey values of a mask from here on are generated."""
 _GAP = 3.0  # how much larger than needed a cheap first reduction may leave the image; 3 is visually lossless
 _ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_UPRIGHT = (
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90",
+)  # fmt: skip
+"""What undoes the EXIF orientations from 2 on."""
 _PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 
@@ -67,17 +63,16 @@ def load_image(
     fill: Color = WHITE,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """Read one image, upright, in RGB (sRGB if it has a colour profile).
+    """Read one image, upright, in RGB (sRGB if it has a colour profile); of an animation the first frame.
 
-    Of an animation the first frame is taken. Samples of 16 and 32 bits and floats are scaled to 8 bits: the
-    smallest common range that holds them all (1, 255 or 65535; 2**31 for integers) becomes 255.
+    Samples of 16 and 32 bits and floats are scaled to 8 bits: the smallest common range that holds them all
+    (1, 255 or 65535; 2**31 for integers) becomes 255.
 
     Args:
         image: a path, the bytes of a file, a Pillow image of any mode, or an array (H, W), (H, W, 3) or
             (H, W, 4) of bool, uint8, uint16 or float.
         size: (height, width) in pixels; None leaves the size as it is.
-        fit: "crop" covers `size` and cuts what hangs over evenly; "letterbox" shows all of the image and
-            fills the rest.
+        fit: "crop" covers `size` and cuts what hangs over evenly; "letterbox" shows all and fills the rest.
         fill: RGB in [0, 255] behind transparent pixels and around a letterboxed image.
         max_pixels: larger images are refused before they are decoded; `MOST_PIXELS` at most.
 
@@ -97,19 +92,9 @@ def load_image(
 
 
 def load_mask(mask: ImageLike, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Read a mask: white is to be generated, black and transparent are kept.
+    """Read a mask, (H, W) bool: white is to be generated, True; black and transparent are kept.
 
-    A mask of the values 0 and 1 alone is understood, too.
-
-    Args:
-        mask: as `image` of `load_image`.
-        max_pixels: see `load_image`.
-
-    Returns:
-        (H, W) bool, True where pixels are to be generated.
-
-    Raises:
-        BadImage: see `load_image`.
+    A mask of the values 0 and 1 alone is understood, too. Arguments and errors as for `load_image`.
     """
     with _errors(mask):
         grey = np.asarray(_decode(mask, None, (0, 0, 0), max_pixels).convert("L"))
@@ -117,11 +102,10 @@ def load_mask(mask: ImageLike, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def check_format(size: Size | None, fit: str) -> None:
-    """Raise a ValueError for a size or a way to fit that `load_image` does not know."""
-    if size is not None and (len(size) != 2 or min(size) < 1):
-        raise ValueError(f"size must be a positive (height, width) in pixels, got {size}")
-    if fit not in ("crop", "letterbox"):
-        raise ValueError(f"fit must be 'crop' or 'letterbox', got {fit!r}")
+    """Refuse, by a ValueError, a size or a way to fit that `load_image` does not know."""
+    positive = size is None or (len(size) == 2 and min(size) >= 1)
+    require(positive, f"size must be a positive (height, width) in pixels, got {size}")
+    require(fit in ("crop", "letterbox"), f"fit must be 'crop' or 'letterbox', got {fit!r}")
 
 
 @contextlib.contextmanager
@@ -137,9 +121,13 @@ def _errors(image: ImageLike) -> Iterator[None]:
     except UnidentifiedImageError as e:
         raise BadImage("not an image", "no decoder knows its first bytes", where) from e
     except Exception as e:
-        from_system = getattr(e, "errno", None) is not None
-        kind = "unreadable file" if from_system else "damaged image"
+        kind = "damaged image" if getattr(e, "errno", None) is None else "unreadable file"
         raise BadImage(kind, f"{type(e).__name__}: {e}", where) from e
+
+
+def _require(holds: bool, kind: str, detail: str) -> None:
+    if not holds:
+        raise BadImage(kind, detail)
 
 
 def _decode(image: ImageLike, size: Size | None, fill: Color, max_pixels: int) -> Image.Image:
@@ -148,14 +136,11 @@ def _decode(image: ImageLike, size: Size | None, fill: Color, max_pixels: int) -
         image = _from_array(image)
     opened = contextlib.nullcontext(image) if isinstance(image, Image.Image) else _open(image)
     with opened as found:
-        if found.width * found.height > max_pixels:
-            detail = f"{found.width} x {found.height} pixels, allowed are {max_pixels} (max_pixels)"
-            raise BadImage("too many pixels", detail)
-        if found.format not in (None, *FORMATS):
-            raise BadImage("not an image", f"{found.format} files are not read")
+        detail = f"{found.width} x {found.height} pixels, allowed are {max_pixels} (max_pixels)"
+        _require(found.width * found.height <= max_pixels, "too many pixels", detail)
+        _require(found.format in (None, *FORMATS), "not an image", f"{found.format} files are not read")
         if size is not None and found is not image:  # a user's image stays as it is
-            side = int(_GAP * max(size))
-            found.draft(None, (side, side))
+            found.draft(None, (int(_GAP * max(size)),) * 2)
         return _upright(found, fill)
 
 
@@ -165,13 +150,11 @@ def _open(image: bytes | str | os.PathLike[str]) -> Image.Image:
         length = len(image)
     else:
         file = path = Path(image).expanduser()
-        if not os.path.isfile(path):  # opening a pipe or a device would wait for ever
-            raise BadImage("unreadable file", "no regular file, or a broken link")
+        # Opening a pipe or a device would wait for ever.
+        _require(os.path.isfile(path), "unreadable file", "no regular file, or a broken link")
         length = os.path.getsize(path)
-    if not length:
-        raise BadImage("empty file", "zero bytes")
-    if length > MAX_BYTES:
-        raise BadImage("too many bytes", f"{length:,} bytes, allowed are {MAX_BYTES:,}")
+    _require(length > 0, "empty file", "zero bytes")
+    _require(length <= MAX_BYTES, "too many bytes", f"{length:,} bytes, allowed are {MAX_BYTES:,}")
     return Image.open(file, formats=_openable())
 
 
@@ -190,9 +173,9 @@ def suffixes() -> set[str]:
 
 def _upright(image: Image.Image, fill: Color) -> Image.Image:
     image.load()
-    orientation = None
+    orientation = 1
     with contextlib.suppress(Exception):  # broken EXIF is no reason to lose a whole image
-        orientation = image.getexif().get(_ORIENTATION_TAG)
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     if image.mode == "F" or image.mode.startswith("I"):
         image = _from_samples(image)
     profile = image.info.get("icc_profile")
@@ -202,7 +185,9 @@ def _upright(image: Image.Image, fill: Color) -> Image.Image:
         image = Image.composite(_rgb(layer.convert("RGB"), profile), behind, layer.getchannel("A"))
     else:
         image = _rgb(image, profile)
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+    if orientation not in range(2, 9):
+        return image
+    return image.transpose(Image.Transpose[_UPRIGHT[orientation - 2]])
 
 
 def _rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
@@ -239,19 +224,19 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     known = array.dtype in (np.bool_, np.uint8, np.uint16) or array.dtype.kind == "f"
-    if not known or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)) or not array.size:
-        raise BadImage(
-            "not an image",
-            "arrays must be (H, W), (H, W, 3) or (H, W, 4) of bool, uint8, uint16 or float, "
-            f"got {array.dtype} of shape {array.shape}",
-        )
+    _require(
+        known and array.ndim in (2, 3) and array.shape[2:] in ((), (3,), (4,)) and array.size > 0,
+        "not an image",
+        "arrays must be (H, W), (H, W, 3) or (H, W, 4) of bool, uint8, uint16 or float, "
+        f"got {array.dtype} of shape {array.shape}",
+    )
     return Image.fromarray(np.ascontiguousarray(_eight_bits(array)))
 
 
 def _eight_bits(samples: np.ndarray) -> np.ndarray:
     """Samples of any type to uint8: the smallest common range that holds them all becomes [0, 255]."""
-    if samples.dtype == np.uint8 or samples.dtype == np.bool_:
-        return samples * np.uint8(255) if samples.dtype == np.bool_ else samples
+    if samples.dtype in (np.uint8, np.bool_):
+        return samples if samples.dtype == np.uint8 else samples * np.uint8(255)
     values = np.asarray(samples, np.float32)
     top = float(values.max(where=np.isfinite(values), initial=0))
     values = np.nan_to_num(values, posinf=top)

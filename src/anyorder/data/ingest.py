@@ -175,7 +175,7 @@ def _ingest_split(
         listed = "; ".join(f"{skip['name']}: {skip['reason']}" for skip in skipped.first[:5])
         raise ValueError(f"none of {taken} {split} images could be used: {listed or 'there are none'}")
     writer.close()
-    if source.captioned:
+    if source.columns.caption:
         write_json(folder / f"{split}.captions.json", captions)
     return writer.rows, skipped.facts()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from anyorder.contracts import require
 from anyorder.files import MANIFEST
 
 _SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "@eadir"}
@@ -27,11 +29,10 @@ _FILE = re.compile(rf"(?:^|[-_. ]){_WORDS}(?![a-z])", re.IGNORECASE)
 
 @dataclass
 class Listing:
-    """The files below a folder."""
+    """Files below a folder."""
 
-    root: Path
     files: list[str]
-    """Paths relative to `root`, sorted, with "/"."""
+    """Paths relative to the folder, sorted, with "/"."""
     ignored: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     """Reason -> entries that are left out."""
 
@@ -44,7 +45,7 @@ def list_files(root: Path) -> Listing:
     Raises:
         ValueError: anyorder wrote `root` itself.
     """
-    found, seen = Listing(root, []), {os.path.realpath(root)}
+    found, seen = Listing([]), {os.path.realpath(root)}
 
     def path_of(folder: str, name: str) -> str:
         return Path(os.path.relpath(os.path.join(folder, name), root)).as_posix()
@@ -54,12 +55,13 @@ def list_files(root: Path) -> Listing:
 
     for folder, subfolders, files in os.walk(root, onerror=unreadable, followlinks=True):
         if _is_artifact(Path(folder), files) or (Path(folder) != root and {*files} >= _SAMPLES):
-            if Path(folder) == root:
-                raise ValueError(f"{root} was written by anyorder: source= takes a folder of images")
+            mend = "source= takes a folder of images"
+            require(Path(folder) != root, f"{root} was written by anyorder: {mend}")
             found.ignored["written by anyorder"].append(path_of(folder, ""))
             subfolders.clear()
             continue
-        hidden = {name for name in (*subfolders, *files) if _is_hidden(name)}
+        names = (*subfolders, *files)
+        hidden = {name for name in names if name.startswith(".") or name.lower() in _SYSTEM}
         found.ignored["hidden or system entry"] += [path_of(folder, name) for name in sorted(hidden)]
         found.files += [path_of(folder, name) for name in files if name not in hidden]
         visible = sorted({*subfolders} - hidden, reverse=True)
@@ -71,21 +73,14 @@ def list_files(root: Path) -> Listing:
     return found
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in _SYSTEM
-
-
 def _is_artifact(folder: Path, files: Sequence[str]) -> bool:
     """Whether a stage wrote, or is writing, this folder."""
-    if ".identity.json" in files:
-        return True
-    if MANIFEST not in files:
-        return False
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(manifest, dict) and {"stage", "fingerprint"} <= manifest.keys()
+    manifest = None
+    if MANIFEST in files:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            manifest = json.loads((folder / MANIFEST).read_bytes())
+    finished = isinstance(manifest, dict) and {"stage", "fingerprint"} <= manifest.keys()
+    return finished or ".identity.json" in files
 
 
 # --- splits ---
@@ -108,13 +103,10 @@ def _kind(match: re.Match[str] | None) -> str | None:
 
 
 def split_and_class(names: Sequence[str]) -> list[tuple[str | None, str | None]]:
-    """The split and the class of every image of a folder, from the folders that it lies in.
+    """The split and the class of every image of a folder, from its path relative to the folder, with "/".
 
     Understood are `cat/1.png`, `train/cat/1.png`, `cat/train/1.png`, and folders around these. The split is
     "train" everywhere if nothing names one, None for an image beside the splits.
-
-    Args:
-        names: paths relative to the folder, with "/".
 
     Raises:
         ValueError: a folder may be a split or a class, or there is a test split but no training split.
@@ -134,12 +126,10 @@ def split_and_class(names: Sequence[str]) -> list[tuple[str | None, str | None]]
         if "train" in kinds(1) and len({*kinds(1)} - {None}) > 1:
             raise _unclear(at(1), kinds(1))
         return [("train", label) for label in at(0)]
-    splits = kinds(1 if level is None else level)  # 1: cat/train/1.png
-    if "train" not in splits:
-        raise ValueError(
-            f"the folders {_listed(at(1 if level is None else level))} name a test split, and none names the "
-            "training split: call its folder train"
-        )
+    found = 1 if level is None else level  # 1: cat/train/1.png
+    splits, named = kinds(found), _listed(at(found))
+    mend = "none names the training split: call its folder train"
+    require("train" in splits, f"the folders {named} name a test split, and {mend}")
     if level is None:
         return list(zip(splits, at(0), strict=True))
     if None in splits and len({*splits} - {None}) < 2:  # a single name may as well be a class
@@ -163,20 +153,14 @@ def _listed(names: Iterable[str | None]) -> str:
     return ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
 
 
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big")
-
-
 def held_out(names: Sequence[str], fraction: float) -> list[bool]:
-    """Which of these become the test split; the name decides, so that added images move no others.
+    """Which of these unique names become the test split, a share in [0, 1) of them.
 
-    At least one goes to either side if there are two names and `fraction` is above 0.
-
-    Args:
-        names: unique names.
-        fraction: share in [0, 1).
+    The name decides, so that added images move no others. At least one goes to either side if there are two
+    names and `fraction` is above 0.
     """
-    hashes = [_hash(name) for name in names]
+    digests = (hashlib.sha256(os.fsencode(name)).digest() for name in names)
+    hashes = [int.from_bytes(digest[:8], "big") for digest in digests]
     chosen = [value < fraction * 2**64 for value in hashes]
     if fraction and len(names) > 1 and len({*chosen}) == 1:
         chosen[hashes.index(max(hashes) if chosen[0] else min(hashes))] ^= True

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from anyorder.contracts import require
 from anyorder.data import listing
 from anyorder.data.classes import in_sequence
 from anyorder.data.images import BadImage, suffixes
@@ -15,6 +17,8 @@ from anyorder.data.images import BadImage, suffixes
 SIDECARS = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".md", ".yaml", ".yml", ".html", ".log", ".py"}
 """Files that are expected beside images; other unknown files may be images that cannot be read."""
 UNKNOWN = "unknown suffix"
+Parts = dict[str | None, list[str]]
+"""One of train, test and validation, or None for no split -> names of the files or tables of images."""
 
 
 class Item(NamedTuple):
@@ -27,37 +31,6 @@ class Item(NamedTuple):
     attributes: tuple[str | None, ...] = ()
     """Value of each of the source's attributes, None where it has none."""
     caption: str | None = None
-
-
-class Source:
-    """Images in a fixed sequence; `split` is "train" or "test"."""
-
-    captioned = False
-    """Whether its items have captions."""
-
-    def classes(self) -> list[str]:
-        """Class names, in the source's sequence if it has one; empty if the images have no classes."""
-        raise NotImplementedError
-
-    def attributes(self) -> dict[str, list[str]]:
-        """Names of further attributes, and the values of each in the train split or in the source's list."""
-        return {}
-
-    def count(self, split: str) -> int:
-        """How many items the split has."""
-        raise NotImplementedError
-
-    def items(self, split: str) -> Iterator[Item]:
-        """The items of a split; the same ones in the same sequence every time."""
-        raise NotImplementedError
-
-    def ignored(self) -> dict[str, list[str]]:
-        """Reason -> names of entries that are no items."""
-        return {}
-
-    def stats(self) -> listing.Stats:
-        """Sizes and times of the files that are read; empty for a data set that has no files here."""
-        return {}
 
 
 @dataclass(frozen=True)
@@ -83,6 +56,86 @@ class Columns:
 NO_COLUMNS = Columns()
 
 
+class Source:
+    """Images in a fixed sequence; `split` is "train" or "test".
+
+    Validation images are the test split where nothing is named test; where the source has neither, an
+    image's name decides whether it is among the share `test_fraction` that is held out.
+    """
+
+    columns = NO_COLUMNS
+    test_fraction = 0.1
+
+    @cached_property
+    def _parts(self) -> Parts:
+        raise NotImplementedError
+
+    def _read(self, part: str, with_images: bool) -> Iterator[Item]:
+        """Every item of a part; images are empty if not asked for."""
+        raise NotImplementedError
+
+    def _names(self, part: str, column: str) -> list[str] | None:
+        """The class names that the part's description gives to the numbers in a column."""
+        return None
+
+    def stats(self) -> listing.Stats:
+        """Sizes and times of the files that are read; empty for a data set that has no files here."""
+        return {}
+
+    @cached_property
+    def _splits(self) -> dict[str, list[str]]:
+        """Parts of the splits train and test, or of "all" where names decide item by item."""
+        train, test = self._parts["train"], self._parts.get("test") or self._parts.get("validation")
+        return {"train": train, "test": test} if test else {"all": train}
+
+    @cached_property
+    def _held_out(self) -> dict[str, bool]:
+        """Name of each item of "all" -> whether it is in the test split."""
+        names = [item.name for part in self._splits["all"] for item in self._read(part, False)]
+        return dict(zip(names, listing.held_out(names, self.test_fraction), strict=True))
+
+    def items(self, split: str, with_images: bool = True) -> Iterator[Item]:
+        """The items of a split; the same ones in the same sequence every time."""
+        whole = "all" in self._splits
+        for part in self._splits["all" if whole else split]:
+            for item in self._read(part, with_images):
+                if not whole or self._held_out[item.name] == (split == "test"):
+                    yield item
+
+    @cached_property
+    def _texts(self) -> dict[str, list[Item]]:
+        """The items without their images."""
+        return {split: list(self.items(split, with_images=False)) for split in ("train", "test")}
+
+    def count(self, split: str) -> int:
+        """How many items the split has."""
+        return len(self._texts[split])
+
+    def classes(self) -> list[str]:
+        """Class names, in the source's sequence if it has one; empty if the images have no classes."""
+        return self._values(self.columns.label, (item.label for item in self._texts["train"]))
+
+    def attributes(self) -> dict[str, list[str]]:
+        """Names of further attributes, and the values of each in the train split or in the source's list."""
+        items, named = self._texts["train"], enumerate(self.columns.attributes)
+        return {column: self._values(column, (item.attributes[i] for item in items)) for i, column in named}
+
+    def _values(self, column: str | None, found: Iterable[str | None]) -> list[str]:
+        """In the sequence of the source's own list, with those that do not occur, where it has one."""
+        parts = [part for parts in self._splits.values() for part in parts] if column else []
+        lists = {part: self._names(part, column or "") for part in parts}
+        names = next(iter(lists.values()), None)
+        for part, others in lists.items():
+            same = f"{parts[0]} and {part} list other classes for {column!r}: use one of them"
+            require(others == names, same)
+        return names or in_sequence(value for value in found if value)
+
+    def ignored(self) -> dict[str, list[str]]:
+        """Reason -> names of entries that are no items."""
+        used = {part for parts in self._splits.values() for part in parts}
+        return {"beside the splits": [p for parts in self._parts.values() for p in parts if p not in used]}
+
+
 def open_source(where: str | Path, columns: Columns = NO_COLUMNS, test_fraction: float = 0.1) -> Source:
     """The source at `where`: a folder of images, parquet file(s), or a Hugging Face data set id.
 
@@ -90,7 +143,7 @@ def open_source(where: str | Path, columns: Columns = NO_COLUMNS, test_fraction:
         where: a path, or an id such as "user/name".
         columns: what is read from parquet files and Hugging Face data sets.
         test_fraction: share in [0, 1) of the images that become the test split where the source has none, at
-            least one image; an image's name alone decides where it goes.
+            least one image.
 
     Raises:
         FileNotFoundError: `where` is neither a path nor an id.
@@ -99,8 +152,7 @@ def open_source(where: str | Path, columns: Columns = NO_COLUMNS, test_fraction:
     """
     from anyorder.data.tables import HubSource, ParquetSource
 
-    if not 0 <= test_fraction < 1:
-        raise ValueError(f"test_fraction must be at least 0 and below 1, got {test_fraction}")
+    require(0 <= test_fraction < 1, f"test_fraction must be at least 0 and below 1, got {test_fraction}")
     path = Path(where).expanduser()
     if path.is_file():
         return ParquetSource(path, columns, test_fraction)
@@ -110,69 +162,59 @@ def open_source(where: str | Path, columns: Columns = NO_COLUMNS, test_fraction:
         return HubSource(str(where), columns, test_fraction)
     if any(name.endswith(".parquet") for name in listing.list_files(path).files):
         return ParquetSource(path, columns, test_fraction)
-    if columns != NO_COLUMNS:
-        raise ValueError(
-            f"{where} is an image folder: it has no columns, and its classes are its subfolders; leave out "
-            "image, label, captions and attributes, or put the images into parquet files"
-        )
+    require(
+        columns == NO_COLUMNS,
+        f"{where} is an image folder: it has no columns, and its classes are its subfolders; leave out "
+        "image, label, captions and attributes, or put the images into parquet files",
+    )
     return FolderSource(path, test_fraction)
 
 
 @dataclass(frozen=True)
 class FolderSource(Source):
-    """Images below a folder; subfolders name the classes, or the splits and in them the classes.
-
-    See `listing.split_and_class`. Validation images are the test split where no folder is named test.
-    """
+    """Images below a folder, in folders of classes and splits as `listing.split_and_class` knows them."""
 
     path: Path
     test_fraction: float = 0.1
 
     @cached_property
-    def _found(self) -> tuple[dict[str, list[Item]], dict[str, list[str]]]:
-        """Items by split, and what is ignored."""
+    def _found(self) -> listing.Listing:
+        """The images, and what is ignored."""
         found, known = listing.list_files(self.path), suffixes()
         names: list[str] = []
-        ignored = found.ignored
         for name in found.files:
             suffix = Path(name).suffix.lower()
             unknown = "text beside the images" if suffix in SIDECARS else UNKNOWN
-            (names if suffix in known else ignored[unknown]).append(name)
+            (names if suffix in known else found.ignored[unknown]).append(name)
         if not names:
-            others = ", ".join(f"{len(v)} x {reason}" for reason, v in ignored.items() if v) or "nothing"
+            others = (
+                ", ".join(f"{len(v)} x {reason}" for reason, v in found.ignored.items() if v) or "nothing"
+            )
             raise FileNotFoundError(
                 f"{self.path} holds no images (files with a suffix such as .jpg, .png, .webp), but {others}"
             )
-        splits: dict[str | None, list[Item]] = {"train": [], "test": [], "validation": [], None: []}
-        for name, (split, label) in zip(names, listing.split_and_class(names), strict=True):
-            splits[split].append(Item(self.path / name, label, name))
-        unused = splits["validation"] if splits["test"] else []
-        ignored |= {"beside the splits": [item.name for item in (*splits[None], *unused)]}
-        return self._train_and_test(splits["train"], splits["test"] or splits["validation"]), ignored
+        return listing.Listing(names, found.ignored)
 
-    def _train_and_test(self, train: list[Item], test: list[Item]) -> dict[str, list[Item]]:
-        if test:
-            return {"train": train, "test": test}
-        chosen = listing.held_out([item.name for item in train], self.test_fraction)
-        pairs = list(zip(train, chosen, strict=True))
-        return {split: [i for i, c in pairs if c == (split == "test")] for split in ("train", "test")}
+    @cached_property
+    def _labels(self) -> dict[str, tuple[str | None, str | None]]:
+        """Name of each image -> split and class."""
+        names = self._found.files
+        return dict(zip(names, listing.split_and_class(names), strict=True))
 
-    def classes(self) -> list[str]:
-        """See `Source`; by number or alphabet."""
-        return in_sequence(item.label for item in self._found[0]["train"] if item.label is not None)
+    @cached_property
+    def _parts(self) -> Parts:
+        parts: Parts = defaultdict(list)
+        for name, (split, _) in self._labels.items():
+            parts[split].append(name)
+        return parts
 
-    def count(self, split: str) -> int:
-        """See `Source`."""
-        return len(self._found[0][split])
-
-    def items(self, split: str) -> Iterator[Item]:
-        """See `Source`."""
-        return iter(self._found[0][split])
+    def _read(self, part: str, with_images: bool) -> Iterator[Item]:
+        yield Item(self.path / part, self._labels[part][1], part)
 
     def ignored(self) -> dict[str, list[str]]:
         """See `Source`."""
-        return self._found[1]
+        return self._found.ignored | super().ignored()
 
     def stats(self) -> listing.Stats:
         """See `Source`."""
-        return listing.stats(self.path, (item.name for items in self._found[0].values() for item in items))
+        return listing.stats(self.path, (item.name for items in self._texts.values() for item in items))
