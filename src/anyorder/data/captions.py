@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anyorder.contracts import require
+
 _UNKNOWN = "[UNK]"
 
 
@@ -25,14 +27,17 @@ class TextConfig:
     """Largest number of tokens in a caption; longer captions are cut."""
 
     def __post_init__(self) -> None:
-        if self.vocab_size < 2 or self.length < 1:
-            raise ValueError(
-                f"vocab_size must be >= 2 and length >= 1, got {self.vocab_size} and {self.length}"
-            )
+        got = f"{self.vocab_size} and {self.length}"
+        fits = self.vocab_size >= 2 and self.length >= 1
+        require(fits, f"vocab_size must be >= 2 and length >= 1, got {got}")
 
 
 class CaptionTokenizer:
-    """Byte-pair encoding of lower-case text; needs the extra `text` only when it encodes."""
+    """Byte-pair encoding of lower-case text.
+
+    Raises:
+        ImportError: when it learns or encodes, and the library `tokenizers` is not installed.
+    """
 
     def __init__(self, definition: str):
         """From JSON as `train` makes it and the `tokenizers` library reads it."""
@@ -40,11 +45,7 @@ class CaptionTokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> CaptionTokenizer:
-        """Learn at most `vocab_size` tokens; the same captions give the same ones.
-
-        Raises:
-            ImportError: the library `tokenizers` is not installed.
-        """
+        """Learn at most `vocab_size` tokens; the same captions give the same ones."""
         library = _library()
         tokenizer = library.Tokenizer(library.models.BPE(unk_token=_UNKNOWN))
         normalizers, split = library.normalizers, library.pre_tokenizers
@@ -52,9 +53,8 @@ class CaptionTokenizer:
         # Metaspace marks where words begin, so that "red" is another token than the end of "tired".
         words = [split.WhitespaceSplit(), split.Punctuation(), split.Metaspace()]
         tokenizer.pre_tokenizer = split.Sequence(words)
-        trainer = library.trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[_UNKNOWN], show_progress=False
-        )
+        options = {"special_tokens": [_UNKNOWN], "show_progress": False}
+        trainer = library.trainers.BpeTrainer(vocab_size=vocab_size, **options)
         tokenizer.train_from_iterator(captions, trainer)
         return cls(tokenizer.to_str())
 
@@ -68,11 +68,7 @@ class CaptionTokenizer:
         return self._tokenizer.get_vocab_size()
 
     def encode(self, captions: Sequence[str], length: int) -> np.ndarray:
-        """Tokens (n, length) int64, cut or filled with -1; an empty caption is none at all.
-
-        Raises:
-            ImportError: the library `tokenizers` is not installed.
-        """
+        """Tokens (n, length) int64, cut or filled with -1; an empty caption is none at all."""
         tokens = np.full((len(captions), length), -1, np.int64)
         for row, found in zip(tokens, self._tokenizer.encode_batch(list(captions)), strict=True):
             ids = found.ids[:length]
@@ -110,9 +106,8 @@ class Vocabulary:
         """The condition of n images, (n, 1 + A + L) int64, -1 for whatever is not given.
 
         Args:
-            n: number of images.
-            labels: class index of each.
-            attributes: name of an attribute -> its value for each image, None for none.
+            n, labels: number of images, and class index of each.
+            attributes: name of an attribute -> the value for each image, None for none.
             prompts: caption of each; an empty one is none.
 
         Raises:
@@ -129,10 +124,8 @@ class Vocabulary:
             condition[:, column] = torch.as_tensor(codes)
         if prompts is not None:
             if self.captions is None:
-                raise ValueError(
-                    "prompts need a model that was trained with captions: leave the prompt out, or train one "
-                    "on data with captions=COLUMN"
-                )
+                mend = "leave the prompt out, or train one on data with captions=COLUMN"
+                raise ValueError(f"prompts need a model that was trained with captions: {mend}")
             tokens = self.captions.encode(prompts, self.length)
             condition[:, 1 + len(self.attributes) :] = torch.from_numpy(tokens)
         return condition
@@ -145,9 +138,8 @@ def index_of(name: str, allowed: Sequence[str], what: str) -> int:
         ValueError: it does not; the message suggests the closest one.
     """
     if name not in allowed:
-        close = difflib.get_close_matches(name, allowed, n=1) or [
-            other for other in allowed if other.lower() == name.lower()
-        ]
+        same = [other for other in allowed if other.lower() == name.lower()]
+        close = difflib.get_close_matches(name, allowed, n=1) or same
         hint = f", did you mean '{close[0]}'?" if close else ":"
         raise ValueError(f"unknown {what} '{name}'{hint} choose one of {', '.join(allowed) or 'none'}")
     return list(allowed).index(name)

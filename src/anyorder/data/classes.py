@@ -9,7 +9,7 @@ log = logging.getLogger("anyorder")
 
 
 def in_sequence(names: Iterable[str]) -> list[str]:
-    """Names without a sequence of their own: by number if all are numbers, else by alphabet."""
+    """Unique names, by number if all are numbers, else by alphabet."""
     found = sorted(set(names))
     return sorted(found, key=int) if all(_is_number(name) for name in found) else found
 
@@ -19,19 +19,11 @@ def _is_number(name: str) -> bool:
 
 
 def map_classes(classes: Sequence[str], known: Sequence[str], count: int) -> list[int | None]:
-    """Which of a model's classes each class of some data is.
+    """Which of a model's `count` classes each class of some data is: its index, None for none of them.
 
-    Names are compared without regard to case. A model without names is matched by number: a class that is
-    called `7` is its class 7. Where neither helps and only the number of classes agrees, they are taken to be
-    the same in the same sequence, with a warning.
-
-    Args:
-        classes: names of the data's classes.
-        known: names of the model's classes, empty if it has none.
-        count: number of the model's classes.
-
-    Returns:
-        For each of `classes` its index in [0, count), None for a class that the model does not know.
+    Names are compared without regard to case. A model without names (`known` is empty) is matched by number:
+    a class that is called `7` is class 7. Where neither helps and only the number of classes agrees, they are
+    taken to be the same in the same sequence, with a warning.
     """
     if known:
         exact = {name: i for i, name in enumerate(known)}
@@ -50,11 +42,9 @@ def map_classes(classes: Sequence[str], known: Sequence[str], count: int) -> lis
 
 
 def display_name(name: str, mathtext: bool = False) -> str:
-    """A name that can be printed and drawn: what cannot be shown is escaped.
+    """A name that can be shown: control characters and undecodable bytes (lone surrogates) are escaped.
 
-    Args:
-        name: any text, with control characters or undecodable bytes (lone surrogates) too.
-        mathtext: for matplotlib, where `$` would begin a formula.
+    With `mathtext` also for matplotlib, where `$` would begin a formula.
     """
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
     return shown.replace("$", r"\$") if mathtext else shown

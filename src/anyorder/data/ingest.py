@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from anyorder.contracts import require
 from anyorder.data.images import MAX_PIXELS, WHITE, BadImage, Color, Size, check_format, load_image
 from anyorder.data.sources import UNKNOWN, Item, Source
 from anyorder.files import RowWriter, read_json, write_json
@@ -25,20 +25,13 @@ _LISTED = 1000  # skipped images named in the manifest
 log = logging.getLogger("anyorder")
 
 
-@dataclass
-class _Skipped:
-    """Images that could not be used."""
+Skipped = list[tuple[str, str, str]]
+"""Name of an image that could not be used, the kind of reason, and the rest of it."""
 
-    reasons: Counter[str] = field(default_factory=Counter)
-    first: list[dict[str, str]] = field(default_factory=list)
 
-    def add(self, name: str, kind: str, detail: str = "") -> None:
-        self.reasons[kind] += 1
-        if len(self.first) < _LISTED:
-            self.first.append({"name": name, "reason": f"{kind}: {detail}" if detail else kind})
-
-    def facts(self) -> dict[str, Any]:
-        return {"reasons": dict(self.reasons), "first": self.first}
+def _facts(skipped: Skipped) -> dict[str, Any]:
+    first = [{"name": n, "reason": f"{kind}: {detail}" if detail else kind} for n, kind, detail in skipped]
+    return {"reasons": dict(Counter(kind for _, kind, _ in skipped)), "first": first[:_LISTED]}
 
 
 def ingest(
@@ -54,11 +47,10 @@ def ingest(
 ) -> dict[str, Any]:
     """Decode a source into the arrays of a data artifact.
 
-    Writes `{split}.images.npy` (n, H, W, 3) uint8 and `{split}.labels.npy` (n,) int64 (index into
-    `classes`, 0 where there are none) for the splits train and test; where the source has them, also
-    `{split}.attributes.npy` (n, A) int64 (index into the values, -1 for none or a value that the train
-    split does not have) and `{split}.captions.json`, a list of n texts, empty where there is none.
-    Called again after a kill, a finished split is not decoded a second time.
+    Writes `{split}.images.npy` (n, H, W, 3) uint8 and `{split}.labels.npy` (n,) int64 (index into `classes`,
+    0 where there are none) for train and test; where the source has them, also `{split}.attributes.npy`
+    (n, A) int64 (index into the values, -1 for none or a value that the train split does not have) and
+    `{split}.captions.json`, a list of n texts. After a kill, a finished split is not decoded a second time.
 
     Args:
         source: where the images come from.
@@ -69,20 +61,20 @@ def ingest(
             unknown suffix.
 
     Returns:
-        Facts for the manifest: `classes` (see `Source.classes`), `attributes` (name to values) if there are
-        any, `counts` by split, and `skipped` by split and, as `ignored`, of entries that are no images:
-        `reasons` (kind to count) and `first` (name and reason of up to 1000).
+        Facts for the manifest: `classes`, `attributes` (name to values) if there are any, `counts` by split,
+        and `skipped` by split and, as `ignored`, of entries that are no images: `reasons` (kind to count)
+        and `first` (name and reason of up to 1000).
 
     Raises:
-        ValueError: not one image of a split could be used, too many were skipped, or an argument is not
-            allowed.
+        ValueError: no image of a split could be used, too many were skipped, or an argument is not allowed.
     """
     check_format(size, fit)
-    if min(max_train or 0, max_test or 0) < 0:
-        raise ValueError(f"max_train and max_test must not be negative, got {max_train} and {max_test}")
+    limits = f"max_train and max_test must not be negative, got {max_train} and {max_test}"
+    require(min(max_train or 0, max_test or 0) >= 0, limits)
     decoding = {"size": size, "fit": fit, "fill": fill, "max_pixels": max_pixels}
     classes, attributes = source.classes(), source.attributes()
-    facts: dict[str, Any] = {"classes": classes, "counts": {}, "skipped": {}, "ignored": _ignored(source)}
+    ignored = [(name, reason, "") for reason, names in source.ignored().items() for name in names]
+    facts: dict[str, Any] = {"classes": classes, "counts": {}, "skipped": {}, "ignored": _facts(ignored)}
     facts |= {"attributes": attributes} if attributes else {}
     for split, limit in zip(SPLITS, (max_train, max_test), strict=True):
         done = Path(folder) / f".{split}.partial"  # the suffix makes Artifact drop it with other old work
@@ -96,36 +88,25 @@ def ingest(
     return facts
 
 
-def _ignored(source: Source) -> dict[str, Any]:
-    skipped = _Skipped()
-    for reason, names in source.ignored().items():
-        for name in names:
-            skipped.add(name, reason)
-    return skipped.facts()
-
-
 def _report(facts: Mapping[str, Any], max_skipped: float) -> None:
-    """Say in one line what became of everything, and refuse to lose too much of it."""
+    """Log in one line what became of everything, and refuse to lose too much of it."""
     parts = [facts["skipped"][split] for split in SPLITS]
     skipped = sum((Counter(part["reasons"]) for part in parts), Counter())
     ignored, used = facts["ignored"]["reasons"], sum(facts["counts"].values())
-    lost = {"skipped": skipped.total(), "of unknown suffix": ignored.get(UNKNOWN, 0)}
-    told = [f"{facts['counts'][split]} {split} images" for split in SPLITS]
-    told += [f"classes: {len(facts['classes'])}"] * bool(facts["classes"])
-    told += [f"skipped {_listed(skipped)}"] * bool(skipped) + [f"ignored {_listed(ignored)}"] * bool(ignored)
-    log.info("%s", "; ".join(told))
-    for what, n in lost.items():
-        if n > max_skipped * (n + used):
-            first = [s for part in (*parts, facts["ignored"]) for s in part["first"]]
-            shown = "; ".join(f"{s['name']}: {s['reason']}" for s in first[:3])
-            raise ValueError(
-                f"{n} of {n + used} files are {what}, more than max_skipped={max_skipped:g} allows "
-                f"({shown}): mend or remove them, or set max_skipped higher"
-            )
-
-
-def _listed(reasons: Mapping[str, int]) -> str:
-    return ", ".join(f"{n} x {reason}" for reason, n in reasons.items())
+    said = [f"{facts['counts'][split]} {split} images" for split in SPLITS]
+    said += [f"classes: {len(facts['classes'])}"] * bool(facts["classes"])
+    for verb, reasons in (("skipped", skipped), ("ignored", ignored)):
+        counted = ", ".join(f"{n} x {reason}" for reason, n in reasons.items())
+        said += [f"{verb} {counted}"] * bool(counted)
+    log.info("%s", "; ".join(said))
+    first = [skip for part in (*parts, facts["ignored"]) for skip in part["first"]]
+    shown = "; ".join(f"{skip['name']}: {skip['reason']}" for skip in first[:3])
+    for what, n in (("skipped", skipped.total()), ("of unknown suffix", ignored.get(UNKNOWN, 0))):
+        require(
+            n <= max_skipped * (n + used),
+            f"{n} of {n + used} files are {what}, more than max_skipped={max_skipped:g} allows "
+            f"({shown}): mend or remove them, or set max_skipped higher",
+        )
 
 
 def _ingest_split(
@@ -144,7 +125,8 @@ def _ingest_split(
     writer = RowWriter(folder, {f"{split}.{name}": kind for name, kind in arrays.items()})
     index = {name: i for i, name in enumerate(classes)}
     codes = [{value: i for i, value in enumerate(values)} for values in attributes.values()]
-    skipped, captions = _Skipped(), []
+    skipped: Skipped = []
+    captions: list[str] = []
 
     def read(item: Item) -> dict[str, Any] | BadImage:
         if isinstance(item.image, BadImage):
@@ -158,26 +140,28 @@ def _ingest_split(
 
     total = source.count(split)
     taken = min(total, total if limit is None else limit)
-    items = _spread(source.items(split), total, taken)
+    # At even distances: sources are often sorted by class.
+    numbered = enumerate(source.items(split))
+    items = (item for i, item in numbered if (i + 1) * taken // total > i * taken // total)
     with ThreadPool(os.cpu_count()) as pool, tqdm(total=taken, desc=f"{split} images", unit="image") as bar:
         while block := list(islice(items, _BLOCK)):
             results = pool.map(read, block, chunksize=8)
             good = [r for r in results if not isinstance(r, BadImage)]
             for item, result in zip(block, results, strict=True):
                 if isinstance(result, BadImage):
-                    skipped.add(item.name, result.kind, result.detail)
+                    skipped.append((item.name, result.kind, result.detail))
                 else:
                     captions.append(item.caption or "")
             if good:
                 writer.append(**{f"{split}.{name}": np.array([r[name] for r in good]) for name in arrays})
             bar.update(len(block))
-    if not writer.rows and (skipped.first or split == "train"):
-        listed = "; ".join(f"{skip['name']}: {skip['reason']}" for skip in skipped.first[:5])
-        raise ValueError(f"none of {taken} {split} images could be used: {listed or 'there are none'}")
+    listed = "; ".join(f"{name}: {kind}: {detail}" for name, kind, detail in skipped[:5]) or "there are none"
+    unused = f"none of {taken} {split} images could be used: {listed}"
+    require(writer.rows > 0 or (split == "test" and not skipped), unused)
     writer.close()
     if source.columns.caption:
         write_json(folder / f"{split}.captions.json", captions)
-    return writer.rows, skipped.facts()
+    return writer.rows, _facts(skipped)
 
 
 def _label(label: str | None, index: dict[str, int]) -> int:
@@ -188,8 +172,3 @@ def _label(label: str | None, index: dict[str, int]) -> int:
     if label not in index:
         raise BadImage("unknown label", f"{label!r} does not occur in the train split")
     return index[label]
-
-
-def _spread(items: Iterable[Item], total: int, taken: int) -> Iterator[Item]:
-    """`taken` of `total` items at even distances: sources are often sorted by class."""
-    return (item for i, item in enumerate(items) if (i + 1) * taken // total > i * taken // total)

@@ -2,7 +2,7 @@
 
 After the example that motivates OAR (arXiv 2504.17069, Sec. 1): the sun's colour causes the clouds' colour,
 so an image that begins with its sun can give its clouds the right colour. The causes of every image are
-known, and `causes_of` reads them from pixels alone, without a network.
+known, and `causes_of` reads them from pixels alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from anyorder.contracts import Grid
+from anyorder.contracts import Grid, require
 from anyorder.files import RowWriter
 
 SUNS = ("yellow", "orange", "red", "magenta")
@@ -41,7 +41,7 @@ _CLOUD_FLOOR = 0.36  # clouds lie above this share of the height, the sun below 
 _MAX_CLOUDS, _PUFFS = 3, 5
 _CLOSE = 60.0  # RGB distance at which a pixel no longer counts as sun or cloud
 _LEAST_SHARE = 0.008  # of the pixels of the part of the image where it is looked for
-_DRAWS = 64  # uniform numbers per image
+_NUMBERS = 64  # uniform numbers per image
 _BLOCK = 128  # images painted at a time
 _TEST_START = 2**40  # where the test images begin in the endless sequence of a seed
 
@@ -51,65 +51,38 @@ def sunsets(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Paint images `first` to `first + n` of the endless sequence of `seed`; image i depends on these only.
 
-    Args:
-        n: number of images.
-        size: (height, width) in pixels, at least 16 x 16.
-        seed: of the sequence.
-        first: index of the first image.
-
     Returns:
         Images (n, height, width, 3) uint8 and their causes (n, len(CAUSES)) int64, columns as in `CAUSES`.
 
     Raises:
-        ValueError: `size` is too small.
+        ValueError: `size`, height and width in pixels, is below 16 x 16.
     """
-    if min(size) < 16:
-        raise ValueError(f"a sunset needs at least 16 x 16 pixels, got {size}")
+    require(min(size) >= 16, f"a sunset needs at least 16 x 16 pixels, got {size}")
     # One counter step of Philox makes eight float32 numbers: the sequence can be entered at any image.
-    generator = np.random.Generator(np.random.Philox(key=seed, counter=first * _DRAWS // 8))
-    draws = generator.random((n, _DRAWS), dtype=np.float32)
-    scenes = [_Scene.from_draws(draws[i : i + _BLOCK], *size) for i in range(0, n, _BLOCK)]
-    images = np.zeros((n, *size, 3), np.uint8)
-    for i, scene in enumerate(scenes):
-        images[i * _BLOCK : (i + 1) * _BLOCK] = _paint(scene)
-    return images, np.concatenate([np.zeros((0, len(CAUSES)), np.int64), *(s.causes() for s in scenes)])
+    generator = np.random.Generator(np.random.Philox(key=seed, counter=first * _NUMBERS // 8))
+    numbers = generator.random((n, _NUMBERS), dtype=np.float32)
+    scenes = [_Scene(numbers[i : i + _BLOCK], *size) for i in range(0, n, _BLOCK)]
+    images = [np.zeros((0, *size, 3), np.uint8), *map(_paint, scenes)]
+    causes = [np.zeros((0, len(CAUSES)), np.int64), *(scene.causes() for scene in scenes)]
+    return np.concatenate(images), np.concatenate(causes)
 
 
-@dataclass
 class _Scene:
-    """B scenes; lengths in pixels, every field (B,) unless noted."""
+    """B scenes from uniform numbers (B, _NUMBERS) in [0, 1); lengths in pixels, arrays (B,) unless noted."""
 
-    height: int
-    width: int
-    sun: np.ndarray
-    cloud: np.ndarray
-    row: np.ndarray
-    col: np.ndarray
-    radius: np.ndarray
-    horizon: np.ndarray
-    clouds: np.ndarray
-    puffs: np.ndarray
-    """(B, _MAX_CLOUDS * _PUFFS, 4) centre row and column, half height and half width."""
-    tint: np.ndarray
-    """(B, 3) small offset of the cloud colour."""
-    phase: np.ndarray
-
-    @classmethod
-    def from_draws(cls, u: np.ndarray, height: int, width: int) -> _Scene:
-        """Scenes from uniform numbers (B, _DRAWS) in [0, 1)."""
-        sun = (u[:, 0] * len(SUNS)).astype(np.int64)
-        side = min(height, width)
-        radius = (0.11 + 0.04 * u[:, 2]) * side
-        horizon = (0.64 + 0.12 * u[:, 3]) * height
-        highest = _CLOUD_FLOOR * height + 0.03 * height + radius
-        row = highest + (horizon - 0.1 * radius - highest) * u[:, 4]
-        col = radius + (width - 2 * radius) * u[:, 5]
-        clouds = 1 + (u[:, 6] < 0.7) + (u[:, 6] < 0.3)
-        return cls(
-            height=height, width=width, sun=sun, cloud=2 * sun + (u[:, 1] < 0.5), row=row, col=col,
-            radius=radius, horizon=horizon, clouds=clouds, puffs=_puffs(u[:, 16:], clouds, height, width),
-            tint=16 * (u[:, 7:10] - 0.5), phase=u[:, 10],
-        )  # fmt: skip
+    def __init__(self, u: np.ndarray, height: int, width: int):
+        self.height, self.width, side = height, width, min(height, width)
+        self.sun = (u[:, 0] * len(SUNS)).astype(np.int64)
+        self.cloud = 2 * self.sun + (u[:, 1] < 0.5)
+        self.radius = (0.11 + 0.04 * u[:, 2]) * side
+        self.horizon = (0.64 + 0.12 * u[:, 3]) * height
+        highest = _CLOUD_FLOOR * height + 0.03 * height + self.radius
+        self.row = highest + (self.horizon - 0.1 * self.radius - highest) * u[:, 4]
+        self.col = self.radius + (width - 2 * self.radius) * u[:, 5]
+        self.clouds = 1 + (u[:, 6] < 0.7) + (u[:, 6] < 0.3)
+        self.tint = 16 * (u[:, 7:10] - 0.5)  # (B, 3), small offset of the cloud colour
+        self.phase = u[:, 10]
+        self.puffs = _puffs(u[:, 16:], self.clouds, height, width)
 
     def causes(self) -> np.ndarray:
         """(B, len(CAUSES)) int64."""
@@ -118,7 +91,10 @@ class _Scene:
 
 
 def _puffs(u: np.ndarray, clouds: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Clouds as heaps of ellipses, the first the largest, see `_Scene.puffs`; absent ones have size 0."""
+    """Clouds as heaps of ellipses, the first the largest; absent ones have size 0.
+
+    (B, _MAX_CLOUDS * _PUFFS, 4) centre row and column, half height and half width.
+    """
     u = u[:, : _MAX_CLOUDS * (4 + 2 * (_PUFFS - 1))].reshape(len(u), _MAX_CLOUDS, -1)
     place, shape = u[:, :, :4], u[:, :, 4:].reshape(len(u), _MAX_CLOUDS, _PUFFS - 1, 2)
     scale = np.array([1.0, 0.7, 0.6])
@@ -129,15 +105,9 @@ def _puffs(u: np.ndarray, clouds: np.ndarray, height: int, width: int) -> np.nda
     base = np.stack((row, col, half_h, half_w), axis=-1)[:, :, None]
     offset = (np.arange(_PUFFS - 1) + 0.5 + 0.6 * (shape[..., 0] - 0.5)) / (_PUFFS - 1) * 1.5 - 0.75
     bulge = (0.8 + 0.6 * shape[..., 1]) * (1.15 - offset**2)
-    heap = np.stack(
-        (
-            row[..., None] - 0.75 * half_h[..., None] * bulge,
-            col[..., None] + offset * half_w[..., None],
-            half_h[..., None] * bulge,
-            0.36 * half_w[..., None] * np.ones_like(bulge),
-        ),
-        axis=-1,
-    )
+    row, col, half_h, half_w = (v[..., None] for v in (row, col, half_h, half_w))
+    tall, wide = half_h * bulge, 0.36 * half_w * np.ones_like(bulge)
+    heap = np.stack((row - 0.75 * half_h * bulge, col + offset * half_w, tall, wide), axis=-1)
     puffs = np.concatenate((base, heap), axis=2)
     puffs[..., 2:] *= (np.arange(_MAX_CLOUDS) < clouds[:, None])[..., None, None]
     return puffs.reshape(len(u), -1, 4).astype(np.float32)
@@ -194,12 +164,7 @@ def _cloud_cover(s: _Scene, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, n
 
 @dataclass
 class SunsetCauses:
-    """What `causes_of` found in n images.
-
-    Attributes:
-        sun: (n,) int64, index into `SUNS`, -1 where no sun was found.
-        cloud: (n,) int64, cloud colour in [0, 8), of which 2k and 2k + 1 belong to sun k, -1 if none.
-    """
+    """Causes that were found in n images, (n,) int64, in the numbers of `CAUSES`; -1 where there is none."""
 
     sun: np.ndarray
     cloud: np.ndarray
@@ -210,25 +175,25 @@ class SunsetCauses:
         return (self.sun >= 0) & (self.cloud >= 0) & (self.cloud // 2 == self.sun)
 
     def shares(self) -> dict[str, float]:
-        """Shares of the images in [0, 1]: `consistency`, `no_sun`, `no_cloud`."""
+        """Shares of the images in [0, 1]: `consistency`, `no_sun`, `no_cloud`.
+
+        Clouds that are independent of the sun are consistent in about 1 / len(SUNS) of the images.
+        """
         found = {"consistency": self.consistent, "no_sun": self.sun < 0, "no_cloud": self.cloud < 0}
         return {name: float(flags.mean()) for name, flags in found.items()}
 
 
 def causes_of(images: np.ndarray) -> SunsetCauses:
-    """Read the colours of sun and clouds from pixels alone; stands mild blur and noise.
+    """Read the colours of sun and clouds in images (n, height, width, 3) uint8; stands mild blur and noise.
 
     Clouds are in the upper part of the image, the sun is in the lower: every pair of neighbours close to one
     of the known colours votes for it, the most votes win, and too few votes mean that there is none.
 
-    Args:
-        images: (n, height, width, 3) uint8.
-
     Raises:
         ValueError: another shape or dtype.
     """
-    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
-        raise ValueError(f"images must be uint8 (n, height, width, 3), got {images.dtype} {images.shape}")
+    fits = images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8
+    require(fits, f"images must be uint8 (n, height, width, 3), got {images.dtype} {images.shape}")
     floor = round(_CLOUD_FLOOR * images.shape[1])
     blocks = [images[i : i + _BLOCK] for i in range(0, len(images), _BLOCK)]
     sun = [_vote(block[:, floor:], _SUN) for block in blocks]
@@ -246,23 +211,13 @@ def _vote(images: np.ndarray, colors: np.ndarray) -> np.ndarray:
     return np.where(share.max(axis=1) > _LEAST_SHARE, share.argmax(axis=1), -1)
 
 
-def consistency(images: np.ndarray) -> float:
-    """Share in [0, 1] of sunsets (n, height, width, 3) uint8 whose clouds have a colour that their sun gives.
-
-    Images without a recognisable sun or cloud count as inconsistent; `causes_of(images).shares()` tells
-    them apart. Clouds that are independent of the sun score about 1 / len(SUNS).
-    """
-    return causes_of(images).shares()["consistency"]
-
-
 def sun_first(orders: np.ndarray, causes: np.ndarray, grid: Grid, size: tuple[int, int]) -> float:
     """Share in [0, 1] of sunsets whose sun is revealed before their largest cloud: half for random orders.
 
     Args:
         orders: (n, N) integers, order[i, k] = raster position revealed at step k.
         causes: (n, len(CAUSES)) int64, columns as in `CAUSES`.
-        grid: of the positions.
-        size: (height, width) of the images in pixels.
+        grid, size: of the positions, and (height, width) of the images in pixels.
     """
     column = {name: causes[:, i] for i, name in enumerate(CAUSES)}
     rank = np.argsort(orders, axis=1)
@@ -280,14 +235,8 @@ def write_sunsets(
 ) -> dict[str, Any]:
     """Write the arrays of a sunsets data artifact: those of `ingest`, and `{split}.causes.npy`.
 
-    Called again after a kill, it continues with the first missing image.
-
-    Args:
-        folder: the artifact's folder, new or begun with the same arguments.
-        size: (height, width) in pixels, at least 16 x 16.
-        n_train: number of training images, at least 1.
-        n_test: number of test images; they do not depend on `n_train`.
-        seed: of the endless sequence that the images are taken from.
+    Called again after a kill, it continues with the first missing image. Test images do not depend on
+    `n_train`.
 
     Returns:
         Facts for the manifest: `classes` (the sun's colours), `counts` by split, and `causes` (column names).
@@ -295,22 +244,17 @@ def write_sunsets(
     Raises:
         ValueError: `size`, `n_train` or `n_test` is too small.
     """
-    if n_train < 1 or n_test < 0:
-        raise ValueError(f"need n_train >= 1 and n_test >= 0, got {n_train} and {n_test}")
+    require(n_train >= 1 and n_test >= 0, f"need n_train >= 1 and n_test >= 0, got {n_train} and {n_test}")
+    labels, table = ((), np.int64), ((len(CAUSES),), np.int64)
+    specs = {"images": ((*size, 3), np.uint8), "labels": labels, "causes": table}
     counts = {"train": n_train, "test": n_test}
     for split, start in (("train", 0), ("test", _TEST_START)):
-        shapes: dict[str, Any] = {
-            "images": ((*size, 3), np.uint8),
-            "labels": ((), np.int64),
-            "causes": ((len(CAUSES),), np.int64),
-        }
-        writer = RowWriter(folder, {f"{split}.{name}": spec for name, spec in shapes.items()})
+        writer = RowWriter(folder, {f"{split}.{name}": spec for name, spec in specs.items()})
         with tqdm(total=counts[split], initial=writer.rows, desc=f"{split} sunsets", unit="image") as bar:
             while (n := min(_BLOCK, counts[split] - writer.rows)) > 0:
                 images, causes = sunsets(n, size, seed, start + writer.rows)
-                writer.append(
-                    **{f"{split}.images": images, f"{split}.labels": causes[:, 0], f"{split}.causes": causes}
-                )
+                arrays = {"images": images, "labels": causes[:, 0], "causes": causes}
+                writer.append(**{f"{split}.{name}": array for name, array in arrays.items()})
                 bar.update(n)
         writer.close()
     return {"classes": list(SUNS), "counts": counts, "causes": list(CAUSES)}

@@ -14,7 +14,7 @@ from anyorder.data import caches
 from anyorder.data import rows as select
 from anyorder.data.captions import index_of
 from anyorder.data.images import uint8_batches
-from anyorder.data.sunsets import consistency
+from anyorder.data.sunsets import causes_of
 from anyorder.evaluation import classes, memorization, metrics
 from anyorder.evaluation.features import ClassifierFeatures
 from anyorder.files import load_array, read_manifest, write_json
@@ -102,7 +102,7 @@ class EvalStage:
             labels = torch.from_numpy(np.array(load_array(self.samples / "labels.npy")))
             found |= classes.class_agreement(reference.logits, generated.logits, labels)._asdict()
         if read_manifest(self.data)["config"]["source"] == "sunsets":
-            found["consistency"] = consistency(np.array(images))
+            found["consistency"] = causes_of(np.array(images)).shares()["consistency"]
         write_json(artifact.folder / "metrics.json", found)
         times = {
             "seconds_per_image": made["seconds_per_image"],
