@@ -146,7 +146,7 @@ def test_only_measures_what_is_asked_for(tmp_path):
         (["triad_mib=0"], "triad_mib must be >= 1"),
         (["over.depth=1,0"], "depth must list numbers >= 1"),
         (["over.width=1"], "unknown setting 'over.width'"),
-        (["memory=0"], "memory must list sides >= 1"),
+        (["memory=0"], "memory must list numbers >= 1"),
         (["grid=0,3"], "at least one row"),
         (["tokenizer.channels=0"], "channels must be at least 1"),
         (["against=nowhere.json"], "nowhere.json"),

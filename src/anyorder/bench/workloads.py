@@ -49,11 +49,6 @@ class Over:
     depth: tuple[int, ...] = ()
     """Numbers of blocks, for example 4,8,16."""
 
-    def __post_init__(self) -> None:
-        for name, values in vars(self).items():
-            if min(values, default=1) < 1:
-                raise ValueError(f"{name} must list numbers >= 1, got {list(values)}")
-
 
 @dataclass
 class BenchConfig:
@@ -87,12 +82,12 @@ class BenchConfig:
         for name in ("batch_size", "images", "chunk", "triad_mib", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if min(self.memory, default=1) < 1:
-            raise ValueError(f"memory must list sides >= 1, got {list(self.memory)}")
-        for name in self.only:
-            if name not in WORKLOADS:
-                hint = did_you_mean(name, WORKLOADS) or "."
-                raise ValueError(f"unknown workload '{name}'{hint} Choose from {'; '.join(WORKLOADS)}")
+        for name, sizes in {**vars(self.over), "memory": self.memory}.items():
+            if min(sizes, default=1) < 1:
+                raise ValueError(f"{name} must list numbers >= 1, got {list(sizes)}")
+        if unknown := [name for name in self.only if name not in WORKLOADS]:
+            hint = did_you_mean(unknown[0], WORKLOADS) or "."
+            raise ValueError(f"unknown workload '{unknown[0]}'{hint} Choose from {'; '.join(WORKLOADS)}")
         self.transformer(), self.vq()  # they refuse sizes that do not fit
 
     def transformer(self) -> TransformerConfig:

@@ -31,11 +31,11 @@ def class_agreement(test: Tensor, samples: Tensor, labels: Tensor) -> ClassAgree
     if not len(test) or not len(samples) or len(labels) != len(samples):
         got = f"{len(test)} test images, {len(samples)} samples and {len(labels)} labels"
         raise ValueError(f"got {got}: give at least one image of each, and a label for every sample")
-    predicted = samples.argmax(1)
-    real, fake = _shares(test.argmax(1), test.shape[1]), _shares(predicted, test.shape[1])
+    found = [logits.argmax(1) for logits in (test, samples)]
+    real, fake = (torch.bincount(x, minlength=test.shape[1]).double() / len(x) for x in found)
     return ClassAgreement(
         class_coverage=float((fake[real > 0] > 0).double().mean()),
-        class_agreement=float((predicted == labels).double().mean()),
+        class_agreement=float((found[1] == labels).double().mean()),
         class_distance=float((real - fake).abs().sum() / 2),
     )
 
@@ -53,8 +53,3 @@ def agreement(logits: Tensor, targets: Tensor) -> float:
             "give one for every image, and at least one that is not -1"
         )
     return float((logits.argmax(1) == targets)[known].double().mean())
-
-
-def _shares(predicted: Tensor, classes: int) -> Tensor:
-    """Share (classes,) float64 of each class among the predictions (n,)."""
-    return torch.bincount(predicted, minlength=classes).double() / len(predicted)

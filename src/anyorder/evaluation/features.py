@@ -20,10 +20,8 @@ from anyorder.families import Family
 from anyorder.files import sha256
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-INCEPTION_URL = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-    "weights-inception-2015-12-05-6726825d.pth"
-)
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 
 
 class FeatureExtractor(Protocol):
@@ -86,7 +84,7 @@ def inception_weights(path: str | Path | None = None) -> Path:
         ValueError: the file's hash is not that of the original weights.
     """
     if path is None:
-        path = Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION_URL).name)
+        path = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
         if not path.is_file():
             _download(path)
     path = Path(path)
@@ -195,8 +193,11 @@ class ClassifierFeatures:
     """A trained classifier as a feature extractor, named after a hash of its weights."""
 
     def __init__(self, classifier: Classifier):
+        digest = hashlib.sha256()
+        for name, tensor in sorted(classifier.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
         self.classifier = classifier
-        self.name = f"classifier-{_weights_hash(classifier)}"
+        self.name = f"classifier-{digest.hexdigest()[:8]}"
         self.metric = f"FD ({self.name})"
         self.dim = classifier.config.channels[-1]
         self.num_classes = classifier.config.num_classes
@@ -206,10 +207,3 @@ class ClassifierFeatures:
         """Images (B, 3, H, W) uint8 to features (B, dim) and logits (B, num_classes), both float32."""
         images = images.to(self.classifier.head.weight.device).float() / 127.5 - 1
         return self.classifier(images)
-
-
-def _weights_hash(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()[:8]

@@ -182,10 +182,8 @@ def kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _mmd2(x: Tensor, y: Tensor) -> Tensor:
-    def off_diagonal_mean(k: Tensor) -> Tensor:
-        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
-
-    return off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y)) - 2 * kernel(x, y).mean()
+    within = kernel(x, x) + kernel(y, y)  # of sets of equal size
+    return (within.sum() - within.trace()) / (len(x) * (len(x) - 1)) - 2 * kernel(x, y).mean()
 
 
 def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float]:

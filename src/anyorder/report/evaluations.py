@@ -1,4 +1,4 @@
-"""Finished artifacts, and evaluations side by side, with mean and spread over seeds.
+"""Finished artifacts, and evaluations side by side, with mean and standard deviation over seeds.
 
 Several run folders of one experiment are its seeds: evaluations of equal name are one variant.
 """
@@ -40,7 +40,6 @@ LIKELIHOOD: Columns = {
     "bound: tokens": ("bound_tokens", None), "bound: locations": ("bound_location", None),
     "bits/dim": ("bits_per_dim", "min"),
 }
-NLL = ("nll", "bound")
 COST: Columns = {
     "s/image": ("seconds_per_image", "min"), "extraction evaluations": ("extraction_evaluations", None),
     "training tokens": ("training_tokens", None), "training s": ("training_seconds", None),
@@ -58,7 +57,7 @@ TABLES = {
     "share of samples nearer to one than 99 % of the test images are (by chance 0.01). Equal tokens: share "
     "of samples, and of test images, whose tokens are those of a training image.": COPIES,
 }
-"""The three tables about samples by caption."""
+"""The three tables about samples, by caption."""
 
 
 @dataclass
@@ -89,7 +88,8 @@ class Evaluation:
         if found.get("nll_is_bound"):
             found |= {"bound": found["nll"], "nll": None}
         if not blind:
-            found |= {key: None for key, _ in LIKELIHOOD.values()} | dict.fromkeys(NLL, NO_LIKELIHOOD)
+            found |= {key: None for key, _ in LIKELIHOOD.values()}
+            found |= {"nll": NO_LIKELIHOOD, "bound": NO_LIKELIHOOD}
         columns = {name: found.get(key) for table in TABLES.values() for name, (key, _) in table.items()}
         order = f"{policy} by {scorer}" if scorer else policy
         return {"samples": self.name, "order": order, "token-blind": blind, **columns}
@@ -198,11 +198,10 @@ def tables(rows: Sequence[dict[str, Any]], metric_name: str) -> list[Table]:
 
     A column stays if any row has a number there, a table if any column stays.
     """
-    made = []
+    made, first = [], [c for c in ("samples", "seeds", "order", "token-blind") if c in rows[0]]
     for caption, columns in TABLES.items():
         measured = [name for name in columns if any(isinstance(row[name], int | float) for row in rows)]
         if measured:
-            first = ["samples", *(["seeds"] if "seeds" in rows[0] else []), "order", "token-blind"]
             shown = [{name: row[name] for name in (*first, *measured)} for row in rows]
             best = best_of(rows, measured)
             made.append(Table([*first, *measured], shown, caption.format(metric=metric_name), best))
@@ -223,12 +222,10 @@ Differences = dict[tuple[str, str], dict[str, Difference]]
 def read_differences(artifacts: Found) -> Differences:
     """The comparisons among the artifacts."""
     found: Differences = {}
-    for _, manifest in artifacts:
-        if manifest["stage"] == "compare":
-            a, b = manifest["inputs"]["a"], manifest["inputs"]["b"]
-            differences = {name: Difference.read(value) for name, value in manifest["metrics"].items()}
-            found[b, a] = {name: difference.reversed for name, difference in differences.items()}
-            found[a, b] = differences
+    for manifest in (manifest for _, manifest in artifacts if manifest["stage"] == "compare"):
+        a, b = manifest["inputs"]["a"], manifest["inputs"]["b"]
+        found[a, b] = {name: Difference.read(value) for name, value in manifest["metrics"].items()}
+        found[b, a] = {name: difference.reversed for name, difference in found[a, b].items()}
     return found
 
 

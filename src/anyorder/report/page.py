@@ -24,39 +24,33 @@ from anyorder.report.tables import Table
 
 @dataclass
 class Figure:
-    """An image from Pillow, from the bytes of a file or from a path; `alt` says in words what it shows."""
+    """An image from Pillow or from a file; `alt` says in words what it shows, `uri` is a `data:` address."""
 
     kind: ClassVar[str] = "figure"
-    image: Image.Image | bytes | str | Path
+    image: Image.Image | Path
     caption: str
     alt: str
 
     def __post_init__(self) -> None:
         if not self.alt.strip():
             raise ValueError(f"figure '{self.caption}' needs an alt text: say in words what it shows")
-        self._data = _image_bytes(self.image)
+        data = _image_bytes(self.image)
         try:
-            with Image.open(io.BytesIO(self._data)) as image:
+            with Image.open(io.BytesIO(data)) as image:
                 self.width, self.height = image.size
-                self._mime = Image.MIME[image.format or ""]
+                mime = Image.MIME[image.format or ""]
         except OSError as e:
             raise ValueError(f"figure '{self.caption}' is not an image that Pillow can read: {e}") from e
-
-    @property
-    def uri(self) -> str:
-        """The image itself as a `data:` address."""
-        return f"data:{self._mime};base64,{base64.b64encode(self._data).decode()}"
+        self.uri = f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
-def _image_bytes(image: Image.Image | bytes | str | Path) -> bytes:
-    if isinstance(image, bytes):
-        return image
+def _image_bytes(image: Image.Image | Path) -> bytes:
     if isinstance(image, Image.Image):
         image.save(buffer := io.BytesIO(), format="PNG", optimize=True)
         return buffer.getvalue()
-    if not Path(image).is_file():
+    if not image.is_file():
         raise FileNotFoundError(f"no image at {image}: run the stage that makes it")
-    return Path(image).read_bytes()
+    return image.read_bytes()
 
 
 @dataclass

@@ -34,11 +34,11 @@ def report(folders: Sequence[Path], out: Path, *, data_images: bool = True) -> T
     def of(stage: str) -> Found:
         return [(path, manifest) for path, manifest in artifacts if manifest["stage"] == stage]
 
-    evaluated = evaluations.read_evaluations(artifacts)
-    opening = _opening(evaluated, artifacts)
+    evaluated, compared = evaluations.read_evaluations(artifacts), evaluations.difference_table(artifacts)
+    opening = [_opening(evaluated, artifacts)] if evaluated else []
     folded = [
-        *_measures(evaluated),
-        *_differences(artifacts),
+        *(_measures(evaluated) if evaluated else []),
+        *([Section("Differences", "", [compared])] if compared else []),
         *_samples(of("sample")),
         *(kind.section(found, data_images) for kind in KINDS if (found := _rounds(of(kind.stage)))),
         *_losses(of("train")),
@@ -52,10 +52,8 @@ def report(folders: Sequence[Path], out: Path, *, data_images: bool = True) -> T
     return opening[0].tables[0] if opening else None
 
 
-def _opening(evaluated: Sequence[evaluations.Evaluation], artifacts: Found) -> list[Section]:
+def _opening(evaluated: Sequence[evaluations.Evaluation], artifacts: Found) -> Section:
     """The main table, the verdict, and the first run's images of the baselines and the best other variant."""
-    if not evaluated:
-        return []
     variants, differences = evaluations.group(evaluated), evaluations.read_differences(artifacts)
     best = verdict.best_comparison(variants, differences)
     shown = [v for v in variants if v.policy in verdict.BASELINES or (best and v is best.variant)]
@@ -63,13 +61,11 @@ def _opening(evaluated: Sequence[evaluations.Evaluation], artifacts: Found) -> l
     inputs = [variant.evaluations[0].manifest["inputs"].get("samples") for variant in shown or variants[:3]]
     images = _images([folders[i] for i in inputs if i in folders], "grid.png", "samples")
     results = verdict.main_table(variants, differences), verdict.verdict(variants, differences)
-    return [Section("Results", "", [*results, *images])]
+    return Section("Results", "", [*results, *images])
 
 
 def _measures(evaluated: Sequence[evaluations.Evaluation]) -> list[Section]:
     """Every measure, over seeds where there are seeds, and of every run."""
-    if not evaluated:
-        return []
     variants, name = evaluations.group(evaluated), evaluations.metric_names(evaluated)
     text = (
         "nats/token (exact) is the negative log-likelihood of test images under the order of the samples. "
@@ -85,11 +81,6 @@ def _measures(evaluated: Sequence[evaluations.Evaluation]) -> list[Section]:
     return [Section("All measures, over seeds", text, averaged), Section("All measures, by run", "", single)]
 
 
-def _differences(artifacts: Found) -> list[Section]:
-    table = evaluations.difference_table(artifacts)
-    return [Section("Differences", "", [table])] if table is not None else []
-
-
 def _images(found: Found, name: str, title: str) -> list[page.Item]:
     """A gallery of the images of this name, where there are any."""
     figures = [
@@ -103,12 +94,12 @@ def _images(found: Found, name: str, title: str) -> list[page.Item]:
 def _samples(samples: Found) -> list[Section]:
     parts = [
         ("grid.png", "Samples", "The first samples of each set, not selected."),
-        ("orders.png", "Order maps", "Each sample beside its generation order, light first, dark last."),
+        ("orders.png", "Order maps", "Each sample beside the map of its order, light first, dark last."),
         ("generation.webp", "Generation", "Samples as they are generated, each in its order."),
         ("drawing.webp", "Generation", "The same; older runs name the file so."),
     ]
-    found = ((title, text, _images(samples, name, title)) for name, title, text in parts)
-    return [Section(title, text, images) for title, text, images in found if images]
+    found = [Section(title, text, _images(samples, name, title)) for name, title, text in parts]
+    return [section for section in found if section.items]
 
 
 def _rounds(found: Found) -> Found:
