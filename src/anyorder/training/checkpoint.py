@@ -25,8 +25,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, keep: int = 2):
         """Open the states of the run in `folder`, of which the `keep` newest are kept."""
-        self.folder = Path(folder) / "checkpoints"
-        self.keep = keep
+        self.folder, self.keep = Path(folder) / "checkpoints", keep
         self._sweep()
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -43,12 +42,11 @@ class Checkpoints:
         self._sweep()
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".{final.name}.tmp"
+        state = temporary / STATE
         try:
-            write_tensors(temporary / STATE, tensors)
-            size, digest = (temporary / STATE).stat().st_size, sha256(temporary / STATE)
-            write_json(
-                temporary / FACTS, {"step": step, "bytes": size, "sha256": digest, "facts": dict(facts)}
-            )
+            write_tensors(state, tensors)
+            check = {"bytes": state.stat().st_size, "sha256": sha256(state)}
+            write_json(temporary / FACTS, {"step": step, **check, "facts": dict(facts)})
             _sync(temporary)
             if final.exists():
                 shutil.rmtree(final)
@@ -74,9 +72,8 @@ class Checkpoints:
                 damaged.append(f"{folder} ({e})")
                 log.warning("checkpoint %s is damaged: %s; trying the one before it", folder, e)
         if damaged:
-            raise ValueError(
-                f"no intact checkpoint: {'; '.join(damaged)}; delete {self.folder} to start anew"
-            )
+            listed = "; ".join(damaged)
+            raise ValueError(f"no intact checkpoint: {listed}; delete {self.folder} to start anew")
         return None
 
     def _folders(self) -> list[Path]:
@@ -84,8 +81,8 @@ class Checkpoints:
 
     def _prune(self, newest: Path) -> None:
         folders = self._folders()
-        upto = folders.index(newest) + 1
-        for folder in folders[: max(0, upto - self.keep)] + folders[upto:]:
+        end = folders.index(newest) + 1
+        for folder in set(folders) - set(folders[max(0, end - self.keep) : end]):
             shutil.rmtree(folder)
 
     def _sweep(self) -> None:

@@ -84,18 +84,13 @@ class TrainConfig:
             raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
 
     def require_watched(self, evaluated: Collection[str]) -> None:
-        """Refuse a `patience` that watches what is not evaluated.
+        """Refuse a `patience` that watches what is not `evaluated`.
 
         Raises:
-            ValueError: `watch` is not among the names `evaluated`; they are listed.
+            ValueError: lists the evaluated names.
         """
         if self.patience and self.watch not in evaluated:
             raise ValueError(f"watch={self.watch} is not evaluated: choose one of {', '.join(evaluated)}")
-
-    @property
-    def larger_is_better(self) -> bool:
-        """Whether the watched value should rise."""
-        return self.watch.endswith(("psnr", "ssim", "accuracy"))
 
     @property
     def log_settings(self) -> set[str]:
@@ -105,17 +100,20 @@ class TrainConfig:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then cosine decay (Loshchilov & Hutter, arXiv 1608.03983) to `min_lr_ratio`.
-
-    Args:
-        config: largest rate, warm-up, floor and length.
-        step: in [1, steps].
-    """
+    """Linear warm-up, then cosine decay (Loshchilov & Hutter, arXiv 1608.03983); `step` in [1, steps]."""
     if step < config.warmup:
         return config.learning_rate * step / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * done))
     return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+_DATA, _STEP = 0, 1  # first words of the seeds, so that data order and step never share one
+
+
+@lru_cache(maxsize=2)
+def _shuffled(seed: int, epoch: int, examples: int) -> np.ndarray:
+    return np.random.default_rng(np.random.SeedSequence((seed, _DATA, epoch))).permutation(examples)
 
 
 def batch_indices(seed: int, batch: int, size: int, examples: int) -> np.ndarray:
@@ -130,14 +128,6 @@ def batch_indices(seed: int, batch: int, size: int, examples: int) -> np.ndarray
     epochs, offsets = np.divmod(np.arange(batch * size, (batch + 1) * size), examples)
     touched = range(epochs[0], epochs[-1] + 1)
     return np.concatenate([_shuffled(seed, e, examples)[offsets[epochs == e]] for e in touched])
-
-
-_DATA, _STEP = 0, 1  # first words of the seeds, so that data order and step never share one
-
-
-@lru_cache(maxsize=2)
-def _shuffled(seed: int, epoch: int, examples: int) -> np.ndarray:
-    return np.random.default_rng(np.random.SeedSequence((seed, _DATA, epoch))).permutation(examples)
 
 
 def step_seeds(seed: int, step: int, micro: int) -> tuple[int, int]:

@@ -11,8 +11,6 @@ from typing import Any
 
 from anyorder.files import write_text
 
-METRICS = "metrics.jsonl"
-
 
 class Log:
     """One JSON line per report in `metrics.jsonl`, and TensorBoard if asked for.
@@ -22,7 +20,7 @@ class Log:
     """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool):
-        self.path = folder / METRICS
+        self.path = folder / "metrics.jsonl"
         write_text(self.path, "".join(_lines_until(step, self.path)))
         self.board = _summary_writer(folder, step) if tensorboard else None
 
@@ -31,9 +29,8 @@ class Log:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, **finite}) + "\n")
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+        for name, value in values.items() if self.board else ():
+            self.board.add_scalar(name, value, step)
 
     def __enter__(self) -> Log:
         return self

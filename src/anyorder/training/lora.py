@@ -12,9 +12,6 @@ from torch.nn.utils import parametrize
 from anyorder.contracts import AnyOrderNetwork, Grid
 from anyorder.families import family, kind_of
 
-HEADS = ("head", "output")
-"""The last matrix, which low-rank training leaves alone: it is as large as the codebook."""
-
 
 def adapt(
     model: AnyOrderNetwork, grid: Grid, num_classes: int, known: Sequence[int | None] | None = None
@@ -30,27 +27,18 @@ def adapt(
         known: the class of the model that each class is, None for a new one; by default as many classes as
             before are the same ones, and all others are new.
     """
-    num_classes = max(1, num_classes)
+    num_classes, before = max(1, num_classes), model.num_classes
     config = dataclasses.replace(model.config, grid=(grid.h, grid.w), num_classes=num_classes)
     tensors = model.state_dict()
-    before = model.num_classes
     known = known or (range(before) if num_classes == before else [None] * num_classes)
     if list(known) != list(range(before)):
         declared = family(kind_of(model))
-        name, first = declared.class_table, declared.first_class(model.config)
-        tensors[name] = _with_classes(tensors[name], first, before, known)
+        table, first = tensors[declared.class_table], declared.first_class(model.config)
+        rows = [first + (before if row is None else row) for row in known]
+        tensors[declared.class_table] = torch.cat((table[:first], table[rows], table[first + before :]))
     adapted = type(model)(config).to(next(model.parameters()).device)
     adapted.load_state_dict(tensors)
     return adapted.train(model.training)
-
-
-def _with_classes(table: Tensor, first: int, before: int, known: Sequence[int | None]) -> Tensor:
-    """The table with the rows of these classes in the place of `before` from row `first` on; see `adapt`."""
-    rows = [first + (before if row is None else row) for row in known]
-    return torch.cat((table[:first], table[rows], table[first + before :]))
-
-
-# --- low-rank updates -------------------------------------------------------------------------------------
 
 
 class LowRank(nn.Module):
@@ -79,7 +67,8 @@ def add_low_rank(model: AnyOrderNetwork, rank: int) -> None:
     for name, module in list(model.named_modules()):
         if name.partition(".")[0] == "location":
             module.requires_grad_(True)
-        elif isinstance(module, nn.Linear) and name not in HEADS:
+        # The last matrix is left alone: it is as large as the codebook.
+        elif isinstance(module, nn.Linear) and name not in ("head", "output"):
             parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank))
     model.get_parameter(family(kind_of(model)).class_table).requires_grad_(True)
 

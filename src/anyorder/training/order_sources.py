@@ -34,20 +34,21 @@ def known_orders(of_rows: Callable[[np.ndarray], Tensor]) -> Source:
 
 def all_random(grid: Grid) -> Source:
     """Uniformly random orders."""
-    return lambda rows, step, generator: (
-        random_orders(len(rows), grid, generator),
-        torch.zeros(len(rows), dtype=torch.bool),
-    )
+
+    def orders(rows: np.ndarray, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return random_orders(len(rows), grid, generator), torch.zeros(len(rows), dtype=torch.bool)
+
+    return orders
 
 
 def mixed(source: Source, grid: Grid, share: Callable[[int], float], jitter: float) -> Source:
-    """Orders of a source with noise, and random ones among them.
+    """Orders of a source with noise on their ranks, and random ones among them.
 
     Args:
         source: where they come from.
         grid: of the tokens.
         share: step to the probability of a random order.
-        jitter: deviation of the Gaussian noise on ranks, in steps.
+        jitter: deviation of the Gaussian noise, in steps.
     """
 
     def orders(rows: np.ndarray, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -71,7 +72,7 @@ class OnlineOrders:
     written again with the same numbers, and later rounds never change it.
     """
 
-    scorer: nn.Module | None = None
+    scorer: nn.Module
     """Moving average of the model's weights; see `set_scorer`."""
 
     def __init__(
@@ -89,8 +90,7 @@ class OnlineOrders:
         """
         self.folder, self.tokens, self.policy = folder / "online", tokens, policy
         self.steps, self.warm = math.ceil(len(tokens) * every / batch_size), warm
-        self.round = -1
-        self.orders = np.empty((0, 0), np.uint16)
+        self.round, self.orders = -1, np.empty((0, 0), np.uint16)
 
     def set_scorer(self, scorer: nn.Module) -> None:
         """Take the scoring model; the trainer calls this before the first step."""
@@ -113,12 +113,11 @@ class OnlineOrders:
 
     def evaluations(self) -> int:
         """Candidate evaluations of all extractions so far, from the round files."""
-        files = [load_array(path) for path in sorted(self.folder.glob("round-*.npy"))]
-        extracted = sum(int((orders[:, 0] != _UNKNOWN).sum()) for orders in files)
+        rounds = map(load_array, self.folder.glob("round-*.npy"))
+        extracted = sum(int((orders[:, 0] != _UNKNOWN).sum()) for orders in rounds)
         return extracted * self.policy.evaluations(self.tokens.grid.n)
 
     def _extract(self, rows: np.ndarray) -> np.ndarray:
-        assert self.scorer is not None, "the trainer has not handed over the model"
         batch, labels = (x.to(device()) for x in self.tokens.batch(rows))
         streams = Streams(rows.tolist(), device())
         policy = self.policy.build(self.tokens.grid, streams)

@@ -106,10 +106,11 @@ def train(
     trainer.resume()
     if ready:
         ready(trainer.average)
+    total, done = (steps * trainer.examples_per_step for steps in (config.steps, trainer.step_number))
     with (
         Log(trainer.folder, trainer.step_number, config.tensorboard) as log,
         _postponed_signals() as stopped,
-        trainer.progress_bar() as bar,
+        tqdm(total=total, initial=done, unit="example", unit_scale=True) as bar,
         trainer.threads,
     ):
         while trainer.step_number < config.steps and not stopped and not trainer.out_of_patience:
@@ -128,11 +129,15 @@ def train(
         trainer.save()
         if stopped:
             raise KeyboardInterrupt(f"stopped after step {trainer.step_number} of {config.steps}")
-    return trainer.result()
+    seen = trainer.step_number * trainer.examples_per_step
+    return TrainResult(trainer.best.eval(), trainer.seconds, trainer.step_number, seen, trainer.metrics)
 
 
 class Trainer:
     """The state of a run, its step, and its checkpoints."""
+
+    RESUMED = ("seconds", "metrics", "window", "watched")
+    """Attributes that a checkpoint holds beside the tensors."""
 
     def __init__(
         self,
@@ -149,10 +154,11 @@ class Trainer:
         self.bf16 = fast_dtype(device, config.bf16) == torch.bfloat16
         self.model = model.to(device).train()
         self.average = copy.deepcopy(model).requires_grad_(False).eval() if config.ema else model
-        self.callable: Any = _compiled(model, device) if config.compile else model
         self.best = copy.deepcopy(self.average) if config.patience else self.average
-        self.watched: list[float] = []
-        """Evaluated values of `watch`, oldest first, negated where larger is better."""
+        self.callable: Any = model
+        if config.compile:  # at the first call; it shares the weights, whose names stay those of `model`
+            require_compiler(device)
+            self.callable = torch.compile(model)
         self.trained = {"model": model} | ({"extra": extra.to(device).train()} if extra else {})
         self.modules = self.trained | ({"average": self.average} if config.ema else {})
         self.modules |= {"best": self.best} if config.patience else {}
@@ -160,9 +166,10 @@ class Trainer:
         self.generator = torch.Generator(device)
         self.checkpoints = Checkpoints(folder, config.keep)
         self.examples_per_step = config.batch_size * config.accumulation
-        self.step_number, self.seconds = 0, 0.0
-        self.saved_step = 0
+        self.step_number, self.saved_step, self.seconds = 0, 0, 0.0
         self.metrics: dict[str, float] = {}
+        self.watched: list[float] = []
+        """Evaluated values of `watch`, oldest first, negated where larger is better."""
         self.pending: list[dict[str, Tensor]] = []
         """Values of the steps that were not read yet, on the device."""
         self.window: list[dict[str, float]] = []
@@ -182,10 +189,9 @@ class Trainer:
             for_torch, for_loss = step_seeds(self.config.seed, self.step_number, micro)
             torch.manual_seed(for_torch)
             self.generator.manual_seed(for_loss)
+            rows = self.indices(self.step_number, micro)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                total, parts = self.loss(
-                    self.callable, self.indices(self.step_number, micro), self.step_number, self.generator
-                )
+                total, parts = self.loss(self.callable, rows, self.step_number, self.generator)
             (total / self.config.accumulation).backward()
             assert "loss" not in parts, "the name 'loss' is taken by the loss itself"
             passes.append({name: x.detach().float() for name, x in {"loss": total, **parts}.items()})
@@ -217,16 +223,6 @@ class Trainer:
     def is_time(self, every: int) -> bool:
         """Whether what happens `every` so many steps (0: never) happens now; the last step always counts."""
         return every > 0 and (self.step_number % every == 0 or self.step_number == self.config.steps)
-
-    def progress_bar(self) -> tqdm:
-        """In examples, from the step that was resumed."""
-        total, done = (steps * self.examples_per_step for steps in (self.config.steps, self.step_number))
-        return tqdm(total=total, initial=done, unit="example", unit_scale=True)
-
-    def result(self) -> TrainResult:
-        """The run as it is now."""
-        examples = self.step_number * self.examples_per_step
-        return TrainResult(self.best.eval(), self.seconds, self.step_number, examples, self.metrics)
 
     # --- reading, logging and evaluating ----------------------------------------------------------------
 
@@ -262,10 +258,9 @@ class Trainer:
         self._synchronize()
         names = dict.fromkeys(name for row in self.window for name in row)
         means = {name: fmean(row[name] for row in self.window if name in row) for name in names}
-        speed = self.examples_per_step / means.pop("seconds")
-        norm = means.pop("grad_norm")
-        rate = self.optimizer.param_groups[0]["lr"]
         self.window.clear()
+        speed, norm = self.examples_per_step / means.pop("seconds"), means.pop("grad_norm")
+        rate = self.optimizer.param_groups[0]["lr"]
         line = {**means, "lr": rate, "grad_norm": norm, "examples_per_second": round(speed, 1)}
         self.metrics |= line
         return line
@@ -283,8 +278,8 @@ class Trainer:
         self.metrics |= {name: value for name, value in line.items() if math.isfinite(value)}
         if self.config.patience:
             self.config.require_watched(line)
-            value = line[self.config.watch]
-            self.watched.append(-value if self.config.larger_is_better else value)
+            sign = -1 if self.config.watch.endswith(("psnr", "ssim", "accuracy")) else 1
+            self.watched.append(sign * line[self.config.watch])
             if self.watched[-1] <= min(self.watched):
                 self.best.load_state_dict(self.average.state_dict())
         return line
@@ -309,16 +304,10 @@ class Trainer:
             if not _is_finite(self.modules.values()):
                 reason = "finite loss, but non-finite weights or buffers after the update"
                 self._dump_and_raise(self.step_number, reason)
-            state = self.optimizer.state_dict()["state"]
-            tensors = {f"optimizer.{i}.{name}": t for i, slot in state.items() for name, t in slot.items()}
-            facts = {
-                "config": self._lasting_config(),
-                "seconds": self.seconds,
-                "metrics": self.metrics,
-                "window": self.window,
-                "watched": self.watched,
-                "threads": self.threads.best,
-            }
+            slots = self.optimizer.state_dict()["state"].items()
+            tensors = {f"optimizer.{i}.{name}": t for i, slot in slots for name, t in slot.items()}
+            facts = {name: getattr(self, name) for name in self.RESUMED}
+            facts |= {"config": self._lasting_config(), "threads": self.threads.best}
             self.checkpoints.save(self.step_number, tensors | self._weights(), facts)
         self.saved_step = self.step_number
 
@@ -328,21 +317,19 @@ class Trainer:
         if found is None:
             return
         self.step_number, tensors, facts = found
+        self.saved_step = self.step_number
         self._require_same_config(facts["config"])
+        source = f"the checkpoint of step {self.step_number}"
         for name, module in self.modules.items():
-            weights.load_state(
-                module, _below(tensors, name), f"the checkpoint of step {self.step_number} ({name})"
-            )
+            weights.load_state(module, _below(tensors, name), f"{source} ({name})")
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in _below(tensors, "optimizer").items():
             index, name = key.split(".")
             state.setdefault(int(index), {})[name] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.seconds, self.metrics, self.window = facts["seconds"], facts["metrics"], facts["window"]
-        self.watched = facts["watched"]
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        for name in self.RESUMED:
+            setattr(self, name, facts[name])
         self.threads = Threads(self.device, facts.get("threads"))
-        self.saved_step = self.step_number
         self.clock = time.perf_counter()
 
     def _weights(self) -> dict[str, Tensor]:
@@ -352,21 +339,20 @@ class Trainer:
         config = dataclasses.asdict(self.config) | {"examples": self.examples}
         return {name: value for name, value in config.items() if name not in self.config.log_settings}
 
-    def _require_same_config(self, other: Mapping[str, Any]) -> None:
-        mine = self._lasting_config()
-        changed = [k for k, v in mine.items() if other.get(k) != v and k != "steps"]
-        if mine["steps"] < other["steps"]:
-            changed.insert(0, "steps")
+    def _require_same_config(self, before: Mapping[str, Any]) -> None:
+        now, steps = self._lasting_config(), self.config.steps
+        changed = ["steps"] if steps < before["steps"] else []
+        changed += [k for k, v in now.items() if before.get(k) != v and k != "steps"]
         if changed:
-            listed = ", ".join(f"{k}={other.get(k)} (now {mine[k]})" for k in changed)
+            listed = ", ".join(f"{k}={before.get(k)} (now {now[k]})" for k in changed)
             raise ValueError(
                 f"the checkpoint in {self.checkpoints.folder} was made with {listed}: use these values to "
                 "resume (only steps may grow), or another folder to start anew"
             )
-        if mine["steps"] > other["steps"]:
+        if steps > before["steps"]:
             weights.log.info(
                 "extended from %d to %d steps: from step %d on, the learning rate follows the schedule of "
-                "the new length (next: %.3g)", other["steps"], mine["steps"], self.step_number + 1,
+                "the new length (next: %.3g)", before["steps"], steps, self.step_number + 1,
                 learning_rate(self.config, self.step_number + 1),
             )  # fmt: skip
 
@@ -392,21 +378,14 @@ def _postponed_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         stopped.append(number)
 
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
-        yield stopped
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    allowed = threading.current_thread() is threading.main_thread()  # Python allows handlers only there
+    numbers = (signal.SIGINT, signal.SIGTERM) if allowed else ()
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield stopped
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _compiled(model: nn.Module, device: torch.device) -> Any:
-    """The model, compiled at its first call; it shares the weights, whose names stay those of `model`."""
-    require_compiler(device)
-    return torch.compile(model)
 
 
 def _adamw(modules: Iterable[nn.Module], config: TrainConfig) -> torch.optim.AdamW:
