@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from anyorder.contracts import AnyOrderNetwork, class_labels
+from anyorder.contracts import AnyOrderNetwork, class_labels, require
 from anyorder.data.caches import TokenSet
 from anyorder.data.classes import map_classes
 from anyorder.files import fingerprint, read_json, read_manifest
@@ -40,13 +40,9 @@ class TrainingStage:
 
 def training_facts(result: TrainResult) -> dict[str, Any]:
     """What the manifest records of a training."""
-    return {
-        "parameters": sum(p.numel() for p in result.model.parameters()),
-        "steps": result.steps,
-        "seconds": result.seconds,
-        "examples": result.examples,
-        "device": str(device()),
-    }
+    facts = {name: getattr(result, name) for name in ("steps", "seconds", "examples")}
+    parameters = sum(p.numel() for p in result.model.parameters())
+    return {"parameters": parameters, **facts, "device": str(device())}
 
 
 def trained_before(folder: Path) -> dict[str, Any]:
@@ -56,17 +52,13 @@ def trained_before(folder: Path) -> dict[str, Any]:
 
 
 def require_made_from(folder: Path, role: str, other: Path | None) -> None:
-    """Refuse artifacts that do not belong together.
-
-    Raises:
-        ValueError: `folder` was made from another artifact in this role than `other` (None: from any).
-    """
+    """A ValueError if `folder` was made from another artifact in this role than `other` (None: from any)."""
     recorded, given = read_manifest(folder)["inputs"].get(role), fingerprint(other) if other else None
-    if recorded != given:
-        raise ValueError(
-            f"{folder} was made with {role} {recorded}, but {other} is {given}: "
-            f"give the {role} that belongs to it, or run the stage that makes {folder} again"
-        )
+    require(
+        recorded == given,
+        f"{folder} was made with {role} {recorded}, but {other} is {given}: give the {role} that belongs to "
+        f"it, or run the stage that makes {folder} again",
+    )
 
 
 # --- published models among our own -----------------------------------------------------------------------
@@ -97,30 +89,27 @@ def require_trained_on(folder: Path, tokens: TokenSet, *, adapted: bool = False)
     if not is_converted(folder):
         return require_made_from(folder, "tokens", tokens.folder)
     config = read_json(_part(folder, "model") / CONFIG)["config"]
-    if config["vocab_size"] != tokens.vocab_size:
-        raise ValueError(
-            f"{folder} knows {config['vocab_size']} tokens, {tokens.folder} has {tokens.vocab_size}: "
-            "tokenize the images with the tokenizer that belongs to the model"
-        )
-    count = config["num_classes"]
-    if count == len(tokens.classes) and not adapted:
-        if known_classes(folder, tokens, count) != list(range(count)):
-            raise ValueError(
-                f"{folder} and {tokens.folder} have {count} classes each, but not the same ones in the same "
-                "sequence: train the model on these tokens first, or leave the labels out of data"
-            )
-    elif not adapted:
-        log.warning(
-            "%s has %d classes, %s has %d: labels are left out",
-            folder, count, tokens.folder, len(tokens.classes),
-        )  # fmt: skip
+    vocab_size, count = config["vocab_size"], config["num_classes"]
+    require(
+        vocab_size == tokens.vocab_size,
+        f"{folder} knows {vocab_size} tokens, {tokens.folder} has {tokens.vocab_size}: tokenize the images "
+        "with the tokenizer that belongs to the model",
+    )
+    if adapted:
+        return
+    if count != len(tokens.classes):
+        classes = (folder, count, tokens.folder, len(tokens.classes))
+        log.warning("%s has %d classes, %s has %d: labels are left out", *classes)
+        return
+    require(
+        known_classes(folder, tokens, count) == list(range(count)),
+        f"{folder} and {tokens.folder} have {count} classes each, but not the same ones in the same "
+        "sequence: train the model on these tokens first, or leave the labels out of data",
+    )
 
 
 def as_condition(model: AnyOrderNetwork, tokens: TokenSet, condition: Tensor) -> Tensor | None:
-    """The condition as the model takes it: a published model takes the class alone.
-
-    None where a converted model has other classes.
-    """
+    """The condition as the model takes it: of a published model the class; None of other classes."""
     if getattr(model, "prefix", None) is None:
         condition = class_labels(condition)
     return condition if model.num_classes in (0, len(tokens.classes)) else None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from anyorder.contracts import require
 from anyorder.evaluation.bootstrap import compare
 from anyorder.evaluation.metrics import FeatureStatistics
 from anyorder.files import read_manifest, write_json
@@ -35,12 +36,9 @@ class CompareStage:
     """Seed of the resampling."""
 
     def __post_init__(self) -> None:
-        if self.resamples < 200:
-            raise ValueError(
-                f"resamples must be >= 200, fewer say little of an interval's ends, got {self.resamples}"
-            )
-        if not 0 < self.confidence < 1:
-            raise ValueError(f"confidence must lie in (0, 1), got {self.confidence}")
+        few = f"resamples must be >= 200, fewer say little of an interval's ends, got {self.resamples}"
+        require(self.resamples >= 200, few)
+        require(0 < self.confidence < 1, f"confidence must lie in (0, 1), got {self.confidence}")
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `comparison.json`."""
@@ -49,25 +47,15 @@ class CompareStage:
             require_made_from(folder, "features", self.features)
         made = read_manifest(self.features)
         a, b = (_samples(folder, made["extractor"]) for folder in (self.a, self.b))
-        reference = load_reference(self.features)
-        found = compare(reference, a, b, self.resamples, self.confidence, self.seed)
+        found = compare(load_reference(self.features), a, b, self.resamples, self.confidence, self.seed)
         differences = {name: difference._asdict() for name, difference in found.items()}
         write_json(artifact.folder / "comparison.json", differences)
-        return {
-            "a": self.a.name,
-            "b": self.b.name,
-            "paired": a.n == b.n,
-            "metric_name": made["metric_name"],
-            "metrics": differences,
-        }
+        facts = {"paired": a.n == b.n, "metric_name": made["metric_name"], "metrics": differences}
+        return {"a": self.a.name, "b": self.b.name, **facts}
 
 
 def _samples(folder: Path, extractor: str) -> FeatureStatistics:
-    """Features of the samples in an eval artifact.
-
-    Raises:
-        FileNotFoundError: the artifact is of a version that did not keep them.
-    """
+    """Features of the samples in an eval artifact; older versions did not keep them."""
     path = folder / SAMPLES
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {SAMPLES}: delete its manifest.json and run eval again")

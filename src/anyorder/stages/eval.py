@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from anyorder.contracts import require
 from anyorder.data import caches
 from anyorder.data import rows as select
 from anyorder.data.captions import index_of
@@ -63,8 +64,7 @@ class EvalStage:
     orders: Path | None = None
     """Where the order cache of the samples is, if it was moved."""
     attribute_features: Path | None = None
-    """Features whose classifier learnt an attribute (features label=...): measures whether samples have the
-    attribute that was asked for."""
+    """Features of an attribute (features label=...): measures whether samples have the value asked for."""
     nll_images: int = 1000
     """Test images for the likelihood; 0 leaves it out."""
     batch_size: int = 64
@@ -82,21 +82,26 @@ class EvalStage:
         for folder in (self.tokens, self.features):
             common.require_made_from(folder, "data", self.data)
         made = read_manifest(self.samples)
-        if made["config"].get("prompts"):
-            raise ValueError(f"{self.samples} was made for prompts: evaluate samples without prompts=")
+        prompts = f"{self.samples} was made for prompts: evaluate samples without prompts="
+        require(not made["config"].get("prompts"), prompts)
+        train, test = (caches.TokenSet(self.tokens, split) for split in ("train", "test"))
         extractor, reference = spaces.load_extractor(self.features), spaces.load_reference(self.features)
         images, source = load_array(self.samples / "images.npy"), artifact.identity["inputs"]["samples"]
         generated = metrics.statistics(extractor, uint8_batches(images), source, "generated images")
         generated.save(artifact.folder / common.SAMPLES)
-        found = metrics.evaluate(extractor, reference, generated, self.kid_subset_size)
-        found |= {
+        training = spaces.training_features(self.features, extractor, caches.ImageSet(self.data)).features
+        distances = (memorization.nearest_distance(x.features, training) for x in (generated, reference))
+        tokens, before = load_array(self.samples / "tokens.npy"), common.trained_before(self.model)
+        found = metrics.evaluate(extractor, reference, generated, self.kid_subset_size) | {
             "policy": made["policy"],
             "scorer": self.scorer.name if self.scorer else None,
             "token_blind": made["token_blind"],
-            "training_tokens": common.trained_before(self.model)["training_tokens"],
-            **self._likelihood(made),
-            **self._memorization(extractor, reference, generated),
-            **self._attribute_agreement(images),
+            "training_tokens": before["training_tokens"],
+            **self._likelihood(made, test),
+            **memorization.closeness(*distances)._asdict(),
+            "token_copies": memorization.copied_share(tokens, train.tokens),
+            "token_copies_of_test": memorization.copied_share(test.tokens, train.tokens),
+            **self._attribute_agreement(images, test),
         }
         if isinstance(extractor, ClassifierFeatures):
             labels = torch.from_numpy(np.array(load_array(self.samples / "labels.npy")))
@@ -104,21 +109,21 @@ class EvalStage:
         if read_manifest(self.data)["config"]["source"] == "sunsets":
             found["consistency"] = causes_of(np.array(images)).shares()["consistency"]
         write_json(artifact.folder / "metrics.json", found)
+        # Times are in the manifest alone: equal samples give equal files.
         times = {
             "seconds_per_image": made["seconds_per_image"],
-            "training_seconds": common.trained_before(self.model)["training_seconds"],
-        }  # in the manifest alone: equal samples give equal files
+            "training_seconds": before["training_seconds"],
+        }
         return {"examples": len(images), "metrics": found | times, "device": str(device())}
 
-    def _attribute_agreement(self, images: np.ndarray) -> dict[str, Any]:
-        """Share of samples that an attribute's classifier assigns to the value that was asked for.
+    def _attribute_agreement(self, images: np.ndarray, test: caches.TokenSet) -> dict[str, Any]:
+        """Share of samples whose attribute, by its classifier, has the value that was asked for.
 
-        Beside it the same share of test images and their own values: what the classifier allows.
+        Beside it the same share of test images and their values: what the classifier allows.
         """
         if self.attribute_features is None:
             return {}
         common.require_made_from(self.attribute_features, "data", self.data)
-        test = caches.TokenSet(self.tokens, "test")  # type: ignore[arg-type]
         name = read_manifest(self.attribute_features)["config"].get("label") or "of the class"
         column = index_of(name, list(test.attributes), "attribute")
         extractor = spaces.load_extractor(self.attribute_features)
@@ -132,21 +137,7 @@ class EvalStage:
             f"agreement_{name}_of_test": classes.agreement(reference.logits, true),
         }
 
-    def _memorization(
-        self, extractor: Any, test: metrics.FeatureStatistics, generated: metrics.FeatureStatistics
-    ) -> dict[str, float]:
-        """Whether samples are nearer to training images than test images are, or equal their tokens."""
-        training = spaces.training_features(self.features, extractor, caches.ImageSet(self.data)).features  # type: ignore[arg-type]
-        distances = (memorization.nearest_distance(x.features, training) for x in (generated, test))
-        known, unseen = (caches.TokenSet(self.tokens, split).tokens for split in ("train", "test"))  # type: ignore[arg-type]
-        tokens = load_array(self.samples / "tokens.npy")
-        return {
-            **memorization.closeness(*distances)._asdict(),
-            "token_copies": memorization.copied_share(tokens, known),
-            "token_copies_of_test": memorization.copied_share(unseen, known),
-        }
-
-    def _likelihood(self, made: dict[str, Any]) -> dict[str, Any]:
+    def _likelihood(self, made: dict[str, Any], test: caches.TokenSet) -> dict[str, Any]:
         """Cross-entropy of test images under the order policy of the samples, nats per token.
 
         `nll`: token-blind policies without location noise, and fixed and random orders. p(x) is then a
@@ -160,17 +151,30 @@ class EvalStage:
         policy = parse(PolicyConfig, read_stored(PolicyConfig, made["config"]["policy"]))
         exact = policy.token_blind and (policy.deterministic or policy.order == "random")
         located = policy.order == "location" and policy.temperature in (None, 1) and self.scorer is None
-        located = located and not policy.parallel
-        if not self.nll_images or not (exact or located):
+        if not self.nll_images or not (exact or (located and not policy.parallel)):
             return {"nll": None, "bits_per_dim": None}
-        test, model = caches.TokenSet(self.tokens, "test"), load_any_order(self.model)  # type: ignore[arg-type]
-        scorer = load_any_order(self.scorer) if self.scorer else None
+        rows, hidden = select.evenly_spaced(self.nll_images, len(test)), made["config"].get("hide", ())
+        means = self._mean_nll(policy, exact, test, rows, hidden)
+        h, w = read_manifest(test.folder)["image_size"]
+        bits = metrics.bits_per_dim(means.get("bound", means["nll"]), test.grid.n, 3 * h * w)
+        shared = {"bits_per_dim": bits, "nll_images": len(rows)}
+        if exact:
+            return {"nll": means["nll"], "nll_is_bound": policy.order == "random", **shared}
+        content, bound = means["nll"], means["bound"]
+        parts = {"bound": bound, "bound_tokens": content, "bound_location": bound - content}
+        return {"nll": None, **parts, **shared}
+
+    def _mean_nll(
+        self, policy: PolicyConfig, exact: bool, test: caches.TokenSet, rows: np.ndarray, hidden: list[str]
+    ) -> dict[str, float]:
+        """`image_nll` of test images without the `hidden` parts of their conditions, averaged."""
+        assert self.model
+        model, scorer = load_any_order(self.model), load_any_order(self.scorer) if self.scorer else None
         cache = caches.OrderSet(self.orders) if self.orders else None
         values: dict[str, list[torch.Tensor]] = {}
-        rows = select.evenly_spaced(self.nll_images, len(test))
         for some in tqdm(list(select.batches(rows, self.batch_size)), desc="likelihood", unit="batch"):
             tokens, labels = test.batch(some)
-            labels = test.without(labels, made["config"].get("hide", ()))
+            labels = test.without(labels, hidden)
             condition = common.as_condition(model, test, labels.to(device()))
             of_class = cache.of_classes(labels).to(device()) if cache else None
             streams, tokens = Streams(some.tolist(), device()), tokens.to(device())
@@ -184,12 +188,4 @@ class EvalStage:
                 each = image_nll(model, tokens, condition, found.order, test.grid, location=not exact)
             for name, value in each.items():
                 values.setdefault(name, []).append(value)
-        means = {name: float(torch.cat(value).mean()) for name, value in values.items()}
-        h, w = read_manifest(self.tokens)["image_size"]  # type: ignore[arg-type]
-        bits = metrics.bits_per_dim(means.get("bound", means["nll"]), test.grid.n, 3 * h * w)
-        shared = {"bits_per_dim": bits, "nll_images": len(rows)}
-        if exact:
-            return {"nll": means["nll"], "nll_is_bound": policy.order == "random", **shared}
-        content, bound = means["nll"], means["bound"]
-        parts = {"bound": bound, "bound_tokens": content, "bound_location": bound - content}
-        return {"nll": None, **parts, **shared}
+        return {name: float(torch.cat(value).mean()) for name, value in values.items()}

@@ -11,42 +11,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from anyorder.contracts import require
 from anyorder.files import MANIFEST
 from anyorder.settings import did_you_mean, load_yaml, parse
 from anyorder.stages.artifacts import Artifact
-from anyorder.stages.compare import CompareStage
-from anyorder.stages.completion import CompletionStage
-from anyorder.stages.data import DataStage
-from anyorder.stages.eval import EvalStage
 from anyorder.stages.execute import execute, resolved, split
-from anyorder.stages.features import FeaturesStage
-from anyorder.stages.grid import GridStage
-from anyorder.stages.iterate import IterateStage
-from anyorder.stages.orders import OrdersStage
-from anyorder.stages.pipeline import PipelineStage
-from anyorder.stages.sample import SampleStage
-from anyorder.stages.tokenizer import TokenizerStage
-from anyorder.stages.tokens import TokensStage
-from anyorder.stages.train import TrainStage
 
+NAMES = (
+    "data", "tokenizer", "features", "tokens", "train", "orders", "iterate", "sample", "eval", "compare",
+    "completion", "grid", "pipeline",
+)  # fmt: skip
 STAGES: dict[str, Any] = {
-    "data": DataStage,
-    "tokenizer": TokenizerStage,
-    "features": FeaturesStage,
-    "tokens": TokensStage,
-    "train": TrainStage,
-    "orders": OrdersStage,
-    "iterate": IterateStage,
-    "sample": SampleStage,
-    "eval": EvalStage,
-    "compare": CompareStage,
-    "completion": CompletionStage,
-    "grid": GridStage,
-    "pipeline": PipelineStage,
+    name: getattr(import_module(f"anyorder.stages.{name}"), f"{name.capitalize()}Stage") for name in NAMES
 }
+"""By name of the command: stages/NAME.py holds the class NameStage."""
 SAMPLES_PER_SEED = 100_000
 """Distance between the first random streams of samples (and extracted orders) of two experiment seeds."""
 
@@ -65,21 +47,24 @@ class Experiment:
             execute(kind, stage, self.out / name, overwrite=overwrite)
 
     def plan(self) -> list[str]:
-        """One line per stage: what would be run (a stage is looked at only if its inputs are finished)."""
+        """One line per stage: what would be run; only finished stages with finished inputs are looked at."""
         lines: list[str] = []
         stale: set[Path] = set()
         for name, (kind, stage) in self.stages.items():
-            current = not stale & set(_inputs(stage)) and self._is_current(name, kind, stage)
-            if not current:
-                stale.add(self.out / name)
+            current = not stale & set(_inputs(stage)) and _is_current(self.out / name, kind, stage)
+            stale |= set() if current else {self.out / name}
             lines.append(f"{'up to date' if current else 'to run':10}  {kind:9}  {self.out / name}")
         return lines
 
-    def _is_current(self, name: str, kind: str, stage: Any) -> bool:
-        if not all((path / MANIFEST).is_file() for path in _inputs(stage)):
-            return False
+
+def _is_current(folder: Path, kind: str, stage: Any) -> bool:
+    if not all((path / MANIFEST).is_file() for path in (folder, *_inputs(stage))):
+        return False
+    try:
         settings, inputs, completion = split(resolved(stage))
-        return Artifact.is_current(self.out / name, kind, settings, inputs, completion)
+    except FileNotFoundError:  # images or inputs of inputs are gone: running the stage says so
+        return False
+    return Artifact.is_current(folder, kind, settings, inputs, completion)
 
 
 def _inputs(stage: Any) -> Iterable[Path]:
@@ -104,7 +89,8 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     templates = values.get("stages") or {}
     by_stage = _by_stage(overrides, list(templates))
     out = Path(by_stage.pop("out", [values.get("out", f"runs/{Path(path).stem}")])[-1])
-    seed = _seed(by_stage.pop("seed", [values.get("seed", 0)])[-1])
+    seed = str(by_stage.pop("seed", [values.get("seed", 0)])[-1])
+    require(seed.isdecimal(), f"seed must be an integer >= 0, got seed={seed}")
     stages: dict[str, tuple[str, Any]] = {}
     for name, given in templates.items():
         settings = dict(given or {})
@@ -117,7 +103,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
             stage = parse(STAGES[kind], settings, by_stage.get(name, ()))
         except ValueError as e:
             raise ValueError(f"stage '{name}': {e}") from e
-        stages[name] = kind, _reseeded(kind, stage, seed)
+        stages[name] = kind, _reseeded(kind, stage, int(seed))
     return Experiment(out, stages)
 
 
@@ -131,29 +117,22 @@ def _reseeded(kind: str, stage: Any, seed: int) -> Any:
     return stage
 
 
-def _seed(value: Any) -> int:
-    if not str(value).isdecimal():
-        raise ValueError(f"seed must be an integer >= 0, got seed={value}")
-    return int(value)
-
-
 def _by_stage(overrides: Sequence[str], names: list[str]) -> dict[str, list[Any]]:
     """Overrides by the stage they name; `out=` and `seed=` stand alone."""
     found: dict[str, list[Any]] = {}
     for override in overrides:
         key, _, value = override.partition("=")
-        stage, dot, rest = override.partition(".")
+        stage, _, rest = key.partition(".")
         if key in ("out", "seed"):
-            found.setdefault(key, []).append(value)
-            continue
-        if not dot or "=" in stage:
-            stage, rest = key, ""
-        _refuse_unknown([stage], names, f"stage in override '{override}'")
+            rest = value
+        else:
+            _refuse_unknown([stage], names, f"stage in override '{override}'")
+            rest = override.removeprefix(f"{stage}.") if rest else ""
         found.setdefault(stage, []).append(rest)
     return found
 
 
-def _refuse_unknown(names: Any, allowed: Any, what: str) -> None:
+def _refuse_unknown(names: Iterable[str], allowed: Iterable[str], what: str) -> None:
     for name in names:
         if name not in allowed:
             hint = did_you_mean(name, allowed)

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from anyorder.contracts import require
 from anyorder.data.caches import ImageSet
 from anyorder.data.images import uint8_batches
 from anyorder.data.rows import batches, evenly_spaced
-from anyorder.evaluation import metrics
-from anyorder.evaluation.features import Classifier, ClassifierConfig, ClassifierFeatures, Inception2015
+from anyorder.evaluation import features, metrics
 from anyorder.files import read_json, read_manifest, write_json
 from anyorder.inference.device import device
 from anyorder.inference.weights import load_model, save_model
@@ -51,44 +51,38 @@ class FeaturesStage(TrainingStage):
 
     def __post_init__(self) -> None:
         for name in ("label", "init"):
-            if getattr(self, name) is not None and self.extractor != "classifier":
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is for a classifier: set extractor=classifier"
-                )
+            allowed = getattr(self, name) is None or self.extractor == "classifier"
+            require(allowed, f"{name}={getattr(self, name)} is for a classifier: set extractor=classifier")
         self.train.require_watched(("test_accuracy",))
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write the classifier and `{reference,train}.safetensors` and real against real."""
         images, test = ImageSet(self.data), ImageSet(self.data, "test")
-        if len(test) < 2:
-            raise ValueError(
-                f"{self.data} has {len(test)} test images, features need at least 2: hold out more"
-            )
+        few = f"{self.data} has {len(test)} test images, features need at least 2: hold out more"
+        require(len(test) >= 2, few)
         facts = self._train(artifact, images, test) if self.extractor == "classifier" else {}
         write_json(artifact.folder / "extractor.json", {"extractor": self.extractor})
         extractor = load_extractor(artifact.folder)
-        reference = metrics.statistics(
-            extractor, uint8_batches(test.images), test.fingerprint, "test features"
-        )
+        pixels = uint8_batches(test.images)
+        reference = metrics.statistics(extractor, pixels, test.fingerprint, "test features")
         reference.save(artifact.folder / REFERENCE)
         (artifact.folder / TRAINING).unlink(missing_ok=True)  # of an earlier configuration
-        training = training_features(artifact.folder, extractor, images)
-        floor = _floor(extractor, reference, training)
+        floor = _floor(extractor, reference, training_features(artifact.folder, extractor, images))
         return {"extractor": extractor.name, "metric_name": extractor.metric, "floor": floor, **facts}
 
     def _train(self, artifact: Artifact, images: ImageSet, test: ImageSet) -> dict[str, Any]:
-        names = images.labels_of(self.label)[1]
-        (labels, known), (test_labels, test_known) = (_labelled(some, self.label) for some in (images, test))
-        config = ClassifierConfig(len(names), min(images.size), self.channels)
+        (labels, names), (test_labels, _) = (some.labels_of(self.label) for some in (images, test))
+        known, test_known = (np.flatnonzero(some >= 0) for some in (labels, test_labels))
+        config = features.ClassifierConfig(len(names), min(images.size), self.channels)
         torch.manual_seed(self.train.seed)
-        model = Classifier(config)
+        model = features.Classifier(config)
         if self.init is not None:
             model.load_state_dict(load_model(self.init, "classifier").state_dict())
 
         def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
-            assert isinstance(model, Classifier)
-            pixels, _ = images.batch(known[rows])
-            return model.loss(pixels.to(device()), torch.from_numpy(labels[known[rows]]).to(device()))
+            assert isinstance(model, features.Classifier)
+            targets = torch.from_numpy(labels[known[rows]])
+            return model.loss(images.batch(known[rows])[0].to(device()), targets.to(device()))
 
         def evaluate(model: nn.Module, step: int) -> dict[str, float]:
             hits = 0
@@ -105,11 +99,11 @@ class FeaturesStage(TrainingStage):
 
 
 def _floor(
-    extractor: ClassifierFeatures | Inception2015,
+    extractor: features.FeatureExtractor,
     reference: metrics.FeatureStatistics,
     training: metrics.FeatureStatistics,
 ) -> dict[str, float]:
-    """What as many real training images score against the test split; nothing for 3 images or fewer."""
+    """Distances of as many real training images from the test split; nothing for 3 images or fewer."""
     rows = evenly_spaced(reference.n, training.n)
     if min(len(rows), reference.n) <= 3:
         return {}
@@ -119,31 +113,23 @@ def _floor(
     return {"fd": found.get("fd", found.get("fid")), **{k: found[k] for k in ("kid", "precision", "recall")}}
 
 
-def _labelled(images: ImageSet, attribute: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (n,) int64, and the rows (k,) int64 that have one."""
-    labels = np.array(images.labels_of(attribute)[0])
-    return labels, np.flatnonzero(labels >= 0)
-
-
-def load_extractor(folder: Path) -> ClassifierFeatures | Inception2015:
+def load_extractor(folder: Path) -> features.ClassifierFeatures | features.Inception2015:
     """The feature extractor of a features artifact."""
     if read_json(folder / "extractor.json")["extractor"] == "inception":
-        return Inception2015(device=device())
+        return features.Inception2015(device=device())
     model = load_model(folder, "classifier").to(device())
-    assert isinstance(model, Classifier)
-    return ClassifierFeatures(model)
+    assert isinstance(model, features.Classifier)
+    return features.ClassifierFeatures(model)
 
 
 def load_reference(folder: Path) -> metrics.FeatureStatistics:
     """Features of the test split in a features artifact."""
-    manifest = read_manifest(folder)
-    return metrics.FeatureStatistics.load(
-        folder / REFERENCE, manifest["extractor"], manifest["inputs"]["data"]
-    )
+    made = read_manifest(folder)
+    return metrics.FeatureStatistics.load(folder / REFERENCE, made["extractor"], made["inputs"]["data"])
 
 
 def training_features(
-    folder: Path, extractor: ClassifierFeatures | Inception2015, images: ImageSet
+    folder: Path, extractor: features.FeatureExtractor, images: ImageSet
 ) -> metrics.FeatureStatistics:
     """Features of (at most 50,000) training images, computed once and kept in the features artifact."""
     path = folder / TRAINING

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from anyorder.contracts import require
 from anyorder.files import atomic, read_manifest
 from anyorder.inference.device import device
 from anyorder.inference.weights import CONFIG, WEIGHTS, load_any_order
@@ -24,9 +25,6 @@ from anyorder.stages.execute import execute
 from anyorder.stages.orders import OrdersStage
 from anyorder.stages.train import TrainStage
 from anyorder.training.config import TrainConfig
-
-log_likelihood = PolicyConfig("token_likelihood", location=1.0)
-"""The greedy E-step: position and true token together as likely as can be."""
 
 
 @dataclass
@@ -45,8 +43,8 @@ class IterateStage(TrainingStage):
     """Stop after this many rounds without a lower bound on the test split; the best round's model is kept."""
     first: PolicyConfig = field(default_factory=PolicyConfig)
     """Order policy of the first extraction, if the model has no location head yet."""
-    policy: PolicyConfig = field(default_factory=lambda: log_likelihood)
-    """Order policy of extraction with a location head."""
+    policy: PolicyConfig = field(default_factory=lambda: PolicyConfig("token_likelihood", location=1.0))
+    """Order policy of extraction with a location head; by default the most likely position and true token."""
     limit: int | None = None
     """Train on the first so many images only; null takes all."""
     test_limit: int = 512
@@ -61,31 +59,29 @@ class IterateStage(TrainingStage):
     """Training of each round."""
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or self.patience < 1:
-            raise ValueError(f"rounds and patience must be >= 1, got {self.rounds} and {self.patience}")
-        if not 0 <= self.random_floor <= self.random_share <= 1:
-            raise ValueError(
-                "random_floor <= random_share must lie in [0, 1], got "
-                f"{self.random_floor} and {self.random_share}"
-            )
+        counts = f"rounds and patience must be >= 1, got {self.rounds} and {self.patience}"
+        require(min(self.rounds, self.patience) >= 1, counts)
+        shares = f"got {self.random_floor} and {self.random_share}"
+        ordered = 0 <= self.random_floor <= self.random_share <= 1
+        require(ordered, f"random_floor <= random_share must lie in [0, 1], {shares}")
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `round-N/{orders,model}`, and the model of the best round."""
         history: list[dict[str, Any]] = []
-        model = self.model
-        while len(history) < self.rounds and not self._exhausted(history):
+        model, best = self.model, 0
+        while len(history) < self.rounds and (not history or len(history) - 1 - best < self.patience):
             model = self._round(artifact.folder / f"round-{len(history) + 1}", model, len(history))
-            history.append(self._facts(model))
-        best = min(history, key=lambda facts: facts["test_bound"])
-        winner = artifact.folder / f"round-{history.index(best) + 1}" / "model"
+            history.append(_facts(model))
+            best = min(range(len(history)), key=lambda i: history[i]["test_bound"])
+        winner = artifact.folder / f"round-{best + 1}" / "model"
         for name in (CONFIG, WEIGHTS):
             with atomic(artifact.folder / name) as temporary:
                 shutil.copyfile(winner / name, temporary)
-        keys = ("parameters", "training_tokens", "training_seconds", "test_nll", "test_bound")
+        kept = ("parameters", "training_tokens", "training_seconds", "test_nll", "test_bound")
         return {
-            **{key: value for key, value in read_manifest(winner).items() if key in keys},
+            **{key: value for key, value in read_manifest(winner).items() if key in kept},
             "rounds": history,
-            "best_round": history.index(best) + 1,
+            "best_round": best + 1,
             "extraction_evaluations": sum(facts["extraction_evaluations"] for facts in history),
             "device": str(device()),
         }
@@ -94,40 +90,28 @@ class IterateStage(TrainingStage):
         """One E-step and one M-step; either is skipped if it is finished."""
         located = getattr(load_any_order(model).config, "location", False)
         extraction = OrdersStage(
-            model=model,
-            tokens=self.tokens,
-            policy=self.policy if located else self.first,
-            limit=self.limit,
-            test_limit=self.test_limit,
-            seed=self.train.seed,
-        )
+            model, self.tokens, policy=self.policy if located else self.first, limit=self.limit,
+            test_limit=self.test_limit, seed=self.train.seed,
+        )  # fmt: skip
         execute("orders", extraction, folder / "orders")
         above = (self.random_share - self.random_floor) * (1 - done / max(1, self.rounds - 1))
         training = TrainStage(
-            tokens=self.tokens,
-            orders=folder / "orders",
-            init=model,
-            jitter=self.jitter,
-            random_share=self.random_floor + above,
-            model=Architecture(location=True),
+            self.tokens, orders=folder / "orders", init=model, jitter=self.jitter,
+            random_share=self.random_floor + above, model=Architecture(location=True),
             train=dataclasses.replace(self.train, seed=self.train.seed + done),
-        )
+        )  # fmt: skip
         execute("train", training, folder / "model")
         return folder / "model"
 
-    def _facts(self, model: Path) -> dict[str, Any]:
-        """Results of a finished round, from its manifests."""
-        trained, orders = read_manifest(model), read_manifest(model.parent / "orders")
-        keys = ("train_bound", "test_bound", "train_nll", "test_nll")
-        return {
-            "policy": orders["policy"],
-            "random_share": trained["config"]["random_share"],
-            **{key: trained[key] for key in keys},
-            "gap": trained["test_bound"] - trained["train_bound"],
-            "training_tokens": trained["training_tokens"],
-            "extraction_evaluations": orders["extraction_evaluations"],
-        }
 
-    def _exhausted(self, history: list[dict[str, Any]]) -> bool:
-        bounds = [facts["test_bound"] for facts in history]
-        return bool(bounds) and len(bounds) - 1 - bounds.index(min(bounds)) >= self.patience
+def _facts(model: Path) -> dict[str, Any]:
+    """Results of a finished round, from its manifests."""
+    trained, orders = read_manifest(model), read_manifest(model.parent / "orders")
+    keys = ("train_bound", "test_bound", "train_nll", "test_nll", "training_tokens")
+    return {
+        "policy": orders["policy"],
+        "random_share": trained["config"]["random_share"],
+        **{key: trained[key] for key in keys},
+        "gap": trained["test_bound"] - trained["train_bound"],
+        "extraction_evaluations": orders["extraction_evaluations"],
+    }

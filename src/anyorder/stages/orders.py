@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from anyorder import files
 from anyorder import orders as stats
-from anyorder.contracts import AnyOrderNetwork
+from anyorder.contracts import AnyOrderNetwork, require
 from anyorder.data import rows as select
 from anyorder.data.caches import TokenSet
 from anyorder.data.sunsets import sun_first
@@ -48,14 +47,13 @@ class OrdersStage:
     test_limit: int = 512
     """Test images whose orders are extracted, too, for likelihoods under the same policy; at least 1."""
     batch_size: int | None = None
-    """Images at once; null takes as many as fit into half of the free memory, at 4 depth N width numbers
-    each, 64 at most on a CPU and 1024 on a GPU."""
+    """Images at once; null takes what fits into half of the free memory, at most 64 (CPU) or 1024 (GPU)."""
     bf16: bool = False
     """Score in bfloat16 where the hardware has it: faster, but it gives other orders (Kendall's tau with
     those of float32: 0.72 for margin, 0.91 for max_prob, 0.96 for entropy)."""
     compile: bool = False
-    """Score through compiled code, on a GPU as CUDA graphs: takes minutes at first. Not for converted models.
-    On a CPU it was measured not to pay."""
+    """Score through compiled code (CUDA graphs on a GPU): takes minutes at first, was measured not to pay on a
+    CPU, and is not for converted models."""
     seed: int = 0
     """Seed of the location temperature."""
     shards: int = 1
@@ -63,15 +61,12 @@ class OrdersStage:
     or on other machines that see the folder, and each works on the parts that no other does."""
 
     def __post_init__(self) -> None:
-        if self.policy.order not in (*INFERRED, "location"):
-            allowed = ", ".join((*INFERRED, "location"))
-            raise ValueError(f"policy.order must be one of {allowed} to extract, got '{self.policy.order}'")
-        if self.test_limit < 1:
-            raise ValueError(f"test_limit must be >= 1, got {self.test_limit}")
-        if self.shards < 1 or (self.batch_size or 1) < 1:
-            raise ValueError(
-                f"shards must be >= 1, batch_size >= 1 or null, got {self.shards} and {self.batch_size}"
-            )
+        allowed, order = (*INFERRED, "location"), self.policy.order
+        listed = f"policy.order must be one of {', '.join(allowed)} to extract, got '{order}'"
+        require(order in allowed, listed)
+        require(self.test_limit >= 1, f"test_limit must be >= 1, got {self.test_limit}")
+        got = f"got {self.shards} and {self.batch_size}"
+        require(min(self.shards, self.batch_size or 1) >= 1, f"shards and batch_size must be >= 1, {got}")
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `{train,test}.{order,log_prob,seconds}.npy`, `class_order.npy` and statistics of orders."""
@@ -81,60 +76,52 @@ class OrdersStage:
         model = load_any_order(self.model).to(fast_dtype(device(), self.bf16))
         if self.compile:
             compile_decoding(model)
-        self._extract(artifact, model, tokens, np.arange(n))
-        self._extract(artifact, model, test, select.evenly_spaced(self.test_limit, len(test)))
-        orders = torch.from_numpy(files.load_array(artifact.folder / "train.order.npy").astype(np.int64))
-        labels = np.array(tokens.labels[:n])
-        classes = tokens.classes or ["all"]
-        files.save_array(
-            artifact.folder / "class_order.npy", class_orders(orders.numpy(), labels, len(classes))
-        )
-        maps = figures.mean_rank_per_class(orders.numpy(), labels, classes, tokens.grid)
+        self._extract(artifact.folder, model, tokens, np.arange(n))
+        self._extract(artifact.folder, model, test, select.evenly_spaced(self.test_limit, len(test)))
+        written = [files.load_array(artifact.folder / f"{name}.npy") for name in _arrays(tokens)]
+        orders, labels, classes = written[0].astype(np.int64), tokens.labels[:n], tokens.classes or ["all"]
+        by_class = class_orders(orders, labels, len(classes))
+        files.save_array(artifact.folder / "class_order.npy", by_class)
+        maps = figures.mean_rank_per_class(orders, labels, classes, tokens.grid)
         figures.save_image(maps, artifact.folder / "mean_rank.png")
-        known = {} if self.data is None else {"sun_first": self._sun_first(orders, tokens)}
-        raster = stats.static_order("raster", tokens.grid)
         return {
             "rows": n,
             "examples": n,
-            "seconds": float(files.load_array(artifact.folder / "train.seconds.npy").sum()),
+            "seconds": float(written[2].sum()),
             "tokens": artifact.identity["inputs"]["tokens"],
             "scorer": common.trained_before(self.model),
             "policy": self.policy.label,
             "token_blind": self.policy.token_blind,
             "extraction_evaluations": n * self.policy.evaluations(tokens.grid.n),
-            "mean_log_prob": float(files.load_array(artifact.folder / "train.log_prob.npy").mean()),
+            "mean_log_prob": float(written[1].mean()),
+            "device": str(device()),
+            **self._statistics(torch.from_numpy(orders), tokens),
+        }
+
+    def _statistics(self, orders: torch.Tensor, tokens: TokenSet) -> dict[str, Any]:
+        """How far orders (n, N) agree with raster order and with one another, and what they reveal first."""
+        raster = stats.static_order("raster", tokens.grid)
+        found: dict[str, Any] = {
             "kendall_with_raster": float(stats.kendall(orders[:2000], raster).mean()),
             "mean_jump": stats.mean_jump(orders, tokens.grid),
             "position_entropy": [round(h, 4) for h in stats.position_entropy(orders).tolist()],
-            "device": str(device()),
-            **known,
         }
-
-    def _sun_first(self, orders: torch.Tensor, tokens: TokenSet) -> float:
-        assert self.data is not None
+        if self.data is None:
+            return found
         common.require_made_from(self.tokens, "data", self.data)
-        if "causes" not in files.read_manifest(self.data):
-            raise ValueError(f"{self.data} holds no sunsets: leave data out, it is only for their causes")
+        sunsets = "causes" in files.read_manifest(self.data)
+        require(sunsets, f"{self.data} holds no sunsets: leave data out, it is only for their causes")
         causes = np.array(files.load_array(self.data / "train.causes.npy")[: len(orders)])
-        size = files.read_manifest(self.tokens)["image_size"]
-        return sun_first(orders.numpy(), causes, tokens.grid, (size[0], size[1]))
+        h, w = files.read_manifest(self.tokens)["image_size"]
+        return found | {"sun_first": sun_first(orders.numpy(), causes, tokens.grid, (h, w))}
 
-    def _extract(
-        self, artifact: Artifact, model: AnyOrderNetwork, tokens: TokenSet, images: np.ndarray
-    ) -> None:
+    def _extract(self, folder: Path, model: AnyOrderNetwork, tokens: TokenSet, images: np.ndarray) -> None:
         """Extract the orders of some images, in parts if there are several."""
-        folder, names = artifact.folder, list(_arrays(tokens))
-        if self.shards == 1:
-            self._rows(folder, model, tokens, images)
-            return
-        last = folder / f"{names[-1]}.npy"
-        split = np.array_split(images, self.shards)
-        parts = [folder / f"{tokens.split}-{i}-of-{self.shards}" for i in range(self.shards)]
-        shards.share_out(parts, last.is_file, lambda i: self._rows(parts[i], model, tokens, split[i]))
-        joining = folder / ".joining"  # the artifact's folder itself is locked by all who work in it
-        with shards.claimed(joining):
-            shards.join(parts, names, folder)
-        shutil.rmtree(joining, ignore_errors=True)
+        parts = np.array_split(images, self.shards)
+        shards.share_out(
+            folder, tokens.split, self.shards, list(_arrays(tokens)),
+            lambda i, part: self._rows(part, model, tokens, parts[i]),
+        )  # fmt: skip
 
     def _rows(self, folder: Path, model: AnyOrderNetwork, tokens: TokenSet, images: np.ndarray) -> None:
         """Extract the orders of some images into `folder`; a killed run resumes after its last batch."""
@@ -177,7 +164,7 @@ def class_orders(orders: np.ndarray, labels: np.ndarray, classes: int) -> np.nda
     Returns:
         (classes, N) uint16.
     """
-    rank = stats.inverse(torch.from_numpy(orders)).double()
-    members = [torch.from_numpy(labels == c) for c in range(classes)]
-    means = torch.stack([(rank[some] if some.any() else rank).mean(0) for some in members])
-    return means.argsort(dim=1, stable=True).numpy().astype(np.uint16)
+    rank = orders.argsort(axis=1)
+    members = [labels == c for c in range(classes)]
+    means = np.stack([(rank[some] if some.any() else rank).mean(0) for some in members])
+    return means.argsort(axis=1, kind="stable").astype(np.uint16)

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,19 +16,17 @@ from anyorder.files import load_array, save_array
 
 LARGEST = {"cpu": 64, "cuda": 1024}
 """Images in a batch: more keep a device no busier, and a killed run loses more of its work."""
-SHARE = 0.5
-"""Part of the free memory for caches; the rest is for logits, activations and other processes."""
 
 
 def images_at_once(model: AnyOrderNetwork, grid: Grid, processes: int = 1) -> int:
     """Images whose caches fit into half of the free memory that `processes` share, a power of two.
 
-    An image takes 4 depth N D numbers of the weights' type: keys and values, twice, since some models keep
-    two entries for each position.
+    The other half is for logits and activations. An image takes 4 depth N D numbers of the weights' type:
+    keys and values, twice, since some models keep two entries for each position.
     """
     weight = next(model.parameters())
     bytes_each = 4 * model.config.depth * grid.n * model.config.width * weight.element_size()
-    fit = int(SHARE * free_memory(weight.device) / processes / bytes_each)
+    fit = free_memory(weight.device) // 2 // processes // bytes_each
     return 2 ** (min(max(fit, 1), LARGEST.get(weight.device.type, 64)).bit_length() - 1)
 
 
@@ -44,33 +41,48 @@ def free_memory(device: torch.device) -> int:
         return 2 * 2**30
 
 
-def share_out(parts: Sequence[Path], finished: Callable[[], bool], work: Callable[[int], Any]) -> None:
-    """Work on every part that no other process is working on, then on those that others left unfinished.
+def share_out(
+    folder: Path, split: str, count: int, names: Sequence[str], work: Callable[[int, Path], None]
+) -> None:
+    """Do `work` in `count` parts that any number of processes share, and join its arrays row by row.
 
-    Any number of processes may call this with the same folders; it returns when all parts are finished. A
+    Each process takes the parts that no other is working on, then those that others left unfinished. A
     process that is killed releases its part, and the next one resumes it.
 
     Args:
-        parts: one folder for each part, made if need be.
-        finished: whether the parts are joined already.
-        work: does part i or the rest of it; does nothing if it is done.
-    """
-    for wait in (False, True):
-        for i, folder in enumerate(parts):
-            if finished():
-                return
-            with claimed(folder, wait=wait) as mine:
-                if mine and not finished():
-                    work(i)
-
-
-@contextmanager
-def claimed(folder: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a folder, made if need be, against other processes; yields whether it is held.
+        folder: where the joined arrays go; the parts are worked on in folders below it.
+        split: begins the names of these folders.
+        count: number of parts.
+        names: each part has an array NAME.npy for each of them.
+        work: does part i or the rest of it in a folder; does nothing if it is done.
 
     Raises:
         ValueError: the system has no `flock`.
     """
+    if count == 1:
+        return work(0, folder)
+    parts = [folder / f"{split}-{i}-of-{count}" for i in range(count)]
+    finished = (folder / f"{names[-1]}.npy").is_file  # the last array is written last
+    for wait in (False, True):
+        for i, part in enumerate(parts):
+            if not finished():
+                with _claimed(part, wait=wait) as mine:
+                    if mine and not finished():
+                        work(i, part)
+    joining = folder / ".joining"  # the artifact's folder itself is locked by all who work in it
+    with _claimed(joining):
+        for name in () if finished() else names:
+            save_array(
+                folder / f"{name}.npy", np.concatenate([load_array(part / f"{name}.npy") for part in parts])
+            )
+        for part in parts:
+            shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(joining, ignore_errors=True)
+
+
+@contextmanager
+def _claimed(folder: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a folder, made if need be, against other processes; yields whether it is held."""
     try:
         import fcntl
     except ImportError as e:  # not on Windows
@@ -86,16 +98,3 @@ def claimed(folder: Path, *, wait: bool = True) -> Iterator[bool]:
             yield True
     finally:
         os.close(descriptor)  # lets go of the folder
-
-
-def join(parts: Sequence[Path], names: Sequence[str], folder: Path) -> None:
-    """Join arrays NAME.npy of all parts, row by row, into `folder`, and remove the parts.
-
-    The last name is written last: when it is there, all are, and nothing but removing is left to do.
-    """
-    if not (folder / f"{names[-1]}.npy").is_file():
-        for name in names:
-            whole = np.concatenate([load_array(part / f"{name}.npy") for part in parts])
-            save_array(folder / f"{name}.npy", whole)
-    for part in parts:
-        shutil.rmtree(part, ignore_errors=True)

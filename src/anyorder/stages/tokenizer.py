@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from anyorder.contracts import require
 from anyorder.data.caches import ImageSet
 from anyorder.data.images import to_uint8
 from anyorder.data.rows import batches, evenly_spaced
@@ -52,8 +53,8 @@ class TokenizerStage(TrainingStage):
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        if self.init is not None and self.model != SMALL:
-            raise ValueError("init=... brings its architecture: remove the model.* settings")
+        given = self.init is not None and self.model != SMALL
+        require(not given, "init=... brings its architecture: remove the model.* settings")
         self.train.require_watched(("test_psnr", "test_ssim"))
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
@@ -65,45 +66,45 @@ class TokenizerStage(TrainingStage):
         objective = TokenizerLoss(self.loss).to(device())
 
         def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
-            assert isinstance(model, VQModel)
             return objective(model, images.batch(rows)[0].to(device()), step)
 
         def evaluate(model: nn.Module, step: int) -> dict[str, float]:
-            assert isinstance(model, VQModel)
-            return {f"test_{key}": value for key, value in measure_tokenizer(model, test, 1024).items()}
+            return {f"test_{key}": value for key, value in _measured(model, test, 1024).items()}
 
-        adversary = objective if any(True for _ in objective.parameters()) else None
         result = train(
-            model, loss, len(images), self.train, artifact.folder, device=device(), extra=adversary,
-            evaluate=evaluate,
+            model, loss, len(images), self.train, artifact.folder, device=device(), evaluate=evaluate,
+            extra=objective if any(True for _ in objective.parameters()) else None,
         )  # fmt: skip
-        best = result.model
-        assert isinstance(best, VQModel)
-        save_model(artifact.folder, best, model.config, "vq")
-        shown = reconstructions(best, test if len(test) else images)
-        figures.save_image(shown, artifact.folder / "reconstructions.png")
-        return {"test": measure_tokenizer(best, test, len(test)), **training_facts(result)}
+        save_model(artifact.folder, result.model, model.config, "vq")
+        _save_reconstructions(result.model, test if len(test) else images, artifact.folder)
+        return {"test": _measured(result.model, test, len(test)), **training_facts(result)}
 
 
-def measure_tokenizer(model: VQModel, images: ImageSet, limit: int) -> dict[str, float]:
+def _reconstructed(model: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of images (B, 3, H, W) in [-1, 1], and the images that they decode to."""
+    assert isinstance(model, VQModel)
+    tokens = model.encode(pixels)
+    return tokens, model.decode(tokens, model.grid(pixels)).clamp(-1, 1)
+
+
+def _measured(model: nn.Module, images: ImageSet, limit: int) -> dict[str, float]:
     """PSNR (dB), SSIM, codebook usage and perplexity over at most `limit` images; empty if there are none."""
     tokens, psnr, ssim, some = [], 0.0, 0.0, evenly_spaced(limit, len(images))
     if not (n := len(some)):
         return {}
     for rows in batches(some, 256):
         pixels = images.batch(rows)[0].to(device())
-        found = model.encode(pixels)
-        decoded = model.decode(found, model.grid(pixels)).clamp(-1, 1)
+        found, decoded = _reconstructed(model, pixels)
         psnr += float(metrics.psnr(decoded, pixels).sum())
         ssim += float(metrics.ssim(decoded, pixels).sum())
         tokens.append(found.cpu())
-    usage, perplexity = codebook_usage(torch.cat(tokens), model.vocab_size)
+    usage, perplexity = codebook_usage(torch.cat(tokens), model.vocab_size)  # type: ignore[arg-type]
     return {"psnr": psnr / n, "ssim": ssim / n, "codebook_usage": usage, "codebook_perplexity": perplexity}
 
 
-def reconstructions(model: VQModel, images: ImageSet) -> Any:
-    """Test images above their reconstructions, a Pillow image."""
+def _save_reconstructions(model: nn.Module, images: ImageSet, folder: Path) -> None:
+    """The first images above their reconstructions."""
     pixels = images.batch(np.arange(min(SHOWN, len(images))))[0].to(device())
-    decoded = model.decode(model.encode(pixels), model.grid(pixels))
-    both = np.concatenate((to_uint8(pixels), to_uint8(decoded)))
-    return figures.image_grid(both, columns=len(pixels), scale=2)
+    both = np.concatenate((to_uint8(pixels), to_uint8(_reconstructed(model, pixels)[1])))
+    shown = figures.image_grid(both, columns=len(pixels), scale=2)
+    figures.save_image(shown, folder / "reconstructions.png")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from anyorder import orders as static
-from anyorder.contracts import AnyOrderNetwork
+from anyorder.contracts import AnyOrderNetwork, require
 from anyorder.data import caches
 from anyorder.data.images import to_uint8
 from anyorder.data.rows import evenly_spaced
@@ -26,8 +26,9 @@ from anyorder.method.sampling import Streams
 from anyorder.models import transformer
 from anyorder.report import figures
 from anyorder.stages import artifacts, common
-from anyorder.training import lora, order_sources
+from anyorder.training import lora
 from anyorder.training.config import TrainConfig
+from anyorder.training.order_sources import OnlineOrders, Source, flagged, mixed_orders
 from anyorder.training.trainer import train
 
 Measured = tuple[Tensor, Tensor, Tensor]
@@ -53,15 +54,13 @@ class TrainStage(common.TrainingStage):
     orders: Path | None = None
     """Order cache to train on instead; only the images it covers are used."""
     orders_as: Literal["own", "class_mean"] = "own"
-    """own: the order of each image; class_mean: one order per class, the ranking of its mean ranks, for all
-    images."""
+    """own: the order of each image; class_mean: one order per class, the ranking of its mean ranks."""
     online: policy_config.PolicyConfig | None = None
     """Instead of `orders`: extract orders by this policy while training, with the averaged weights."""
     online_every: int = 1
     """With `online`: epochs between two extractions of an image's order, at least 1."""
     jitter: float = 0.0
-    """Standard deviation of noise on the ranks of extracted orders, in steps; keeps the model from memorizing
-    one order per image."""
+    """Standard deviation in steps of noise on the ranks of orders, against memorizing one order per image."""
     random_share: float = 0.0
     """With `orders`, `online` or a static order: share of images that get a random order, in [0, 1]."""
     random_share_end: float | None = None
@@ -78,62 +77,61 @@ class TrainStage(common.TrainingStage):
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        allowed = ("random", *static.STATIC)
+        require(self.order in allowed, f"order must be one of {', '.join(allowed)}, got '{self.order}'")
         for share in (self.random_share, self.random_share_end or 0.0):
-            if not 0 <= share <= 1:
-                raise ValueError(f"random_share must lie in [0, 1], got {share}")
-        if self.jitter < 0:
-            raise ValueError(f"jitter must be >= 0 steps, got {self.jitter}")
-        if self.order != "random" and self.order not in static.STATIC:
-            raise ValueError(f"order must be random or one of {', '.join(static.STATIC)}, got '{self.order}'")
-        if self.orders is not None and self.order != "random":
-            raise ValueError(f"give either order={self.order} or orders={self.orders}, not both")
+            require(0 <= share <= 1, f"random_share must lie in [0, 1], got {share}")
+        require(self.jitter >= 0, f"jitter must be >= 0 steps, got {self.jitter}")
+        both = f"give either order={self.order} or orders={self.orders}, not both"
+        require(self.orders is None or self.order == "random", both)
+        cache = f"orders_as={self.orders_as} is about an order cache: give orders=FOLDER"
+        require(self.orders_as == "own" or self.orders is not None, cache)
+        every = f"online_every must be >= 1 epoch and goes with online, got {self.online_every}"
+        require(self.online_every == 1 or (self.online_every > 1 and self.online is not None), every)
         if self.online is not None:
             self._check_online(self.online)
-        if self.online_every < 1 or (self.online_every > 1 and self.online is None):
-            raise ValueError(f"online_every must be >= 1 epoch and goes with online, got {self.online_every}")
-        if self.orders_as != "own" and self.orders is None:
-            raise ValueError(f"orders_as={self.orders_as} is about an order cache: give orders=FOLDER")
-        if self.order == "random" and self.orders is None and self.online is None:
+        elif self.orders is None and self.order == "random":
             mixing = ("random_share", "random_share_end", "jitter")
-            if any(getattr(self, key) != getattr(TrainStage, key) for key in mixing):
-                raise ValueError(
-                    f"{', '.join(mixing)} go with orders=... or a static order: all orders are random here"
-                )
-            if self.model.location:
-                raise ValueError("model.location needs orders to learn: give orders=... or a static order")
-        if self.train.compile and self.model.location:
-            raise ValueError("train.compile covers models without a location head: leave one of them out")
-        if self.lora < 0 or (self.lora and self.init is None):
-            raise ValueError(f"lora must be a rank >= 0 and goes with init=..., got {self.lora}")
+            mixed = any(getattr(self, key) != getattr(TrainStage, key) for key in mixing)
+            text = f"{', '.join(mixing)} go with orders=... or a static order: all orders are random here"
+            require(not mixed, text)
+            text = "model.location needs orders to learn: give orders=... or a static order"
+            require(not self.model.location, text)
+        compiled = self.train.compile and self.model.location
+        require(not compiled, "train.compile covers models without a location head: leave one of them out")
+        low_rank = f"lora must be a rank >= 0 and goes with init=..., got {self.lora}"
+        require(self.lora == 0 or (self.lora > 0 and self.init is not None), low_rank)
         plain = dataclasses.replace(self.model, location=False, location_gradient=True)
-        if self.init is not None and plain != transformer.Architecture():
-            raise ValueError("init=... brings its architecture: remove the model.* settings")
-        if self.tokenizer is not None and not self.train.sample_every:
-            raise ValueError("tokenizer is for images during training: give train.sample_every > 0, too")
+        fits = self.init is None or plain == transformer.Architecture()
+        require(fits, "init=... brings its architecture: remove the model.* settings")
+        shown = self.tokenizer is None or self.train.sample_every > 0
+        require(shown, "tokenizer is for images during training: give train.sample_every > 0, too")
         bounds = ("train_bound", "test_bound") if self.model.location or self.init else ()
         self.train.require_watched(("train_nll", "test_nll", *bounds))
+
+    def _check_online(self, policy: policy_config.PolicyConfig) -> None:
+        alone = self.orders is None and self.order == "random"
+        require(alone, "online extracts the orders itself: give it, or orders=..., or order=...")
+        inferred = policy.order in (*policy_config.INFERRED, "location")
+        require(inferred, f"online.order must be an inferred order, got '{policy.order}'")
+        ema = "online extracts with the averaged weights: give train.ema, say 0.999"
+        require(self.train.ema > 0, ema)
 
     @property
     def aside(self) -> tuple[str, ...]:
         """Settings that do not change what the stage writes."""
         return ("tokenizer", *super().aside)
 
-    def _check_online(self, policy: policy_config.PolicyConfig) -> None:
-        if self.orders is not None or self.order != "random":
-            raise ValueError("online extracts the orders itself: give it, or orders=..., or order=...")
-        if policy.order not in (*policy_config.INFERRED, "location"):
-            raise ValueError(f"online.order must be an inferred order, got '{policy.order}'")
-        if not self.train.ema:
-            raise ValueError("online extracts with the averaged weights: give train.ema, say 0.999")
-
     def run(self, artifact: artifacts.Artifact) -> dict[str, Any]:
         """Write the model and its log."""
         tokens, test = caches.TokenSet(self.tokens), caches.TokenSet(self.tokens, "test")
         model = self._model(tokens)
-        cache = self._cache(tokens)
+        cache = None if self.orders is None else caches.OrderSet(self.orders)
+        if cache is not None:
+            caches.check_tokens(cache, tokens)
         source = self._source(artifact.folder, tokens, cache)
-        online = source if isinstance(source, order_sources.OnlineOrders) else None
-        orders = order_sources.mixed(source, tokens.grid, self._random_share, self.jitter)
+        online = source if isinstance(source, OnlineOrders) else None
+        orders = mixed_orders(source, tokens.grid, self._random_share, self.jitter)
 
         def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
             batch, labels = map(_without_waiting, tokens.batch(rows))
@@ -146,22 +144,15 @@ class TrainStage(common.TrainingStage):
             parts = {"content": content.mean(), "location": where.mean() / share}
             return content.mean() + where.mean(), parts
 
-        examples = len(cache) if cache is not None else len(tokens)
-        measured = {
-            "train": self._measured(tokens, examples, cache),
-            "test": self._measured(test, len(test), cache),
-        }
+        measured = {some.split: self._measured(some, cache) for some in (tokens, test)}
 
         def evaluate(model: nn.Module, step: int) -> dict[str, float]:
-            return {
-                f"{split}_{name}": value
-                for split, data in measured.items()
-                for name, value in mean_nll(model, data).items()
-            }
+            found = {split: _mean_nll(model, data) for split, data in measured.items()}
+            return {f"{split}_{name}": value for split, x in found.items() for name, value in x.items()}
 
         result = train(
-            model, loss, examples, self.train, artifact.folder, device=device(),
-            evaluate=evaluate, sample=self._preview(artifact.folder),
+            model, loss, len(tokens if cache is None else cache), self.train, artifact.folder,
+            device=device(), evaluate=evaluate, sample=self._preview(artifact.folder),
             ready=online.set_scorer if online else None,
         )  # fmt: skip
         lora.merge_low_rank(result.model)
@@ -189,25 +180,21 @@ class TrainStage(common.TrainingStage):
     def _model(self, tokens: caches.TokenSet) -> AnyOrderNetwork:
         torch.manual_seed(self.train.seed)
         if self.init is None:
-            return transformer.AnyOrderTransformer(
-                transformer.TransformerConfig(
-                    **vars(self.model),
-                    vocab_size=tokens.vocab_size,
-                    grid=(tokens.grid.h, tokens.grid.w),
-                    num_classes=len(tokens.classes),
-                    attributes=tuple(len(values) for values in tokens.attributes.values()),
-                    text_vocab=tokens.text_vocab,
-                    text_length=tokens.text_length,
-                )
+            config = transformer.TransformerConfig(
+                **vars(self.model),
+                vocab_size=tokens.vocab_size,
+                grid=(tokens.grid.h, tokens.grid.w),
+                num_classes=len(tokens.classes),
+                attributes=tuple(len(values) for values in tokens.attributes.values()),
+                text_vocab=tokens.text_vocab,
+                text_length=tokens.text_length,
             )
+            return transformer.AnyOrderTransformer(config)
         common.require_trained_on(self.init, tokens, adapted=True)
         model = weights.load_any_order(self.init)
         if common.is_converted(self.init):
-            if tokens.further.shape[1]:
-                raise ValueError(
-                    f"a published model takes classes alone, {tokens.folder} has attributes or captions: run "
-                    "data and tokens without them"
-                )
+            further = f"a published model takes classes alone, {tokens.folder} has attributes or captions: "
+            require(not tokens.further.shape[1], f"{further}run data and tokens without them")
             known = common.known_classes(self.init, tokens, model.num_classes)
             model = lora.adapt(model, tokens.grid, len(tokens.classes), known)
         if self.model.location and not _has_location(model):
@@ -223,30 +210,22 @@ class TrainStage(common.TrainingStage):
 
     # --- the orders to train on -------------------------------------------------------------------------
 
-    def _cache(self, tokens: caches.TokenSet) -> caches.OrderSet | None:
-        if self.orders is None:
-            return None
-        cache = caches.OrderSet(self.orders)
-        caches.check_tokens(cache, tokens)
-        return cache
-
-    def _source(
-        self, folder: Path, tokens: caches.TokenSet, cache: caches.OrderSet | None
-    ) -> order_sources.Source:
+    def _source(self, folder: Path, tokens: caches.TokenSet, cache: caches.OrderSet | None) -> Source:
         if self.online is not None:
             per_step = self.train.batch_size * self.train.accumulation
-            return order_sources.OnlineOrders(
+            return OnlineOrders(
                 folder, tokens, self.online, self.online_every, per_step, warm=self.init is not None
             )
+        if cache is not None and self.orders_as == "class_mean":
+            return lambda rows, *_: flagged(cache.of_classes(tokens.batch(rows)[1]), True)
         if cache is not None:
-            of_class = self.orders_as == "class_mean"
-            return order_sources.known_orders(
-                lambda rows: cache.of_classes(tokens.batch(rows)[1]) if of_class else cache.batch(rows)
-            )
+            return lambda rows, *_: flagged(cache.batch(rows), True)
         if self.order == "random":
-            return order_sources.all_random(tokens.grid)
+            return lambda rows, step, generator: flagged(
+                static.random_orders(len(rows), tokens.grid, generator), False
+            )
         fixed = static.static_order(self.order, tokens.grid)
-        return order_sources.known_orders(lambda rows: fixed.expand(len(rows), -1))
+        return lambda rows, *_: flagged(fixed.expand(len(rows), -1), True)
 
     def _random_share(self, step: int) -> float:
         end = self.random_share if self.random_share_end is None else self.random_share_end
@@ -254,16 +233,17 @@ class TrainStage(common.TrainingStage):
 
     # --- what is measured: the likelihood under the orders of training, on training and test images -----
 
-    def _measured(self, tokens: caches.TokenSet, n: int, cache: caches.OrderSet | None) -> Measured:
+    def _measured(self, tokens: caches.TokenSet, cache: caches.OrderSet | None) -> Measured:
         """Images of a split with the orders that are trained on, at most `MEASURED`."""
-        rows = evenly_spaced(MEASURED, n)
         if cache is None:
+            rows = evenly_spaced(MEASURED, len(tokens))
             return *tokens.batch(rows), self._general_orders(tokens, len(rows))
-        if self.orders_as == "class_mean":
-            return *tokens.batch(rows), cache.of_classes(tokens.batch(rows)[1])
-        if tokens.split == "train":
-            return *tokens.batch(rows), cache.batch(rows)
-        return *tokens.batch(evenly_spaced(len(cache.test_orders), n)), cache.test_orders
+        training, own = tokens.split == "train", self.orders_as == "own"
+        if own and not training:
+            return *tokens.batch(evenly_spaced(len(cache.test_orders), len(tokens))), cache.test_orders
+        rows = evenly_spaced(MEASURED, len(cache if training else tokens))
+        batch, condition = tokens.batch(rows)
+        return batch, condition, cache.batch(rows) if own else cache.of_classes(condition)
 
     def _general_orders(self, tokens: caches.TokenSet, n: int) -> Tensor:
         """The static order of training for n images, or random ones."""
@@ -275,7 +255,7 @@ class TrainStage(common.TrainingStage):
         """Under the order of training on the whole split; for extracted orders, under random ones."""
         extracted = self.orders is not None or self.online is not None
         rows = evenly_spaced(MEASURED if extracted else len(test), len(test))
-        found = mean_nll(model, (*test.batch(rows), self._general_orders(test, len(rows))))
+        found = _mean_nll(model, (*test.batch(rows), self._general_orders(test, len(rows))))
         return {"any_order_nll" if extracted else "test_nll": found["nll"]} if found else {}
 
     def _preview(self, folder: Path) -> Any:
@@ -297,7 +277,7 @@ class TrainStage(common.TrainingStage):
         return preview
 
 
-def mean_nll(model: nn.Module, data: Measured) -> dict[str, float]:
+def _mean_nll(model: nn.Module, data: Measured) -> dict[str, float]:
     """`losses.image_nll` of the data, averaged; empty if there are no data."""
     tokens, condition, order = (x.to(device()) for x in data)
     if not len(tokens):

@@ -29,8 +29,9 @@ class Log:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, **finite}) + "\n")
-        for name, value in values.items() if self.board else ():
-            self.board.add_scalar(name, value, step)
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
 
     def __enter__(self) -> Log:
         return self

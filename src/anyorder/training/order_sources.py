@@ -27,21 +27,12 @@ Source = Callable[[np.ndarray, int, torch.Generator], tuple[Tensor, Tensor]]
 _UNKNOWN = np.iinfo(np.uint16).max
 
 
-def known_orders(of_rows: Callable[[np.ndarray], Tensor]) -> Source:
-    """Orders that are known before training: rows (B,) to orders (B, N) int64."""
-    return lambda rows, step, generator: (of_rows(rows), torch.ones(len(rows), dtype=torch.bool))
+def flagged(orders: Tensor, known: bool) -> tuple[Tensor, Tensor]:
+    """What a `Source` returns: orders (B, N) int64 that are all `known` or all random."""
+    return orders, torch.full((len(orders),), known)
 
 
-def all_random(grid: Grid) -> Source:
-    """Uniformly random orders."""
-
-    def orders(rows: np.ndarray, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return random_orders(len(rows), grid, generator), torch.zeros(len(rows), dtype=torch.bool)
-
-    return orders
-
-
-def mixed(source: Source, grid: Grid, share: Callable[[int], float], jitter: float) -> Source:
+def mixed_orders(source: Source, grid: Grid, share: Callable[[int], float], jitter: float) -> Source:
     """Orders of a source with noise on their ranks, and random ones among them.
 
     Args:
@@ -100,7 +91,7 @@ class OnlineOrders:
         """See `Source`."""
         current = (step - 1) // self.steps
         if not (current or self.warm):
-            return all_random(self.tokens.grid)(rows, step, generator)
+            return flagged(random_orders(len(rows), self.tokens.grid, generator), False)
         if current != self.round:
             path, shape = self.folder / f"round-{current:03d}.npy", (len(self.tokens), self.tokens.grid.n)
             if not path.is_file():
@@ -109,7 +100,7 @@ class OnlineOrders:
         missing = np.unique(rows[self.orders[rows, 0] == _UNKNOWN])
         if len(missing):
             self.orders[missing] = self._extract(missing)
-        return torch.from_numpy(self.orders[rows].astype(np.int64)), torch.ones(len(rows), dtype=torch.bool)
+        return flagged(torch.from_numpy(self.orders[rows].astype(np.int64)), True)
 
     def evaluations(self) -> int:
         """Candidate evaluations of all extractions so far, from the round files."""
