@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import transformer
+from PIL import Image
 
 from anyorder import Pipeline
 from anyorder.cli import main as cli
@@ -442,6 +443,26 @@ def test_another_seed_repeats_what_is_random_in_models_and_samples(experiment):
     for wrong in ("seed=-1", "seed=1.5", "seed=x"):
         with pytest.raises(ValueError, match="seed must be an integer >= 0"):
             load_experiment(path, [wrong])
+
+
+def test_a_dry_run_lists_all_stages_where_the_images_are_gone(tmp_path, capsys):
+    def planned():
+        assert cli.main(["run", str(path), "--dry-run"]) == 0
+        return [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines()]
+
+    path, images = tmp_path / "x.yaml", tmp_path / "images"
+    path.write_text(
+        f"out: {tmp_path}/out\n"
+        f"stages: {{data: {{source: {images}, size: [16, 16]}}, tokenizer: {{data: data}}}}"
+    )
+    assert planned() == ["to run", "to run"]
+    images.mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(images / f"{i}.png")
+    execute("data", load_experiment(path).stages["data"][1], tmp_path / "out" / "data")
+    assert planned() == ["up to date", "to run"]
+    shutil.rmtree(images)
+    assert planned() == ["to run", "to run"]
 
 
 def inputs_of(stage):
