@@ -52,8 +52,8 @@ class OrdersStage:
     """Score in bfloat16 where the hardware has it: faster, but it gives other orders (Kendall's tau with
     those of float32: 0.72 for margin, 0.91 for max_prob, 0.96 for entropy)."""
     compile: bool = False
-    """Score through compiled code (CUDA graphs on a GPU): takes minutes at first, does not pay on a CPU, and is
-    not for converted models."""
+    """Score through compiled code (CUDA graphs on a GPU): takes minutes at first, does not pay on a CPU, and
+    is not for converted models."""
     seed: int = 0
     """Seed of the location temperature."""
     shards: int = 1
