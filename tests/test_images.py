@@ -450,7 +450,7 @@ def test_new_configuration_of_an_artifact_decodes_again(tmp_path):
     source = FolderSource(fill_folder(tmp_path / "in", {"1.png": encode(plain(RED))}), 0)
     for fill in (1, 2):
         artifact = Artifact(tmp_path / "out", "data", {"fill": fill}, {}, overwrite=True)
-        assert not list((tmp_path / "out").glob(".train.partial"))
+        assert not list((tmp_path / "out").glob("*train.partial"))
         artifact.finish(**ingest(source, tmp_path / "out", SIZE, fill=(fill, fill, fill)))
     assert not any(
         "partial" in name for name in json.loads((tmp_path / "out/manifest.json").read_text())["files"]

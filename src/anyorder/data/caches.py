@@ -22,23 +22,17 @@ _SAMPLE = 256  # rows looked at when a cache is opened
 
 
 class _Split:
-    """What all caches of images have, one split at a time, memory-mapped.
-
-    Attributes:
-        labels: (n,) int64, index into `classes`; 0 where there are none.
-        classes: class names, empty if the images have none.
-        attributes: name of each further attribute -> its values.
-        fingerprint: of the artifact.
-    """
+    """What all caches of images have, one split at a time, memory-mapped."""
 
     labels: np.ndarray
+    """(n,) int64, index into `classes`; 0 where there are none."""
 
     def __init__(self, folder: str | Path, split: str):
         self.folder, self.split = Path(folder), split
         self._manifest = files.read_manifest(folder)
         self.fingerprint: str = self._manifest["fingerprint"]
-        self.classes: list[str] = self._manifest["classes"]
-        self.attributes: dict[str, list[str]] = self._manifest.get("attributes", {})
+        self.classes: list[str] = self._manifest["classes"]  # empty if the images have none
+        self.attributes: dict[str, list[str]] = self._manifest.get("attributes", {})  # name -> its values
 
     def _path(self, what: str) -> Path:
         return self.folder / f"{self.split}.{what}.npy"

@@ -77,7 +77,7 @@ def ingest(
     facts: dict[str, Any] = {"classes": classes, "counts": {}, "skipped": {}, "ignored": _facts(ignored)}
     facts |= {"attributes": attributes} if attributes else {}
     for split, limit in zip(SPLITS, (max_train, max_test), strict=True):
-        done = Path(folder) / f".{split}.partial"  # the suffix makes Artifact drop it with other old work
+        done = Path(folder) / f"{split}.partial"  # the suffix makes Artifact drop it with other old work
         settings = repr((source, decoding, limit))
         if not (done.is_file() and read_json(done)["settings"] == settings):
             count, skipped = _ingest_split(source, Path(folder), split, limit, classes, attributes, decoding)
@@ -85,6 +85,8 @@ def ingest(
         result = read_json(done)
         facts["counts"][split], facts["skipped"][split] = result["count"], result["skipped"]
     _report(facts, max_skipped)
+    for split in SPLITS:
+        (Path(folder) / f"{split}.partial").unlink()
     return facts
 
 

@@ -47,17 +47,17 @@ def list_files(root: Path) -> Listing:
     """
     found, seen = Listing([]), {os.path.realpath(root)}
 
-    def path_of(folder: str, name: str) -> str:
-        return Path(os.path.relpath(os.path.join(folder, name), root)).as_posix()
+    def path_of(*path: str) -> str:
+        return Path(os.path.relpath(os.path.join(*path), root)).as_posix()
 
     def unreadable(error: OSError) -> None:
-        found.ignored["unreadable folder"].append(os.path.relpath(error.filename, root))
+        found.ignored["unreadable folder"].append(path_of(error.filename))
 
     for folder, subfolders, files in os.walk(root, onerror=unreadable, followlinks=True):
         if _is_artifact(Path(folder), files) or (Path(folder) != root and {*files} >= _SAMPLES):
             mend = "source= takes a folder of images"
             require(Path(folder) != root, f"{root} was written by anyorder: {mend}")
-            found.ignored["written by anyorder"].append(path_of(folder, ""))
+            found.ignored["written by anyorder"].append(path_of(folder))
             subfolders.clear()
             continue
         names = (*subfolders, *files)
@@ -66,8 +66,7 @@ def list_files(root: Path) -> Listing:
         found.files += [path_of(folder, name) for name in files if name not in hidden]
         visible = sorted({*subfolders} - hidden, reverse=True)
         paths = {os.path.realpath(os.path.join(folder, s)): s for s in visible}
-        new = paths.keys() - seen  # links may lead in circles
-        subfolders[:] = sorted(paths[path] for path in new)
+        subfolders[:] = sorted(paths[path] for path in paths.keys() - seen)  # links may lead in circles
         seen |= paths.keys()
     found.files.sort()
     return found
@@ -88,18 +87,14 @@ def _is_artifact(folder: Path, files: Sequence[str]) -> bool:
 
 def split_of_folder(name: str) -> str | None:
     """One of train, test and validation if a folder is named like it, such as `Train`, `dev`, `val2017`."""
-    return _kind(_FOLDER.fullmatch(name))
+    return getattr(_FOLDER.fullmatch(name), "lastgroup", None)
 
 
 def split_of_file(name: str) -> str | None:
     """The same for a file's path, such as `train-00000-of-00002.parquet` or `default/test/0000.parquet`."""
     *folders, last = name.split("/")
-    kinds = [split_of_folder(folder) for folder in folders]
-    return _kind(_FILE.search(last)) or next(filter(None, kinds), None)
-
-
-def _kind(match: re.Match[str] | None) -> str | None:
-    return match.lastgroup if match else None
+    kinds = (getattr(_FILE.search(last), "lastgroup", None), *map(split_of_folder, folders))
+    return next(filter(None, kinds), None)
 
 
 def split_and_class(names: Sequence[str]) -> list[tuple[str | None, str | None]]:
@@ -140,12 +135,11 @@ def split_and_class(names: Sequence[str]) -> list[tuple[str | None, str | None]]
 
 
 def _unclear(folders: Sequence[str | None], splits: Sequence[str | None]) -> ValueError:
-    named = _listed(name for name, split in zip(folders, splits, strict=True) if split)
-    others = _listed(name for name, split in zip(folders, splits, strict=True) if not split)
-    return ValueError(
-        f"is {named} a split or a class, beside {others or 'loose images'}? Put the classes into folders "
-        "below train/ and test/, or move what does not belong there"
-    )
+    pairs = list(zip(folders, splits, strict=True))
+    named = _listed(name for name, split in pairs if split)
+    others = _listed(name for name, split in pairs if not split) or "loose images"
+    mend = "Put the classes into folders below train/ and test/, or move what does not belong there"
+    return ValueError(f"is {named} a split or a class, beside {others}? {mend}")
 
 
 def _listed(names: Iterable[str | None]) -> str:
@@ -175,15 +169,12 @@ Stats = dict[str, tuple[int, int]]
 
 def stats(root: Path, names: Iterable[str]) -> Stats:
     """Of each file; (-1, -1) for one that cannot be looked at."""
-    return {name: _stat(root / name) for name in names}
-
-
-def _stat(path: Path) -> tuple[int, int]:
-    try:
-        found = path.stat()
-    except OSError:
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
+    found = dict.fromkeys(names, (-1, -1))
+    for name in found:
+        with contextlib.suppress(OSError):
+            stat = (root / name).stat()
+            found[name] = stat.st_size, stat.st_mtime_ns
+    return found
 
 
 def digest(found: Stats) -> str:

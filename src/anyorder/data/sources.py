@@ -178,8 +178,8 @@ class FolderSource(Source):
     test_fraction: float = 0.1
 
     @cached_property
-    def _found(self) -> listing.Listing:
-        """The images, and what is ignored."""
+    def _found(self) -> tuple[dict[str, tuple[str | None, str | None]], dict[str, list[str]]]:
+        """Name of each image -> split and class, and what is ignored."""
         found, known = listing.list_files(self.path), suffixes()
         names: list[str] = []
         for name in found.files:
@@ -187,33 +187,24 @@ class FolderSource(Source):
             unknown = "text beside the images" if suffix in SIDECARS else UNKNOWN
             (names if suffix in known else found.ignored[unknown]).append(name)
         if not names:
-            others = (
-                ", ".join(f"{len(v)} x {reason}" for reason, v in found.ignored.items() if v) or "nothing"
-            )
-            raise FileNotFoundError(
-                f"{self.path} holds no images (files with a suffix such as .jpg, .png, .webp), but {others}"
-            )
-        return listing.Listing(names, found.ignored)
-
-    @cached_property
-    def _labels(self) -> dict[str, tuple[str | None, str | None]]:
-        """Name of each image -> split and class."""
-        names = self._found.files
-        return dict(zip(names, listing.split_and_class(names), strict=True))
+            others = ", ".join(f"{len(v)} x {reason}" for reason, v in found.ignored.items() if v)
+            kinds = "files with a suffix such as .jpg, .png, .webp"
+            raise FileNotFoundError(f"{self.path} holds no images ({kinds}), but {others or 'nothing'}")
+        return dict(zip(names, listing.split_and_class(names), strict=True)), found.ignored
 
     @cached_property
     def _parts(self) -> Parts:
         parts: Parts = defaultdict(list)
-        for name, (split, _) in self._labels.items():
+        for name, (split, _) in self._found[0].items():
             parts[split].append(name)
         return parts
 
     def _read(self, part: str, with_images: bool) -> Iterator[Item]:
-        yield Item(self.path / part, self._labels[part][1], part)
+        yield Item(self.path / part, self._found[0][part][1], part)
 
     def ignored(self) -> dict[str, list[str]]:
         """See `Source`."""
-        return self._found.ignored | super().ignored()
+        return self._found[1] | super().ignored()
 
     def stats(self) -> listing.Stats:
         """See `Source`."""

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,51 +21,8 @@ from anyorder.data.images import BadImage
 from anyorder.data.sources import NO_COLUMNS, Columns, Item, Parts, Source
 
 
-class _TableSource(Source):
-    """What tables of images have in common: rows of an image and texts."""
-
-    def _rows(self, part: str, columns: list[str]) -> Iterator[dict[str, Any]]:
-        raise NotImplementedError
-
-    def _image_column(self, part: str) -> str:
-        raise NotImplementedError
-
-    def _where(self, part: str) -> str:
-        """Name of the part in messages."""
-        raise NotImplementedError
-
-    @property
-    def _root(self) -> Path:
-        """The folder that paths of images may not leave."""
-        raise NotImplementedError
-
-    def _read(self, part: str, with_images: bool) -> Iterator[Item]:
-        columns, where, image = self.columns, self._where(part), self._image_column(part)
-        names = {column: self._names(part, column) for column in columns.texts}
-        rows = self._rows(part, [image] * with_images + columns.texts)
-        for i, row in enumerate(rows):
-            texts = {column: _text(row[column], names[column], column, where) for column in columns.texts}
-            label, caption = texts.get(columns.label or ""), texts.get(columns.caption or "")
-            attributes = tuple(texts[column] or None for column in columns.attributes)
-            stored = self._image(row[image], part) if with_images else b""
-            yield Item(stored, label or None, f"{part}#{i}", attributes, caption)
-
-    def _image(self, value: Any, part: str) -> bytes | Path | BadImage:
-        """Bytes, or a path that does not leave the data's folder: rows may come from anybody."""
-        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-        if isinstance(data, str):
-            data, path = None, data
-        if data is not None or not path:
-            return data or b""
-        with contextlib.suppress(ValueError, OSError):  # no path at all, such as one with a zero byte
-            file = ((self._root / part).parent / path).resolve()
-            if file.is_relative_to(self._root.resolve()):
-                return file
-        return BadImage("path outside the data", f"{path!r} is not below {self._root}")
-
-
 @dataclass(frozen=True)
-class ParquetSource(_TableSource):
+class ParquetSource(Source):
     """Parquet files with a Hugging Face `Image` column (a struct of `bytes` and `path`).
 
     Files or their folders named like splits (`train*`, `test*`, `val*`, `dev*`, ...) are the splits.
@@ -78,9 +35,6 @@ class ParquetSource(_TableSource):
     @property
     def _root(self) -> Path:
         return self.path.parent if self.path.is_file() else self.path
-
-    def _where(self, part: str) -> str:
-        return str(self._root / part)
 
     @cached_property
     def _parts(self) -> Parts:
@@ -112,21 +66,21 @@ class ParquetSource(_TableSource):
 
     def _names(self, part: str, column: str) -> list[str] | None:
         with self._open(part) as file:
-            _check_column(column, file.schema_arrow.names, self._where(part))
+            _check_column(column, file.schema_arrow.names, self._root / part)
             return _described(file.schema_arrow, column)
 
-    def _image_column(self, part: str) -> str:
+    def _read(self, part: str, with_images: bool) -> Iterator[Item]:
+        columns, path = self.columns, self._root / part
         with self._open(part) as file:
-            return _image_column(file.schema_arrow, self.columns.image, self._where(part))
-
-    def _rows(self, part: str, columns: list[str]) -> Iterator[dict[str, Any]]:
-        with self._open(part) as file:
-            for batch in file.iter_batches(batch_size=256, columns=columns):
-                yield from batch.to_pylist()
+            image = _image_column(file.schema_arrow, columns.image, path)
+            names = {column: self._names(part, column) for column in columns.texts}
+            batches = file.iter_batches(batch_size=256, columns=[image] * with_images + columns.texts)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from _items(rows, image, columns, names, part, path, self._root)
 
 
 @dataclass(frozen=True)
-class HubSource(_TableSource):
+class HubSource(Source):
     """A Hugging Face data set, by its id; needs the extra `data`."""
 
     name: str
@@ -166,9 +120,6 @@ class HubSource(_TableSource):
         config = getattr(datasets, "config", None)
         return Path(getattr(config, "HF_CACHE_HOME", "~/.cache/huggingface")).expanduser()
 
-    def _where(self, part: str) -> str:
-        return self.name
-
     def _names(self, part: str, column: str) -> list[str] | None:
         return getattr(self._tables[part].features[column], "names", None)
 
@@ -177,12 +128,44 @@ class HubSource(_TableSource):
         require(bool(images), f"the data set has no Image column; it has {', '.join(table.features)}")
         return _chosen(self.columns.image, images, self.name)
 
-    def _image_column(self, part: str) -> str:
-        return self._image_of(self._tables[part])
+    def _read(self, part: str, with_images: bool) -> Iterator[Item]:
+        columns, table = self.columns, self._tables[part]
+        image = self._image_of(table)
+        names = {column: self._names(part, column) for column in columns.texts}
+        read = [image] * with_images + columns.texts
+        rows = table.select_columns(read) if read else [{}] * len(table)
+        yield from _items(rows, image, columns, names, part, self.name, self._root)
 
-    def _rows(self, part: str, columns: list[str]) -> Iterator[dict[str, Any]]:
-        table = self._tables[part]
-        yield from table.select_columns(columns) if columns else [{}] * len(table)
+
+def _items(
+    rows: Iterable[dict[str, Any]],
+    image: str,
+    columns: Columns,
+    names: dict[str, list[str] | None],
+    part: str,
+    where: str | Path,
+    root: Path,
+) -> Iterator[Item]:
+    """The items of a part of a data set; paths of images must not leave `root`."""
+    for i, row in enumerate(rows):
+        texts = {column: _text(row[column], names[column], column, where) for column in columns.texts}
+        label, caption = texts.get(columns.label or ""), texts.get(columns.caption or "")
+        attributes = tuple(texts[column] or None for column in columns.attributes)
+        yield Item(_image(row.get(image), part, root), label or None, f"{part}#{i}", attributes, caption)
+
+
+def _image(value: Any, part: str, root: Path) -> bytes | Path | BadImage:
+    """Bytes, or a path that does not leave the data's folder: rows may come from anybody."""
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if isinstance(data, str):
+        data, path = None, data
+    if data is not None or not path:
+        return data or b""
+    with contextlib.suppress(ValueError, OSError):  # no path at all, such as one with a zero byte
+        file = ((root / part).parent / path).resolve()
+        if file.is_relative_to(root.resolve()):
+            return file
+    return BadImage("path outside the data", f"{path!r} is not below {root}")
 
 
 def _described(schema: pa.Schema, column: str) -> list[str] | None:
@@ -195,11 +178,11 @@ def _described(schema: pa.Schema, column: str) -> list[str] | None:
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
-def _check_column(column: str, present: list[str], where: str) -> None:
+def _check_column(column: str, present: list[str], where: str | Path) -> None:
     require(column in present, f"{where} has no column {column!r}; it has {', '.join(present)}")
 
 
-def _image_column(schema: pa.Schema, asked: str | None, where: str) -> str:
+def _image_column(schema: pa.Schema, asked: str | None, where: str | Path) -> str:
     """A struct with `bytes`; a column of bytes, or of paths if it is asked for, will do."""
     structs = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
     plain = [f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)]
@@ -212,7 +195,7 @@ def _image_column(schema: pa.Schema, asked: str | None, where: str) -> str:
     return _chosen(None, structs or plain, where)
 
 
-def _chosen(asked: str | None, images: list[str], where: str) -> str:
+def _chosen(asked: str | None, images: list[str], where: str | Path) -> str:
     known = asked is None or asked in images
     require(known, f"column {asked!r} of {where} holds no images; {', '.join(images)} may")
     several = f"{where} has several columns of images: choose image={' or image='.join(images)}"
@@ -220,7 +203,7 @@ def _chosen(asked: str | None, images: list[str], where: str) -> str:
     return asked or images[0]
 
 
-def _text(value: Any, names: list[str] | None, column: str, where: str) -> str | None:
+def _text(value: Any, names: list[str] | None, column: str, where: str | Path) -> str | None:
     """The text of a label, attribute or caption; Hugging Face marks hidden test labels by -1.
 
     Raises:

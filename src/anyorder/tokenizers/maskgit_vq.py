@@ -110,7 +110,7 @@ def _decoder(config: MaskGITVQConfig) -> nn.Sequential:
     for i, (width, before) in enumerate(pairwise([*widths, widths[-1]])):
         parts: dict[str, nn.Module] = {"block": _blocks(before, width, config.res_blocks)}
         if i:
-            parts |= {"repeat": network.doubled(), "upsample_conv": network.conv3(width, width)}
+            parts |= {"repeat": nn.Upsample(scale_factor=2.0), "upsample_conv": network.conv3(width, width)}
         levels[str(i)] = network.named(**parts)
     return network.named(
         conv_in=conv_in,

@@ -85,8 +85,8 @@ def encoder(config: VQConfig) -> nn.Sequential:
     deepest = len(widths) - 2
     conv_in = conv3(3, config.channels)
     levels = (
-        Level(before, width, config.res_blocks, config, attention=i == deepest, downsample=i < deepest)
-        for i, (before, width) in enumerate(pairwise(widths))
+        Level(config, *sides, config.res_blocks, i == deepest, "halve" if i < deepest else "")
+        for i, sides in enumerate(pairwise(widths))
     )
     return named(
         conv_in=conv_in,
@@ -101,11 +101,11 @@ def encoder(config: VQConfig) -> nn.Sequential:
 def decoder(config: VQConfig) -> nn.Sequential:
     """Features (B, z_channels, h, w) to images (B, 3, h * factor, w * factor)."""
     widths = [m * config.channels for m in reversed(config.multipliers)]
-    last, blocks = len(widths) - 1, config.res_blocks + 1
+    last = len(widths) - 1
     conv_in, mid = conv3(config.z_channels, widths[0]), _middle(widths[0], config)
     levels = (
-        Level(before, width, blocks, config, attention=i == 0, upsample=i < last)
-        for i, (before, width) in enumerate(pairwise([widths[0], *widths]))
+        Level(config, *sides, config.res_blocks + 1, i == 0, "double" if i < last else "")
+        for i, sides in enumerate(pairwise([widths[0], *widths]))
     )
     return named(
         conv_in=conv_in,
@@ -118,23 +118,14 @@ def decoder(config: VQConfig) -> nn.Sequential:
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, (B, before, H, W) to (B, width, H, W), and the change to the next."""
+    """The blocks of one resolution, (B, before, H, W) to (B, width, H, W), and the `change` to the next."""
 
-    def __init__(
-        self,
-        before: int,
-        width: int,
-        blocks: int,
-        config: VQConfig,
-        attention: bool,
-        downsample: bool = False,
-        upsample: bool = False,
-    ):
+    def __init__(self, config: VQConfig, before: int, width: int, blocks: int, attention: bool, change: str):
         super().__init__()
         self.res = nn.ModuleList(ResBlock(before if i == 0 else width, width, config) for i in range(blocks))
         self.attn = nn.ModuleList(_attention(width, config, attention) for _ in range(blocks))
-        self.downsample = _halved(width) if downsample else nn.Identity()
-        self.upsample = named(repeat=doubled(), conv=conv3(width, width)) if upsample else nn.Identity()
+        self.downsample = _halved(width) if change == "halve" else nn.Identity()
+        self.upsample = _doubled(width) if change == "double" else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """The next level's input."""
@@ -192,9 +183,8 @@ def _halved(width: int) -> nn.Sequential:
     return named(pad=pad, conv=nn.Conv2d(width, width, 3, stride=2))
 
 
-def doubled() -> nn.Upsample:
-    """Doubles height and width, by repetition."""
-    return nn.Upsample(scale_factor=2.0)
+def _doubled(width: int) -> nn.Sequential:
+    return named(repeat=nn.Upsample(scale_factor=2.0), conv=conv3(width, width))
 
 
 def norm(width: int, groups: int) -> nn.GroupNorm:
