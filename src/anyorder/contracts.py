@@ -58,8 +58,7 @@ class Tokenizer(Protocol):
     """Turns images into a grid of codebook indices and back."""
 
     vocab_size: int
-    factor: int
-    """Pixels per patch side: an image of H x W pixels has (H / factor) x (W / factor) tokens."""
+    factor: int  #: Pixels per patch side: H x W pixels have (H / factor) x (W / factor) tokens.
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) float in [-1, 1] to tokens (B, N) int64."""
@@ -73,8 +72,7 @@ class AnyOrderModel(Protocol):
     """p(token at the next position | tokens so far, their positions, the next position, condition)."""
 
     vocab_size: int
-    grid: Grid
-    """The grid of training; the default of `forward` and `start`."""
+    grid: Grid  #: The grid of training; the default of `forward` and `start`.
 
     def forward(
         self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
@@ -88,7 +86,7 @@ class AnyOrderModel(Protocol):
         """Logits (B, M, V) of open positions (B, M) int64; candidates are blind to one another."""
 
     def append(self, state: Any, positions: Tensor, tokens: Tensor) -> Any:
-        """Reveal tokens (B, K) at positions (B, K), in that sequence; the old state is used up.
+        """Reveal tokens (B, K) at positions (B, K), in sequence; the old state is used up.
 
         Never recomputes what `score` has computed for the first of the positions.
         """
@@ -110,17 +108,14 @@ class LocatingModel(AnyOrderModel, Protocol):
 class TokenizerNetwork(nn.Module, Tokenizer):
     """A tokenizer with weights, as folders and pipelines hold it."""
 
-    config: Any
-    """The dataclass instance that it was built from."""
+    config: Any  #: The dataclass instance that it was built from.
 
 
 class AnyOrderNetwork(nn.Module, AnyOrderModel):
     """An any-order model with weights, as folders and pipelines hold it."""
 
-    config: Any
-    """The dataclass instance that it was built from."""
-    num_classes: int
-    """Number of class labels; 0: the model takes none."""
+    config: Any  #: The dataclass instance that it was built from.
+    num_classes: int  #: Number of class labels; 0: the model takes none.
 
 
 @dataclass
@@ -128,26 +123,16 @@ class Progress:
     """What a policy may look at: positions, never tokens."""
 
     grid: Grid
-    revealed: Tensor
-    """(B, N) bool, positions already known or generated."""
-    last: Tensor
-    """(B,) int64, the position revealed last, -1 before the first."""
-    step: int
-    """How many reveals the loop has made."""
-    total: int
-    """How many positions of each image are to be revealed in all."""
-    open: int
-    """How many positions of each image are still open."""
-    noise: Tensor
-    """(B, N) float32, a standard Gumbel number per position for this step, from each row's generator."""
-    ratings: Tensor
-    """(B, N) float32, the last rating of each position; 0 before."""
-    rated_at: Tensor
-    """(B, N) int64, the step at which each position was scored last, -1 before."""
-    revealed_at: Tensor
-    """(B, N) int64, the step at which each position was revealed, -1 for open and known ones."""
-    location: Tensor | None = None
-    """(B, N) float32, the model's log q(next position), for policies that are `located`."""
+    revealed: Tensor  #: (B, N) bool, positions already known or generated.
+    last: Tensor  #: (B,) int64, the position revealed last, -1 before the first.
+    step: int  #: How many reveals the loop has made.
+    total: int  #: Positions of each image that are to be revealed in all.
+    open: int  #: Positions of each image that are still open.
+    noise: Tensor  #: (B, N) float32, standard Gumbel numbers for this step, from each row's generator.
+    ratings: Tensor  #: (B, N) float32, the last rating of each position; 0 before.
+    rated_at: Tensor  #: (B, N) int64, the step at which each position was scored last, -1 before.
+    revealed_at: Tensor  #: (B, N) int64, the step at which each was revealed, -1 for open and known ones.
+    location: Tensor | None = None  #: (B, N) float32, log q(next position), for policies that are `located`.
 
     @classmethod
     def start(cls, grid: Grid, batch_size: int, device: torch.device | str) -> Progress:
@@ -213,23 +198,16 @@ class Step:
     """One turn of the loop: K positions were revealed in each of B images."""
 
     index: int
-    total: int
-    """Positions of each image that are to be revealed in all."""
-    positions: Tensor
-    """(B, K) int64."""
-    tokens: Tensor
-    """(B, K) int64."""
-    log_prob: Tensor
-    """(B, K) float32, nats: log-probability of each token under the model when it was scored."""
+    total: int  #: Positions of each image that are to be revealed in all.
+    positions: Tensor  #: (B, K) int64.
+    tokens: Tensor  #: (B, K) int64.
+    log_prob: Tensor  #: (B, K) float32, nats: of each token under the model when it was scored.
 
 
 @dataclass
 class Trace:
     """B generated images of N tokens, and the order they were revealed in."""
 
-    tokens: Tensor
-    """(B, N) int64 in raster order."""
-    order: Tensor
-    """(B, N) int64; given positions (completion) come first, in raster order."""
-    log_prob: Tensor
-    """(B, N) float32 in order steps, nats; zero for given positions."""
+    tokens: Tensor  #: (B, N) int64 in raster order.
+    order: Tensor  #: (B, N) int64; given positions (completion) come first, in raster order.
+    log_prob: Tensor  #: (B, N) float32 in order steps, nats; zero for given positions.

@@ -41,16 +41,6 @@ def validate(order: Tensor, grid: Grid) -> Tensor:
 # --- static orders -------------------------------------------------------------------------------------
 
 
-def raster(grid: Grid) -> list[int]:
-    """Left to right, top to bottom."""
-    return list(range(grid.n))
-
-
-def column(grid: Grid) -> list[int]:
-    """Top to bottom, left to right."""
-    return [r * grid.w + c for c in range(grid.w) for r in range(grid.h)]
-
-
 def snake(grid: Grid) -> list[int]:
     """Raster with every other row reversed, so that each step goes to a neighbour."""
     return [r * grid.w + (c if r % 2 == 0 else grid.w - 1 - c) for r in range(grid.h) for c in range(grid.w)]
@@ -66,16 +56,6 @@ def spiral_in(grid: Grid) -> list[int]:
     return path
 
 
-def spiral_out(grid: Grid) -> list[int]:
-    """From the middle outwards; `spiral_in` backwards."""
-    return spiral_in(grid)[::-1]
-
-
-def diagonal(grid: Grid) -> list[int]:
-    """Anti-diagonals from the top-left corner."""
-    return sorted(range(grid.n), key=lambda p: (p // grid.w + p % grid.w, p // grid.w))
-
-
 def hilbert(grid: Grid) -> list[int]:
     """A Hilbert-like curve for any h x w: successive positions are neighbours in the image."""
     major, minor = (1, 1j) if grid.w >= grid.h else (1j, 1)
@@ -85,7 +65,7 @@ def hilbert(grid: Grid) -> list[int]:
 
 
 def _hilbert(corner: complex, along: complex, across: complex) -> Iterator[complex]:
-    """Fill the rectangle spanned by two axis-parallel vectors; points are column + row * 1j."""
+    """Fill the rectangle of two axis-parallel vectors; points are column + row * 1j."""
     length, width = round(abs(along)), round(abs(across))
     step, side = along / length, across / width
     if width == 1:
@@ -120,11 +100,11 @@ def halton(grid: Grid) -> list[int]:
 
 def _radical_inverse(i: int, base: int) -> float:
     """The digits of i behind the point, in reverse: 6 = 110 in base 2 is 0.011."""
-    value, digit = 0.0, 1.0 / base
+    value, digit = 0.0, 1.0
     while i:
-        i, remainder = divmod(i, base)
-        value += remainder * digit
         digit /= base
+        value += i % base * digit
+        i //= base
     return value
 
 
@@ -138,20 +118,28 @@ def subsample(grid: Grid) -> list[int]:
 
 
 STATIC: dict[str, Callable[[Grid], list[int]]] = {
-    f.__name__: f
-    for f in (raster, column, snake, spiral_in, spiral_out, diagonal, hilbert, halton, subsample)
+    "raster": lambda grid: list(range(grid.n)),
+    "column": lambda grid: [r * grid.w + c for c in range(grid.w) for r in range(grid.h)],
+    "snake": snake,
+    "spiral_in": spiral_in,
+    "spiral_out": lambda grid: spiral_in(grid)[::-1],
+    "diagonal": lambda grid: sorted(range(grid.n), key=lambda p: (p // grid.w + p % grid.w, p)),
+    "hilbert": hilbert,
+    "halton": halton,
+    "subsample": subsample,
 }
+"""Orders that are the same for every image, by name."""
 
 
 def static_order(name: str, grid: Grid) -> Tensor:
-    """A named order that is the same for every image, (N,) int64; a ValueError lists the names."""
+    """A named order, (N,) int64; a ValueError lists the names."""
     require(name in STATIC, f"unknown order '{name}': choose one of {', '.join(STATIC)}")
     return torch.tensor(STATIC[name](grid))
 
 
 def random_orders(rows: int, grid: Grid, generator: torch.Generator | None = None) -> Tensor:
     """Uniformly random orders, (rows, N) int64 on the generator's device."""
-    device = generator.device if generator is not None else None
+    device = None if generator is None else generator.device
     return torch.rand(rows, grid.n, generator=generator, device=device, dtype=torch.float64).argsort(1)
 
 
@@ -193,10 +181,7 @@ def kendall(a: Tensor, b: Tensor) -> Tensor:
 
 def position_entropy(order: Tensor) -> Tensor:
     """Entropy of the position revealed at each step over a set of orders (B, N), (N,) float64 in nats."""
-    n = order.shape[1]
-    counts = torch.zeros(n, n, dtype=torch.float64)  # step x position
-    counts.scatter_add_(1, order.T.cpu(), torch.ones(order.T.shape, dtype=torch.float64))
-    p = counts / len(order)
+    p = F.one_hot(order.cpu(), order.shape[1]).double().mean(0)  # step x position
     return -torch.xlogy(p, p).sum(1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anyorder import families
-from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork
+from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork, require
 from anyorder.inference import weights
 from anyorder.inference.folders import Parts
 from anyorder.method.policy_config import PolicyConfig
@@ -21,30 +22,18 @@ WRAPPERS = ("model", "module", "state_dict")
 
 
 def combine(model: AnyOrderNetwork, tokenizer: TokenizerNetwork, policy: PolicyConfig | None = None) -> Parts:
-    """What a pipeline of published parts is made of.
-
-    Raises:
-        ValueError: they have different codebooks.
-    """
-    if model.vocab_size != tokenizer.vocab_size:
-        raise ValueError(
-            f"the model has {model.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}: published "
-            "models with 16384 tokens take LlamaGen's VQ-16, those with 1024 MaskGIT's VQGAN"
-        )
+    """A pipeline of published parts; a ValueError refuses different codebooks."""
+    text = f"the model has {model.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}: published "
+    text += "models with 16384 tokens take LlamaGen's VQ-16, those with 1024 MaskGIT's VQGAN"
+    require(model.vocab_size == tokenizer.vocab_size, text)
     order = families.family(families.kind_of(model)).order
     return Parts(model, tokenizer, [], policy or PolicyConfig(order=order))
 
 
 def read_tokenizer(path: Path) -> TokenizerNetwork:
-    """A tokenizer from a downloaded file or a folder.
-
-    Raises:
-        FileNotFoundError: neither.
-        ValueError: something else than a tokenizer.
-    """
+    """A tokenizer from a downloaded file or a folder; a ValueError refuses other models."""
     model = weights.load_tokenizer(path) if path.is_dir() else build(path)
-    if not isinstance(model, TokenizerNetwork):
-        raise ValueError(f"{path} holds a {type(model).__name__}, no tokenizer")
+    require(isinstance(model, TokenizerNetwork), f"{path} holds a {type(model).__name__}, no tokenizer")
     return model
 
 
@@ -69,12 +58,11 @@ def build(
         ValueError: unreadable, no known model, or tensors that do not fit; the first ones are named.
     """
     tensors = read_weights(path)
-    found = families.family(recognise(tensors, path) if kind == "auto" else kind)
+    found = families.family(_recognise(tensors, path) if kind == "auto" else kind)
     try:
         if found.read_config is None:
             raise ValueError(f"kind '{kind}' has no published files")
-        if found.marker not in tensors:
-            raise ValueError(f"missing {found.marker}")
+        require(found.marker in tensors, f"missing {found.marker}")
         config = found.read_config(tensors, grid, heads)
     except ValueError as e:
         raise ValueError(f"{path} does not fit {found.model_class.__name__}: {e}") from e
@@ -83,12 +71,8 @@ def build(
     return weights.build_model(found, config, tensors, path)
 
 
-def recognise(tensors: Mapping[str, Tensor], source: str | Path) -> str:
-    """The kind of model that the tensors belong to.
-
-    Raises:
-        ValueError: none that is known.
-    """
+def _recognise(tensors: Mapping[str, Tensor], source: str | Path) -> str:
+    """The kind of model that the tensors belong to."""
     known = families.published()
     for kind, declared in known.items():
         if declared.marker in tensors:
@@ -112,26 +96,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for wrapper in WRAPPERS:
         if isinstance(stored, Mapping) and isinstance(stored.get(wrapper), Mapping):
             stored = stored[wrapper]
-    if not isinstance(stored, Mapping) or not all(isinstance(t, Tensor) for t in stored.values()):
-        raise ValueError(
-            f"{path} holds no weights: expected tensors by name, alone or under {', '.join(WRAPPERS)}"
-        )
-    return {_plain_name(name): tensor for name, tensor in stored.items()}
-
-
-def _plain_name(name: str) -> str:
-    """The name without the prefixes of `DistributedDataParallel` and `torch.compile`, in any nesting."""
-    while name.startswith(("module.", "_orig_mod.")):
-        name = name.partition(".")[2]
-    return name
+    text = f"{path} holds no weights: expected tensors by name, alone or under {', '.join(WRAPPERS)}"
+    require(isinstance(stored, Mapping) and all(isinstance(t, Tensor) for t in stored.values()), text)
+    # Without the prefixes of `DistributedDataParallel` and `torch.compile`, in any nesting.
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in stored.items()}
 
 
 def require_file(path: Path) -> Path:
-    """The path, if there is a file.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """The path; a FileNotFoundError if there is no file."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: download it first")
     return path
@@ -145,7 +117,6 @@ def _unpickle(path: Path) -> Any:
     except OSError:
         raise
     except Exception as e:  # a damaged pickle may fail in any way
-        reason = str(e).strip().partition("\n")[0]
-        raise ValueError(
-            weights.failed_download(path) or f"{path} cannot be read as weights: {reason}"
-        ) from e
+        reason, *_ = str(e).strip().splitlines() or [""]
+        text = f"{path} cannot be read as weights: {reason}"
+        raise ValueError(weights.failed_download(path) or text) from e

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from anyorder.contracts import require
 from anyorder.families import File, published
 from anyorder.inference.convert import build, combine, read_tokenizer
 from anyorder.inference.folders import Parts
@@ -24,17 +25,12 @@ def find(hub_id: str) -> File | None:
         if hub_id in (file.repo, f"{file.repo}/{file.name}"):
             return file
     siblings = [f"{file.repo}/{file.name}" for file in models() if hub_id.startswith(f"{file.repo}/")]
-    if siblings:
-        raise ValueError(f"unknown model '{hub_id}': choose one of {', '.join(siblings)}")
+    require(not siblings, f"unknown model '{hub_id}': choose one of {', '.join(siblings)}")
     return None
 
 
 def load_published(file: File) -> Parts:
-    """Download a model and its tokenizer, unless they are in the hub's cache, and put them together.
-
-    Raises:
-        ValueError: a file that does not hold what it should.
-    """
+    """Download a model and its tokenizer, unless they are in the hub's cache, and put them together."""
     from huggingface_hub import hf_hub_download
 
     assert file.tokenizer is not None

@@ -25,12 +25,9 @@ from anyorder.method.sampling import Streams
 class Completion:
     """Images with their holes filled."""
 
-    images: Tensor
-    """(B, 3, H, W) uint8; known pixels are those of the input, bit by bit."""
-    known: Tensor
-    """(B, N) bool, the tokens that were kept."""
-    trace: Trace
-    """Kept tokens come first, at log-probability 0."""
+    images: Tensor  #: (B, 3, H, W) uint8; known pixels are those of the input, bit by bit.
+    known: Tensor  #: (B, N) bool, the tokens that were kept.
+    trace: Trace  #: Kept tokens come first, at log-probability 0.
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,10 @@ class PipelineOutput:
     """The result of a call."""
 
     images: list[Image.Image]
-    order: Tensor
-    """(B, N) int64, order[b, i] = raster position revealed at step i."""
-    tokens: Tensor
-    """(B, N) int64, raster order."""
-    log_prob: Tensor
-    """(B, N) float32, nats, in order steps: of each token under the (guided) model when it was sampled."""
-    known: Tensor | None = None
-    """(B, N) bool, of `complete`: tokens that were kept; in `order` they come first."""
+    order: Tensor  #: (B, N) int64, order[b, i] = raster position revealed at step i.
+    tokens: Tensor  #: (B, N) int64, raster order.
+    log_prob: Tensor  #: (B, N) float32 nats, in order steps: under the (guided) model when sampled.
+    known: Tensor | None = None  #: (B, N) bool, of `complete`: tokens that were kept, first in `order`.
 
 
 class Pipeline(folders.Parts):

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork
+from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork, require
 from anyorder.families import Family, family
 from anyorder.files import atomic, read_json, write_json
 from anyorder.inference.device import device
@@ -25,26 +25,18 @@ log = logging.getLogger("anyorder")
 
 
 def load_any_order(folder: Path) -> AnyOrderNetwork:
-    """The any-order model of an artifact or pipeline, our own or a published one, on the device.
-
-    Raises:
-        ValueError: another kind of model.
-    """
-    model = load_model(_part(folder, "model")).to(device())
-    if not isinstance(model, AnyOrderNetwork):
-        raise ValueError(f"{folder} holds a {type(model).__name__}, expected an any-order model")
+    """The any-order model of an artifact or pipeline on the device; a ValueError refuses other models."""
+    model: Any = load_model(_part(folder, "model")).to(device())
+    text = f"{folder} holds a {type(model).__name__}, expected an any-order model"
+    require(isinstance(model, AnyOrderNetwork), text)
     return model
 
 
 def load_tokenizer(folder: Path) -> TokenizerNetwork:
-    """The tokenizer of an artifact or pipeline, on the device, in evaluation mode.
-
-    Raises:
-        ValueError: another kind of model.
-    """
-    model = load_model(_part(folder, "tokenizer")).to(device())
-    if not isinstance(model, TokenizerNetwork):
-        raise ValueError(f"{folder} holds a {type(model).__name__}, expected a tokenizer")
+    """The tokenizer of an artifact or pipeline on the device; a ValueError refuses other models."""
+    model: Any = load_model(_part(folder, "tokenizer")).to(device())
+    text = f"{folder} holds a {type(model).__name__}, expected a tokenizer"
+    require(isinstance(model, TokenizerNetwork), text)
     return model
 
 
@@ -63,7 +55,6 @@ def save_model(folder: str | Path, model: nn.Module, config: Any, kind: str) -> 
         kind: one of `families.REGISTRY`.
 
     Raises:
-        ValueError: unknown kind.
         OSError: the disk is full; older files are left as they were.
     """
     family(kind)
@@ -74,36 +65,31 @@ def save_model(folder: str | Path, model: nn.Module, config: Any, kind: str) -> 
 def load_model(folder: str | Path, kind: str | None = None) -> nn.Module:
     """Build the model that `save_model` wrote, on the CPU and in evaluation mode.
 
-    Args:
-        folder: where `save_model` wrote.
-        kind: refuse any other kind of model.
-
     Raises:
         FileNotFoundError: there is no model in `folder`.
-        ValueError: damaged file, another kind, unknown setting, or tensors that do not fit the model.
+        ValueError: damaged, of another kind than `kind`, or tensors that do not fit the configuration.
     """
     folder = Path(folder)
     for path in (folder / CONFIG, folder / WEIGHTS):
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no model ({path.name} is missing): train one first")
     found, declared, config = _read_config(folder / CONFIG)
-    if kind not in (None, found):
-        raise ValueError(f"{folder} holds a model of kind '{found}', expected '{kind}'")
+    require(kind in (None, found), f"{folder} holds a model of kind '{found}', expected '{kind}'")
     return build_model(declared, config, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
 
 
 def _read_config(path: Path) -> tuple[str, Family, Any]:
     """Kind, family and configuration of a saved model."""
-    stored = read_json(path)
-    if not isinstance(stored, dict) or not isinstance(stored.get("kind"), str):
-        raise ValueError(f"{path} is not the configuration of a model: it must hold a kind and a config")
+    stored: Any = read_json(path)
+    known = isinstance(stored, dict) and isinstance(stored.get("kind"), str)
+    require(known, f"{path} is not the configuration of a model: it must hold a kind and a config")
     try:
         declared = family(stored["kind"])
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
     name = declared.config_class.__name__
-    if not isinstance(stored.get("config"), dict):
-        raise ValueError(f"{path} must hold the settings of {name} under 'config'")
+    text = f"{path} must hold the settings of {name} under 'config'"
+    require(isinstance(stored.get("config"), dict), text)
     try:
         return stored["kind"], declared, parse(declared.config_class, stored["config"])
     except (ValueError, TypeError) as e:
@@ -115,54 +101,44 @@ def build_model(
 ) -> nn.Module:
     """A model with the given weights, on the CPU and in evaluation mode.
 
-    Names and shapes are compared before memory is taken: a wrong configuration may ask for any amount.
+    Names and shapes are compared before memory is taken: a wrong configuration may need any amount.
 
     Raises:
         ValueError: tensors that do not fit, or that hold NaN or infinity; names `source`.
     """
     blocks = getattr(config, "depth", 0)
-    if blocks > len(tensors):
-        raise ValueError(f"{source} does not fit depth={blocks}: it has only {len(tensors)} tensors")
+    text = f"{source} does not fit depth={blocks}: it has only {len(tensors)} tensors"
+    require(blocks <= len(tensors), text)
     with torch.device("meta"):
         _require_fit(declared.model_class(config), tensors, source)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{source} is of no use: {name} holds NaN or infinity; train again")
+        finite = not tensor.is_floating_point() or bool(tensor.isfinite().all())
+        require(finite, f"{source} is of no use: {name} holds NaN or infinity; train again")
     model = declared.model_class(config)
     load_state(model, tensors, source)
     return model.eval()
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copy `tensors` into `module`, every name and shape of it and nothing else.
-
-    Raises:
-        ValueError: names the first tensors that are missing, unexpected or of another shape, and `source`.
-    """
+    """Copy `tensors` into `module`; a ValueError names those that are missing, unexpected or misshapen."""
     _require_fit(module, tensors, source)
     module.load_state_dict(tensors)
 
 
 def _require_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    expected = module.state_dict()
-    problems = [f"missing {name}" for name in expected if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in expected]
-    problems += [
-        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{source} does not fit {type(module).__name__}: {'; '.join(problems[:5])}{more}")
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in expected]
+    both = [name for name in expected if found.get(name, expected[name]) != expected[name]]
+    problems += [f"{name} is {found[name]}, expected {expected[name]}" for name in both]
+    more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+    text = f"{source} does not fit {type(module).__name__}: {'; '.join(problems[:5])}{more}"
+    require(not problems, text)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors atomically as safetensors.
-
-    Raises:
-        OSError: the disk is full or cannot be written; an older file is left as it was.
-    """
+    """Write tensors as safetensors; after an OSError (disk full), an older file is left as it was."""
     # A copy of each: safetensors refuses tensors that share memory, such as tied embeddings.
     copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     with atomic(path) as temporary:
@@ -173,14 +149,9 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read safetensors into memory of their own.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: damaged, or no weights at all; the message names the file.
-    """
+    """Read safetensors; a ValueError names a file that is damaged or holds no weights."""
     try:
-        # A copy of each: the loader maps the file, and pruning or truncating it must not reach us.
+        # A copy of each: the loader maps the file, which may be pruned or truncated later.
         return {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
     except SafetensorError as e:
         reason = failed_download(path) or f"{path} is damaged ({e}): restore it or train again"
@@ -188,7 +159,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def failed_download(path: str | Path) -> str:
-    """What a file that cannot be read as weights is instead, if it is a usual mistake; "" otherwise."""
+    """A message if the file is a usual mistake in the place of weights; "" otherwise."""
     with Path(path).open("rb") as file:
         begin = file.read(256).lstrip().lower()
     if begin.startswith(b"version https://git-lfs"):

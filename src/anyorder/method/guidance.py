@@ -57,8 +57,7 @@ class GuidedState:
     inner: Any
     revealed: int
     n: int
-    unguided: Tensor | None = None
-    """(B, M, V) conditional logits of the last call of `score`, where locations are to be unguided."""
+    unguided: Tensor | None = None  #: (B, M, V), the last conditional logits, for unguided locations.
 
 
 def rating_log_probs(state: Any, log_p: Tensor) -> Tensor:

@@ -93,28 +93,23 @@ class InferredOrder(_Policy):
     half are those around which most was revealed since (a reveal at d patches counts 1 / d^2). Only what was
     scored at this step can be revealed, so log-probabilities stay exact.
 
-    With `look_ahead`, the positions with the highest ratings are rated anew by greedy expected information,
-    see `decoding.expected_information`. With sign -1 they are the least certain: no position can tell more
-    than its entropy. The most likely token counts, not the sampled one: it is token-blind.
+    With `look_ahead`, so many positions with the highest ratings are rated anew by greedy expected
+    information, see `decoding.expected_information`; each costs another scoring of all open positions. With
+    sign -1 they are the least certain: no position can tell more than its entropy. The most likely token
+    counts, not the sampled one: it is token-blind.
+
+    Other fields as of `PolicyConfig`. With `location=1` and the likelihood of true tokens, extraction is the
+    greedy E-step of hard EM on q(order, x).
     """
 
     score: Score = "entropy"
-    """Confidence score of a position, in nats."""
     sign: Literal[1, -1] = 1
-    """1: most certain first; -1: least."""
     temperature: float = 0.0
-    """Gumbel noise of this scale (nats) on the ratings: 0 takes the highest, larger explores."""
     distance: float = 0.0
-    """Nats lost per patch of distance: neighbouring positions follow one another."""
     distance_to: Literal["last", "nearest"] = "last"
-    """Distance to the patch revealed last, or to the nearest revealed one."""
     location: float = 0.0
-    """Weight of the location head's log-probability in the ratings; at 1, with the likelihood of true tokens,
-    extraction is the greedy E-step of hard EM on q(order, x)."""
     rescore: float = 1.0
-    """Share of the open positions that is scored at each step but the first; 1: all, the exact order."""
     look_ahead: int = 0
-    """Positions rated one step ahead; each costs another scoring of all open positions."""
 
     rated = True
 
