@@ -20,8 +20,7 @@ from anyorder.cli import main as cli
 from anyorder.contracts import Grid
 from anyorder.families import family, kind_of
 from anyorder.families import published as published_families
-from anyorder.inference import hub as huggingface
-from anyorder.inference.convert import build
+from anyorder.inference.convert import build, published_models
 from anyorder.inference.weights import load_model, save_model
 from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.policy_config import PolicyConfig
@@ -32,7 +31,7 @@ from anyorder.tokenizers.vq import VQ16, VQConfig, VQModel
 FAMILIES = {**PUBLISHED, "llamagen": LlamaGen}
 GRID = (2, 2)
 MARKS = [declared.marker for declared in published_families().values()]
-ON_THE_HUB = huggingface.models()
+ON_THE_HUB = published_models()
 SIZES = {"width": 128, "grid": GRID, "vocab_size": 32, "label_dropout": 0.1}
 """Heads are 64 wide as in all published models."""
 

@@ -112,7 +112,7 @@ def _stage(call: Call) -> str:
 
 
 def _sample(call: Call) -> str:
-    from anyorder.cli.sample import sample_files
+    from anyorder.cli.images import sample_files
 
     out, config = call.out(), call.parse("sample pipeline")
     if call.show(config, out):
@@ -122,7 +122,7 @@ def _sample(call: Call) -> str:
 
 
 def _complete(call: Call) -> str:
-    from anyorder.cli.complete import complete_file
+    from anyorder.cli.images import complete_file
 
     out, config = call.out(), call.parse()
     if call.show(config, out):
@@ -317,8 +317,8 @@ GROUPS: dict[str, dict[str, Command]] = {
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 CONFIGS = {
-    "sample pipeline": "anyorder.cli.sample:SampleConfig",
-    "complete": "anyorder.cli.complete:CompleteConfig",
+    "sample pipeline": "anyorder.cli.images:SampleConfig",
+    "complete": "anyorder.cli.images:CompleteConfig",
     "convert": "anyorder.stages.convert:ConvertConfig",
     "bench": "anyorder.bench.workloads:BenchConfig",
     "demo": "anyorder.demo.server:DemoConfig",

@@ -1,4 +1,4 @@
-"""Downloaded weights of published models -> folders that `anyorder` loads."""
+"""Published models: downloaded files, and names on the Hugging Face hub -> parts of a pipeline."""
 
 from __future__ import annotations
 
@@ -120,3 +120,37 @@ def _unpickle(path: Path) -> Any:
         reason, *_ = str(e).strip().splitlines() or [""]
         text = f"{path} cannot be read as weights: {reason}"
         raise ValueError(weights.failed_download(path) or text) from e
+
+
+# --- by name on the Hugging Face hub ------------------------------------------------------------------------
+
+
+def published_models() -> list[families.File]:
+    """The published files of any-order models."""
+    return [file for family in families.published().values() for file in family.files if file.tokenizer]
+
+
+def find_published(hub_id: str) -> families.File | None:
+    """The published file that an id names: REPO/FILE, or REPO for the first one of it.
+
+    Raises:
+        ValueError: a known repository without this file.
+    """
+    for file in published_models():
+        if hub_id in (file.repo, f"{file.repo}/{file.name}"):
+            return file
+    siblings = [
+        f"{file.repo}/{file.name}" for file in published_models() if hub_id.startswith(f"{file.repo}/")
+    ]
+    require(not siblings, f"unknown model '{hub_id}': choose one of {', '.join(siblings)}")
+    return None
+
+
+def load_published(file: families.File) -> Parts:
+    """Download a model and its tokenizer, unless they are in the hub's cache, and put them together."""
+    from huggingface_hub import hf_hub_download
+
+    assert file.tokenizer is not None
+    model = build(Path(hf_hub_download(file.repo, file.name)), grid=file.grid)
+    tokenizer = read_tokenizer(Path(hf_hub_download(file.tokenizer.repo, file.tokenizer.name)))
+    return combine(model, tokenizer)

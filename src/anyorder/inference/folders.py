@@ -131,9 +131,9 @@ def _download(hub_id: str) -> Parts:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    from anyorder.inference.hub import find, load_published
+    from anyorder.inference.convert import find_published, load_published
 
-    published = find(hub_id)
+    published = find_published(hub_id)
     try:
         if published is not None:
             return load_published(published)

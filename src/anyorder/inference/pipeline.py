@@ -45,15 +45,11 @@ class Pipeline(folders.Parts):
         >>> pipe(class_labels="red", num_images=4, generator=0).images[0].save("sunset.png")
     """
 
-    # --- to and from disk and hub --------------------------------------------------------------------
-
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> Pipeline:
-        """Load a pipeline.
+        """Load a folder, "fashion32" (comes with the package), or a pipeline from the Hugging Face hub.
 
-        Args:
-            path_or_hub_id: a folder, "fashion32" (comes with the package), the id of a hub repository that
-                holds one, or a published model by its file ("hp-l33/ARPG/arpg_300m.pt").
+        A published model is named by its file, such as "hp-l33/ARPG/arpg_300m.pt".
 
         Raises:
             FileNotFoundError: neither a folder nor a reachable hub id.
@@ -91,15 +87,9 @@ class Pipeline(folders.Parts):
             compile_decoding(model)
         return self
 
-    # --- generation ------------------------------------------------------------------------------------
-
     @takes_request
     def __call__(self, *request: Any, **settings: Any) -> PipelineOutput:
-        """Generate images.
-
-        Args:
-            *request: fields of `ImageRequest` by position; they are documented there.
-            **settings: fields of `ImageRequest` by name.
+        """Generate images; takes the fields of `ImageRequest`, which are documented there.
 
         Raises:
             ValueError: unknown label, attribute or order, or settings that do not fit together.
@@ -131,20 +121,21 @@ class Pipeline(folders.Parts):
     ) -> PipelineOutput:
         """Generate parts of given images: inpainting, outpainting, editing by class, variations.
 
-        Pixels outside of the hole stay as they are, bit by bit; masked pixels have no influence at all.
+        Pixels outside of the hole stay as they are, bit by bit; masked pixels have no influence at all. Takes
+        the fields of `ImageRequest` but `grid`, too; completion i uses seed + i.
 
         Args:
             image: a path, a Pillow image or a uint8 array (H, W, 3), or several of one size; sides divisible
                 by the tokenizer's factor.
             mask: *white (True) is generated, black (False) and transparent are kept*: a path, a Pillow image
                 or a bool array (H, W) of the size of the image, for all images or one each.
-            *request: fields of `ImageRequest`, without `grid`; completion i uses seed + i.
+            *request: see `ImageRequest`.
             pad: pixels to add on the left, top, right and bottom, and to generate: outpainting.
             keep: instead of these, the share of tokens that stay, chosen at random: variations. All pixels
                 are then the tokenizer's.
             feather: pixels inside the hole over which the step at its seam fades out; 2 by default.
             margin: patches around the hole whose tokens are generated as well; 0 by default.
-            **settings: fields of `ImageRequest`.
+            **settings: see `ImageRequest`.
 
         Raises:
             ValueError: an image or mask that cannot be read or does not fit, nothing to generate, or settings
@@ -186,20 +177,15 @@ class Pipeline(folders.Parts):
 
     @takes_request
     def log_prob_of(self, images: Any, completed: PipelineOutput, *request: Any, **settings: Any) -> Tensor:
-        """Log-probability of the true tokens where `complete` generated others.
+        """Log-probability of the true tokens where `complete` with a mask generated others.
 
-        Args:
-            images: the true images, as of `complete`.
-            completed: the result of `complete` with a mask; all images keep equally many tokens.
-            *request: fields of `ImageRequest`, as they were given to `complete`.
-            **settings: fields of `ImageRequest`.
-
-        Returns:
-            (B, N) float32 nats in order steps, 0 where tokens were kept.
+        Takes the true images, the result, in which all images keep equally many tokens, and the fields of
+        `ImageRequest` as they were given to `complete`. Returns (B, N) float32 nats in order steps, 0 where
+        tokens were kept.
         """
         pixels, grid = self._pixels(masks.read_images(images))
         model, order, streams, options = self._prepare(ImageRequest(*request, **settings), grid, len(pixels))
-        assert completed.known is not None, "complete says what it kept"
+        assert completed.known is not None
         kept = completed.known.nonzero()[:, 1].reshape(len(pixels), -1)
         known = kept, completed.tokens.gather(1, kept)
         targets = self.tokenizer.encode(inpainting.to_float(pixels))
@@ -219,8 +205,6 @@ class Pipeline(folders.Parts):
         """A class as users type it: a name, or a number where no class has that name."""
         return int(label) if label.isdecimal() and label not in self.classes else label
 
-    # --- from a request to the arguments of `decoding.generate` ------------------------------------------
-
     @property
     def device(self) -> torch.device:
         """Where the model is."""
@@ -235,7 +219,7 @@ class Pipeline(folders.Parts):
         self, request: ImageRequest, grid: Grid | None = None, images: int | None = None
     ) -> tuple[contracts.AnyOrderModel, policy_config.Order, Streams, decoding.GenerationOptions]:
         """The arguments of `decoding.generate`; errors are found here, before the first step."""
-        n, given = request.columns(request.num_images if images is None else images)
+        n, given = request.columns(images or request.num_images)
         text = f"got {n} images for num_images={request.num_images}: give one image, or one for each"
         require(request.num_images in (None, n), text)
         grid, guidance = grid or request.shape or self.model.grid, request.guidance
@@ -243,11 +227,10 @@ class Pipeline(folders.Parts):
         order = self._order(request, condition, n)
         # An order that looks at tokens needs those of the model that samples them.
         scorer = self.scorer if getattr(order, "token_blind", True) else None
-        rated = getattr(order, "rated", getattr(order, "inferred", False))
-        unused = rated and scorer is not None and guidance.scale != 1 and guidance.locations == "unguided"
-        text = "locations='unguided' has no effect: the scorer is never guided; leave it out"
-        require(not unused, text)
-        model = Guided(self.model, guidance) if guidance.scale != 1 else self.model
+        model = self.model if guidance.scale == 1 else Guided(self.model, guidance)
+        if scorer is not None and model is not self.model and guidance.locations == "unguided":
+            rated = getattr(order, "rated", getattr(order, "inferred", False))
+            require(not rated, "locations='unguided' has no effect: the scorer is never guided; leave it out")
         options = decoding.GenerationOptions(
             condition=condition, grid=grid, sampling=request.tokens, scorer=scorer
         )
@@ -281,7 +264,6 @@ class Pipeline(folders.Parts):
         if self.class_orders is None:
             raise ValueError("this pipeline has no orders of classes: choose another order than class_mean")
         labels = torch.full((n,), -1) if condition is None else contracts.class_labels(condition).cpu()
-        of_labels, policy = orders.of_classes(self.class_orders, labels).to(self.device), order
-        return lambda grid: policy.build(
-            grid, Streams([], self.device), orders.stretch(of_labels, self.model.grid, grid)
-        )
+        rows, streams = orders.of_classes(self.class_orders, labels).to(self.device), Streams([], self.device)
+        build = order.build
+        return lambda grid: build(grid, streams, orders.stretch(rows, self.model.grid, grid))

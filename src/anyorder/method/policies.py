@@ -93,13 +93,10 @@ class InferredOrder(_Policy):
     half are those around which most was revealed since (a reveal at d patches counts 1 / d^2). Only what was
     scored at this step can be revealed, so log-probabilities stay exact.
 
-    With `look_ahead`, so many positions with the highest ratings are rated anew by greedy expected
-    information, see `decoding.expected_information`; each costs another scoring of all open positions. With
-    sign -1 they are the least certain: no position can tell more than its entropy. The most likely token
-    counts, not the sampled one: it is token-blind.
-
-    Other fields as of `PolicyConfig`. With `location=1` and the likelihood of true tokens, extraction is the
-    greedy E-step of hard EM on q(order, x).
+    `look_ahead` positions with the highest ratings are rated anew, see `decoding.expected_information`; each
+    costs another scoring of all open positions. Sign -1 takes the least certain: no position can tell more
+    than its entropy. Other fields as of `PolicyConfig`. With `location=1` and the likelihood of true tokens,
+    extraction is the greedy E-step of hard EM on q(order, x).
     """
 
     score: Score = "entropy"
@@ -157,9 +154,8 @@ class InferredOrder(_Policy):
 
     def _scored(self, step: int, still_open: int, k: int) -> int:
         """How many of the open positions are scored at a step that reveals k of them."""
-        if self.rescore == 1 or step == 0:
-            return still_open
-        return min(still_open, max(k, math.ceil(self.rescore * still_open - 1e-9)))
+        share = 1 if step == 0 else self.rescore
+        return min(still_open, max(k, math.ceil(share * still_open - 1e-9)))
 
     def propose(self, progress: Progress) -> Tensor:
         """Open positions (B, M) in raster order: all, or those whose ratings may have changed most."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from anyorder.contracts import Grid, OrderPolicy
+from anyorder.contracts import Grid, OrderPolicy, require
 from anyorder.method import policies
 from anyorder.method.sampling import SCORES, TOKEN_BLIND, Streams
 from anyorder.method.schedules import ParallelSchedule
@@ -18,17 +18,16 @@ from anyorder.orders import STATIC, random_orders, static_order
 INFERRED = (*SCORES, "information")
 """Orders that score every open position at every step."""
 LOOK_AHEAD = 4
-"""Positions that order `information` looks up at each step."""
+"""Positions that order `information` rates one step ahead."""
 _SCHEDULE = {field.name for field in fields(ParallelSchedule)}
-_OF_SCORES = frozenset({"sign", "temperature", "distance", "distance_to", "location", "rescore"})
-_SETTINGS: dict[str, frozenset[str]] = {
-    **dict.fromkeys(("random", *STATIC), frozenset()),
-    **dict.fromkeys(SCORES, _OF_SCORES),
-    "information": frozenset({"sign", "temperature"}),
-    "location": frozenset({"temperature"}),
-    "class_mean": frozenset(),
+_SETTINGS: dict[str, set[str]] = {
+    **{name: set() for name in ("random", *STATIC)},
+    **{name: {"sign", "temperature", "distance", "distance_to", "location", "rescore"} for name in SCORES},
+    "information": {"sign", "temperature"},
+    "location": {"temperature"},
+    "class_mean": set(),
 }
-"""Every order, and the settings that mean something for it beside those of `ParallelSchedule`."""
+"""Every order, and its settings beside those of `ParallelSchedule`."""
 
 
 def random_rows(grid: Grid, streams: Streams) -> Tensor:
@@ -56,20 +55,14 @@ def make_policy(order: Order, grid: Grid, streams: Streams, *, per_step: int = 1
     if isinstance(order, PolicyConfig):
         return order.build(grid, streams)
     if isinstance(order, Sequence) or hasattr(order, "__array__"):
-        return policies.FixedOrder(_given_order(order, streams), grid, per_step=per_step)
-    if not hasattr(order, "propose"):
-        raise ValueError(f"an order is a name, positions, a PolicyConfig or a policy, got {order!r}")
+        rows = torch.as_tensor(order)
+        require(not rows.is_floating_point(), f"an order holds integers, got {rows.dtype}")
+        text = f"got {len(rows)} orders for {len(streams)} images: give one for all, or one each"
+        require(rows.ndim != 2 or len(rows) == len(streams), text)
+        return policies.FixedOrder(rows.to(streams.device, torch.int64), grid, per_step=per_step)
+    known = hasattr(order, "propose")
+    require(known, f"an order is a name, positions, a PolicyConfig or a policy, got {order!r}")
     return order
-
-
-def _given_order(order: Any, streams: Streams) -> Tensor:
-    """An order (a tensor of any integer type, an array, a list) on the streams' device."""
-    order = torch.as_tensor(order)
-    if order.is_floating_point():
-        raise ValueError(f"an order holds integers, got {order.dtype}")
-    if order.ndim == 2 and len(order) != len(streams):
-        raise ValueError(f"got {len(order)} orders for {len(streams)} images: give one for all, or one each")
-    return order.to(streams.device, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -100,17 +93,15 @@ class PolicyConfig(ParallelSchedule):
     """Settings that are gone: `rescore` was nearer to the exact order at the same cost."""
 
     def __post_init__(self) -> None:
-        if self.order not in _SETTINGS:
-            raise ValueError(f"unknown order '{self.order}': choose one of {', '.join(_SETTINGS)}")
+        known = self.order in _SETTINGS
+        require(known, f"unknown order '{self.order}': choose one of {', '.join(_SETTINGS)}")
         if self.order not in ("information", "location"):  # their defaults are others
             object.__setattr__(self, "sign", None if self.sign == 1 else self.sign)
             object.__setattr__(self, "temperature", self.temperature or None)
-        if wrong := self._changed() - _SCHEDULE - _SETTINGS[self.order]:
-            raise ValueError(
-                "sign, temperature, distance, location and rescore belong to inferred orders "
-                f"({', '.join(INFERRED)}; temperature to location, too), not to '{self.order}': "
-                f"remove {', '.join(sorted(wrong))}"
-            )
+        wrong = self._changed() - _SCHEDULE - _SETTINGS[self.order]
+        text = "sign, temperature, distance, location and rescore belong to inferred orders "
+        text += f"({', '.join(INFERRED)}; temperature to location, too), not to '{self.order}'"
+        require(not wrong, f"{text}: remove {', '.join(sorted(wrong))}")
         super().__post_init__()
         self._inferred_policy()
 
@@ -167,7 +158,7 @@ class PolicyConfig(ParallelSchedule):
 
         `orders` (B, N) int64 are those of each image's class; a ValueError refuses class_mean without them.
         """
-        if (policy := self._inferred_policy()) is not None:
+        if policy := self._inferred_policy():
             return policy
         if self.order == "random":
             orders = random_rows(grid, streams)

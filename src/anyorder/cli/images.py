@@ -1,0 +1,131 @@
+"""The commands `anyorder sample pipeline=...` and `anyorder complete`: images from a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anyorder.contracts import require
+from anyorder.data.images import load_image
+from anyorder.inference import masks
+from anyorder.inference.pipeline import Pipeline
+from anyorder.method.policy_config import PolicyConfig
+from anyorder.method.sampling import Sampling
+from anyorder.report import figures
+
+
+@dataclass(kw_only=True)
+class _ImageConfig:
+    pipeline: str
+    """Folder of a pipeline, "fashion32" (comes with the package), or a Hugging Face hub id."""
+    policy: PolicyConfig | None = None
+    """The order to generate in; by default the pipeline's policy."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance: 1 (default) is none, larger follows class and prompt closer."""
+    seed: int = 0
+    """Image i is generated from seed + i; by default 0."""
+
+
+@dataclass(kw_only=True)
+class SampleConfig(_ImageConfig):
+    """Generate images with a pipeline: 0000.png, 0001.png, ..., grid.png, orders.png and generation.webp.
+
+    orders.png shows when each patch was generated; generation.webp is an animation of it.
+    """
+
+    labels: tuple[str, ...] = ()
+    """Names or numbers of classes, in turn; by default all classes in turn, or none beside prompts or
+    attributes."""
+    prompts: tuple[str, ...] = ()
+    """Texts, in turn, for a pipeline that was trained with captions."""
+    attributes: dict[str, str] = field(default_factory=dict)
+    """Values by name, such as baseColour: Red, for a pipeline that was trained with attributes."""
+    n: int = 16
+    """Number of images, at least 1; by default 16."""
+    sampling: Sampling = field(default_factory=Sampling)
+    scale: int = 4
+    """Screen pixels per image pixel in grid.png, orders.png and generation.webp; by default 4."""
+    compile: bool = False
+    """Generate through compiled code: pays for many images only, since compiling takes a while."""
+
+    def __post_init__(self) -> None:
+        require(min(self.n, self.scale) >= 1, f"n and scale must be >= 1, got {self.n} and {self.scale}")
+
+
+@dataclass(kw_only=True)
+class CompleteConfig(_ImageConfig):
+    """Generate parts of an image: inpainting (mask= or box=), outpainting (pad=), variations (keep=).
+
+    Writes 0000.png, 0001.png, ... into out=FOLDER. Pixels outside of what is generated stay as they are.
+    """
+
+    image: Path
+    """The image; its sides must be divisible by the tokenizer's factor."""
+    mask: Path | None = None
+    """Image of the same size: white is generated, black and transparent are kept."""
+    box: masks.Box | None = None
+    """Instead of a mask: the rectangle left,top,right,bottom (pixels) is generated."""
+    pad: masks.Padding | None = None
+    """Pixels to add on the left,top,right,bottom, and to generate."""
+    keep: float | None = None
+    """Instead of all these: share of patches to keep, in [0, 1), chosen at random; others are generated."""
+    label: str = ""
+    """Name or number of a class; by default none."""
+    prompt: str | None = None
+    """A text, for a pipeline that was trained with captions."""
+    num_images: int = 1
+    """How many completions; by default 1."""
+    feather: int | None = None
+    """Pixels inside the hole over which the step at its seam fades out; by default 2, and 0 is none."""
+    margin: int | None = None
+    """Patches around the hole that are generated, too, while their known pixels are kept; by default 0."""
+
+    def __post_init__(self) -> None:
+        require(self.mask is None or self.box is None, "give either mask=... or box=..., not both")
+
+
+def sample_files(config: SampleConfig, out: Path) -> None:
+    """Generate images and write the files; errors as of `Pipeline`."""
+    pipe = Pipeline.from_pretrained(config.pipeline)
+    if config.compile:
+        pipe.compile_decoding()
+    labels: list[Any] = [pipe.typed(label) for label in config.labels]
+    if not labels and not config.prompts and not config.attributes:
+        labels = list(range(pipe.model.num_classes))
+    made = pipe(
+        _in_turn(labels, config.n), config.n, config.policy, config.guidance, config.seed,
+        sampling=config.sampling,
+        prompt=_in_turn(config.prompts, config.n),
+        attributes=config.attributes,
+    )  # fmt: skip
+    _save(made.images, out)
+    images, orders = np.stack([np.asarray(image) for image in made.images]), made.order.cpu().numpy()
+    figures.save_sample_figures(out, images, orders, pipe.model.grid, min(8, config.n), config.scale)
+
+
+def complete_file(config: CompleteConfig, out: Path) -> list[Path]:
+    """Complete one image and write the results; returns their paths. Errors as of `Pipeline`."""
+    image = load_image(config.image)
+    mask = config.mask if config.box is None else masks.box_mask(config.box, image.shape[:2])
+    pipe = Pipeline.from_pretrained(config.pipeline)
+    label = None if config.label == "" else pipe.typed(config.label)
+    made = pipe.complete(
+        image, mask, label, config.num_images, config.policy, config.guidance, config.seed,
+        pad=config.pad, keep=config.keep, feather=config.feather, margin=config.margin, prompt=config.prompt,
+    )  # fmt: skip
+    return _save(made.images, out)
+
+
+def _in_turn(values: Sequence[Any], n: int) -> list[Any] | None:
+    return [values[i % len(values)] for i in range(n)] if values else None
+
+
+def _save(images: Sequence[Any], out: Path) -> list[Path]:
+    paths = [out / f"{i:04d}.png" for i in range(len(images))]
+    for image, path in zip(images, paths, strict=True):
+        figures.save_image(image, path)
+    return paths
