@@ -139,10 +139,9 @@ def find_published(hub_id: str) -> families.File | None:
     for file in published_models():
         if hub_id in (file.repo, f"{file.repo}/{file.name}"):
             return file
-    siblings = [
-        f"{file.repo}/{file.name}" for file in published_models() if hub_id.startswith(f"{file.repo}/")
-    ]
-    require(not siblings, f"unknown model '{hub_id}': choose one of {', '.join(siblings)}")
+    siblings = [file for file in published_models() if hub_id.startswith(f"{file.repo}/")]
+    listed = ", ".join(f"{file.repo}/{file.name}" for file in siblings)
+    require(not siblings, f"unknown model '{hub_id}': choose one of {listed}")
     return None
 
 

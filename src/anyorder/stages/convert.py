@@ -63,7 +63,7 @@ def convert(config: ConvertConfig, out: Path) -> None:
         if not isinstance(model, AnyOrderNetwork):
             raise ValueError(f"{config.source} is a tokenizer itself: leave tokenizer= out")
         parts = combine(model, read_tokenizer(config.tokenizer), config.policy)
-    artifact = Artifact(out, "convert", identity, {})
+    artifact = Artifact(out, "convert", identity, {}, overwrite=True)
     if parts is None:
         (out / INDEX).unlink(missing_ok=True)  # of an earlier conversion to a pipeline
         save_model(out, model, model.config, kind_of(model))
