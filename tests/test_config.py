@@ -13,7 +13,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anyorder.settings import as_overrides, describe, load_yaml, parse, read_stored
+from anyorder.inference.pipeline import Pipeline
+from anyorder.method.policy_config import PolicyConfig
+from anyorder.settings import as_overrides, describe, parse, read_stored
+from anyorder.stages.experiment import load_experiment, load_yaml
+from anyorder.stages.sample import SampleStage
+from anyorder.tokenizers.losses import LossConfig
 
 
 @dataclass
@@ -147,7 +152,7 @@ def test_the_later_one_wins():
         ({"first": {"stepz": 1}}, [], r"'first\.stepz', did you mean first\.steps"),
         ({"frist": {"steps": 1}}, [], r"'frist\.steps', did you mean first\.steps"),
         ({}, ["steps=1"], r"'steps', did you mean first\.steps or second\.steps"),
-        ({}, ["zzzz=1"], r"unknown setting 'zzzz'; allowed: name, .*second\.lr"),
+        ({}, ["zzzz=1"], r"unknown setting 'zzzz'; allowed: kind, .*second\.lr.*, name"),
         ({"zzzz": {}}, [], "unknown setting 'zzzz'"),
         ({"first": 5}, [], r"'first', did you mean first\.lr"),
         ({"kind": {"x": 1}}, [], r"kind=\{'x': 1\}: expected 'a'"),
@@ -188,15 +193,53 @@ def test_required_settings():
 
 def test_describe():
     lines = describe(Run).splitlines()
-    assert 'name="run"  (str)' in lines
-    assert lines[1].startswith("    Name of the run")
-    assert lines[2].startswith("    ")
+    name = lines.index('name="run"  (str)')
+    assert lines[name + 1].startswith("    Name of the run")
+    assert lines[name + 2].startswith("    ")
+    assert "of this very test." in " ".join(line.strip() for line in lines[name + 1 : name + 3])
+    assert "  " not in lines[name + 1].strip()
+    assert lines[0].startswith("kind="), "those of the subclass come first"
+    assert describe(PolicyConfig).index("order=") < describe(PolicyConfig).index("per_step=")
+    assert describe(SampleStage).startswith("model=...  (Path, required)"), "required ones come first"
     assert "kind=\"a\"  ('a' | 'b')" in lines
     assert "size=null  (tuple[int, int] | null)" in lines
     assert "first.betas=[0.9, 0.95]  (tuple[float, float])" in lines
     assert lines[lines.index("first.lr=0.0003  (float)") + 1] == "    Peak learning rate."
     assert "second.steps=20  (int)" in lines
     assert "path=...  (Path, required)" in describe(Required).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("stages: {data: {size: big}}", r"x\.yaml, stage 'data': size='big': expected tuple"),
+        ("stages: {data: {sise: 3}}", r"x\.yaml, stage 'data': unknown setting 'sise', did you mean size"),
+        ("stages: {data: 5}", r"x\.yaml, stage 'data' must hold a mapping .* got 5"),
+        ("1: a", r"unknown setting in .*x\.yaml: '1'"),
+        ("stages: {1: {stage: data, sise: 3}}", r"x\.yaml, stage '1': unknown setting 'sise'"),
+        ("stages: [data]", r"x\.yaml: stages must hold a mapping .* got \['data'\]"),
+        ("stages: {data: {stage: [a]}}", r"unknown stage of 'data' in .*x\.yaml"),
+    ],
+)
+def test_errors_of_an_experiment_name_file_and_stage(tmp_path, content, message):
+    (tmp_path / "x.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_experiment(tmp_path / "x.yaml")
+
+
+def test_home_folders_are_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.yaml").write_text("out: ~/runs\nstages: {tokens: {data: ~/data, tokenizer: ~/t}}")
+    experiment = load_experiment("~/x.yaml")
+    assert experiment.out == tmp_path / "runs"
+    assert experiment.stages["tokens"][1].data == tmp_path / "data"
+    assert load_experiment("~/x.yaml", ["out=~/other"]).out == tmp_path / "other"
+    assert parse(LossConfig, {}, ["vgg_path=~/vgg.pth"]).vgg_path == tmp_path / "vgg.pth"
+    (tmp_path / "p").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/p"):
+        Pipeline.from_pretrained("~/p")
+    (tmp_path / "x.yaml").write_text("out: ~\nstages: {}")
+    assert load_experiment("~/x.yaml").out == Path("runs/x")
 
 
 def test_load_yaml(tmp_path):

@@ -729,6 +729,15 @@ def test_stage_help_lists_every_setting(capsys):
         assert all(f"{field}=" in text or f"{field}." in text for field in fields)
 
 
+def test_help_is_dedented_and_begins_with_what_matters(capsys):
+    assert cli.main(["sample", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "\n       anyorder sample model=FOLDER" in text
+    assert "\norders.png shows when" in text
+    assert text.index("policy.order=") < text.index("policy.per_step=")
+    assert not [line for line in text.splitlines() if "  " in line.strip() and "=" not in line]
+
+
 def test_older_configurations_are_completed_with_defaults():
     now = TrainStage(tokens=Path("t"), online=PolicyConfig("entropy"), train=TrainConfig(ema=0.9))
     told, _, completion = split(now)

@@ -10,14 +10,18 @@ A stage is a dataclass: its fields are its configuration, `inputs` names those t
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from anyorder.contracts import require
 from anyorder.files import MANIFEST
-from anyorder.settings import did_you_mean, load_yaml, parse
+from anyorder.settings import did_you_mean, parse
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.execute import execute, resolved, split
 
@@ -31,6 +35,8 @@ STAGES: dict[str, Any] = {
 """By name of the command: stages/NAME.py holds the class NameStage."""
 SAMPLES_PER_SEED = 100_000
 """Distance between the first random streams of samples (and extracted orders) of two experiment seeds."""
+LARGEST_YAML, MOST_VALUES = 1 << 20, 100_000
+"""Limits of a YAML file: bytes, and values after its aliases are expanded."""
 
 
 @dataclasses.dataclass
@@ -82,29 +88,36 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: unknown stage or setting (with a suggestion), or a bad value; the stage is named.
+        ValueError: unknown stage or setting (with a suggestion), or a bad value; file and stage are named.
     """
     values = load_yaml(path)
     _refuse_unknown(values, ("out", "seed", "stages"), f"setting in {path}")
-    templates = values.get("stages") or {}
+    templates = _mapping(values.get("stages"), f"{path}: stages")
     by_stage = _by_stage(overrides, list(templates))
-    out = Path(by_stage.pop("out", [values.get("out", f"runs/{Path(path).stem}")])[-1])
+    out = Path(by_stage.pop("out", [str(values.get("out") or f"runs/{Path(path).stem}")])[-1]).expanduser()
     seed = str(by_stage.pop("seed", [values.get("seed", 0)])[-1])
     require(seed.isdecimal(), f"seed must be an integer >= 0, got seed={seed}")
     stages: dict[str, tuple[str, Any]] = {}
     for name, given in templates.items():
-        settings = dict(given or {})
-        kind = settings.pop("stage", name)
+        settings = _mapping(given, f"{path}, stage '{name}'")
+        kind = str(settings.pop("stage", name))
         _refuse_unknown([kind], STAGES, f"stage of '{name}' in {path}")
         for role in (*STAGES[kind].inputs, *getattr(STAGES[kind], "references", ())):
-            if settings.get(role) in stages:
-                settings[role] = out / settings[role]
+            if str(settings.get(role)) in stages:
+                settings[role] = out / str(settings[role])
         try:
             stage = parse(STAGES[kind], settings, by_stage.get(name, ()))
         except ValueError as e:
-            raise ValueError(f"stage '{name}': {e}") from e
+            raise ValueError(f"{path}, stage '{name}': {e}") from e
         stages[name] = kind, _reseeded(kind, stage, int(seed))
     return Experiment(out, stages)
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    require(
+        value is None or isinstance(value, dict), f"{where} must hold a mapping (key: value), got {value!r}"
+    )
+    return {str(key): item for key, item in (value or {}).items()}
 
 
 def _reseeded(kind: str, stage: Any, seed: int) -> Any:
@@ -137,3 +150,61 @@ def _refuse_unknown(names: Iterable[str], allowed: Iterable[str], what: str) -> 
         if name not in allowed:
             hint = did_you_mean(name, allowed)
             raise ValueError(f"unknown {what}: '{name}'{hint} Allowed: {', '.join(allowed)}")
+
+
+# --- YAML -------------------------------------------------------------------------------------------------
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that holds one mapping; an empty file is an empty mapping.
+
+    Scalars stay texts, except `true`, `false`, `null` and integers that YAML itself would write so.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, not a mapping, too large, or a key that is given twice; the message says where.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration file {path}")
+    if path.stat().st_size > LARGEST_YAML:
+        raise ValueError(f"{path} is larger than {LARGEST_YAML >> 20} MiB: that is no configuration")
+    try:
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node is not None and _size(node, {}) > MOST_VALUES:
+            raise yaml.YAMLError(f"more than {MOST_VALUES} values, with its aliases expanded")
+        values = None if node is None else loader.construct_document(node)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
+        reason = "nested too deeply" if isinstance(e, RecursionError) else " ".join(str(e).split())
+        raise ValueError(f"{path} is not valid YAML: {reason}") from e
+    return _mapping(values, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Makes plain values only; what YAML would write differently (010, yes, 1.10) stays a text."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012
+
+
+for _tag, _pattern, _first in (
+    ("bool", "(true|false)$", "tf"),
+    ("null", "(null|~|)$", ["n", "~", ""]),
+    ("int", "(0|-?[1-9][0-9]{0,17})$", "-0123456789"),
+    ("merge", "<<$", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Number of values in a node, an alias counted as often as it is used; refuses equal keys."""
+    if id(node) not in known:
+        nodes = [] if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            keys: dict[str, yaml.Node] = {}
+            for key, _ in node.value:
+                if keys.setdefault(name := str(key.value), key) is not key:
+                    raise yaml.MarkedYAMLError(None, None, f"key '{name}' is given twice", key.start_mark)
+            nodes = itertools.chain(*node.value)
+        known[id(node)] = 1 + sum(_size(part, known) for part in nodes)
+    return known[id(node)]

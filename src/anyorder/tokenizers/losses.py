@@ -31,9 +31,9 @@ class LossConfig:
     """Weight of the mean squared error of pixels."""
     lpips: float = 0.0
     """Weight of the perceptual distance; needs `vgg_path`."""
-    vgg_path: str | None = None
+    vgg_path: Path | None = None
     """File of VGG16 weights with torchvision's keys `features.N.weight` and `.bias`, .safetensors or .pth."""
-    lpips_path: str | None = None
+    lpips_path: Path | None = None
     """File of LPIPS's linear heads `linN.model.1.weight`; null: every channel counts the same."""
     adversarial: float = 0.0
     """Weight of the adversarial term, times the adaptive weight; 0 trains without a discriminator."""

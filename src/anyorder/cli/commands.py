@@ -1,0 +1,251 @@
+"""What each command does: it returns what was written and what to type next.
+
+The docstring of a command ends its usage line. Heavy libraries are imported only by the command that needs
+them, so that `anyorder --help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass
+class Call:
+    """A command as it was typed."""
+
+    name: str
+    paths: list[str]
+    """Arguments without `=`."""
+    settings: list[str]
+    """Arguments `key=value`."""
+    dry_run: bool
+
+    def take(self, key: str, default: str = "") -> str:
+        """Remove `key=` from the settings; its last value, or the default."""
+        found = [text.partition("=")[2] for text in self.settings if text.startswith(f"{key}=")]
+        self.settings = [text for text in self.settings if not text.startswith(f"{key}=")]
+        return found[-1] if found else default
+
+    def flag(self, key: str, default: str = "false") -> bool:
+        """Remove `key=true` or `key=false` from the settings."""
+        if (value := self.take(key, default).lower()) not in ("true", "false"):
+            raise ValueError(f"{key}={value}: expected true or false")
+        return value == "true"
+
+    def out(self, default: str = "") -> Path:
+        """Remove `out=` from the settings."""
+        if out := self.take("out", default):
+            return Path(out).expanduser()
+        raise ValueError(f"say where to write: anyorder {self.name} out=FOLDER ...")
+
+    def parse(self, config: str = "", **values: str) -> Any:
+        """The configuration of the command."""
+        from anyorder import settings
+
+        if self.paths:
+            raise ValueError(f"settings are written key=value, got '{self.paths[0]}'")
+        return settings.parse(config_class(config or self.name), values, self.settings)
+
+    def show(self, config: Any, out: Path | str = "") -> bool:
+        """Whether this is a dry run; if so, the resolved configuration is printed as YAML."""
+        if self.dry_run:
+            import yaml
+
+            from anyorder import files
+
+            print(f"anyorder {self.name} -> {out}" if out else f"anyorder {self.name}")
+            values = files.plain(dataclasses.asdict(config))
+            print(yaml.safe_dump(values, sort_keys=False, default_flow_style=None))
+        return self.dry_run
+
+
+def config_class(name: str) -> type:
+    """The configuration of a command."""
+    if name in CONFIGS:
+        module, _, class_name = CONFIGS[name].partition(":")
+        return getattr(importlib.import_module(module), class_name)
+    from anyorder.stages.experiment import STAGES
+
+    return STAGES[name]
+
+
+CONFIGS = {
+    "sample pipeline": "anyorder.cli.images:SampleConfig",
+    "complete": "anyorder.cli.images:CompleteConfig",
+    "convert": "anyorder.stages.convert:ConvertConfig",
+    "bench": "anyorder.bench.workloads:BenchConfig",
+    "demo": "anyorder.demo.server:DemoConfig",
+}
+"""Configurations that are not stages."""
+NEXT = {
+    "data": "tokenizer data={out} out={run}/tokenizer",
+    "tokenizer": "tokens data={data} tokenizer={out} out={run}/tokens",
+    "features": "eval samples=SAMPLES features={out} out={run}/eval",
+    "tokens": "train tokens={out} out={run}/any-order",
+    "train": "orders model={out} tokens={tokens} policy.order=margin out={run}/orders",
+    "orders": "train tokens={tokens} init={model} orders={out} random_share=0.2 out={run}/ordered",
+    "iterate": "sample model={out} tokens={tokens} tokenizer={tokenizer} out={run}/samples",
+    "sample": "eval samples={out} features={features} out={run}/eval",
+    "eval": "compare a={out} b=ANOTHER features={features} out={run}/compare",
+    "pipeline": "sample pipeline={out} out={run}/images",
+}
+"""What to type after a stage."""
+
+
+def stage(call: Call) -> str:
+    """out=FOLDER [key=value ...]"""
+    from anyorder.stages.execute import execute
+
+    if call.name == "features" and call.paths == ["train"]:
+        call.paths = []
+    out, overwrite, config = call.out(), call.flag("overwrite"), call.parse()
+    if not call.show(config, out):
+        execute(call.name, config, out, overwrite=overwrite)
+    known = {role: path for role in config.inputs if (path := getattr(config, role)) is not None}
+    names = {"data": "DATA", "tokenizer": "TOKENIZER", "tokens": "TOKENS", "features": "FEATURES"}
+    after = NEXT.get(call.name, "report {run}").format(**(names | known | {"out": out, "run": out.parent}))
+    return f"{out}; next: anyorder {after}"
+
+
+def sample(call: Call) -> str:
+    """pipeline=NAME out=FOLDER [key=value ...]
+    anyorder sample model=FOLDER tokenizer=FOLDER out=FOLDER [key=value ...]
+    """
+    from anyorder.cli.images import sample_files
+
+    out, config = call.out(), call.parse("sample pipeline")
+    if not call.show(config, out):
+        sample_files(config, out)
+    return f"{config.n} images, orders.png and generation.webp in {out}; next: look at {out / 'grid.png'}"
+
+
+def complete(call: Call) -> str:
+    """pipeline=FOLDER image=FILE out=FOLDER [key=value ...]"""
+    from anyorder.cli.images import complete_file
+
+    out, config = call.out(), call.parse()
+    paths = [] if call.show(config, out) else complete_file(config, out)
+    return f"{', '.join(map(str, paths))}; next: another seed= for other images"
+
+
+def convert(call: Call) -> str:
+    """SOURCE DEST [key=value ...]"""
+    from anyorder.stages.convert import convert
+
+    if len(call.paths) != 2:
+        raise ValueError(
+            f"give the downloaded file and the folder to write, got {' '.join(call.paths) or 'neither'}: "
+            "anyorder convert SOURCE DEST [key=value ...]"
+        )
+    (source, out), call.paths = call.paths, []
+    config = call.parse(source=source)
+    if not call.show(config, out):
+        convert(config, Path(out).expanduser())
+    return (
+        f"{out}; next: anyorder sample pipeline={out} out=FOLDER, if it has a tokenizer, or anyorder tokens"
+    )
+
+
+def run(call: Call) -> str:
+    """EXPERIMENT.yaml [out=FOLDER] [stage.key=value ...] [overwrite=true]"""
+    if len(call.paths) != 1:
+        raise ValueError("give an experiment file, for example experiments/fashion32.yaml")
+    from anyorder.stages.experiment import load_experiment
+
+    overwrite = call.flag("overwrite")
+    experiment = load_experiment(Path(call.paths[0]).expanduser(), call.settings)
+    if call.dry_run:
+        print("\n".join(experiment.plan()))
+        return ""
+    experiment.run(overwrite)
+    return _write_report([experiment.out], experiment.out / "report.html", True)
+
+
+def quickstart(call: Call) -> str:
+    """[out=runs/quickstart] [stage.key=value ...] [overwrite=true]"""
+    call.paths.insert(0, str(resources.files("anyorder.stages") / "quickstart.yaml"))
+    return run(call)
+
+
+def report(call: Call) -> str:
+    """RUN... [out=RUN/report.html] [data_images=true]
+
+    run folders of one experiment are its seeds: stages of equal names are one variant
+    out=FILE.md writes the tables alone as Markdown, out=FILE.json as JSON; manifests are enough
+    data_images=false leaves out figures that contain images of the data set
+    """
+    if not call.paths:
+        raise ValueError("give one or more run folders, for example runs/quickstart")
+    folders = [Path(path).expanduser() for path in call.paths]
+    out, images = call.out(f"{folders[0]}/report.html"), call.flag("data_images", "true")
+    if call.settings:
+        raise ValueError(f"report takes out=FILE and data_images=true|false, got {call.settings[0]}")
+    if call.dry_run:
+        print(f"report of {', '.join(map(str, folders))} -> {out}")
+        return ""
+    return _write_report(folders, out, images)
+
+
+def _write_report(folders: list[Path], out: Path, data_images: bool) -> str:
+    from anyorder.report.summary import report
+
+    table = report(folders, out, data_images=data_images)
+    if table is not None:
+        print(table.text())
+    return f"{out}; next: open it in a browser"
+
+
+def bench(call: Call) -> str:
+    """[out=bench.json] [key=value ...] [--against OLD.json]
+    anyorder bench NEW.json --against OLD.json    compares two results without measuring
+    """
+    from anyorder.bench import bench
+
+    out, old = call.out("bench.json"), call.take("against", "none")
+    files, call.paths = call.paths, []
+    if not old:
+        raise ValueError("say what to compare with: --against FILE")
+    if files and (len(files) > 1 or call.settings or old == "none"):
+        raise ValueError(
+            "two results are compared by anyorder bench NEW.json against=OLD.json, without settings"
+        )
+    config = call.parse()
+    before = bench.load_result(Path(old)) if old != "none" else None  # refused before anything is measured
+    if call.show(config, out):
+        return ""
+    result = bench.load_result(Path(files[0])) if files else bench.bench(config, out)
+    if before is not None:
+        table = bench.against(result, before)
+        print(f"\n{table.caption}\n{table.text()}")
+    return "" if files else f"{out}; next, after a change: anyorder bench out=NEW.json --against {out}"
+
+
+def demo(call: Call) -> str:
+    """pipeline=FOLDER [key=value ...]"""
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as e:
+        raise ImportError(f"the demo needs a web server ({e}): pip install 'anyorder[demo]'") from e
+    from anyorder.demo.server import serve
+
+    config = call.parse()
+    if not call.show(config):
+        serve(config)
+    return ""
+
+
+def verify(call: Call) -> str:
+    """FOLDER..."""
+    from anyorder.stages.artifacts import verify
+
+    if not call.paths or call.settings:
+        raise ValueError("give one or more artifact folders: anyorder verify FOLDER...")
+    if problems := [problem for path in call.paths for problem in verify(Path(path).expanduser())]:
+        raise OSError("; ".join(problems))
+    print(f"{', '.join(call.paths)}: every file is as it was written")
+    return ""
