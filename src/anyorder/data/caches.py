@@ -24,8 +24,7 @@ _SAMPLE = 256  # rows looked at when a cache is opened
 class _Split:
     """What all caches of images have, one split at a time, memory-mapped."""
 
-    labels: np.ndarray
-    """(n,) int64, index into `classes`; 0 where there are none."""
+    labels: np.ndarray  # (n,) int64, index into `classes`; 0 where there are none
 
     def __init__(self, folder: str | Path, split: str):
         self.folder, self.split = Path(folder), split
@@ -60,11 +59,7 @@ class _Split:
 
 
 class ImageSet(_Split):
-    """One split of a data artifact.
-
-    Attributes:
-        images: (n, H, W, 3) uint8.
-    """
+    """One split of a data artifact: `images` (n, H, W, 3) uint8, and their labels."""
 
     def __init__(self, folder: str | Path, split: str = "train"):
         """Open `{split}.images.npy` and `{split}.labels.npy`; errors as for `TokenSet`."""
@@ -109,18 +104,7 @@ class ImageSet(_Split):
 
 
 class TokenSet(_Split):
-    """One split of a token cache.
-
-    Attributes:
-        tokens: (n, N) uint16 or int32, in [0, vocab_size), raster order.
-        further: (n, A + L) int32, value of each attribute, then caption tokens; -1 for none.
-        text_vocab: number of caption tokens, 0 if there are no captions.
-        text_length: L.
-        grid: the grid of the N positions.
-        vocab_size: size of the tokenizer's codebook.
-        tokenizer: fingerprint of the tokenizer that made the tokens.
-        data: fingerprint of the data artifact that was tokenized.
-    """
+    """One split of a token cache: tokens, labels, attributes and captions."""
 
     def __init__(self, folder: str | Path, split: str = "train"):
         """Open `{split}.tokens.npy` and `{split}.labels.npy`.
@@ -131,20 +115,21 @@ class TokenSet(_Split):
         """
         super().__init__(folder, split)
         self.grid = Grid(*self._manifest["grid"])
-        self.vocab_size: int = self._manifest["vocab_size"]
-        self.tokenizer: str = self._manifest["tokenizer"]
-        self.data: str = self._manifest["data"]
+        self.vocab_size: int = self._manifest["vocab_size"]  # of the tokenizer's codebook
+        self.tokenizer: str = self._manifest["tokenizer"]  # fingerprint of what made the tokens
+        self.data: str = self._manifest["data"]  # fingerprint of the images
         path, limit = self._path("tokens"), f"the vocabulary has {self.vocab_size}"
-        self.tokens = _read(path, ("n", self.grid.n))
+        self.tokens = _read(path, ("n", self.grid.n))  # (n, N) in [0, vocab_size), raster order
         self.labels = self._read_labels(len(self.tokens))
         _check_range(path, _sample(self.tokens), "tokens", self.vocab_size, limit)
         text = self._manifest.get("text") or {"vocab_size": 0, "length": 0}
-        self.text_vocab, self.text_length = text["vocab_size"], text["length"]
+        self.text_vocab, self.text_length = text["vocab_size"], text["length"]  # 0 without captions
         captions = np.empty((len(self), 0))
         if self.text_length:
             path, limit = self._path("captions"), f"the vocabulary has {self.text_vocab}"
             captions = _read(path, (len(self), self.text_length))
             _check_range(path, captions, "tokens", self.text_vocab, limit, -1)
+        # (n, A + L): value of each attribute, then caption tokens; -1 for none
         self.further = np.concatenate((self.attribute_values(), captions), axis=1).astype(np.int32)
 
     @property
@@ -183,37 +168,27 @@ class TokenSet(_Split):
 
 
 class OrderSet:
-    """Orders extracted for the train split of a token cache, memory-mapped.
-
-    Attributes:
-        orders: (n, N) uint16, a permutation of raster positions in every row.
-        log_prob: (n, N) float32, nats, of each token in order steps when it was revealed.
-        test_orders: (m, N) int64 tensor, orders of m images spread evenly over the test split.
-        class_orders: (classes, N) int64 tensor, the mean order of each class.
-        tokens: fingerprint of the token cache that the orders are for.
-        policy: name of the policy that extracted them.
-        fingerprint: of this cache.
-    """
+    """Orders extracted for the train split of a token cache, memory-mapped."""
 
     def __init__(self, folder: str | Path):
         """Open `train.order.npy` and the files beside it; errors as for `TokenSet`."""
         self.folder = Path(folder)
         manifest = files.read_manifest(folder)
         self.fingerprint: str = manifest["fingerprint"]
-        self.tokens: str = manifest["tokens"]
-        self.policy: str = manifest["policy"]
+        self.tokens: str = manifest["tokens"]  # fingerprint of the token cache that the orders are for
+        self.policy: str = manifest["policy"]  # name of the policy that extracted them
         path, rows = self.folder / "train.order.npy", manifest["rows"]
-        self.orders = files.load_array(path)
+        self.orders = files.load_array(path)  # (n, N), a permutation of raster positions in every row
         shape = self.orders.shape
         _check(len(shape) == 2 and shape[0] == rows, path, f"got shape {shape}, expected {rows} rows")
         self._check_orders(path, _sample(self.orders))
         path = self.folder / "train.log_prob.npy"
-        self.log_prob = files.load_array(path)
+        self.log_prob = files.load_array(path)  # (n, N) nats, of each token in order steps when revealed
         _check(
             self.log_prob.shape == shape, path, f"got shape {self.log_prob.shape}, the orders have {shape}"
         )
-        self.test_orders = self._table("test.order.npy")
-        self.class_orders = self._table("class_order.npy")
+        self.test_orders = self._table("test.order.npy")  # of images spread evenly over the test split
+        self.class_orders = self._table("class_order.npy")  # the mean order of each class
 
     def _check_orders(self, path: Path, orders: np.ndarray) -> None:
         n = self.orders.shape[1]

@@ -89,12 +89,9 @@ class Vocabulary:
     """Names of everything that a condition may hold."""
 
     classes: list[str] = field(default_factory=list)
-    attributes: dict[str, list[str]] = field(default_factory=dict)
-    """Name of each attribute -> its values."""
+    attributes: dict[str, list[str]] = field(default_factory=dict)  # name -> values
     captions: CaptionTokenizer | None = None
-    """None where the model was trained without captions."""
-    length: int = 0
-    """Largest number of tokens in a caption."""
+    length: int = 0  # largest number of tokens in a caption
 
     def condition(
         self,

@@ -31,10 +31,8 @@ _FILE = re.compile(rf"(?:^|[-_. ]){_WORDS}(?![a-z])", re.IGNORECASE)
 class Listing:
     """Files below a folder."""
 
-    files: list[str]
-    """Paths relative to the folder, sorted, with "/"."""
-    ignored: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    """Reason -> entries that are left out."""
+    files: list[str]  # paths relative to the folder, sorted, with "/"
+    ignored: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason -> entries
 
 
 def list_files(root: Path) -> Listing:

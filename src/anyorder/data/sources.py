@@ -26,10 +26,8 @@ class Item(NamedTuple):
 
     image: bytes | Path | BadImage
     label: str | None
-    name: str
-    """Unique in its source; also decides the split where the source has none."""
-    attributes: tuple[str | None, ...] = ()
-    """Value of each of the source's attributes, None where it has none."""
+    name: str  # unique in the source; also decides the split where there is none
+    attributes: tuple[str | None, ...] = ()  # value of each of the source's attributes
     caption: str | None = None
 
 
@@ -37,14 +35,10 @@ class Item(NamedTuple):
 class Columns:
     """Columns of parquet files and Hugging Face data sets; None for none."""
 
-    label: str | None = None
-    """Class of each image."""
-    caption: str | None = None
-    """Text about each image."""
+    label: str | None = None  # class of each image
+    caption: str | None = None  # text about each image
     attributes: tuple[str, ...] = ()
-    """Further attributes."""
-    image: str | None = None
-    """The image; may be left out where there is one column of images."""
+    image: str | None = None  # may be left out where there is one column of images
 
     @property
     def texts(self) -> list[str]:

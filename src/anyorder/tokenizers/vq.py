@@ -145,15 +145,13 @@ class Quantizer(nn.Module):
     Only the direction of a stored row matters: rows are normalised at every use. With
     `codebook_update="ema"` a row holds the moving average of the *sum* of its encoder outputs: its direction
     is their mean on the sphere, its length their weight, so no other state is needed.
-
-    Attributes:
-        codebook_used: (65536,) float32, the latest training tokens, oldest first; -1 where there is none yet.
-        idle: (V,) int64, updates since a code was last used; -1 before the first update, which seeds every
-            code. Only if codes are averaged or revived. Zero it to keep codes of a file without it.
     """
 
     codebook_used: Tensor
+    """(65536,) float32, the latest training tokens, oldest first; -1 where there is none yet."""
     idle: Tensor
+    """(V,) int64, updates since a code was last used; -1 before the first update, which seeds every code.
+    Only if codes are averaged or revived. Zero it to keep the codes of a file without it."""
 
     def __init__(self, config: VQConfig):
         super().__init__()
