@@ -195,8 +195,8 @@ def write_log(path, *lines: dict) -> str:
 
 def axes_of(monkeypatch, plot) -> list:
     shown = []
-    rendered = curves.rendered
-    monkeypatch.setattr(curves, "rendered", lambda figure: shown.append(figure) or rendered(figure))
+    rendered = figures.rendered
+    monkeypatch.setattr(figures, "rendered", lambda figure: shown.append(figure) or rendered(figure))
     assert plot().mode == "RGB"
     return shown[0].axes
 

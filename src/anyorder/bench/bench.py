@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from anyorder import files
 from anyorder.bench import workloads
 from anyorder.bench.memory import peak_memory
-from anyorder.bench.workloads import WORKLOADS, BenchConfig, Subject, Workload
-from anyorder.files import read_json, versions, write_json
+from anyorder.bench.workloads import BenchConfig, Workload
 from anyorder.inference.device import device, fast_dtype
 from anyorder.report.curves import scaling_curves
 from anyorder.report.figures import save_image
@@ -46,12 +46,12 @@ def bench(config: BenchConfig, out: Path) -> dict[str, Any]:
         "config": dataclasses.asdict(config),
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
         "dtype": str(fast_dtype(device(), True)),
-        "versions": versions(),
+        "versions": files.versions(),
         **base,
         "sweeps": sweeps,
-        "memory": peak_memory(Subject(dataclasses.replace(config, compile=False)), config.memory),
+        "memory": peak_memory(workloads.Subject(dataclasses.replace(config, compile=False)), config.memory),
     }
-    write_json(out, result)
+    files.write_json(out, result)
     print("\n\n".join(table.text() for table in tables(result)))
     print(f"written to {out}")
     if sweeps:
@@ -68,9 +68,9 @@ def bench(config: BenchConfig, out: Path) -> dict[str, Any]:
 def measure(config: BenchConfig) -> dict[str, list[dict[str, Any]]]:
     """Time ceilings and workloads in turns, so that a change of the machine's speed affects all of them."""
     torch.manual_seed(0)
-    subject = Subject(config)
+    subject = workloads.Subject(config)
     tops = workloads.ceilings(subject)
-    runs = {name: workloads.workload(name, subject) for name in config.only or WORKLOADS}
+    runs = {name: workloads.workload(name, subject) for name in config.only or workloads.WORKLOADS}
     seconds = _times(tops | runs, config.repeats)
     measured = {name: _row(top, seconds[name]) for name, top in tops.items()}
     product = measured[workloads.matmul_name(subject.dtype, subject.tokens.numel())]
@@ -148,9 +148,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
     """Ceilings, workloads, every sweep, and memory."""
     found = [_table(result["ceilings"], "images/s"), _table(result["rows"])]
     for name, points in result["sweeps"].items():
-        workloads = zip(*(point["rows"] for point in points), strict=True)
+        measured = zip(*(point["rows"] for point in points), strict=True)
         values = [{AXES[name]: point["value"]} for point in points]
-        rows = [value | row for rows in workloads for value, row in zip(values, rows, strict=True)]
+        rows = [value | row for rows in measured for value, row in zip(values, rows, strict=True)]
         found.append(_table(rows, "GFLOP/s", "GB/s"))
     return [*found, Table(list(result["memory"][0]), result["memory"])] if result["memory"] else found
 
@@ -167,7 +167,7 @@ def load_result(path: Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: it is not the result of a bench.
     """
-    result = read_json(path)
+    result = files.read_json(path)
     if not isinstance(result, dict) or not {"config", "device", "rows"} <= set(result):
         raise ValueError(f"{path} is not a result of anyorder bench: give the JSON file that it wrote")
     return result

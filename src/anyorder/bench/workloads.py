@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyorder.bench.costs import Cost, count
+from anyorder.bench import costs
 from anyorder.contracts import Grid
 from anyorder.inference.device import device, fast_dtype
-from anyorder.method.decoding import extract_orders, sample
+from anyorder.method import decoding
 from anyorder.method.loss import token_nll
 from anyorder.method.sampling import Streams
 from anyorder.models.compiled import compile_decoding
@@ -106,7 +106,7 @@ class Workload:
     """Something to time; `images` is how many of them one run processes."""
 
     run: Callable[[], Any]
-    cost: Cost
+    cost: costs.Cost
     images: int = 0
 
 
@@ -170,10 +170,10 @@ def ceilings(subject: Subject) -> dict[str, Workload]:
         for rows in (subject.tokens.numel(), subject.config.images):
             x = torch.randn(rows, len(weight), device=subject.device).to(dtype)
             product = partial(torch.matmul, x, weight.to(dtype))
-            found[matmul_name(dtype, rows)] = Workload(product, count(product))
+            found[matmul_name(dtype, rows)] = Workload(product, costs.count(product))
     a, b, c = torch.randn(3, subject.config.triad_mib * 2**18, device=subject.device)
     triad = partial(torch.add, b, c, alpha=1.5, out=a)  # two arrays are read and one is written
-    return {**found, MEMORY: Workload(triad, Cost(bytes=3 * a.nbytes))}
+    return {**found, MEMORY: Workload(triad, costs.Cost(bytes=3 * a.nbytes))}
 
 
 def workload(name: str, subject: Subject) -> Workload:
@@ -182,7 +182,7 @@ def workload(name: str, subject: Subject) -> Workload:
     if name != "training step":
         run = subject.without_gradients(run)
     few = name.startswith("sampling") or name == "order extraction"
-    return Workload(run, count(run), subject.config.images if few else subject.config.batch_size)
+    return Workload(run, costs.count(run), subject.config.images if few else subject.config.batch_size)
 
 
 def _train(subject: Subject) -> None:
@@ -200,12 +200,12 @@ def _score(subject: Subject) -> Tensor:
 
 
 def _sample(order: str, subject: Subject) -> Any:
-    return sample(subject.model, order, subject.streams, chunk=subject.config.chunk)
+    return decoding.sample(subject.model, order, subject.streams, chunk=subject.config.chunk)
 
 
 def _extract(subject: Subject) -> Any:
     chunk = subject.config.chunk
-    return extract_orders(subject.model, subject.known, "entropy", subject.streams, chunk=chunk)
+    return decoding.extract_orders(subject.model, subject.known, "entropy", subject.streams, chunk=chunk)
 
 
 WORKLOADS: Mapping[str, Callable[[Subject], Any]] = {

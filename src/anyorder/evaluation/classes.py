@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 
-class ClassAgreement(NamedTuple):
-    """Shares in [0, 1]."""
-
-    class_coverage: float
-    """Share of the classes predicted for the test split that are also predicted for a sample."""
-    class_agreement: float
-    """Share of samples that are assigned to the class they were conditioned on."""
-    class_distance: float
-    """Total-variation distance of the predicted classes of samples and test split; 0: the same shares."""
-
-
-def class_agreement(test: Tensor, samples: Tensor, labels: Tensor) -> ClassAgreement:
+def class_agreement(test: Tensor, samples: Tensor, labels: Tensor) -> dict[str, float]:
     """Compare predictions for samples, logits (m, classes), with those for test images, logits (n, classes).
 
     Both sides are *predictions*, so that mistakes of the classifier are in both. The samples were conditioned
     on `labels` (m,) int64.
+
+    Returns:
+        Numbers in [0, 1]. class_coverage: share of the classes predicted for test images that are predicted
+        for a sample too; class_agreement: share of samples assigned to their label; class_distance:
+        total-variation distance of the predicted classes, 0 for the same shares.
 
     Raises:
         ValueError: a set is empty, or the sizes do not agree.
@@ -33,11 +25,11 @@ def class_agreement(test: Tensor, samples: Tensor, labels: Tensor) -> ClassAgree
         raise ValueError(f"got {got}: give at least one image of each, and a label for every sample")
     found = [logits.argmax(1) for logits in (test, samples)]
     real, fake = (torch.bincount(x, minlength=test.shape[1]).double() / len(x) for x in found)
-    return ClassAgreement(
-        class_coverage=float((fake[real > 0] > 0).double().mean()),
-        class_agreement=float((found[1] == labels).double().mean()),
-        class_distance=float((real - fake).abs().sum() / 2),
-    )
+    return {
+        "class_coverage": float((fake[real > 0] > 0).double().mean()),
+        "class_agreement": float((found[1] == labels).double().mean()),
+        "class_distance": float((real - fake).abs().sum() / 2),
+    }
 
 
 def agreement(logits: Tensor, targets: Tensor) -> float:

@@ -1,25 +1,14 @@
 """Whether generated images are copies of training images: distances to the nearest one, and equal tokens.
 
 Test images, which were not trained on, are the reference: data sets hold near duplicates, and a distance or a
-share says nothing on its own.
+share says nothing alone.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
-
-
-class Closeness(NamedTuple):
-    """How near samples are to training images, compared with test images."""
-
-    nearest_training_ratio: float
-    """Median distance of samples to their nearest training image over that of test images; copies: 0."""
-    nearest_training_share: float
-    """Share of samples nearer to a training image than all but 1 % of test images are; expect 0.01."""
 
 
 def nearest_distance(queries: Tensor, points: Tensor, chunk: int = 512) -> Tensor:
@@ -37,12 +26,16 @@ def nearest_distance(queries: Tensor, points: Tensor, chunk: int = 512) -> Tenso
     return torch.cat(found)
 
 
-def closeness(samples: Tensor, test: Tensor) -> Closeness:
-    """Compare the distances of samples (m,) and test images (n,) to their nearest training images."""
-    return Closeness(
-        nearest_training_ratio=float(samples.median() / test.median()),
-        nearest_training_share=float((samples < test.double().quantile(0.01)).double().mean()),
-    )
+def closeness(samples: Tensor, test: Tensor) -> dict[str, float]:
+    """Compare the distances of samples (m,) and test images (n,) to their nearest training images.
+
+    Returns:
+        nearest_training_ratio: of the medians, 0 for copies; nearest_training_share: of samples nearer than
+        all but 1 % of the test images are, by chance 0.01.
+    """
+    share = (samples < test.double().quantile(0.01)).double().mean()
+    ratio = samples.median() / test.median()
+    return {"nearest_training_ratio": float(ratio), "nearest_training_share": float(share)}
 
 
 def copied_share(tokens: np.ndarray, training: np.ndarray, chunk: int = 4096) -> float:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional import image as pairs
 from tqdm import tqdm
 
 from anyorder.evaluation.features import FeatureExtractor
@@ -231,8 +231,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 2048) 
         raise ValueError(f"precision and recall with k={k} need more than {k} images, got {counts}")
     centre = real.double().mean(0)  # distances are computed by products, which cancel far from the origin
     real, fake = real.double() - centre, fake.double() - centre
-    pairs = (real, fake), (fake, real)
-    return PrecisionRecall(*(float(covered(*pair, k, chunk).double().mean()) for pair in pairs))
+    both = (real, fake), (fake, real)
+    return PrecisionRecall(*(float(covered(*pair, k, chunk).double().mean()) for pair in both))
 
 
 def covered(points: Tensor, queries: Tensor, k: int, chunk: int) -> Tensor:
@@ -254,13 +254,13 @@ def manifold_radius(points: Tensor, k: int, chunk: int) -> Tensor:
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
     """Peak signal-to-noise ratio (B,) in dB of images (B, 3, H, W), uint8 or in [-1, 1]; equal: infinite."""
     x, y, data_range = _comparable(images, targets)
-    return peak_signal_noise_ratio(x, y, data_range=data_range, reduction="none", dim=(1, 2, 3))
+    return pairs.peak_signal_noise_ratio(x, y, data_range=data_range, reduction="none", dim=(1, 2, 3))
 
 
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
     """SSIM (Wang et al. 2004, 11x11 Gaussian window), (B,) in [-1, 1]; images as in `psnr`, >= 6 pixels."""
     x, y, data_range = _comparable(images, targets)
-    result = structural_similarity_index_measure(x, y, data_range=data_range, reduction="none")
+    result = pairs.structural_similarity_index_measure(x, y, data_range=data_range, reduction="none")
     assert isinstance(result, Tensor)
     return result
 

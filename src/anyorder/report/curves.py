@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from anyorder.data.classes import display_name
-from anyorder.report.figures import COLOURS, rendered, styled_figure
+from anyorder.report import figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,10 +35,10 @@ def loss_curves(runs: Sequence[tuple[str, str | Path]], starts: Sequence[int] | 
         if not any("loss" in line for line in logs[-1][1]):
             raise ValueError(f"{path} holds no losses yet: train for a while and try again")
     with_speed = any("examples_per_second" in line for _, log in logs for line in log)
-    with styled_figure(9.2 if with_speed else 5.6, 3.4) as figure:
+    with figures.styled_figure(9.2 if with_speed else 5.6, 3.4) as figure:
         panels = figure.subplots(1, 1 + with_speed, squeeze=False, width_ratios=[1.7, 1][: 1 + with_speed])[0]
         for i, (name, log) in enumerate(logs):
-            _plot_run(panels, name, log, COLOURS[i % len(COLOURS)])
+            _plot_run(panels, name, log, figures.COLOURS[i % len(figures.COLOURS)])
         for axis, label in zip(panels, ("loss (nats per token)", "examples per second"), strict=False):
             axis.set(xlabel="step", ylabel=label)
             axis.margins(x=0.02)
@@ -49,7 +49,7 @@ def loss_curves(runs: Sequence[tuple[str, str | Path]], starts: Sequence[int] | 
         top = max(_smooth(values)[len(values) // 20 :].max() for values in losses)
         panels[0].set_ylim(top=top + 0.05 * (top - panels[0].get_ylim()[0]))
         panels[0].legend(loc="upper right")
-        return rendered(figure)
+        return figures.rendered(figure)
 
 
 def _plot_run(panels: Sequence[Axes], name: str, log: list[dict[str, Any]], colour: str) -> None:
@@ -113,7 +113,7 @@ def scaling_curves(sweeps: Mapping[str, Sequence[Mapping[str, Any]]], measures: 
     if not sweeps or not measures:
         raise ValueError("give at least one size and one measure to plot")
     names = list(dict.fromkeys(row["workload"] for rows in sweeps.values() for row in rows))
-    with styled_figure(3.4 * len(sweeps) + 2.2, 2.6 * len(measures)) as figure:
+    with figures.styled_figure(3.4 * len(sweeps) + 2.2, 2.6 * len(measures)) as figure:
         panels = figure.subplots(len(measures), len(sweeps), squeeze=False, sharex="col", sharey="row")
         for column, (size, rows) in enumerate(sweeps.items()):
             for axis, measure in zip(panels[:, column], measures, strict=True):
@@ -124,19 +124,20 @@ def scaling_curves(sweeps: Mapping[str, Sequence[Mapping[str, Any]]], measures: 
         for axis, measure in zip(panels[:, 0], measures, strict=True):
             axis.set_ylabel(measure)
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper")
-        return rendered(figure)
+        return figures.rendered(figure)
 
 
 def _plot_scaling(axis: Axes, i: int, name: str, rows: list[Mapping[str, Any]], measure: str) -> None:
     points = sorted((row["value"], row[measure]) for row in rows if row.get(measure) is not None)
     x, y = ([point[k] for point in points] for k in (0, 1))
-    style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "markersize": 4, "linewidth": 1.2}
-    axis.plot(x, y, ("o-", "s--")[i // len(COLOURS) % 2], label=display_name(name, mathtext=True), **style)
+    again, colour = divmod(i, len(figures.COLOURS))
+    style: dict[str, Any] = {"color": figures.COLOURS[colour], "markersize": 4, "linewidth": 1.2}
+    axis.plot(x, y, ("o-", "s--")[again % 2], label=display_name(name, mathtext=True), **style)
 
 
 def _scale(axis: Axes, values: list[int], measure: str) -> None:
     """Sizes grow by factors; only those that were measured are named."""
-    from matplotlib.ticker import LogLocator, NullLocator
+    from matplotlib import ticker
 
     axis.set_xscale("log", base=2)
     axis.set_xticks(values, [f"{value:,d}" for value in values])
@@ -145,6 +146,6 @@ def _scale(axis: Axes, values: list[int], measure: str) -> None:
         axis.set_ylim(bottom=0)
         return
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_minor_locator(ticker.NullLocator())
     axis.yaxis.set_major_formatter("{x:,g}")

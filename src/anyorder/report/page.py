@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+import jinja2
 from PIL import Image
 
-import anyorder
-from anyorder.files import versions, write_json, write_text
+from anyorder import __version__, files
 from anyorder.report.tables import Table
 
 
@@ -94,9 +93,10 @@ class Section:
 def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> None:
     """Write a page that needs no other file, atomically; the same sections give the same bytes."""
     options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=PackageLoader("anyorder.report"), undefined=StrictUndefined, **options)
+    options |= {"loader": jinja2.PackageLoader("anyorder.report"), "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(**options)
     template = environment.get_template("report.html.j2")
-    write_text(path, template.render(title=title, sections=sections, version=anyorder.__version__))
+    files.write_text(path, template.render(title=title, sections=sections, version=__version__))
 
 
 def write_markdown(path: str | Path, title: str, sections: Sequence[Section]) -> None:
@@ -110,7 +110,7 @@ def write_markdown(path: str | Path, title: str, sections: Sequence[Section]) ->
                     blocks.append(item)
                 elif isinstance(item, Table):
                     blocks += [item.markdown(), *([item.caption] if item.caption else [])]
-    write_text(path, "\n\n".join(blocks) + "\n")
+    files.write_text(path, "\n\n".join(blocks) + "\n")
 
 
 def write_records(path: str | Path, title: str, sections: Sequence[Section]) -> None:
@@ -120,4 +120,4 @@ def write_records(path: str | Path, title: str, sections: Sequence[Section]) -> 
         for section in sections
         for item in section.tables
     ]
-    write_json(path, {"title": title, "versions": versions(), "tables": tables})
+    files.write_json(path, {"title": title, "versions": files.versions(), "tables": tables})

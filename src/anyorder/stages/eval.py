@@ -98,14 +98,14 @@ class EvalStage:
             "token_blind": made["token_blind"],
             "training_tokens": before["training_tokens"],
             **self._likelihood(made, test),
-            **memorization.closeness(*distances)._asdict(),
+            **memorization.closeness(*distances),
             "token_copies": memorization.copied_share(tokens, train.tokens),
             "token_copies_of_test": memorization.copied_share(test.tokens, train.tokens),
             **self._attribute_agreement(images, test),
         }
         if isinstance(extractor, ClassifierFeatures):
             labels = torch.from_numpy(np.array(load_array(self.samples / "labels.npy")))
-            found |= classes.class_agreement(reference.logits, generated.logits, labels)._asdict()
+            found |= classes.class_agreement(reference.logits, generated.logits, labels)
         if read_manifest(self.data)["config"]["source"] == "sunsets":
             found["consistency"] = causes_of(np.array(images)).shares()["consistency"]
         write_json(artifact.folder / "metrics.json", found)
