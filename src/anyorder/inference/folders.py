@@ -34,20 +34,17 @@ def bundled() -> list[str]:
 class Parts:
     """What a pipeline is made of; a ValueError refuses parts that do not fit together."""
 
-    model: AnyOrderNetwork
-    """The generator."""
-    tokenizer: TokenizerNetwork
-    """The one whose tokens the model was trained on."""
-    classes: Sequence[str] = ()
-    """Class names, for labels given by name."""
+    model: AnyOrderNetwork  #: The generator.
+    tokenizer: TokenizerNetwork  #: The one whose tokens the model was trained on.
+    classes: Sequence[str] = ()  #: Class names, for labels given by name.
+    #: The order unless a call gives another.
     policy: PolicyConfig = PolicyConfig()  # noqa: RUF009 - frozen
-    """The order unless a call gives another; by default lowest entropy first."""
+    #: The scoring model, which decides where for token-blind inferred orders; by default the model itself.
     scorer: AnyOrderNetwork | None = None
-    """The scoring model, which decides where for token-blind inferred orders; by default the model itself."""
+    #: (classes, N) integers, an order for each class, for order "class_mean"; see also `orders.stretch`.
     class_orders: Tensor | None = None
-    """(classes, N) integers, an order for each class, for order "class_mean"; see also `orders.stretch`."""
+    #: Names of attributes and captions, where the model takes them.
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
-    """Names of attributes and captions, where the model takes them."""
 
     def __post_init__(self) -> None:
         self.classes, self.policy = list(self.classes), self.policy or PolicyConfig()
@@ -55,17 +52,13 @@ class Parts:
         for role, name in (("tokenizer", "vocab_size"), ("scorer", "vocab_size"), ("scorer", "num_classes")):
             ours = getattr(self.model, name)
             other = getattr(getattr(self, role), name, ours)
-            text = (
-                f"the model has {name} {ours}, the {role} {other}: give the {role} that belongs to the model"
-            )
-            require(other == ours, text)
+            text = f"the model has {name} {ours}, the {role} {other}"
+            require(other == ours, f"{text}: give the {role} that belongs to the model")
         if self.class_orders is not None:
             self.class_orders = validate(self.class_orders, self.model.grid).to(torch.int64)
-            text = (
-                f"class_orders must have a row for each of the model's {self.model.num_classes} classes, got"
-            )
-            fits = self.class_orders.ndim == 2 and self.model.num_classes in (0, len(self.class_orders))
-            require(fits, f"{text} shape {tuple(self.class_orders.shape)}")
+            shape, n = tuple(self.class_orders.shape), self.model.num_classes
+            text = f"class_orders must have a row for each of the model's {n} classes, got shape {shape}"
+            require(len(shape) == 2 and n in (0, shape[0]), text)
         for network in filter(None, (self.model, self.tokenizer, self.scorer)):
             network.eval()
 

@@ -20,14 +20,8 @@ from anyorder.method.decoding import GenerationOptions, complete
 from anyorder.method.policy_config import Order
 from anyorder.method.sampling import Streams
 
-
-@dataclass
-class Completion:
-    """Images with their holes filled."""
-
-    images: Tensor  #: (B, 3, H, W) uint8; known pixels are those of the input, bit by bit.
-    known: Tensor  #: (B, N) bool, the tokens that were kept.
-    trace: Trace  #: Kept tokens come first, at log-probability 0.
+Completion = tuple[Tensor, Tensor, Trace]
+"""Images (B, 3, H, W) uint8, the tokens that were kept (B, N) bool, and the trace: these come first."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +50,9 @@ def complete_images(
 ) -> Completion:
     """Generate what is masked; the result does not depend on the masked pixels at all.
 
-    Args:
-        model: any-order model, possibly `Guided`.
-        tokenizer: the one whose tokens it was trained on.
-        images: (B, 3, H, W) uint8, sides divisible by the tokenizer's `factor`.
-        mask: (B, H, W) bool, True where pixels are to be generated; all True is sampling.
-        order: what `make_policy` takes, for the open positions.
-        streams: one random stream per image.
-        filling: margin and feather.
-        **options: see `GenerationOptions`; `grid` is set.
+    Takes images (B, 3, H, W) uint8, sides divisible by the tokenizer's `factor`, and a mask (B, H, W) bool,
+    True where pixels are to be generated; all True is sampling. The rest as of `decoding.generate`, without
+    `grid`. Known pixels stay as they are, bit by bit.
     """
     options["grid"] = grid = grid_of(images, tokenizer.factor)
     known = ~open_tokens(mask, tokenizer.factor, filling.margin)
@@ -75,7 +63,7 @@ def complete_images(
     generated = tokenizer.decode(trace.tokens, grid)
     if filling.feather:
         generated = generated + fading_step(pixels - generated, kept, filling.feather)
-    return Completion(torch.where(kept, images, from_float(generated)), known, trace)
+    return torch.where(kept, images, from_float(generated)), known, trace
 
 
 def vary_images(
@@ -97,7 +85,7 @@ def vary_images(
     rank = streams.uniform(grid.n).argsort(1).argsort(1)
     known = rank < round(keep * grid.n)
     trace = complete(model, tokenizer.encode(to_float(images)), known, order, streams, **options)
-    return Completion(from_float(tokenizer.decode(trace.tokens, grid)), known, trace)
+    return from_float(tokenizer.decode(trace.tokens, grid)), known, trace
 
 
 def grid_of(images: Tensor, factor: int) -> Grid:

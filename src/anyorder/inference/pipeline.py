@@ -153,14 +153,16 @@ class Pipeline(folders.Parts):
         pixels, grid = self._pixels(images)
         model, order, streams, options = self._prepare(asked, grid, len(images))
         if keep is not None:
-            made = inpainting.vary_images(model, self.tokenizer, pixels, keep, order, streams, **options)
+            made, known, trace = inpainting.vary_images(
+                model, self.tokenizer, pixels, keep, order, streams, **options
+            )
         else:
             gap, how = torch.from_numpy(hole).to(self.device), inpainting.Filling(**filling)
-            made = inpainting.complete_images(
+            made, known, trace = inpainting.complete_images(
                 model, self.tokenizer, pixels, gap, order, streams, how, **options
             )
-        shown = [Image.fromarray(one) for one in made.images.permute(0, 2, 3, 1).cpu().numpy()]
-        return PipelineOutput(shown, made.trace.order, made.trace.tokens, made.trace.log_prob, made.known)
+        shown = [Image.fromarray(one) for one in made.permute(0, 2, 3, 1).cpu().numpy()]
+        return PipelineOutput(shown, trace.order, trace.tokens, trace.log_prob, known)
 
     @takes_request
     def coarse_to_fine(self, *request: Any, factor: int = 2, **settings: Any) -> PipelineOutput:

@@ -48,14 +48,8 @@ def _part(folder: Path, role: str) -> Path:
 def save_model(folder: str | Path, model: nn.Module, config: Any, kind: str) -> None:
     """Write `model.safetensors` and `config.json` (kind and configuration) into `folder`.
 
-    Args:
-        folder: made if need be.
-        model: its `state_dict` is written; tensors may live on any device.
-        config: the dataclass instance that `model` was built from.
-        kind: one of `families.REGISTRY`.
-
-    Raises:
-        OSError: the disk is full; older files are left as they were.
+    Takes the dataclass instance that the model was built from, and a kind of `families.REGISTRY`. After an
+    OSError (disk full) older files are as they were.
     """
     family(kind)
     write_tensors(Path(folder) / WEIGHTS, model.state_dict())

@@ -23,7 +23,7 @@ from anyorder.stages.common import require_trained_on
 class GeneratingStage:
     """Inputs and settings of a stage that generates images."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("model", "tokenizer", "tokens", "scorer", "orders")
+    inputs: ClassVar[tuple[str, ...]] = ("model", "tokens", "tokenizer", "scorer", "orders")
     provenance: ClassVar[dict[str, tuple[str, str]]] = {
         "tokens": ("model", "tokens"),
         "tokenizer": ("tokens", "tokenizer"),

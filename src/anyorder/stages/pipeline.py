@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from anyorder.contracts import require
 from anyorder.data.caches import OrderSet, TokenSet, check_tokenizer
 from anyorder.files import read_manifest
 from anyorder.inference.folders import Parts, save_parts
@@ -14,6 +15,7 @@ from anyorder.method.policy_config import PolicyConfig
 from anyorder.settings import parse, read_stored
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import require_made_from, require_trained_on
+from anyorder.stages.generation import GeneratingStage
 
 
 @dataclass
@@ -23,11 +25,11 @@ class PipelineStage:
     Give `samples`, and the pipeline generates as they were generated; or give `model`, and what you change.
     """
 
-    inputs: ClassVar[tuple[str, ...]] = ("samples", "model", "tokenizer", "tokens", "scorer", "orders")
+    inputs: ClassVar[tuple[str, ...]] = ("samples", *GeneratingStage.inputs)
+    # In this sequence: the tokenizer is found by the tokens, these by the model.
     provenance: ClassVar[dict[str, tuple[str, str]]] = {
-        **{role: ("samples", role) for role in ("model", "tokens", "tokenizer", "scorer", "orders")},
-        "tokens": ("model", "tokens"),
-        "tokenizer": ("tokens", "tokenizer"),
+        **{role: ("samples", role) for role in GeneratingStage.inputs},
+        **GeneratingStage.provenance,
     }
     required: ClassVar[tuple[str, ...]] = ("model", "tokens", "tokenizer")
     samples: Path | None = None
@@ -46,17 +48,18 @@ class PipelineStage:
     """Order that the pipeline uses unless told otherwise; by default the one of the samples, else entropy."""
 
     def __post_init__(self) -> None:
-        if self.samples is None and self.model is None:
-            raise ValueError("say what to put together: give samples=FOLDER or model=FOLDER")
-        if self.policy and self.policy.order == "class_mean" and not (self.orders or self.samples):
-            raise ValueError("policy.order=class_mean needs the orders of the classes: give orders=FOLDER")
+        text = "say what to put together: give samples=FOLDER or model=FOLDER"
+        require(bool(self.samples or self.model), text)
+        ordered = self.orders or self.samples or not self.policy or self.policy.order != "class_mean"
+        text = "policy.order=class_mean needs the orders of the classes: give orders=FOLDER"
+        require(bool(ordered), text)
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write the folder."""
         assert self.model
         assert self.tokens
         assert self.tokenizer
-        for role in ("model", "tokens", "tokenizer", "scorer", "orders") if self.samples else ():
+        for role in GeneratingStage.inputs if self.samples else ():
             require_made_from(self.samples, role, getattr(self, role))  # type: ignore[arg-type]
         tokens = TokenSet(self.tokens, "test")
         for folder in filter(None, (self.model, self.scorer)):
@@ -65,14 +68,10 @@ class PipelineStage:
         scorer = load_any_order(self.scorer) if self.scorer else None
         model, tokenizer = load_any_order(self.model), load_tokenizer(self.tokenizer)
         orders = OrderSet(self.orders).class_orders if self.orders else None
-        parts = Parts(model, tokenizer, tokens.classes, self._policy(), scorer, orders, tokens.vocabulary)
+        policy = self.policy or PolicyConfig()
+        if self.samples and not self.policy:
+            stored = read_manifest(self.samples)["config"]["policy"]
+            policy = parse(PolicyConfig, read_stored(PolicyConfig, stored))
+        parts = Parts(model, tokenizer, tokens.classes, policy, scorer, orders, tokens.vocabulary)
         save_parts(artifact.folder, parts)
         return {"parameters": read_manifest(self.model)["parameters"]}
-
-    def _policy(self) -> PolicyConfig:
-        if self.policy is not None:
-            return self.policy
-        if self.samples is not None:
-            stored = read_manifest(self.samples)["config"]["policy"]
-            return parse(PolicyConfig, read_stored(PolicyConfig, stored))
-        return PolicyConfig()
