@@ -78,6 +78,17 @@ def test_blocks_whose_first_position_was_scored(subject):
         assert_close(logits, forward[:, done : done + 1], **CLOSE)
 
 
+def test_the_tensor_of_scored_positions_may_be_written_again(subject):
+    """Whether positions were scored is a matter of their values, not of the tensor that holds them."""
+    tokens, condition, order = inputs(subject)
+    forward = subject.model.forward(tokens, condition, order)
+    state, positions = subject.model.start(ROWS, condition), order[:, 1:3].clone()
+    subject.model.score(state, positions)
+    positions.copy_(order[:, :2])
+    state = subject.model.append(state, positions, tokens.gather(1, positions))
+    assert_close(subject.model.score(state, order[:, 2:3]), forward[:, 2:3], **CLOSE)
+
+
 @pytest.mark.parametrize("revealed", [0, 2])
 def test_first_position_scored_in_some_rows_only(subject, revealed):
     tokens, condition, order = inputs(subject)

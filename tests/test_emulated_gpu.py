@@ -100,7 +100,9 @@ RUNS = {
 @pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize("name", RUNS)
 def test_more_positions_are_no_more_waiting(name, rotary):
-    """The loop and its policies never wait; models only to find a scored candidate in their cache."""
+    """The loop and its policies never wait; models only to find one of several candidates in their cache."""
     few, many = (reads_of(RUNS[name], grid, rotary=rotary) for grid in (GRID, Grid(3, 4)))
-    more = {line.split(":")[0] for line, count in many.items() if count > few.get(line, 0)}
-    assert more <= {"transformer.py", "attention.py"}
+    more = {line: count - few.get(line, 0) for line, count in many.items() if count > few.get(line, 0)}
+    assert {line.split(":")[0] for line in more} <= {"attention.py"}
+    one_candidate = name in ("fixed", "random", "location")
+    assert sum(more.values()) <= (0 if one_candidate else Grid(3, 4).n - GRID.n)

@@ -1,7 +1,6 @@
 """Families of models: one declaration each, from which loading, conversion and the hub read all they need.
 
-A module that holds a model which can be saved declares it as `FAMILY`; `REGISTRY` says where. Nothing is
-imported before it is asked for, so that loading one model does not import the others.
+A module that holds a model which can be saved declares it as `FAMILY`; loading one model imports no others.
 """
 
 from __future__ import annotations
@@ -60,11 +59,7 @@ class Family:
 
 
 def family(kind: str) -> Family:
-    """The family of a kind of model.
-
-    Raises:
-        ValueError: unknown kind.
-    """
+    """The family of a kind of model; a ValueError if it is unknown."""
     if kind not in REGISTRY:
         raise ValueError(f"unknown kind of model {kind!r}, allowed: {', '.join(REGISTRY)}")
     return importlib.import_module(REGISTRY[kind]).FAMILY
@@ -77,11 +72,7 @@ def published() -> dict[str, Family]:
 
 
 def kind_of(model: nn.Module) -> str:
-    """The kind that a model is saved as.
-
-    Raises:
-        ValueError: it is of no known family.
-    """
+    """The kind that a model is saved as; a ValueError if it is of no known family."""
     for kind, module in REGISTRY.items():
         if type(model).__module__ == module and family(kind).model_class is type(model):
             return kind
@@ -89,11 +80,7 @@ def kind_of(model: nn.Module) -> str:
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, rank: int = 2) -> tuple[int, ...]:
-    """The shape of a tensor that a configuration is read off.
-
-    Raises:
-        ValueError: it is missing, or has another number of dimensions.
-    """
+    """The shape of a tensor; a ValueError if it is missing, or has another number of dimensions."""
     if name not in tensors:
         raise ValueError(f"missing {name}")
     if tensors[name].ndim != rank:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from anyorder import families
 from anyorder.adapters.layers import FeedForward, GPTConfig, PublishedModel, heads_of, norm, rotate
-from anyorder.contracts import Grid
+from anyorder.contracts import require
 from anyorder.models import attention
 from anyorder.models.attention import Attend, merge_heads, split_heads
 from anyorder.models.layers import Linear
@@ -43,7 +43,6 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention; who sees whom is an argument, never `self.training`."""
 
     def __init__(self, width: int, heads: int):
-        """No biases."""
         super().__init__()
         self.heads = heads
         self.to_q, self.to_k, self.to_v, self.proj = (Linear(width, width, bias=False) for _ in range(4))
@@ -58,7 +57,6 @@ class CrossAttention(nn.Module):
     """Queries read keys and values that all layers share."""
 
     def __init__(self, width: int, heads: int):
-        """No biases."""
         super().__init__()
         self.heads = heads
         self.to_q, self.proj = (Linear(width, width, bias=False) for _ in range(2))
@@ -72,7 +70,6 @@ class Block(nn.Module):
     """Pre-norm residual block of either decoder."""
 
     def __init__(self, attention: nn.Module, width: int):
-        """The given attention, and SwiGLU."""
         super().__init__()
         self.attn = attention
         self.ffn = FeedForward(width)
@@ -89,7 +86,6 @@ class TwoDecoders(nn.Module):
     """The self-decoder that remembers and the cross-decoder that reads, under their published names."""
 
     def __init__(self, config: GPTConfig):
-        """Half of the depth for each."""
         super().__init__()
         width, heads, half = config.width, config.heads, config.depth // 2
         self.heads = heads
@@ -130,14 +126,9 @@ class ARPG(PublishedModel):
     """
 
     def __init__(self, config: GPTConfig):
-        """Build from a configuration; weights come from the global random generator.
-
-        Raises:
-            ValueError: an odd depth.
-        """
         super().__init__(config)
-        if config.depth % 2:
-            raise ValueError(f"depth must be even, half for each decoder, got {config.depth}")
+        even = config.depth % 2 == 0
+        require(even, f"depth must be even, half for each decoder, got {config.depth}")
         self.embeddings = nn.Embedding(config.vocab_size + config.num_classes + 3, config.width)
         self.layers = TwoDecoders(config)
         self.norm = norm(config.width)
@@ -152,15 +143,10 @@ class ARPG(PublishedModel):
         queries = self.embeddings.weight[self.vocab_size].expand(*factors.shape[:2], -1)
         return self.head(self.norm(self.layers.ask(queries, factors, read)))
 
-    def forward(
-        self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
-    ) -> Tensor:
-        """Teacher-forced logits (B, N, V) in order steps; see `contracts.AnyOrderModel`.
+    def _cache_size(self, n: int) -> tuple[int, int]:
+        return len(self.layers.self_dec), n + 1
 
-        Raises:
-            ValueError: shapes that do not fit the grid, or labels out of range.
-        """
-        labels, rotations = self._begin_forward(tokens, condition, order, grid)
+    def _teacher_forced(self, tokens: Tensor, labels: Tensor, order: Tensor, rotations: Tensor) -> Tensor:
         seen = order[:, :-1]
         x = torch.cat((self._class_token(labels), self.embeddings(tokens.gather(1, seen))), dim=1)
         # The last row of the table is the class token's.
@@ -168,14 +154,7 @@ class ARPG(PublishedModel):
         k, v = self.layers.remember(x, factors, [attention.causal] * len(self.layers.self_dec))
         return self._ask(rotations[order], lambda q: attention.causal(q, k, v))
 
-    def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> State:
-        """A cache of O(depth * B * N * D) that holds the class token.
-
-        Raises:
-            ValueError: labels out of range.
-        """
-        grid, depth = grid or self.grid, len(self.layers.self_dec)
-        labels, rotations, cache = self._begin_decoding(batch_size, condition, grid, depth, grid.n + 1)
+    def _start(self, labels: Tensor, rotations: Tensor, cache: attention.Cache) -> State:
         state = State(cache, torch.empty_like(cache.keys[0]), torch.empty_like(cache.values[0]), rotations)
         return self._remember(state, self._class_token(labels), rotations[None, -1:])
 

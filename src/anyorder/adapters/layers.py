@@ -9,15 +9,16 @@ Shapes: B images, T inputs, M candidates, D width, H heads, V codebook size, N p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anyorder.contracts import AnyOrderNetwork, Grid
+from anyorder.contracts import AnyOrderNetwork, Grid, require
 from anyorder.models import layers
 from anyorder.models.attention import Cache
-from anyorder.models.conditioning import checked_for_free, hide, read_condition
+from anyorder.models.conditioning import hide, read_condition
 from anyorder.models.positions import check_shapes
 
 
@@ -49,14 +50,12 @@ class GPTConfig:
     def __post_init__(self) -> None:
         self.grid = (self.grid[0], self.grid[1])
         for name in ("depth", "width", "heads", "vocab_size", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.width % (4 * self.heads):
-            raise ValueError(f"width must be a multiple of 4 * heads = {4 * self.heads}, got {self.width}")
-        if not 0 <= self.label_dropout < 1:
-            raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
-        if self.extrapolated is not None and self.extrapolated < 0:
-            raise ValueError(f"extrapolated must be >= 0 frequencies or null, got {self.extrapolated}")
+            require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        whole = self.width % (4 * self.heads) == 0
+        require(whole, f"width must be a multiple of 4 * heads = {4 * self.heads}, got {self.width}")
+        share, kept = self.label_dropout, self.extrapolated
+        require(0 <= share < 1, f"label_dropout must lie in [0, 1), got {share}")
+        require(kept is None or kept >= 0, f"extrapolated must be >= 0 frequencies or null, got {kept}")
         Grid(*self.grid)
 
 
@@ -67,75 +66,82 @@ def heads_of(width: int) -> int:
         ValueError: not a published width.
     """
     head_width = 100 if width == 3200 else 64
-    if width % head_width:
-        raise ValueError(f"width {width} is no multiple of {head_width}: say how many heads, heads=...")
+    whole = width % head_width == 0
+    require(whole, f"width {width} is no multiple of {head_width}: say how many heads, heads=...")
     return width // head_width
 
 
 class PublishedModel(AnyOrderNetwork):
-    """What the adapters have in common: labels, rotations, checks, the start of decoding."""
+    """What the adapters share: labels, rotations, checks, the start of a pass and of decoding."""
 
     config: GPTConfig
 
     def __init__(self, config: GPTConfig):
-        """Set what the contract asks for."""
+        """Build from a configuration; weights come from the global random generator."""
         super().__init__()
-        self.config = config
-        self.vocab_size = config.vocab_size
-        self.num_classes = config.num_classes
-        self.grid = Grid(*config.grid)
+        self.config, self.grid = config, Grid(*config.grid)
+        self.vocab_size, self.num_classes = config.vocab_size, config.num_classes
 
-    @property
-    def _weight(self) -> Tensor:
-        """Any weight: where it is, and in which dtype, is where and how the model computes."""
-        return next(self.parameters())
-
-    def _labels(self, batch_size: int, condition: Tensor | None, check: bool = False) -> Tensor:
-        """Labels (B,) int64 in [0, num_classes]; None and -1 become `num_classes`, the null label."""
-        check = check or checked_for_free(condition)
-        values = read_condition(condition, batch_size, [self.num_classes], self._weight.device, check)
-        if self.training and condition is not None:
-            values = hide(values, 0, self.config.label_dropout, 0.0)
-        return torch.where(values[:, 0] < 0, self.num_classes, values[:, 0])
-
-    def _begin_forward(
-        self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None
-    ) -> tuple[Tensor, Tensor]:
-        """Checked labels (B,) and rotations of a teacher-forced pass.
+    def forward(
+        self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
+    ) -> Tensor:
+        """Teacher-forced logits (B, N, V) in order steps; see `contracts.AnyOrderModel`.
 
         Raises:
-            ValueError: shapes that do not fit the grid, or labels out of range.
+            ValueError: shapes that do not fit the grid, labels out of range, an order that it cannot take.
         """
-        grid = grid or self.grid
-        check_shapes(tokens, order, grid)
+        check_shapes(tokens, order, grid or self.grid)
         layers.unpack(self)
-        return self._labels(len(tokens), condition), self._rotations(grid)
+        labels = self._labels(len(tokens), condition)
+        return self._teacher_forced(tokens, labels, order, self._rotations(grid))
 
-    def _begin_decoding(
-        self, batch_size: int, condition: Tensor | None, grid: Grid, depth: int, length: int
-    ) -> tuple[Tensor, Tensor, Cache]:
-        """Checked labels (B,), rotations, and an empty cache of `depth` layers for `length` inputs.
+    def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> Any:
+        """The state before anything is revealed, with a cache of O(depth * B * N * D).
 
         Raises:
             ValueError: labels out of range.
         """
         labels = self._labels(batch_size, condition, check=True)
         layers.pack(self, batch_size)
+        depth, length = self._cache_size((grid or self.grid).n)
         size = (depth, batch_size, self.config.heads, length, self.config.width)
-        return labels, self._rotations(grid), Cache.empty(self._weight, *size)
+        return self._start(labels, self._rotations(grid), Cache.empty(self._weight, *size))
 
-    def _rotations(self, grid: Grid) -> Tensor:
+    def _teacher_forced(self, tokens: Tensor, labels: Tensor, order: Tensor, rotations: Tensor) -> Tensor:
+        """Logits (B, N, V), from checked labels (B,) and the rotations (N + 1, D / H / 2) of the grid."""
+        raise NotImplementedError
+
+    def _cache_size(self, n: int) -> tuple[int, int]:
+        """Layers of the cache, and inputs that it holds for `n` positions."""
+        raise NotImplementedError
+
+    def _start(self, labels: Tensor, rotations: Tensor, cache: Cache) -> Any:
+        """The state with an empty cache."""
+        raise NotImplementedError
+
+    @property
+    def _weight(self) -> Tensor:
+        """Any weight: where it is, and in which dtype, is where and how the model computes."""
+        return next(self.parameters())
+
+    def _labels(self, batch_size: int, condition: Tensor | None, check: bool | None = None) -> Tensor:
+        """Labels (B,) int64 in [0, num_classes]; None and -1 become `num_classes`, the null label."""
+        values = read_condition(condition, batch_size, [self.num_classes], self._weight.device, check)
+        if self.training and condition is not None:
+            values = hide(values, 0, self.config.label_dropout, 0.0)
+        return torch.where(values[:, 0] < 0, self.num_classes, values[:, 0])
+
+    def _rotations(self, grid: Grid | None) -> Tensor:
         """The table of `rotation_table`, where the weights are."""
-        stretched = self.grid if self.config.extrapolated is not None else None
-        head_width = self.config.width // self.config.heads
-        return rotation_table(grid, head_width, self._weight.device, stretched, self.config.extrapolated or 0)
+        kept, head_width = self.config.extrapolated, self.config.width // self.config.heads
+        stretched = self.grid if kept is not None else None
+        return rotation_table(grid or self.grid, head_width, self._weight.device, stretched, kept or 0)
 
 
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x); hidden width 8/3 D, rounded up to 256."""
 
     def __init__(self, width: int):
-        """No biases."""
         super().__init__()
         hidden = -(-int(8 * width / 3) // 256) * 256
         self.w1 = layers.Linear(width, hidden, bias=False)
@@ -150,9 +156,6 @@ class FeedForward(nn.Module):
 def norm(width: int) -> layers.RMSNorm:
     """The norm of all three families."""
     return layers.RMSNorm(width, eps=1e-5)
-
-
-# --- positions --------------------------------------------------------------------------------------------
 
 
 def rotation_table(
@@ -189,11 +192,9 @@ def rotation_table(
 
 
 def rotate(x: Tensor, factors: Tensor) -> Tensor:
-    """Rotary encoding: neighbours (x0, x1), (x2, x3), ... are real and imaginary parts.
+    """Rotary encoding of (B, H, T, D / H) by (B, T, D / H / 2) complex64, rows of `rotation_table`.
 
-    Args:
-        x: (B, H, T, D / H).
-        factors: (B, T, D / H / 2) complex64, rows of `rotation_table`.
+    Neighbours (x0, x1), (x2, x3), ... are real and imaginary parts.
     """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * factors[:, None]).flatten(-2).to(x.dtype)

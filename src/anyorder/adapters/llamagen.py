@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from anyorder import families
 from anyorder.adapters.layers import FeedForward, GPTConfig, PublishedModel, heads_of, norm, rotate
-from anyorder.contracts import Grid
+from anyorder.contracts import require
 from anyorder.models import attention
 from anyorder.models.layers import Linear
 from anyorder.tokenizers.vq import VQ16
@@ -39,7 +39,6 @@ class Attention(nn.Module):
     """Multi-head self-attention with one fused projection; who sees whom is an argument."""
 
     def __init__(self, width: int, heads: int):
-        """No biases."""
         super().__init__()
         self.heads = heads
         self.wqkv = Linear(width, 3 * width, bias=False)
@@ -56,7 +55,6 @@ class Block(nn.Module):
     """Pre-norm residual block."""
 
     def __init__(self, width: int, heads: int):
-        """Attention and SwiGLU."""
         super().__init__()
         self.attention = Attention(width, heads)
         self.feed_forward = FeedForward(width)
@@ -73,7 +71,6 @@ class ClassEmbedding(nn.Module):
     """One row per class; the last one is the null label."""
 
     def __init__(self, num_classes: int, width: int):
-        """A table under the published name."""
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
@@ -86,7 +83,6 @@ class GPT(PublishedModel):
     """The modules of LlamaGen's GPT, which RandAR takes over."""
 
     def __init__(self, config: GPTConfig):
-        """Build from a configuration; weights come from the global random generator."""
         super().__init__(config)
         self.cls_embedding = ClassEmbedding(config.num_classes, config.width)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
@@ -119,15 +115,10 @@ class State(attention.DecodingState):
 class LlamaGen(GPT):
     """p(x_i | x_<i, c) in raster order, behind the any-order contract: every other order is refused."""
 
-    def forward(
-        self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
-    ) -> Tensor:
-        """Teacher-forced logits (B, N, V); see `contracts.AnyOrderModel`.
+    def _cache_size(self, n: int) -> tuple[int, int]:
+        return len(self.layers), n + 1
 
-        Raises:
-            ValueError: shapes that do not fit the grid, labels out of range, or another order than raster.
-        """
-        labels, rotations = self._begin_forward(tokens, condition, order, grid)
+    def _teacher_forced(self, tokens: Tensor, labels: Tensor, order: Tensor, rotations: Tensor) -> Tensor:
         _require_raster(order, 0)
         x = torch.cat((self.cls_embedding(labels), self.tok_embeddings(tokens[:, :-1])), dim=1)
         factors = rotations.roll(1, 0)[None, :-1]
@@ -135,36 +126,19 @@ class LlamaGen(GPT):
             x = layer(x, factors, attention.causal)
         return self._logits(x)
 
-    def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> State:
-        """A cache that holds the class token.
-
-        Raises:
-            ValueError: labels out of range.
-        """
-        grid = grid or self.grid
-        depth, length = len(self.layers), grid.n + 1
-        labels, rotations, cache = self._begin_decoding(batch_size, condition, grid, depth, length)
+    def _start(self, labels: Tensor, rotations: Tensor, cache: attention.Cache) -> State:
         x = self._extend(cache, self.cls_embedding(labels), rotations[None, -1:])
         return State(cache, rotations, 0, self._logits(x))
 
     def score(self, state: State, positions: Tensor) -> Tensor:
-        """Logits (B, 1, V) of the next position of the raster, known since `append`.
-
-        Raises:
-            ValueError: any other position.
-        """
+        """Logits (B, 1, V) of the next position of the raster, known since `append`; refuses all others."""
         state.require_current()
         _require_raster(positions[:, :1], state.revealed)
-        if positions.shape[1] > 1:
-            raise ValueError(_refusal(f"{positions.shape[1]} candidates at once"))
+        require(positions.shape[1] == 1, _refusal(f"{positions.shape[1]} candidates at once"))
         return state.logits
 
     def append(self, state: State, positions: Tensor, tokens: Tensor) -> State:
-        """Reveal tokens (B, K) at the next K positions of the raster, as one causal block.
-
-        Raises:
-            ValueError: any other positions.
-        """
+        """Reveal tokens (B, K) at the next K positions of the raster, as one causal block."""
         state.require_current()
         _require_raster(positions, state.revealed)
         x = self._extend(state.cache, self.tok_embeddings(tokens), state.rotations[positions])

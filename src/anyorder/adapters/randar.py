@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from anyorder.adapters.layers import GPTConfig, rotate
 from anyorder.adapters.llamagen import CLASS_TABLE, GPT, read_config
-from anyorder.contracts import Grid
 from anyorder.families import Family, File
 from anyorder.models import attention
 from anyorder.tokenizers.maskgit_vq import MASKGIT_VQ
@@ -37,7 +36,6 @@ class RandAR(GPT):
     """p(x[pi_i] | x[pi_<i], pi_<=i, c) for any order pi."""
 
     def __init__(self, config: GPTConfig):
-        """Build from a configuration; weights come from the global random generator."""
         super().__init__(config)
         self.pos_instruct_embeddings = nn.Parameter(0.02 * torch.randn(1, config.width))
 
@@ -46,15 +44,10 @@ class RandAR(GPT):
         x = self.pos_instruct_embeddings.expand(*factors.shape[:2], -1)
         return attention.merge_heads(rotate(attention.split_heads(x, self.config.heads), factors))
 
-    def forward(
-        self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
-    ) -> Tensor:
-        """Teacher-forced logits (B, N, V) in order steps; see `contracts.AnyOrderModel`.
+    def _cache_size(self, n: int) -> tuple[int, int]:
+        return len(self.layers), 2 * n + 1
 
-        Raises:
-            ValueError: shapes that do not fit the grid, or labels out of range.
-        """
-        labels, rotations = self._begin_forward(tokens, condition, order, grid)
+    def _teacher_forced(self, tokens: Tensor, labels: Tensor, order: Tensor, rotations: Tensor) -> Tensor:
         factors, seen = rotations[order], self.tok_embeddings(tokens.gather(1, order))
         # The token of the last step is seen by nobody.
         x = torch.cat((self.cls_embedding(labels), _interleave(self._queries(factors), seen)[:, :-1]), dim=1)
@@ -63,17 +56,9 @@ class RandAR(GPT):
             x = layer(x, factors[:, :-1], attention.causal)
         return self._logits(x[:, 1::2])
 
-    def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> State:
-        """A cache of O(2 * depth * B * N * D); the class token is pending.
-
-        Raises:
-            ValueError: labels out of range.
-        """
-        grid = grid or self.grid
-        depth, length = len(self.layers), 2 * grid.n + 1
-        labels, rotations, cache = self._begin_decoding(batch_size, condition, grid, depth, length)
-        pending = self.cls_embedding(labels), rotations[-1:].expand(batch_size, 1, -1)
-        positions = torch.empty(batch_size, grid.n, dtype=torch.int64, device=rotations.device)
+    def _start(self, labels: Tensor, rotations: Tensor, cache: attention.Cache) -> State:
+        pending = self.cls_embedding(labels), rotations[-1:].expand(len(labels), 1, -1)
+        positions = labels.new_empty(len(labels), len(rotations) - 1)
         return State(cache, rotations, pending, attention.Scored(positions))
 
     def score(self, state: State, positions: Tensor) -> Tensor:
@@ -103,8 +88,7 @@ class RandAR(GPT):
     def append(self, state: State, positions: Tensor, tokens: Tensor) -> State:
         """Reveal tokens (B, K) at positions (B, K): query and token of each, as one causal block.
 
-        The query of the first position is taken from `score` where it was scored; the rest runs with what is
-        scored next.
+        The first query is taken from `score` where it was scored; the rest runs with what is scored next.
         """
         state.require_current()
         factors = state.rotations[positions]
@@ -112,7 +96,7 @@ class RandAR(GPT):
         factors = _interleave(factors, factors)
         found = state.scored.find(positions[:, :1])
         if found is not None:
-            state.cache.keep(found[:, 0])
+            state.cache.keep(found)
             x, factors = x[:, 1:], factors[:, 1:]
         # Where nothing was scored since the last `append`, what that one left waits in front.
         before, turned = state.pending
@@ -125,6 +109,7 @@ def _interleave(queries: Tensor, tokens: Tensor) -> Tensor:
     return torch.stack((queries, tokens), dim=2).flatten(1, 2)
 
 
+FILES = (("0.3b_llamagen", VQ16), ("0.3b_maskgit", MASKGIT_VQ), ("0.7b_llamagen", VQ16))
 FAMILY = Family(
     RandAR,
     GPTConfig,
@@ -132,11 +117,7 @@ FAMILY = Family(
     read_config=read_config,
     files=tuple(
         File("ziqipang/RandAR", f"randar_{name}_360k_bs_1024_lr_0.0004.safetensors", tokenizer)
-        for name, tokenizer in (
-            ("0.3b_llamagen", VQ16),
-            ("0.3b_maskgit", MASKGIT_VQ),
-            ("0.7b_llamagen", VQ16),
-        )
+        for name, tokenizer in FILES
     ),
     class_table=CLASS_TABLE,
 )

@@ -14,8 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anyorder.contracts import require
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys, values, each (B, H, T, D / H), to outputs of the same shape."""
+Columns = slice | Tensor
+"""Columns of scored candidates: the same in every image, or (B, M) int64."""
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -44,15 +48,9 @@ def causal_behind(length: int, q: Tensor, keys: Tensor, values: Tensor) -> Tenso
 
 
 def attend_with_total(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention, and the log-sum-exp of its scores, by which it can be merged with attention to more keys.
+    """Attention of (B, H, M, D / H) to L visible keys, and the log-sum-exp of its scores.
 
-    Args:
-        q: queries (B, H, M, D / H).
-        k: keys (B, H, L, D / H), all of them visible.
-        v: values, shaped like k.
-
-    Returns:
-        Outputs (B, H, M, D / H), and the log-sum-exp (B, H, M, 1) float32.
+    By that (B, H, M, 1) float32, it can be merged with attention to more keys.
     """
     fused = None if q.requires_grad else _fused(q, k, v)  # the kernels' log-sum-exp has no gradient
     if fused is not None:
@@ -75,16 +73,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def merge_with_self(q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor) -> Tensor:
-    """Add each candidate's own key and value to its attention to others.
-
-    Args:
-        q: queries (B, H, M, D / H).
-        k: the key of each candidate, shaped like q.
-        v: the value of each candidate.
-        out: attention to others, shaped like q.
-        total: its log-sum-exp (B, H, M, 1).
-    """
-    # exp(own) / (exp(own) + exp(total)) is the softmax weight of the own key, without an overflow.
+    """Add each candidate's key and value (B, H, M, D / H) to its attention to others, `out` and `total`."""
+    # exp(own) / (exp(own) + exp(total)) is the softmax weight of the candidate's key, without an overflow.
     own = (q * k).sum(-1, keepdim=True, dtype=torch.float32) * q.shape[-1] ** -0.5
     return out.lerp(v, (own - total).sigmoid().to(v.dtype))
 
@@ -129,12 +119,15 @@ class Cache:
         """Keys and values of each layer; indexed, since views of an iteration cannot be written in place."""
         return [(self.keys[i], self.values[i]) for i in range(len(self.keys))]
 
-    def keep(self, columns: Tensor) -> None:
-        """Make one more input valid: in each row the one that waits in slot `length` + columns (B,)."""
-        if bool(columns.any()):  # else it lies there already, as always where one candidate was scored
-            rows, slots = torch.arange(len(columns), device=columns.device), self.length + columns
-            for cache in (self.keys, self.values):  # indexing moves the batch to the front
-                cache[:, :, :, self.length] = cache[:, rows, :, slots].transpose(0, 1)
+    def keep(self, columns: Columns) -> None:
+        """Make one more input valid: in each row the one that waits in slot `length` + its one column."""
+        for cache in (self.keys, self.values):
+            if isinstance(columns, Tensor):  # indexing moves the batch to the front
+                rows = torch.arange(len(columns), device=columns.device)
+                waiting = cache[:, rows, :, self.length + columns[:, 0]].transpose(0, 1)
+                cache[:, :, :, self.length] = waiting
+            elif columns.start:  # else it lies there already
+                cache[:, :, :, self.length] = cache[:, :, :, self.length + columns.start]
         self.length += 1
 
 
@@ -176,10 +169,8 @@ class Candidates:
         # One pending input sees all that candidates see: the cache is read once for both.
         skip = first if first > 1 else 0
         out, total = self.prefix_alone(q[:, :, skip:], k, v)
-        own, others = slice(first, None), slice(first - skip, None)
-        merged = merge_with_self(
-            q[:, :, own], k[:, :, own], v[:, :, own], out[:, :, others], total[:, :, others]
-        )
+        own, others = slice(first, None), (x[:, :, first - skip :] for x in (out, total))
+        merged = merge_with_self(q[:, :, own], k[:, :, own], v[:, :, own], *others)
         if not first:
             return merged
         before = out[:, :, :1]
@@ -217,13 +208,29 @@ class Scored:
     hidden: Tensor | None = None
     """(B, N, D): what the token of each is predicted from, where the model keeps it."""
     count: int = 0
+    latest: tuple[Tensor, int, Columns] | None = None
+    """Positions that were scored last, the version of that tensor, and their columns."""
 
-    def find(self, positions: Tensor) -> Tensor | None:
-        """Columns (B, M) int64 that hold the positions (B, M); None if one of them is missing."""
-        if not self.count:  # the usual case, which need not wait for the device
+    @classmethod
+    def empty(cls, like: Tensor, n: int) -> Scored:
+        """Room for `n` candidates with hidden states like (B, D)."""
+        positions = torch.empty(len(like), n, dtype=torch.int64, device=like.device)
+        return cls(positions, like.new_empty(len(like), n, like.shape[1]))
+
+    def find(self, positions: Tensor) -> Columns | None:
+        """Columns that hold the positions (B, M); None if one of them is missing."""
+        if not self.count:
             return None
+        m = positions.shape[1]
+        if self.latest is not None and _same_memory(positions, *self.latest[:2]):
+            known = self.latest[2]
+            return known[:, :m] if isinstance(known, Tensor) else slice(known.start, known.start + m)
         match = positions[:, :, None] == self.positions[:, None, : self.count]
-        return match.int().argmax(2) if bool(match.any(2).all()) else None
+        if not match.any(2).all():
+            return None
+        columns = match.int().argmax(2)
+        self._remember(positions, columns)
+        return columns
 
     def columns(self, m: int, room: int) -> slice | None:
         """Columns for m more candidates where the cache has `room`; None if there are too few.
@@ -240,11 +247,23 @@ class Scored:
         if self.hidden is not None and hidden is not None:
             self.hidden[:, columns] = hidden
         self.count = columns.stop
+        self._remember(positions, columns)
+
+    def pick(self, columns: Columns) -> Tensor:
+        """Hidden states (B, M, D)."""
+        assert self.hidden is not None
+        if isinstance(columns, slice):
+            return self.hidden[:, columns]
+        return self.hidden.gather(1, columns[:, :, None].expand(-1, -1, self.hidden.shape[2]))
+
+    def _remember(self, positions: Tensor, columns: Columns) -> None:
+        self.latest = None if positions.is_inference() else (positions, positions._version, columns)
 
 
-def pick(x: Tensor, columns: Tensor) -> Tensor:
-    """Columns (B, M) int64 of (B, S, D): (B, M, D)."""
-    return x.gather(1, columns[:, :, None].expand(-1, -1, x.shape[2]))
+def _same_memory(positions: Tensor, scored: Tensor, version: int) -> bool:
+    """Whether these are the first of the positions that were scored; values, on a GPU, would take a wait."""
+    same = positions.data_ptr() == scored.data_ptr() and positions.stride() == scored.stride()
+    return same and positions.shape[1] <= scored.shape[1] and scored._version == version
 
 
 @dataclass
@@ -256,13 +275,8 @@ class DecodingState:
     """Whether `append` has used this state up: its cache then holds what it does not know of."""
 
     def require_current(self) -> None:
-        """Refuse a state that `append` has used up.
-
-        Raises:
-            ValueError: it has.
-        """
-        if self.used:
-            raise ValueError("this decoding state was used up by append: go on with the one it returned")
+        """Refuse, with a ValueError, a state that `append` has used up."""
+        require(not self.used, "this decoding state was used up by append: go on with the one it returned")
 
     def advance(self, **changes: Any) -> Self:
         """The state after an `append`, with these fields changed; this one is used up."""

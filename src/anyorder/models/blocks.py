@@ -17,22 +17,21 @@ if TYPE_CHECKING:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; *who attends to whom* is an argument, never a mode."""
+    """Projections of multi-head self-attention; who attends to whom is an argument of `Block`."""
 
     def __init__(self, config: TransformerConfig):
-        """Fused projections without biases."""
         super().__init__()
         self.heads = config.heads
         self.qkv = Linear(config.width, 3 * config.width, bias=False)
         self.out = Linear(config.width, config.width, bias=False)
         head_width = config.width // config.heads
-        self.q_norm = RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (
+            RMSNorm(head_width) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
 
     def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs (B, T, D) to queries, keys and values, each (B, H, T, D / H)."""
-        b, t, d = x.shape
-        q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation.queries), rotate(k, *rotation.keys)
@@ -43,11 +42,10 @@ class Block(nn.Module):
     """Pre-norm residual block."""
 
     def __init__(self, config: TransformerConfig):
-        """Attention and SwiGLU."""
         super().__init__()
-        self.attention_norm = RMSNorm(config.width, eps=1e-6)
+        self.attention_norm = RMSNorm(config.width)
         self.attention = Attention(config)
-        self.mlp_norm = RMSNorm(config.width, eps=1e-6)
+        self.mlp_norm = RMSNorm(config.width)
         self.mlp = SwiGLU(config.width)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -56,11 +54,11 @@ class Block(nn.Module):
         return self.after(x, merge_heads(attend(*self.before(x, rotation))))
 
     def before(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What is to be attended with, from inputs (B, T, D): queries, keys, values (B, H, T, D / H)."""
+        """What comes before attention: inputs (B, T, D) to queries, keys, values (B, H, T, D / H)."""
         return self.attention.project(self.attention_norm(x), rotation)
 
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Outputs (B, T, D) from the inputs and from what the heads made of them, both (B, T, D)."""
+        """What comes after it: inputs and outputs of the heads, both (B, T, D), to outputs (B, T, D)."""
         # A sum lies in memory as its first term: for few rows as `Linear` returns, and wants, them.
         x = self.dropout(self.attention.out(attended)) + x
         return self.dropout(self.mlp(self.mlp_norm(x))) + x
@@ -70,7 +68,6 @@ class SwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x) with w1 and w3 fused; hidden width 8/3 D, rounded up to 32."""
 
     def __init__(self, width: int):
-        """No biases."""
         super().__init__()
         hidden = 32 * math.ceil(8 * width / 3 / 32)
         self.gate_up = Linear(width, 2 * hidden, bias=False)

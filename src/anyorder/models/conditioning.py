@@ -18,14 +18,7 @@ class Prefix(nn.Module):
     """Embeddings of attributes and caption tokens, in this sequence."""
 
     def __init__(self, width: int, attributes: Sequence[int], text_vocab: int, text_length: int):
-        """Tables of `width`: a row for each value, and a last one for "nothing".
-
-        Args:
-            width: D.
-            attributes: number of values of each attribute.
-            text_vocab: number of caption tokens; 0 takes no captions.
-            text_length: most tokens of a caption, L.
-        """
+        """Tables with a row per value, the last one for "nothing"; arguments as of `TransformerConfig`."""
         super().__init__()
         self.sizes = [*attributes, *[text_vocab] * text_length]
         self.attributes = nn.ModuleList(nn.Embedding(n + 1, width) for n in attributes)
@@ -37,39 +30,30 @@ class Prefix(nn.Module):
         columns = condition.split([1] * len(self.attributes) + [len(self.sizes) - len(self.attributes)], 1)
         tables = [*self.attributes, *([self.text] if self.text is not None else [])]
         # Without captions there is neither a table nor anything in the last columns.
-        read = [_embed(table, values) for table, values in zip(tables, columns, strict=False)]
+        pairs = [(table.weight, values) for table, values in zip(tables, columns, strict=False)]
+        read = [F.embedding(v.where(v >= 0, len(w) - 1), w) for w, v in pairs]
         return torch.cat(read, dim=1) + self.place.weight
 
 
-def _embed(table: nn.Module, values: Tensor) -> Tensor:
-    assert isinstance(table, nn.Embedding)
-    return table(torch.where(values < 0, table.num_embeddings - 1, values))
-
-
 def read_condition(
-    condition: Tensor | None,
-    batch_size: int,
-    sizes: Sequence[int],
-    device: torch.device,
-    check: bool,
+    condition: Tensor | None, batch_size: int, sizes: Sequence[int], device: torch.device, check: bool | None
 ) -> Tensor:
-    """A condition in the one form that models embed.
+    """A condition in the one form that models embed, (B, C) int64, -1 for nothing.
 
     Args:
         condition: (B,) labels, (B, up to C) columns if C > 1, -1 for nothing; or None.
         batch_size: B.
         sizes: number of values of each of the C columns: classes, attributes, caption tokens.
         device: where the model is.
-        check: look for values out of range.
-
-    Returns:
-        (B, C) int64, -1 for nothing.
+        check: look for values out of range. None: where that neither waits for a GPU nor breaks a graph.
 
     Raises:
         ValueError: another shape, or values out of range.
     """
     if condition is None:
         return torch.full((batch_size, len(sizes)), -1, device=device)
+    if check is None:
+        check = condition.device.type == "cpu" and not torch.compiler.is_compiling()
     values = condition[:, None] if condition.ndim == 1 else condition
     fits = condition.ndim == 1 or (condition.ndim == 2 and len(sizes) > 1)
     fits = fits and len(values) == batch_size and values.shape[1] <= len(sizes)
@@ -85,22 +69,14 @@ def read_condition(
     return F.pad(values, (0, len(sizes) - values.shape[1]), value=-1)
 
 
-def checked_for_free(condition: Tensor | None) -> bool:
-    """Whether a look at the values costs nothing: it would wait for a GPU, or break a compiled graph."""
-    return condition is not None and condition.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def hide(condition: Tensor, attributes: int, everything: float, each: float) -> Tensor:
     """Hide conditions at random, as guidance and partial conditions need it in training.
 
     Args:
-        condition: (B, 1 + A + L) int64.
+        condition: (B, 1 + A + L) int64; the result has -1 where hidden.
         attributes: A.
         everything: share of images that lose their whole condition.
         each: share of classes, of each attribute and of captions hidden one by one, besides.
-
-    Returns:
-        (B, 1 + A + L) int64, -1 where hidden.
     """
     rows, width, device = len(condition), condition.shape[1], condition.device
     if everything:

@@ -22,7 +22,8 @@ class Linear(nn.Linear):
     """As `nn.Linear`, with the same state dict; between `pack` and `unpack` fast with few rows on a CPU.
 
     The plain product rearranges the weight at every call. While a model decodes, the weights do not change,
-    so a copy in oneDNN's own layout is made once: 1.1 to 1.4 times as fast sampling for its memory.
+    so a copy in oneDNN's layout is made once: sampling 4 or 16 images at once with 24 million parameters, in
+    one thread, is 1.2 times as fast; one image in a fixed order gains nothing.
     """
 
     packed: Tensor | None = None
@@ -56,15 +57,13 @@ def pack(model: nn.Module, rows: int) -> None:
     """
     unpack(model)
     private = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if os.environ.get(SWITCH, "1") == "0" or not private or rows > FEW or torch.is_grad_enabled():
-        return
-    if model.training or torch.is_autocast_enabled("cpu"):
+    plain = model.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+    if plain or not private or rows > FEW or os.environ.get(SWITCH, "1") == "0":
         return
     for module in model.modules():
-        if isinstance(module, Linear):
-            weight = module.weight.detach()
-            if weight.device.type == "cpu" and weight.dtype == torch.float32:
-                module.packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        weight = module.weight.detach() if isinstance(module, Linear) else None
+        if weight is not None and weight.device.type == "cpu" and weight.dtype == torch.float32:
+            module.packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
 def unpack(model: nn.Module) -> None:
@@ -82,16 +81,19 @@ class RMSNorm(nn.RMSNorm):
     backward pass is that of the single operations: three times the time of the formula written out here.
     """
 
+    eps: float
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__(width, eps)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D), in the type of the weight: bfloat16 heads come out as float32."""
-        assert self.eps is not None
         x = x.to(self.weight.dtype)  # with two types PyTorch would leave its fused kernels unused
-        eager = not torch.compiler.is_compiling()
-        if eager and x.device.type == "cpu" and x.dtype == torch.float32:
-            if torch.is_grad_enabled():
-                return _Normalise.apply(x, self.weight, self.eps)
-            return (x * _scale(x, self.eps)).mul_(self.weight)
-        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        if torch.is_grad_enabled():
+            return _Normalise.apply(x, self.weight, self.eps)
+        return (x * _scale(x, self.eps)).mul_(self.weight)
 
 
 def _scale(x: Tensor, eps: float) -> Tensor:

@@ -7,7 +7,7 @@ position) is an autoregressive model, and -log q(order, x) of any one order is a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,7 @@ NEIGHBOURS = 9
 """Cells of a 3 x 3 window: the candidate itself, which is always open, and its eight neighbours."""
 
 
-@dataclass
-class LocationTables:
+class LocationTables(NamedTuple):
     """The head's encodings of a grid, evaluated once per forward pass or decoding run."""
 
     grid: Grid
@@ -41,7 +40,6 @@ class LocationHead(nn.Module):
     """
 
     def __init__(self, width: int, key_width: int = 64):
-        """For hidden states of `width`; scores are products of `key_width` numbers."""
         super().__init__()
         self.query = nn.Sequential(Linear(3 * width, width), nn.SiLU(), Linear(width, key_width))
         self.absolute = CoordinateEncoding(key_width)
@@ -69,17 +67,14 @@ class LocationHead(nn.Module):
             hidden: (B, T, D), what the last token was predicted from; the condition before the first.
             content: (B, T, D), embedding of the last token.
             condition: (B, D), the embedded condition.
-            last: (B, T) int64, its position, N before the first.
+            last: (B, T) int64, position of the last token, N before the first.
             revealed: (B, T, N) bool, at least one position open.
             tables: of the grid of the positions.
-
-        Costs O(T N d) per image, beside O(L D^2) of the transformer's L layers.
         """
         # The condition and embeddings are small beside hidden states: without a norm the head would ignore
         # the class, and begin in the order of another one.
-        condition = condition[:, None].expand_as(hidden)
-        inputs = [F.rms_norm(x, x.shape[-1:]) for x in (hidden, content, condition)]
-        query = self.query(torch.cat(inputs, dim=-1))
+        every = (hidden, content, condition[:, None].expand_as(hidden))
+        query = self.query(torch.cat([F.rms_norm(x, x.shape[-1:]) for x in every], dim=-1))
         score = query @ tables.absolute.T + self._from_last(query, last, tables)
         around = neighbourhood(revealed, tables.grid).to(query.dtype)
         score = score + (around @ (query @ self.context.weight)[..., None]).squeeze(-1)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anyorder.contracts import Grid
+from anyorder.contracts import Grid, require
 
 
 class CoordinateEncoding(nn.Module):
@@ -56,28 +55,20 @@ def displacement_index(grid: Grid, start: Tensor, end: Tensor) -> Tensor:
 
 
 def check_shapes(tokens: Tensor, order: Tensor, grid: Grid) -> None:
-    """Refuse tokens and orders that do not fill the grid.
-
-    Raises:
-        ValueError: they do not.
-    """
-    if tokens.shape[1:] != (grid.n,) or order.shape != tokens.shape:
-        raise ValueError(
-            f"a {grid.h} x {grid.w} grid needs tokens and order of shape (B, {grid.n}), "
-            f"got {tuple(tokens.shape)} and {tuple(order.shape)}"
-        )
+    """Refuse, with a ValueError, tokens and orders that do not fill the grid."""
+    shapes = f"got {tuple(tokens.shape)} and {tuple(order.shape)}"
+    needed = f"a {grid.h} x {grid.w} grid needs tokens and order of shape (B, {grid.n}), {shapes}"
+    require(tokens.shape[1:] == (grid.n,) and order.shape == tokens.shape, needed)
 
 
-@dataclass
-class Rotation:
+class Rotation(NamedTuple):
     """cos and sin (B, 1, T, D / H / 2) of the positions that rotate queries and keys."""
 
     queries: tuple[Tensor, Tensor]
     keys: tuple[Tensor, Tensor]
 
 
-@dataclass
-class PositionTables:
+class PositionTables(NamedTuple):
     """The encodings of one grid, evaluated once per forward pass or decoding run."""
 
     grid: Grid
@@ -102,11 +93,9 @@ class PositionTables:
         """Queries turn by the position they ask about, keys by the position of their own patch."""
         if self.rotary is None:
             return None
-        cos, sin = (table[:, None] for table in self.rotary)
-        return Rotation(
-            queries=(cos[positions].transpose(1, 2), sin[positions].transpose(1, 2)),
-            keys=(cos[last].transpose(1, 2), sin[last].transpose(1, 2)),
-        )
+        cos, sin = self.rotary
+        queries, keys = ((cos[at][:, None], sin[at][:, None]) for at in (positions, last))
+        return Rotation(queries, keys)
 
 
 def rotary_tables(at: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
@@ -116,8 +105,7 @@ def rotary_tables(at: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
     """
     quarter = head_width // 4
     frequencies = 100.0 ** (-torch.arange(quarter, device=at.device) / quarter)
-    angles = (at[:, :, None] * frequencies).flatten(1)
-    angles = torch.cat((angles, torch.zeros_like(angles[:1])))
+    angles = F.pad((at[:, :, None] * frequencies).flatten(1), (0, 0, 0, 1))
     return angles.cos(), angles.sin()
 
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anyorder.contracts import AnyOrderNetwork, Grid
+from anyorder.contracts import AnyOrderNetwork, Grid, require
 from anyorder.families import Family
 from anyorder.models import attention, conditioning, layers, location
 from anyorder.models import positions as encoding
@@ -69,24 +69,19 @@ class Architecture:
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.width % (4 * self.heads):
-            raise ValueError(f"width must be a multiple of 4 * heads = {4 * self.heads}, got {self.width}")
+            require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        whole = self.width % (4 * self.heads) == 0
+        require(whole, f"width must be a multiple of 4 * heads = {4 * self.heads}, got {self.width}")
         for name in ("dropout", "token_dropout", "label_dropout", "part_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        choices = {
-            "next_position": ("relative", "absolute", "none"),
-            "current_position": ("absolute", "none"),
-            "class_at": ("first", "every"),
-        }
-        for name, allowed in choices.items():
-            if (value := getattr(self, name)) not in allowed:
-                listed = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
-                raise ValueError(f"{name} must be {listed}, got '{value}'")
-        if self.rotary and "none" in (self.next_position, self.current_position):
-            raise ValueError("rotary tells both positions: it cannot be combined with a position of 'none'")
+            share = getattr(self, name)
+            require(0 <= share < 1, f"{name} must lie in [0, 1), got {share}")
+        hints = get_type_hints(Architecture)
+        for name in ("next_position", "current_position", "class_at"):
+            value, allowed = getattr(self, name), get_args(hints[name])
+            listed = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+            require(value in allowed, f"{name} must be {listed}, got '{value}'")
+        both = "none" not in (self.next_position, self.current_position) or not self.rotary
+        require(both, "rotary tells both positions: it cannot be combined with a position of 'none'")
 
 
 @dataclass
@@ -108,15 +103,14 @@ class TransformerConfig(Architecture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.attributes, default=1) < 1 or (self.text_vocab < 1) != (self.text_length < 1):
-            raise ValueError(
-                "attributes must have >= 1 value each, text_vocab and text_length both be 0 or >= 1, got "
-                f"{list(self.attributes)}, {self.text_vocab} and {self.text_length}"
-            )
-        if self.vocab_size < 1 or self.num_classes < 0:
-            raise ValueError(
-                f"vocab_size must be >= 1 and num_classes >= 0, got {self.vocab_size} and {self.num_classes}"
-            )
+        require(
+            min(self.attributes, default=1) >= 1 and (self.text_vocab < 1) == (self.text_length < 1),
+            "attributes must have >= 1 value each, text_vocab and text_length both be 0 or >= 1, got "
+            f"{list(self.attributes)}, {self.text_vocab} and {self.text_length}",
+        )
+        sizes = f"got {self.vocab_size} and {self.num_classes}"
+        fits = self.vocab_size >= 1 and self.num_classes >= 0
+        require(fits, f"vocab_size must be >= 1 and num_classes >= 0, {sizes}")
         Grid(*self.grid)
 
 
@@ -140,7 +134,7 @@ class State(attention.DecodingState):
     scored: attention.Scored
     where: location.LocationTables | None
     """Of the location head."""
-    prefix: int = 0
+    prefix: int
     """P: how long the cache is before the first step."""
 
 
@@ -150,24 +144,20 @@ class AnyOrderTransformer(AnyOrderNetwork):
     def __init__(self, config: TransformerConfig):
         """Build from a configuration; weights come from the global random generator."""
         super().__init__()
-        self.config = config
-        self.vocab_size = config.vocab_size
-        self.num_classes = config.num_classes
-        self.grid = Grid(*config.grid)
-        width = config.width
+        self.config, self.grid = config, Grid(*config.grid)
+        self.vocab_size, self.num_classes = config.vocab_size, config.num_classes
+        width, following = config.width, config.next_position != "none"
         self.token_embedding = nn.Embedding(config.vocab_size + 1, width)  # the last row hides a token
         self.condition_embedding = nn.Embedding(config.num_classes + 1, width)  # the last row is "no label"
         self.current = encoding.CoordinateEncoding(width) if config.current_position == "absolute" else None
-        self.first = encoding.CoordinateEncoding(width) if config.next_position != "none" else None
-        self.following = encoding.CoordinateEncoding(width) if config.next_position != "none" else None
+        self.first = encoding.CoordinateEncoding(width) if following else None
+        self.following = encoding.CoordinateEncoding(width) if following else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = layers.RMSNorm(width, eps=1e-6)
+        self.norm = layers.RMSNorm(width)
         self.head = layers.Linear(width, config.vocab_size, bias=False)
         self.location = location.LocationHead(width) if config.location else None
         further = (config.attributes, config.text_vocab, config.text_length)
-        self.prefix = (
-            conditioning.Prefix(width, *further) if config.attributes or config.text_length else None
-        )
+        self.prefix = conditioning.Prefix(width, *further) if config.attributes or further[2] else None
         self.compiled: CompiledBlocks | None = None
         """What `score` runs the blocks with once `compile_decoding` was called."""
         self._initialise()
@@ -185,16 +175,12 @@ class AnyOrderTransformer(AnyOrderNetwork):
     def _tables(self, grid: Grid) -> encoding.PositionTables:
         """A, S, R and the rotations on a grid: O(N) small-network evaluations."""
         at, relative = grid.coordinates(self.head.weight.device), self.config.next_position == "relative"
-        target = encoding.displacements(grid, at.device) if relative else at
+        ahead = encoding.displacements(grid, at.device) if relative else at
+        inputs = ((self.current, at), (self.first, at), (self.following, ahead))
+        current, first, following = (each(to) if each is not None else None for each, to in inputs)
         head_width = self.config.width // self.config.heads
-        return encoding.PositionTables(
-            grid=grid,
-            current=self.current(at) if self.current is not None else None,
-            first=self.first(at) if self.first is not None else None,
-            following=self.following(target) if self.following is not None else None,
-            relative=relative,
-            rotary=encoding.rotary_tables(at, head_width) if self.config.rotary else None,
-        )
+        rotary = encoding.rotary_tables(at, head_width) if self.config.rotary else None
+        return encoding.PositionTables(grid, current, first, following, relative, rotary)
 
     def _content(
         self, tables: encoding.PositionTables, tokens: Tensor, positions: Tensor, start: Tensor
@@ -207,7 +193,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
 
     @staticmethod
     def _start(tables: encoding.PositionTables, condition: Tensor, positions: Tensor) -> Tensor:
-        """condition + S(position), (B, M, D)."""
+        """Condition + S(position), (B, M, D)."""
         x = condition[:, None].expand(-1, positions.shape[1], -1)
         return x if tables.first is None else x + F.embedding(positions, tables.first)
 
@@ -218,12 +204,11 @@ class AnyOrderTransformer(AnyOrderNetwork):
         config = self.config
         sizes = [max(config.num_classes, 1), *(self.prefix.sizes if self.prefix is not None else [])]
         # Without classes, labels are ignored in training.
-        check = check or (config.num_classes > 0 and conditioning.checked_for_free(condition))
-        values = conditioning.read_condition(condition, batch_size, sizes, self.head.weight.device, check)
+        look = check or (None if config.num_classes else False)
+        values = conditioning.read_condition(condition, batch_size, sizes, self.head.weight.device, look)
         if self.training and condition is not None and (config.num_classes or self.prefix is not None):
-            values = conditioning.hide(
-                values, len(config.attributes), config.label_dropout, config.part_dropout
-            )
+            shares = config.label_dropout, config.part_dropout
+            values = conditioning.hide(values, len(config.attributes), *shares)
         labelled = (values[:, 0] >= 0) & (config.num_classes > 0)
         start = self.condition_embedding(values[:, 0].where(labelled, config.num_classes))
         if self.prefix is None:
@@ -235,22 +220,14 @@ class AnyOrderTransformer(AnyOrderNetwork):
         return self.token_embedding.weight[-1].expand_as(like)
 
     def _location_head(self) -> location.LocationHead:
-        if self.location is None:
-            raise ValueError(
-                "this model has no location head: train one with location=true, or choose another order"
-            )
-        return self.location
+        headless = "this model has no location head: train one with location=true, or choose another order"
+        require(self.location is not None, headless)
+        return self.location  # type: ignore[return-value]
 
     def forward(
         self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
     ) -> Tensor:
-        """Teacher-forced logits (B, N, V) in order steps.
-
-        Args:
-            tokens: (B, N) int64 in raster order, in [0, V).
-            condition: (B,) int64 labels, (B, 1 + A + L) int64 (see `contracts`), or None.
-            order: (B, N) int64.
-            grid: the grid of `tokens`, where it is not the one of training.
+        """Teacher-forced logits (B, N, V) in order steps; see `contracts.AnyOrderModel`.
 
         Raises:
             ValueError: shapes that do not fit the grid, or a condition that does not fit the model.
@@ -337,10 +314,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
             content=self._nothing(start),
             start=start,
             asked=start,
-            scored=attention.Scored(
-                torch.empty(batch_size, grid.n, dtype=torch.int64, device=weight.device),
-                start.new_empty(batch_size, grid.n, config.width),
-            ),
+            scored=attention.Scored.empty(start, grid.n),
             where=self.location.tables(grid) if self.location is not None else None,
             prefix=length,
         )
@@ -368,15 +342,13 @@ class AnyOrderTransformer(AnyOrderNetwork):
     def score(self, state: State, positions: Tensor) -> Tensor:
         """Logits (B, M, V) of candidate positions (B, M).
 
-        Each candidate attends to the one shared prefix and to itself: O(M L) attention, no copies of the
-        cache. Candidates are remembered until `append`: neither the chosen one nor a second score of some of
-        them runs the network again.
+        Each attends to the shared prefix and to itself: O(M L), no copies of the cache. All are remembered
+        until `append`: neither the chosen one nor a second score of some of them runs the network again.
         """
         state.require_current()
         found = state.scored.find(positions)
         if found is not None:
-            assert state.scored.hidden is not None
-            return self.head(attention.pick(state.scored.hidden, found))
+            return self.head(state.scored.pick(found))
         columns = state.scored.columns(positions.shape[1], state.cache.room)
         x = self._run(state, positions, columns)
         if columns is not None:
@@ -400,11 +372,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         return self.norm(x)
 
     def locate(self, state: State, revealed: Tensor) -> Tensor:
-        """Log-probability of each position to be next, (B, N) float32 nats; -inf where `revealed` (B, N).
-
-        Raises:
-            ValueError: the model has no location head.
-        """
+        """Log-probability of each position to be next, (B, N) float32 nats; -inf where `revealed` (B, N)."""
         state.require_current()
         head, content = self._location_head(), state.content[:, None]
         assert state.where is not None
@@ -414,17 +382,15 @@ class AnyOrderTransformer(AnyOrderNetwork):
     def append(self, state: State, positions: Tensor, tokens: Tensor) -> State:
         """Reveal tokens (B, K) at positions (B, K), in that sequence; the old state is used up.
 
-        The input that leads to the first position is taken from `score` where it was scored; those that
-        lead to the others run as one causal block.
+        The input that leads to the first position is taken from `score`; the others run as one causal block.
         """
         state.require_current()
         found, hidden, inputs = state.scored.find(positions[:, :1]), state.hidden, []
         # Step i's input holds the token before it, so K reveals run K inputs, and the last token is pending.
         before, after = torch.cat((state.last[:, None], positions[:, :-1]), dim=1), positions
         if found is not None:
-            assert state.scored.hidden is not None
-            hidden = attention.pick(state.scored.hidden, found)[:, 0]
-            state.cache.keep(found[:, 0])
+            hidden = state.scored.pick(found)[:, 0]
+            state.cache.keep(found)
             before, after = before[:, 1:], after[:, 1:]
         else:
             inputs.append(self._inputs(state, positions[:, :1]))

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from anyorder.contracts import AnyOrderNetwork
+from anyorder.contracts import AnyOrderNetwork, require
 from anyorder.families import kind_of
 from anyorder.files import fingerprint, sha256
 from anyorder.inference.convert import build, combine, read_tokenizer, require_file
@@ -47,21 +47,20 @@ def convert(config: ConvertConfig, out: Path) -> None:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a file of a known model, tensors that do not fit, or a tokenizer that does not.
+        ValueError: not a file of a known model, or parts that do not fit.
     """
     identity = {**dataclasses.asdict(config), "sha256": _hashes(config)}
     if Artifact.is_current(out, "convert", identity, {}):
         log.info("%s is up to date", out)
         return
     model = build(config.source, config.kind, config.grid, config.heads, config.joint_steps)
+    any_order = isinstance(model, AnyOrderNetwork)
     if config.extrapolated is not None:
-        if not isinstance(model, AnyOrderNetwork):
-            raise ValueError("extrapolated is a setting of any-order models: a tokenizer has no positions")
+        require(any_order, "extrapolated is a setting of any-order models: a tokenizer has no positions")
         model.config = dataclasses.replace(model.config, extrapolated=config.extrapolated)
     parts = None
     if config.tokenizer is not None:
-        if not isinstance(model, AnyOrderNetwork):
-            raise ValueError(f"{config.source} is a tokenizer itself: leave tokenizer= out")
+        require(any_order, f"{config.source} is a tokenizer itself: leave tokenizer= out")
         parts = combine(model, read_tokenizer(config.tokenizer), config.policy)
     artifact = Artifact(out, "convert", identity, {}, overwrite=True)
     if parts is None:
@@ -76,8 +75,9 @@ def convert(config: ConvertConfig, out: Path) -> None:
 
 def _hashes(config: ConvertConfig) -> dict[str, str]:
     """Hashes of the contents, so that a file that was replaced is converted again."""
-    found = {}
-    for role, path in (("source", config.source), ("tokenizer", config.tokenizer)):
-        if path is not None:
-            found[role] = fingerprint(path) if path.is_dir() else sha256(require_file(path))
-    return found
+    paths = {"source": config.source, "tokenizer": config.tokenizer}
+    return {
+        role: fingerprint(path) if path.is_dir() else sha256(require_file(path))
+        for role, path in paths.items()
+        if path is not None
+    }
