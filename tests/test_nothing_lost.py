@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from anyorder.cli import main as cli
 from anyorder.files import RowWriter, load_array, read_manifest, save_array, write_json, write_text
@@ -179,6 +180,45 @@ def test_files_of_a_foreign_folder_are_not_adopted(tmp_path):
     execute("stage", Stage(), tmp_path / "notes")
     assert (tmp_path / "notes" / "notes.txt").read_text() == "mine"
     assert "notes.txt" not in read_manifest(tmp_path / "notes")["other_files"]
+
+
+def test_data_of_a_source_that_changed_are_decoded_again_and_leave_foreign_files(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    for i in range(4):
+        Image.new("RGB", (20, 20), (i, 0, 0)).save(source / f"{i}.png")
+    write_text(out / "train.images.npy.bak", "mine")
+    command = ["data", f"source={source}", "size=16,16", f"out={out}"]
+    assert cli.main(command) == 0
+    write_text(out / "train.mine.npy", "mine")
+    Image.new("RGB", (20, 20), (9, 0, 0)).save(source / "9.png")
+    assert cli.main([*command, "overwrite=true"]) == 0
+    counts = read_manifest(out)["counts"]
+    assert sum(counts.values()) == 5
+    assert {split: len(load_array(out / f"{split}.images.npy")) for split in counts} == counts
+    assert verify(out) == []
+    for name in ("train.images.npy.bak", "train.mine.npy"):
+        assert (out / name).read_text() == "mine"
+
+
+def test_half_written_files_of_a_kill_are_removed_and_those_of_others_stay(done):
+    with pytest.raises(RuntimeError):
+        execute("stage", Stage(value=1, fail="middle"), done, overwrite=True)
+    for name in (
+        ".x.npy.0123abcd.tmp",
+        "checkpoints/.state.0123abcd.tmp",
+        ".mine.tmp",
+        "notes/.x.0123abcd.tmp",
+    ):
+        write_text(done / name, "half")
+    execute("stage", Stage(value=1), done)
+    assert sorted(content(done)) == [
+        ".mine.tmp",
+        "checkpoints/step",
+        "manifest.json",
+        "notes/.x.0123abcd.tmp",
+        "x.npy",
+    ]
 
 
 # --- A3: settings that are free to change

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +20,8 @@ import numpy as np
 MANIFEST = "manifest.json"
 TIMES = ("seconds.npy", "timing.json")
 """Endings of files that hold times: they differ from run to run and do not count as content."""
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+"""Names of the files that `atomic` writes first."""
 LARGEST_JSON = 1 << 28
 """Bytes of the largest JSON file that is read."""
 

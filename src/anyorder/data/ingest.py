@@ -120,10 +120,11 @@ def _ingest_split(
     attributes: dict[str, list[str]],
     decoding: dict[str, Any],
 ) -> tuple[int, dict[str, Any]]:
-    for path in (*folder.glob(f"{split}.*.npy*"), *folder.glob(f"{split}.captions.json")):
-        path.unlink()
     arrays: dict[str, Any] = {"images": ((*decoding["size"], 3), np.uint8), "labels": ((), np.int64)}
     arrays |= {"attributes": ((len(attributes),), np.int64)} if attributes else {}
+    for name in arrays:
+        for ending in ("npy", "npy.partial"):  # of a killed run; nothing else, it may be the user's
+            (folder / f"{split}.{name}.{ending}").unlink(missing_ok=True)
     writer = RowWriter(folder, {f"{split}.{name}": kind for name, kind in arrays.items()})
     index = {name: i for i, name in enumerate(classes)}
     codes = [{value: i for i, value in enumerate(values)} for values in attributes.values()]

@@ -156,15 +156,22 @@ class Artifact:
     def _lock(self, shared: bool) -> None:
         """Keep other processes out. The folder itself is locked, so a crash leaves no lock behind."""
         self._descriptor = os.open(self.folder, os.O_RDONLY)
+        self._alone = False
         # Sharers open the folder one after another; who comes later joins those that are at work.
         for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH) * 50 if shared else (fcntl.LOCK_EX,):
             try:
-                return fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
+                fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
+                self._alone = kind == fcntl.LOCK_EX
+                return
             except BlockingIOError:
                 time.sleep(0.05 if shared else 0)
             except OSError:
                 return  # a file system without locks
         self._unlock()
+        for _ in range(100):  # it says who it is right after it has locked
+            if (self.folder / IDENTITY).is_file():
+                break
+            time.sleep(0.02)
         who = (_record(self.folder / IDENTITY) or {}).get("writer", "another process")
         raise ValueError(f"{self.folder} is being written by {who}: wait for it, or choose another out=")
 
@@ -218,6 +225,14 @@ class Artifact:
         facts = {**self.identity, "found": sorted(self._found), "writer": writer}
         files.write_json(self.folder / IDENTITY, facts)
         self._opened = True
+        if self._alone:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove the half-written files that a killed process left."""
+        for name in [*_walk(self.folder), *(entry.name for entry in os.scandir(self.folder))]:
+            if files.TEMPORARY.fullmatch(Path(name).name):
+                (self.folder / name).unlink(missing_ok=True)
 
     def _written(self) -> list[str]:
         """The stage's files: without what was there before and what is the user's."""

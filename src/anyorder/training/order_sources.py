@@ -99,7 +99,9 @@ class OnlineOrders:
             self.orders, self.round = np.load(path, mmap_mode="r+"), current
         missing = np.unique(rows[self.orders[rows, 0] == _UNKNOWN])
         if len(missing):
-            self.orders[missing] = self._extract(missing)
+            found = self._extract(missing)
+            self.orders[missing, 1:] = found[:, 1:]
+            self.orders[missing, 0] = found[:, 0]  # last: a kill in between leaves them missing
         return flagged(torch.from_numpy(self.orders[rows].astype(np.int64)), True)
 
     def evaluations(self) -> int:
