@@ -23,7 +23,7 @@ TIMES = ("seconds.npy", "timing.json")
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 """Names of the files that `atomic` writes first."""
 LARGEST_JSON = 1 << 28
-"""Bytes of the largest JSON file that is read."""
+"""Bytes."""
 
 
 @contextlib.contextmanager
@@ -83,19 +83,16 @@ def read_json(path: str | Path) -> Any:
         FileNotFoundError: no such file.
         ValueError: the file is not JSON, too large or nested too deeply; the message names it.
     """
-    path = Path(path)
-    if path.stat().st_size > LARGEST_JSON:
-        raise ValueError(
-            f"{path} is too large ({path.stat().st_size >> 20} MiB): it is no file of anyorder's"
-        )
+    path, damage = Path(path), ""
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise ValueError(f"{path} is too large ({size >> 20} MiB): it is no file of anyorder's")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
-        raise ValueError(
-            f"{path} is not valid JSON (nested too deeply): it is no file of anyorder's"
-        ) from None
+        damage = "nested too deeply"
     except ValueError as e:
-        raise ValueError(f"{path} is not valid JSON ({e}); delete it and run the stage again") from e
+        damage = str(e)
+    raise ValueError(f"{path} is not valid JSON ({damage}); delete it and run the stage again")
 
 
 def sha256(path: str | Path) -> str:
@@ -117,7 +114,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a finished artifact.
 
     Raises:
-        FileNotFoundError: `folder` is not a finished artifact; the message says how to make it.
+        FileNotFoundError: `folder` is not a finished artifact.
         ValueError: its manifest is damaged, or a file of something else.
     """
     path = Path(folder) / MANIFEST
@@ -163,25 +160,20 @@ class RowWriter:
         """Open or reopen; `arrays` maps a name to (shape of one row, dtype)."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.specs = {k: (tuple(shape), np.dtype(dtype)) for k, (shape, dtype) in arrays.items()}
-        self._row_bytes = {
-            k: int(np.prod(s, dtype=np.int64)) * d.itemsize for k, (s, d) in self.specs.items()
-        }
+        self.specs = {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in arrays.items()}
         self._files: dict[str, BinaryIO] = {}
-        if all((self.folder / f"{name}.npy").is_file() for name in self.specs):
-            self.rows = min(len(load_array(self.folder / f"{name}.npy")) for name in self.specs)
+        finished = [self.folder / f"{name}.npy" for name in self.specs]
+        if all(path.is_file() for path in finished):
+            self.rows = min(len(load_array(path)) for path in finished)
             return
         for name in self.specs:
-            path = self._partial(name)
-            path.touch()
-            self._files[name] = open(path, "rb+")  # noqa: SIM115
-        sizes = (
-            (os.fstat(f.fileno()).st_size - self._HEADER) // self._row_bytes[k]
-            for k, f in self._files.items()
-        )
-        self.rows = max(0, min(sizes))
+            self._partial(name).touch()
+            self._files[name] = open(self._partial(name), "rb+")  # noqa: SIM115
+        sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in self.specs.items()}
+        whole = [(os.stat(f.name).st_size - self._HEADER) // sizes[name] for name, f in self._files.items()]
+        self.rows = max(0, min(whole))
         for name, file in self._files.items():
-            file.truncate(self._HEADER + self.rows * self._row_bytes[name])
+            file.truncate(self._HEADER + self.rows * sizes[name])
             file.seek(0, os.SEEK_END)
 
     def _partial(self, name: str) -> Path:
@@ -218,11 +210,9 @@ class RowWriter:
 
 def _npy_header(shape: tuple[int, ...], dtype: np.dtype, length: int) -> bytes:
     description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    text = repr(description).encode()
-    prefix = np.lib.format.magic(1, 0)
-    padding = length - len(prefix) - 2 - len(text) - 1
-    assert padding >= 0, f"header of {description} is longer than {length} bytes"
-    return prefix + (length - len(prefix) - 2).to_bytes(2, "little") + text + b" " * padding + b"\n"
+    start = np.lib.format.magic(1, 0) + (length - 10).to_bytes(2, "little") + repr(description).encode()
+    assert len(start) < length, f"header of {description} is longer than {length} bytes"
+    return start.ljust(length - 1) + b"\n"
 
 
 def save_array(path: str | Path, array: np.ndarray) -> None:

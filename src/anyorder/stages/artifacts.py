@@ -60,7 +60,7 @@ class Artifact:
         Args:
             folder: the artifact's folder, made if need be.
             stage: name of the stage, for the manifest.
-            config: resolved configuration, JSON-able; decides with `inputs` whether the folder is current.
+            config: resolved configuration, JSON-able.
             inputs: folders of the input artifacts by role.
             completed: what is compared of a configuration: with settings that did not exist when it was
                 recorded, without those that do not matter.
@@ -111,18 +111,17 @@ class Artifact:
         """Write the manifest: from now on the artifact is finished.
 
         Args:
-            examples: how many images or sequences were worked through, for examples per second.
-            seconds: time of the work, where it is not the time since this object was made (resumed runs).
+            examples: number of images or sequences, for examples per second.
+            seconds: time of the work, if not that since this object was made (resumed runs).
             **facts: whatever else a reader should know (metrics, counts, classes, device, seed).
         """
         seconds = time.perf_counter() - self._begin if seconds is None else seconds
         names = self._written()
         hashes = {name: files.sha256(self.folder / name) for name in names if _is_content(name)}
+        here = self.folder.resolve()
         manifest = {
             **self.identity,
-            "input_folders": {
-                role: os.path.relpath(path, self.folder.resolve()) for role, path in self._inputs.items()
-            },
+            "input_folders": {role: os.path.relpath(path, here) for role, path in self._inputs.items()},
             "fingerprint": hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16],
             "files": hashes,
             "other_files": [name for name in names if name not in hashes],
@@ -191,23 +190,8 @@ class Artifact:
                     "move them away, or choose another out="
                 )
             return self._write_identity(_walk(self.folder))
-        if then["stage"] != self.identity["stage"]:
-            raise ValueError(
-                f"{self.folder} holds the artifact of stage '{then['stage']}', not "
-                f"'{self.identity['stage']}': choose another out="
-            )
         self._found = set(then.get("found", ()))
-        differences = _differences(then, self.identity, self._completed)
-        goes_on = all(key in self._grows and _less(*values) for key, values in differences.items())
-        if not goes_on and not overwrite and set(differences) <= {*self._grows}:
-            key, (was, now) = next(iter(differences.items()))
-            raise ValueError(f"{key}={now}, but {was} are done already: choose {key}>={was} or another out=")
-        if not (goes_on or overwrite or (begun and not self._written())):
-            changes = ", ".join(f"{key} {a} -> {b}" for key, (a, b) in list(differences.items())[:3])
-            raise ValueError(
-                f"{self.folder} {'was' if done else 'is being'} made with other settings or inputs "
-                f"({changes}): add overwrite=true to replace it, or choose another out="
-            )
+        goes_on = self._goes_on(then, overwrite, bool(done))
         if done:
             listed = _listed(done, self.folder)
             self._found = set(_walk(self.folder)) - listed
@@ -217,6 +201,28 @@ class Artifact:
             for name in work:
                 (self.folder / name).unlink()
         self._write_identity(self._found)
+
+    def _goes_on(self, then: Mapping[str, Any], overwrite: bool, done: bool) -> bool:
+        """Whether the work that is there can be continued; a ValueError if it may not be replaced either."""
+        if then["stage"] != self.identity["stage"]:
+            raise ValueError(
+                f"{self.folder} holds the artifact of stage '{then['stage']}', not "
+                f"'{self.identity['stage']}': choose another out="
+            )
+        differences = _differences(then, self.identity, self._completed)
+        numbers = all(isinstance(n, int | float) for pair in differences.values() for n in pair)
+        if {*differences} <= {*self._grows} and numbers and all(a < b for a, b in differences.values()):
+            return True
+        if not overwrite and set(differences) <= {*self._grows}:
+            key, (was, now) = next(iter(differences.items()))
+            raise ValueError(f"{key}={now}, but {was} are done already: choose {key}>={was} or another out=")
+        if not overwrite and (done or self._written()):
+            changes = ", ".join(f"{key} {a} -> {b}" for key, (a, b) in list(differences.items())[:3])
+            raise ValueError(
+                f"{self.folder} {'was' if done else 'is being'} made with other settings or inputs "
+                f"({changes}): add overwrite=true to replace it, or choose another out="
+            )
+        return False
 
     def _write_identity(self, found: Iterable[str]) -> None:
         self._found = set(found)

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from anyorder.settings import read_stored
-from anyorder.stages.artifacts import Artifact, recorded_input
+from anyorder.stages.artifacts import Artifact, Completion, recorded_input
 
 log = logging.getLogger("anyorder")
-
-Completion = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def execute(name: str, stage: Any, out: Path, *, overwrite: bool = False) -> bool:
     """Run one stage unless its artifact is up to date.
 
-    A stage may say, as class attributes, which settings (dotted names) do not change what it writes, `aside`,
-    and which continue the work that is there when they become larger, `grows`.
+    A stage may say which settings (dotted names) do not change what it writes, `aside`, and which continue
+    the work that is there when they become larger, `grows`.
 
     Args:
         name: what its manifest calls the stage.
@@ -36,29 +34,25 @@ def execute(name: str, stage: Any, out: Path, *, overwrite: bool = False) -> boo
         OSError: the disk is full; what was finished is kept.
     """
     stage = resolved(stage)
-    settings, inputs, completion = split(stage)
+    made_from = split(stage)
     if hasattr(stage, "explain"):
         stage.explain(out)
     grows, shared = getattr(stage, "grows", ()), getattr(stage, "shards", 1) > 1
-    with Artifact(
-        out, name, settings, inputs, completion, grows=grows, shared=shared, overwrite=overwrite
-    ) as artifact:
+    with Artifact(out, name, *made_from, grows=grows, shared=shared, overwrite=overwrite) as artifact:
         if artifact.current:
             log.info("%s is up to date", out)
             return False
         log.info("%s -> %s", name, out)
-        facts = stage.run(artifact)
-        artifact.finish(facts.pop("examples", None), facts.pop("seconds", None), **facts)
+        artifact.finish(**stage.run(artifact))
     return True
 
 
 def split(stage: Any) -> tuple[dict[str, Any], dict[str, Path], Completion]:
-    """What a stage is told, the artifacts it reads by role, and how to complete what an older one was told.
+    """Settings of a stage, the artifacts it reads by role, and how to complete older settings.
 
-    The artifacts' folders are no settings: moving them leaves what was made of them up to date. The settings
-    that a stage puts `aside` (dotted) are recorded, but not compared: they change how it works, not what it
-    writes. What a stage has `observed` of files that are no artifacts counts as settings; an older artifact
-    does not record it.
+    The folders of artifacts are no settings: moving them leaves what was made of them up to date. Settings
+    that a stage puts `aside` are recorded, but not compared. What a stage has `observed` of files that are no
+    artifacts counts as settings; an older artifact does not record it.
     """
     settings = dataclasses.asdict(stage)
     given = {role: settings.pop(role) for role in stage.inputs}
@@ -93,20 +87,24 @@ def resolved(stage: Any) -> Any:
 def completed(then: dict[str, Any], like: Any, without: Collection[str] = ()) -> dict[str, Any]:
     """A recorded configuration with the defaults of settings that did not exist when it was recorded.
 
-    A new setting's default is what was done before it existed, so that it makes no artifact stale.
-
-    Args:
-        then: as recorded.
-        like: the configuration of now, a dataclass, for its fields.
-        without: fields that are no settings.
+    A new setting's default is what was done before it existed, so that it makes no artifact stale. `like` is
+    a configuration of now, for its fields; those named in `without` are no settings.
     """
-    found = {key: value for key, value in read_stored(type(like), then).items() if key not in without}
-    for field in dataclasses.fields(like):
-        value = getattr(like, field.name)
-        if isinstance(found.get(field.name), dict) and dataclasses.is_dataclass(value):
-            found[field.name] = completed(found[field.name], value)
-        elif field.name not in found and field.name not in without:
-            found |= _default(field)
+    found = _defaults(type(like)) | read_stored(type(like), then)
+    for name, value in found.items():
+        group = getattr(like, name, None)
+        if isinstance(value, dict) and dataclasses.is_dataclass(group):
+            found[name] = completed(value, group)
+    return {name: value for name, value in found.items() if name not in without}
+
+
+def _defaults(config_class: type) -> dict[str, Any]:
+    found = {}
+    for field in dataclasses.fields(config_class):
+        factory = field.default_factory
+        value = field.default if factory is dataclasses.MISSING else factory()
+        if value is not dataclasses.MISSING:
+            found[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
     return found
 
 
@@ -118,13 +116,3 @@ def _without(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, A
         if key not in names:
             kept[key] = _without(value, inner) if inner and isinstance(value, Mapping) else value
     return kept
-
-
-def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
-    """The default of a field by its name, nothing if it has none."""
-    if field.default is not dataclasses.MISSING:
-        return {field.name: field.default}
-    if field.default_factory is dataclasses.MISSING:
-        return {}
-    value = field.default_factory()
-    return {field.name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value}  # type: ignore[arg-type]
