@@ -29,18 +29,16 @@ IDENTITY, REPLACED = ".identity.json", ".replaced"
 FOLDERS = re.compile(r"checkpoints|samples|online|model|tokenizer|scorer|round-\d+|(train|test)-\d+-of-\d+")
 """Names of the folders that stages make inside an artifact; all others are the user's and never touched."""
 CONTENT = (".npy", ".safetensors", ".json")
-"""Files of these kinds are content and get a hash, except checkpoints and times."""
+"""Files of these kinds get a hash, except checkpoints and times."""
 Completion = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class Artifact:
-    """The folder of one stage: is it up to date, may it be resumed, and its manifest when done.
-
-    It is locked from the moment it is opened until it is finished or closed; a killed process lets go of it.
+    """The folder of one stage, locked until it is finished or closed, or the process ends.
 
     Attributes:
         folder: where the stage writes.
-        current: True if the folder is finished with this very configuration and these inputs.
+        current: whether the folder is finished with this very configuration and these inputs.
     """
 
     def __init__(
@@ -62,8 +60,7 @@ class Artifact:
             stage: name of the stage, for the manifest.
             config: resolved configuration, JSON-able.
             inputs: folders of the input artifacts by role.
-            completed: what is compared of a configuration: with settings that did not exist when it was
-                recorded, without those that do not matter.
+            completed: adds settings to a recorded configuration that are newer, drops those not compared.
             grows: dotted settings of which a larger value continues the work that is there.
             shared: several processes may work in the folder at once, under the same configuration.
             overwrite: replace what was made under another configuration.
@@ -191,11 +188,13 @@ class Artifact:
                 )
             return self._write_identity(_walk(self.folder))
         self._found = set(then.get("found", ()))
-        goes_on = self._goes_on(then, overwrite, bool(done))
+        goes_on = self._goes_on(then, overwrite, done is not None)
         if done:
             listed = _listed(done, self.folder)
             self._found = set(_walk(self.folder)) - listed
-            self._set_aside([] if goes_on else sorted(listed))
+            log.info("%s: what is there is kept until the new artifact is finished", self.folder)
+            for name in [*([] if goes_on else sorted(listed)), files.MANIFEST]:
+                _move(self.folder, self.folder / REPLACED, name)  # the manifest last: valid until then
         elif not goes_on and (work := self._written()):
             log.warning("%s: %d files of unfinished work are discarded", self.folder, len(work))
             for name in work:
@@ -210,10 +209,10 @@ class Artifact:
                 f"'{self.identity['stage']}': choose another out="
             )
         differences = _differences(then, self.identity, self._completed)
-        numbers = all(isinstance(n, int | float) for pair in differences.values() for n in pair)
-        if {*differences} <= {*self._grows} and numbers and all(a < b for a, b in differences.values()):
+        growing = {*differences} <= {*self._grows}
+        if growing and all(_less(*values) for values in differences.values()):
             return True
-        if not overwrite and set(differences) <= {*self._grows}:
+        if growing and not overwrite:
             key, (was, now) = next(iter(differences.items()))
             raise ValueError(f"{key}={now}, but {was} are done already: choose {key}>={was} or another out=")
         if not overwrite and (done or self._written()):
@@ -244,24 +243,16 @@ class Artifact:
         """The stage's files: without what was there before and what is the user's."""
         return sorted(set(_walk(self.folder)) - self._found)
 
-    def _set_aside(self, names: Iterable[str]) -> None:
-        """Move a finished artifact away, its manifest last: it stays valid until all is moved."""
-        log.info("%s: what is there is kept until the new artifact is finished", self.folder)
-        for name in [*names, files.MANIFEST]:
-            _move(self.folder, self.folder / REPLACED, name)
-
     def _recover(self) -> None:
         """Complete what a kill interrupted: the end of `finish`, or putting back what was set aside."""
         replaced = self.folder / REPLACED
         if not (self.folder / IDENTITY).is_file():
-            names = [str(path.relative_to(replaced)) for path in replaced.rglob("*")]
-            for name in sorted(names, key=lambda name: name == files.MANIFEST):
-                if not (replaced / name).is_dir() or (replaced / name).is_symlink():
-                    _move(replaced, self.folder, name)
+            paths = [path for path in replaced.rglob("*") if path.is_symlink() or not path.is_dir()]
+            for path in sorted(paths, key=lambda path: path == replaced / files.MANIFEST):
+                _move(replaced, self.folder, str(path.relative_to(replaced)))
         elif not (self.folder / files.MANIFEST).is_file():
             return  # work in progress
-        if replaced.is_dir():
-            shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
         (self.folder / IDENTITY).unlink(missing_ok=True)
 
 
@@ -269,7 +260,7 @@ def recorded_input(folder: str | Path, role: str) -> Path | None:
     """The folder of an input of a finished artifact; None if the artifact has no such input.
 
     Raises:
-        FileNotFoundError: `folder` is not a finished artifact, or what it was made from is no longer there.
+        FileNotFoundError: `folder` is not a finished artifact, or its input is no longer there.
         ValueError: the artifact is of a version that recorded no folders.
     """
     manifest = files.read_manifest(folder)
@@ -277,31 +268,26 @@ def recorded_input(folder: str | Path, role: str) -> Path | None:
         return None
     if role not in manifest.get("input_folders", {}):
         raise ValueError(f"{folder} does not record the folder of its {role}: give {role}=FOLDER")
-    path = Path(os.path.normpath(Path(folder) / manifest["input_folders"][role]))
+    path = _input_folders(folder, manifest)[role]
     if not (path / files.MANIFEST).is_file():
         raise FileNotFoundError(f"the {role} of {folder} is no longer at {path}: give {role}=FOLDER")
     return path
 
 
 def verify(folder: str | Path) -> list[str]:
-    """Compare the files of a finished artifact, and of the inputs that it records, with their hashes.
-
-    Returns:
-        One line for each problem; none if all is well.
+    """Compare an artifact's files, and those of its inputs, with their hashes; one line for each problem.
 
     Raises:
         FileNotFoundError: `folder` is not a finished artifact.
         ValueError: its manifest is damaged.
     """
-    folder = Path(folder)
     manifest, problems = files.read_manifest(folder), []
-    for name, digest in manifest["files"].items():
-        if not (folder / name).is_file():
-            problems.append(f"{folder / name} is missing")
-        elif files.sha256(folder / name) != digest:
-            problems.append(f"{folder / name} was changed")
-    for role, path in manifest.get("input_folders", {}).items():
-        source = Path(os.path.normpath(folder / path))
+    for path, digest in ((Path(folder) / name, digest) for name, digest in manifest["files"].items()):
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif files.sha256(path) != digest:
+            problems.append(f"{path} was changed")
+    for role, source in _input_folders(folder, manifest).items():
         if not (source / files.MANIFEST).is_file():
             problems.append(f"{source} ({role} of {folder}) is missing")
         elif files.fingerprint(source) != manifest["inputs"][role]:
@@ -309,6 +295,11 @@ def verify(folder: str | Path) -> list[str]:
         else:
             problems += verify(source)
     return list(dict.fromkeys(problems))
+
+
+def _input_folders(folder: str | Path, manifest: Mapping[str, Any]) -> dict[str, Path]:
+    recorded = manifest.get("input_folders", {})
+    return {role: Path(os.path.normpath(Path(folder) / path)) for role, path in recorded.items()}
 
 
 # --- what an artifact is made from ------------------------------------------------------------------------
@@ -326,16 +317,17 @@ def _record(path: Path) -> dict[str, Any] | None:
 def _differences(
     then: Mapping[str, Any], now: Mapping[str, Any], completed: Completion
 ) -> dict[str, tuple[Any, Any]]:
-    """Dotted names of what differs, with the values of then and now."""
-    keys, flat = ("stage", "config", "inputs"), []
-    for record in (then, now):
-        part = {key: record[key] for key in keys}
-        with contextlib.suppress(ValueError):  # a setting that no longer exists: it differs
-            part["config"] = files.plain(completed(dict(record["config"])))
-        flat.append(_flat(part))
-    a, b = flat
-    names = {name: name.removeprefix("config.") for name in {**b, **a}}
-    return {short: (a.get(name), b.get(name)) for name, short in names.items() if a.get(name) != b.get(name)}
+    """Names of what differs (dotted) with the values of then and now."""
+    a, b = _compared(then, completed), _compared(now, completed)
+    names = [name for name in {**b, **a} if a.get(name) != b.get(name)]
+    return {name.removeprefix("config."): (a.get(name), b.get(name)) for name in names}
+
+
+def _compared(record: Mapping[str, Any], completed: Completion) -> dict[str, Any]:
+    part = {key: record[key] for key in ("stage", "config", "inputs")}
+    with contextlib.suppress(ValueError):  # a setting that no longer exists: it differs
+        part["config"] = files.plain(completed(dict(part["config"])))
+    return _flat(part)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -376,8 +368,8 @@ def _is_work(name: str) -> bool:
 
 def _is_content(name: str) -> bool:
     path = Path(name)
-    own = path.name in (files.MANIFEST, IDENTITY) or name.endswith(files.TIMES)
-    return path.suffix in CONTENT and not own and "checkpoints" not in path.parts
+    other = path.name in (files.MANIFEST, IDENTITY) or name.endswith(files.TIMES)
+    return path.suffix in CONTENT and not other and "checkpoints" not in path.parts
 
 
 def _listed(manifest: Mapping[str, Any], folder: Path) -> set[str]:

@@ -104,7 +104,8 @@ def _defaults(config_class: type) -> dict[str, Any]:
         factory = field.default_factory
         value = field.default if factory is dataclasses.MISSING else factory()
         if value is not dataclasses.MISSING:
-            found[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            group: Any = value if dataclasses.is_dataclass(value) else None
+            found[field.name] = dataclasses.asdict(group) if group else value
     return found
 
 
