@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
+from tqdm import tqdm
 
 from anyorder.contracts import AnyOrderNetwork, class_labels, require
 from anyorder.data.caches import TokenSet
 from anyorder.data.classes import map_classes
-from anyorder.files import fingerprint, read_json, read_manifest
-from anyorder.inference.device import device
+from anyorder.data.rows import slices
+from anyorder.files import RowWriter, fingerprint, read_json, read_manifest
+from anyorder.inference.device import Threads, device
 from anyorder.inference.folders import INDEX
 from anyorder.inference.weights import CONFIG, _part
 from anyorder.training.config import TrainConfig
@@ -36,6 +40,20 @@ class TrainingStage:
     def aside(self) -> tuple[str, ...]:
         """Settings that do not change what the stage writes."""
         return tuple(f"train.{name}" for name in self.train.log_settings)
+
+
+def in_batches(rows: RowWriter, n: int, size: int, what: str) -> Iterator[np.ndarray]:
+    """Numbers of the rows up to n that are not written yet, at most `size` at a time; closes the writer then.
+
+    Shows a progress bar, and adapts the number of threads.
+    """
+    bar = tqdm(total=n, initial=rows.rows, desc=what, unit="image")
+    with bar, Threads(device()) as threads:
+        for some in slices(n, size, rows.rows):
+            yield some
+            bar.update(len(some))
+            threads.step()
+    rows.close()
 
 
 def training_facts(result: TrainResult) -> dict[str, Any]:

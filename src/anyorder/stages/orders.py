@@ -9,15 +9,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from anyorder import files
 from anyorder import orders as stats
 from anyorder.contracts import AnyOrderNetwork, require
-from anyorder.data import rows as select
 from anyorder.data.caches import TokenSet
+from anyorder.data.rows import evenly_spaced
 from anyorder.data.sunsets import sun_first
-from anyorder.inference.device import Threads, device, fast_dtype
+from anyorder.inference.device import device, fast_dtype
 from anyorder.inference.weights import load_any_order
 from anyorder.method.decoding import extract_orders
 from anyorder.method.policy_config import INFERRED, PolicyConfig
@@ -77,7 +76,7 @@ class OrdersStage:
         if self.compile:
             compile_decoding(model)
         self._extract(artifact.folder, model, tokens, np.arange(n))
-        self._extract(artifact.folder, model, test, select.evenly_spaced(self.test_limit, len(test)))
+        self._extract(artifact.folder, model, test, evenly_spaced(self.test_limit, len(test)))
         written = [files.load_array(artifact.folder / f"{name}.npy") for name in _arrays(tokens)]
         orders, labels, classes = written[0].astype(np.int64), tokens.labels[:n], tokens.classes or ["all"]
         by_class = class_orders(orders, labels, len(classes))
@@ -127,23 +126,18 @@ class OrdersStage:
         """Extract the orders of some images into `folder`; a killed run resumes after its last batch."""
         rows = files.RowWriter(folder, _arrays(tokens))
         size = self.batch_size or shards.images_at_once(model, tokens.grid, self.shards)
-        bar = tqdm(total=len(images), initial=rows.rows, desc=f"{tokens.split} orders", unit="image")
-        with bar, Threads(device()) as threads:
-            for some in select.slices(len(images), size, rows.rows):
-                begin = time.perf_counter()
-                batch, labels = (x.to(device()) for x in tokens.batch(images[some]))
-                streams = Streams([self.seed + int(row) for row in images[some]], device())
-                policy = self.policy.build(tokens.grid, streams)
-                found = extract_orders(
-                    model, batch, policy, streams,
-                    condition=common.as_condition(model, tokens, labels), grid=tokens.grid,
-                )  # fmt: skip
-                seconds = np.full(len(some), (time.perf_counter() - begin) / len(some))
-                values = (found.order.cpu().numpy(), found.log_prob.float().cpu().numpy(), seconds)
-                rows.append(**dict(zip(rows.specs, values, strict=True)))
-                bar.update(len(some))
-                threads.step()
-        rows.close()
+        for some in common.in_batches(rows, len(images), size, f"{tokens.split} orders"):
+            begin = time.perf_counter()
+            batch, labels = (x.to(device()) for x in tokens.batch(images[some]))
+            streams = Streams([self.seed + int(row) for row in images[some]], device())
+            policy = self.policy.build(tokens.grid, streams)
+            found = extract_orders(
+                model, batch, policy, streams,
+                condition=common.as_condition(model, tokens, labels), grid=tokens.grid,
+            )  # fmt: skip
+            seconds = np.full(len(some), (time.perf_counter() - begin) / len(some))
+            values = (found.order.cpu().numpy(), found.log_prob.float().cpu().numpy(), seconds)
+            rows.append(**dict(zip(rows.specs, values, strict=True)))
 
 
 def _arrays(tokens: TokenSet) -> dict[str, tuple[tuple[int, ...], type]]:

@@ -9,16 +9,14 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from anyorder.contracts import class_labels, require
 from anyorder.data.caches import TokenSet
-from anyorder.data.rows import slices
 from anyorder.files import RowWriter, load_array
-from anyorder.inference.device import Threads, device
+from anyorder.inference.device import device
 from anyorder.report import figures
 from anyorder.stages.artifacts import Artifact
-from anyorder.stages.common import SHOWN, as_condition
+from anyorder.stages.common import SHOWN, as_condition, in_batches
 from anyorder.stages.generation import GeneratingStage
 
 
@@ -65,27 +63,22 @@ class SampleStage(GeneratingStage):
         conditions, per_prompt = self._conditions(tokens), self.n // max(1, len(self.prompts))
         given = tokens.without(conditions, self.hide)
         rows = _writer(artifact.folder, tokens, pipe.tokenizer.factor, conditions)
-        bar = tqdm(total=self.n, initial=rows.rows, desc=f"samples, {self.policy.label}", unit="image")
-        with bar, Threads(device()) as threads:
-            for some in slices(self.n, self.batch_size, rows.rows):
-                begin = time.perf_counter()
-                made = pipe(
-                    None, len(some), self.policy, self.guidance,
-                    [self.seed + int(row) % per_prompt for row in some],
-                    sampling=self.sampling, grid=tokens.grid,
-                    condition=as_condition(pipe.model, tokens, given[some]),
-                )  # fmt: skip
-                arrays = {name: getattr(made, name).cpu().numpy() for name in ("tokens", "order", "log_prob")}
-                rows.append(
-                    images=np.stack([np.asarray(image) for image in made.images]),
-                    labels=class_labels(conditions[some]).numpy(),
-                    seconds=np.full(len(some), (time.perf_counter() - begin) / len(some)),
-                    **arrays,
-                    **({"condition": conditions[some].numpy()} if conditions.ndim > 1 else {}),
-                )
-                bar.update(len(some))
-                threads.step()
-        rows.close()
+        for some in in_batches(rows, self.n, self.batch_size, f"samples, {self.policy.label}"):
+            begin = time.perf_counter()
+            made = pipe(
+                None, len(some), self.policy, self.guidance,
+                [self.seed + int(row) % per_prompt for row in some],
+                sampling=self.sampling, grid=tokens.grid,
+                condition=as_condition(pipe.model, tokens, given[some]),
+            )  # fmt: skip
+            arrays = {name: getattr(made, name).cpu().numpy() for name in ("tokens", "order", "log_prob")}
+            rows.append(
+                images=np.stack([np.asarray(image) for image in made.images]),
+                labels=class_labels(conditions[some]).numpy(),
+                seconds=np.full(len(some), (time.perf_counter() - begin) / len(some)),
+                **arrays,
+                **({"condition": conditions[some].numpy()} if conditions.ndim > 1 else {}),
+            )
         self._figures(artifact.folder, tokens)
         seconds = load_array(artifact.folder / "seconds.npy")
         return {

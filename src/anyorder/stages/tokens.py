@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from tqdm import tqdm
 
 from anyorder.contracts import Grid, TokenizerNetwork
 from anyorder.data.caches import TEXT, ImageSet
 from anyorder.data.captions import CaptionTokenizer, TextConfig
-from anyorder.data.rows import slices
 from anyorder.files import RowWriter, save_array, write_text
 from anyorder.inference.device import device
 from anyorder.inference.weights import load_tokenizer
 from anyorder.stages.artifacts import Artifact
+from anyorder.stages.common import in_batches
 
 
 @dataclass
@@ -78,11 +77,8 @@ class TokensStage:
         n = Grid(*(side // model.factor for side in images.size)).n
         names = {f"{split}.tokens": ((n,), np.int32), f"{split}.labels": ((), np.int64)}
         rows = RowWriter(artifact.folder, names)
-        with tqdm(total=len(images), initial=rows.rows, desc=f"{split} tokens", unit="image") as bar:
-            for some in slices(len(images), self.batch_size, rows.rows):
-                pixels, labels = images.batch(some)
-                tokens = model.encode(pixels.to(device())).cpu().numpy()
-                rows.append(**{f"{split}.tokens": tokens, f"{split}.labels": labels.numpy()})
-                bar.update(len(some))
-        rows.close()
+        for some in in_batches(rows, len(images), self.batch_size, f"{split} tokens"):
+            pixels, labels = images.batch(some)
+            tokens = model.encode(pixels.to(device())).cpu().numpy()
+            rows.append(**{f"{split}.tokens": tokens, f"{split}.labels": labels.numpy()})
         return len(images)
