@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from anyorder import files
 from anyorder.contracts import require
 from anyorder.data import caches
 from anyorder.data import rows as select
@@ -18,7 +19,6 @@ from anyorder.data.images import uint8_batches
 from anyorder.data.sunsets import causes_of
 from anyorder.evaluation import classes, memorization, metrics
 from anyorder.evaluation.features import ClassifierFeatures
-from anyorder.files import load_array, read_manifest, write_json
 from anyorder.inference.device import device
 from anyorder.inference.weights import load_any_order
 from anyorder.method.decoding import extract_orders
@@ -81,17 +81,17 @@ class EvalStage:
             common.require_made_from(self.samples, role, getattr(self, role))
         for folder in (self.tokens, self.features):
             common.require_made_from(folder, "data", self.data)
-        made = read_manifest(self.samples)
+        made = files.read_manifest(self.samples)
         prompts = f"{self.samples} was made for prompts: evaluate samples without prompts="
         require(not made["config"].get("prompts"), prompts)
         train, test = (caches.TokenSet(self.tokens, split) for split in ("train", "test"))
         extractor, reference = spaces.load_extractor(self.features), spaces.load_reference(self.features)
-        images, source = load_array(self.samples / "images.npy"), artifact.identity["inputs"]["samples"]
+        images, source = files.load_array(self.samples / "images.npy"), artifact.identity["inputs"]["samples"]
         generated = metrics.statistics(extractor, uint8_batches(images), source, "generated images")
         generated.save(artifact.folder / common.SAMPLES)
         training = spaces.training_features(self.features, extractor, caches.ImageSet(self.data)).features
         distances = (memorization.nearest_distance(x.features, training) for x in (generated, reference))
-        tokens, before = load_array(self.samples / "tokens.npy"), common.trained_before(self.model)
+        tokens, before = files.load_array(self.samples / "tokens.npy"), common.trained_before(self.model)
         found = metrics.evaluate(extractor, reference, generated, self.kid_subset_size) | {
             "policy": made["policy"],
             "scorer": self.scorer.name if self.scorer else None,
@@ -104,11 +104,11 @@ class EvalStage:
             **self._attribute_agreement(images, test),
         }
         if isinstance(extractor, ClassifierFeatures):
-            labels = torch.from_numpy(np.array(load_array(self.samples / "labels.npy")))
+            labels = torch.from_numpy(np.array(files.load_array(self.samples / "labels.npy")))
             found |= classes.class_agreement(reference.logits, generated.logits, labels)
-        if read_manifest(self.data)["config"]["source"] == "sunsets":
+        if files.read_manifest(self.data)["config"]["source"] == "sunsets":
             found["consistency"] = causes_of(np.array(images)).shares()["consistency"]
-        write_json(artifact.folder / "metrics.json", found)
+        files.write_json(artifact.folder / "metrics.json", found)
         # Times are in the manifest alone: equal samples give equal files.
         times = {
             "seconds_per_image": made["seconds_per_image"],
@@ -124,12 +124,12 @@ class EvalStage:
         if self.attribute_features is None:
             return {}
         common.require_made_from(self.attribute_features, "data", self.data)
-        name = read_manifest(self.attribute_features)["config"].get("label") or "of the class"
+        name = files.read_manifest(self.attribute_features)["config"].get("label") or "of the class"
         column = index_of(name, list(test.attributes), "attribute")
         extractor = spaces.load_extractor(self.attribute_features)
         reference = spaces.load_reference(self.attribute_features)
         logits = torch.cat([extractor(batch)[1].cpu() for batch in uint8_batches(images)])
-        asked = torch.from_numpy(np.array(load_array(self.samples / "condition.npy")[:, 1 + column]))
+        asked = torch.from_numpy(np.array(files.load_array(self.samples / "condition.npy")[:, 1 + column]))
         true = torch.from_numpy(test.further[:, column].astype(np.int64))
         return {
             "attribute": name,
@@ -155,7 +155,7 @@ class EvalStage:
             return {"nll": None, "bits_per_dim": None}
         rows, hidden = select.evenly_spaced(self.nll_images, len(test)), made["config"].get("hide", ())
         means = self._mean_nll(policy, exact, test, rows, hidden)
-        h, w = read_manifest(test.folder)["image_size"]
+        h, w = files.read_manifest(test.folder)["image_size"]
         bits = metrics.bits_per_dim(means.get("bound", means["nll"]), test.grid.n, 3 * h * w)
         shared = {"bits_per_dim": bits, "nll_images": len(rows)}
         if exact:

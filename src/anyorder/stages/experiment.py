@@ -58,7 +58,8 @@ class Experiment:
         stale: set[Path] = set()
         for name, (kind, stage) in self.stages.items():
             current = not stale & set(_inputs(stage)) and _is_current(self.out / name, kind, stage)
-            stale |= set() if current else {self.out / name}
+            if not current:
+                stale.add(self.out / name)
             lines.append(f"{'up to date' if current else 'to run':10}  {kind:9}  {self.out / name}")
         return lines
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from anyorder import orders as static
 from anyorder.contracts import AnyOrderNetwork, require
@@ -26,12 +26,11 @@ from anyorder.method.sampling import Streams
 from anyorder.models import transformer
 from anyorder.report import figures
 from anyorder.stages import artifacts, common
-from anyorder.training import lora
+from anyorder.training import lora, order_sources
 from anyorder.training.config import TrainConfig
-from anyorder.training.order_sources import OnlineOrders, Source, flagged, mixed_orders
 from anyorder.training.trainer import train
 
-Measured = tuple[Tensor, Tensor, Tensor]
+Measured = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Tokens (n, N), conditions (n, ...) and orders (n, N) that a likelihood is measured on."""
 MEASURED = 512
 """Images that are measured during training."""
@@ -130,8 +129,8 @@ class TrainStage(common.TrainingStage):
         if cache is not None:
             caches.check_tokens(cache, tokens)
         source = self._source(artifact.folder, tokens, cache)
-        online = source if isinstance(source, OnlineOrders) else None
-        orders = mixed_orders(source, tokens.grid, self._random_share, self.jitter)
+        online = source if isinstance(source, order_sources.OnlineOrders) else None
+        orders = order_sources.mixed_orders(source, tokens.grid, self._random_share, self.jitter)
 
         def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
             batch, labels = map(_without_waiting, tokens.batch(rows))
@@ -210,22 +209,24 @@ class TrainStage(common.TrainingStage):
 
     # --- the orders to train on -------------------------------------------------------------------------
 
-    def _source(self, folder: Path, tokens: caches.TokenSet, cache: caches.OrderSet | None) -> Source:
+    def _source(
+        self, folder: Path, tokens: caches.TokenSet, cache: caches.OrderSet | None
+    ) -> order_sources.Source:
         if self.online is not None:
             per_step = self.train.batch_size * self.train.accumulation
-            return OnlineOrders(
+            return order_sources.OnlineOrders(
                 folder, tokens, self.online, self.online_every, per_step, warm=self.init is not None
             )
         if cache is not None and self.orders_as == "class_mean":
-            return lambda rows, *_: flagged(cache.of_classes(tokens.batch(rows)[1]), True)
+            return lambda rows, *_: order_sources.flagged(cache.of_classes(tokens.batch(rows)[1]), True)
         if cache is not None:
-            return lambda rows, *_: flagged(cache.batch(rows), True)
+            return lambda rows, *_: order_sources.flagged(cache.batch(rows), True)
         if self.order == "random":
-            return lambda rows, step, generator: flagged(
+            return lambda rows, step, generator: order_sources.flagged(
                 static.random_orders(len(rows), tokens.grid, generator), False
             )
         fixed = static.static_order(self.order, tokens.grid)
-        return lambda rows, *_: flagged(fixed.expand(len(rows), -1), True)
+        return lambda rows, *_: order_sources.flagged(fixed.expand(len(rows), -1), True)
 
     def _random_share(self, step: int) -> float:
         end = self.random_share if self.random_share_end is None else self.random_share_end
@@ -245,7 +246,7 @@ class TrainStage(common.TrainingStage):
         batch, condition = tokens.batch(rows)
         return batch, condition, cache.batch(rows) if own else cache.of_classes(condition)
 
-    def _general_orders(self, tokens: caches.TokenSet, n: int) -> Tensor:
+    def _general_orders(self, tokens: caches.TokenSet, n: int) -> torch.Tensor:
         """The static order of training for n images, or random ones."""
         if self.order == "random":
             return static.random_orders(n, tokens.grid, torch.Generator().manual_seed(0))
@@ -286,7 +287,7 @@ def _mean_nll(model: nn.Module, data: Measured) -> dict[str, float]:
     return {name: float(value.mean()) for name, value in found.items()}
 
 
-def _without_waiting(x: Tensor) -> Tensor:
+def _without_waiting(x: torch.Tensor) -> torch.Tensor:
     """On the device; a GPU copies it from pinned memory while the host continues."""
     return x.pin_memory().to(device(), non_blocking=True) if device().type != x.device.type else x
 
