@@ -43,10 +43,7 @@ class TrainingStage:
 
 
 def in_batches(rows: RowWriter, n: int, size: int, what: str) -> Iterator[np.ndarray]:
-    """Numbers of the rows up to n that are not written yet, at most `size` at a time; closes the writer then.
-
-    Shows a progress bar, and adapts the number of threads.
-    """
+    """Rows below n that are not written yet, at most `size` at a time; shows a bar, closes the writer."""
     bar = tqdm(total=n, initial=rows.rows, desc=what, unit="image")
     with bar, Threads(device()) as threads:
         for some in slices(n, size, rows.rows):
@@ -94,15 +91,9 @@ def known_classes(folder: Path, tokens: TokenSet, count: int) -> list[int | None
 
 
 def require_trained_on(folder: Path, tokens: TokenSet, *, adapted: bool = False) -> None:
-    """Refuse a model for tokens that it was not trained on; a converted one must have their codebook's size.
+    """A ValueError for a model that was not trained on these tokens; a converted one must know as many.
 
-    Args:
-        folder: of the model.
-        tokens: the tokens it is used with.
-        adapted: a converted model is to get their classes; else a warning says where labels are left out.
-
-    Raises:
-        ValueError: it was made from other tokens, or has another number of them.
+    Unless a converted model is to be `adapted` to their classes, a warning says where labels are left out.
     """
     if not is_converted(folder):
         return require_made_from(folder, "tokens", tokens.folder)

@@ -148,15 +148,9 @@ def _arrays(tokens: TokenSet) -> dict[str, tuple[tuple[int, ...], type]]:
 
 
 def class_orders(orders: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """One order for each class: positions by their mean rank over its images, ties in raster order.
+    """One order for each class, (classes, N) uint16: positions by their mean rank, ties in raster order.
 
-    Args:
-        orders: (n, N) int64.
-        labels: (n,) int64 in [0, classes).
-        classes: how many; a class without images gets the order of all images.
-
-    Returns:
-        (classes, N) uint16.
+    Takes orders (n, N) int64 and labels (n,) in [0, classes); a class without images gets the mean of all.
     """
     rank = orders.argsort(axis=1)
     members = [labels == c for c in range(classes)]

@@ -46,18 +46,10 @@ def share_out(
 ) -> None:
     """Do `work` in `count` parts that any number of processes share, and join its arrays row by row.
 
-    Each process takes the parts that no other is working on, then those that others left unfinished. A
-    process that is killed releases its part, and the next one resumes it.
-
-    Args:
-        folder: where the joined arrays go; the parts are worked on in folders below it.
-        split: begins the names of these folders.
-        count: number of parts.
-        names: each part has an array NAME.npy for each of them.
-        work: does part i or the rest of it in a folder; does nothing if it is done.
-
-    Raises:
-        ValueError: the system has no `flock`.
+    `work` does part i, or the rest of it, in a folder (SPLIT-i-of-COUNT below `folder`), and writes NAME.npy
+    there for each of the `names`. Each process takes the parts that no other is working on, then those that others left
+    unfinished. A process that is killed releases its part, and the next one resumes it. A ValueError says
+    where the system has no `flock`.
     """
     if count == 1:
         return work(0, folder)

@@ -31,13 +31,7 @@ class Checkpoints:
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write the state after `step`, then prune older ones and any later ones (found damaged, or undone).
 
-        Args:
-            step: number of the step, in [0, 10^8).
-            tensors: by name, on any device.
-            facts: what else the run needs to resume; JSON-able.
-
-        Raises:
-            OSError: the disk is full; earlier states stay.
+        `facts`, JSON-able, are what else the run needs to resume. After an OSError earlier states are intact.
         """
         self._sweep()
         final = self.folder / f"step-{step:08d}"

@@ -84,11 +84,7 @@ class TrainConfig:
             raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
 
     def require_watched(self, evaluated: Collection[str]) -> None:
-        """Refuse a `patience` that watches what is not `evaluated`.
-
-        Raises:
-            ValueError: lists the evaluated names.
-        """
+        """A ValueError if `patience` watches what is not `evaluated`."""
         if self.patience and self.watch not in evaluated:
             raise ValueError(f"watch={self.watch} is not evaluated: choose one of {', '.join(evaluated)}")
 
@@ -117,13 +113,9 @@ def _shuffled(seed: int, epoch: int, examples: int) -> np.ndarray:
 
 
 def batch_indices(seed: int, batch: int, size: int, examples: int) -> np.ndarray:
-    """Examples of a batch, (size,) int64: batches are cut from one endless row of shuffled epochs.
+    """Examples of a batch, (size,) int64: batches, from 0, are cut from one endless row of shuffled epochs.
 
-    Args:
-        seed: of the run.
-        batch: number of the batch, from 0.
-        size: examples in a batch; may exceed `examples`.
-        examples: in an epoch, each of them once.
+    An epoch has each of the `examples` once; `size` may exceed their number.
     """
     epochs, offsets = np.divmod(np.arange(batch * size, (batch + 1) * size), examples)
     touched = range(epochs[0], epochs[-1] + 1)

@@ -57,12 +57,7 @@ class LowRank(nn.Module):
 
 
 def add_low_rank(model: AnyOrderNetwork, rank: int) -> None:
-    """Freeze a model, except for low-rank updates of its matrices, its class table and its location head.
-
-    Args:
-        model: changed in place.
-        rank: r, >= 1.
-    """
+    """Freeze a model but for its class table, its location head and updates of rank >= 1 of its matrices."""
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         if name.partition(".")[0] == "location":
@@ -74,10 +69,7 @@ def add_low_rank(model: AnyOrderNetwork, rank: int) -> None:
 
 
 def merge_low_rank(model: nn.Module) -> None:
-    """Add the updates to the weights, in place: what is left is an ordinary model.
-
-    Copies made with the updates share their classes, and are of no use afterwards.
-    """
+    """Add the updates to the weights, in place; copies made with the updates are of no use afterwards."""
     for module in model.modules():
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)

@@ -33,13 +33,9 @@ def flagged(orders: Tensor, known: bool) -> tuple[Tensor, Tensor]:
 
 
 def mixed_orders(source: Source, grid: Grid, share: Callable[[int], float], jitter: float) -> Source:
-    """Orders of a source with noise on their ranks, and random ones among them.
+    """Orders of a source, with random ones among them, by a probability that `share` gives for each step.
 
-    Args:
-        source: where they come from.
-        grid: of the tokens.
-        share: step to the probability of a random order.
-        jitter: deviation of the Gaussian noise, in steps.
+    `jitter` is the deviation in steps of Gaussian noise on the ranks of the source's orders.
     """
 
     def orders(rows: np.ndarray, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -69,15 +65,9 @@ class OnlineOrders:
     def __init__(
         self, folder: Path, tokens: TokenSet, policy: PolicyConfig, every: int, batch_size: int, *, warm: bool
     ):
-        """Orders for the images of `tokens`, in `folder`/online.
+        """Orders for the images of `tokens`, in `folder`/online; with `batch_size` examples in a step.
 
-        Args:
-            folder: of the training.
-            tokens: the training split.
-            policy: how orders are extracted.
-            every: epochs in a round, at least 1.
-            batch_size: examples in a step.
-            warm: whether the model can score from the start; otherwise orders are random in the first round.
+        `warm`: the model can score from the start; otherwise orders are random in the first round.
         """
         self.folder, self.tokens, self.policy = folder / "online", tokens, policy
         self.steps, self.warm = math.ceil(len(tokens) * every / batch_size), warm
