@@ -140,13 +140,11 @@ class EvalStage:
     def _likelihood(self, made: dict[str, Any], test: caches.TokenSet) -> dict[str, Any]:
         """Cross-entropy of test images under the order policy of the samples, nats per token.
 
-        `nll`: token-blind policies without location noise, and fixed and random orders. p(x) is then a
-        product of the model's conditionals along an order that the image determines: exact. Random orders
-        (`nll_is_bound`): exact for the order, and an upper bound on -log p(x) of the samples' density, a
-        mixture over orders. Tokens generated in parallel are conditioned on earlier steps only.
-        `bound` = `bound_tokens` + `bound_location`: samples of a location head. -log q(order, x) of one order
-        is an upper bound on -log p(x); the order is the greedy maximum of q. None where the locations are
-        sampled at another temperature or by another model.
+        `nll` is exact for fixed orders and token-blind policies without location noise: p(x) is a product of
+        conditionals along an order that the image determines, of earlier steps where several tokens are
+        generated at once. For random orders it bounds -log p(x), a mixture over orders (`nll_is_bound`).
+        `bound` = `bound_tokens` + `bound_location` of a location head: -log q(order, x) of the greedily most
+        likely order bounds -log p(x). None where another model or temperature samples the locations.
         """
         policy = parse(PolicyConfig, read_stored(PolicyConfig, made["config"]["policy"]))
         exact = policy.token_blind and (policy.deterministic or policy.order == "random")

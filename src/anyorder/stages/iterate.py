@@ -69,10 +69,12 @@ class IterateStage(TrainingStage):
         """Write `round-N/{orders,model}`, and the model of the best round."""
         history: list[dict[str, Any]] = []
         model, best = self.model, 0
-        while len(history) < self.rounds and (not history or len(history) - 1 - best < self.patience):
-            model = self._round(artifact.folder / f"round-{len(history) + 1}", model, len(history))
+        for done in range(self.rounds):
+            model = self._round(artifact.folder / f"round-{done + 1}", model, done)
             history.append(_facts(model))
             best = min(range(len(history)), key=lambda i: history[i]["test_bound"])
+            if done - best >= self.patience:
+                break
         winner = artifact.folder / f"round-{best + 1}" / "model"
         for name in (CONFIG, WEIGHTS):
             with atomic(artifact.folder / name) as temporary:

@@ -47,9 +47,11 @@ def share_out(
     """Do `work` in `count` parts that any number of processes share, and join its arrays row by row.
 
     `work` does part i, or the rest of it, in a folder (SPLIT-i-of-COUNT below `folder`), and writes NAME.npy
-    there for each of the `names`. Each process takes the parts that no other is working on, then those that others left
-    unfinished. A process that is killed releases its part, and the next one resumes it. A ValueError says
-    where the system has no `flock`.
+    there for each of the `names`. Each process takes the parts that no other is working on, then those that
+    others left unfinished. A process that is killed releases its part, and the next one resumes it.
+
+    Raises:
+        ValueError: the system has no `flock`.
     """
     if count == 1:
         return work(0, folder)
