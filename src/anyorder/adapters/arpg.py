@@ -125,6 +125,8 @@ class ARPG(PublishedModel):
     Rows of `embeddings`: V codes, the mask, the classes, the null class, and one that is not used here.
     """
 
+    decoders = 2
+
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         even = config.depth % 2 == 0
@@ -142,9 +144,6 @@ class ARPG(PublishedModel):
         """Logits (B, M, V) of the positions with the rotations (B, M, D / H / 2)."""
         queries = self.embeddings.weight[self.vocab_size].expand(*factors.shape[:2], -1)
         return self.head(self.norm(self.layers.ask(queries, factors, read)))
-
-    def _cache_size(self, n: int) -> tuple[int, int]:
-        return len(self.layers.self_dec), n + 1
 
     def _teacher_forced(self, tokens: Tensor, labels: Tensor, order: Tensor, rotations: Tensor) -> Tensor:
         seen = order[:, :-1]

@@ -75,6 +75,8 @@ class PublishedModel(AnyOrderNetwork):
     """What the adapters share: labels, rotations, checks, the start of a pass and of decoding."""
 
     config: GPTConfig
+    decoders, inputs = 1, 1
+    """Decoders that share the blocks, the first of which has a cache; inputs that it holds per position."""
 
     def __init__(self, config: GPTConfig):
         """Build from a configuration; weights come from the global random generator."""
@@ -96,23 +98,15 @@ class PublishedModel(AnyOrderNetwork):
         return self._teacher_forced(tokens, labels, order, self._rotations(grid))
 
     def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> Any:
-        """The state before anything is revealed, with a cache of O(depth * B * N * D).
-
-        Raises:
-            ValueError: labels out of range.
-        """
+        """The state before anything is revealed: O(depth * B * N * D); refuses labels out of range."""
         labels = self._labels(batch_size, condition, check=True)
         layers.pack(self, batch_size)
-        depth, length = self._cache_size((grid or self.grid).n)
+        depth, length = self.config.depth // self.decoders, self.inputs * (grid or self.grid).n + 1
         size = (depth, batch_size, self.config.heads, length, self.config.width)
         return self._start(labels, self._rotations(grid), Cache.empty(self._weight, *size))
 
     def _teacher_forced(self, tokens: Tensor, labels: Tensor, order: Tensor, rotations: Tensor) -> Tensor:
         """Logits (B, N, V), from checked labels (B,) and the rotations (N + 1, D / H / 2) of the grid."""
-        raise NotImplementedError
-
-    def _cache_size(self, n: int) -> tuple[int, int]:
-        """Layers of the cache, and inputs that it holds for `n` positions."""
         raise NotImplementedError
 
     def _start(self, labels: Tensor, rotations: Tensor, cache: Cache) -> Any:

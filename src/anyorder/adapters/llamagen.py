@@ -115,9 +115,6 @@ class State(attention.DecodingState):
 class LlamaGen(GPT):
     """p(x_i | x_<i, c) in raster order, behind the any-order contract: every other order is refused."""
 
-    def _cache_size(self, n: int) -> tuple[int, int]:
-        return len(self.layers), n + 1
-
     def _teacher_forced(self, tokens: Tensor, labels: Tensor, order: Tensor, rotations: Tensor) -> Tensor:
         _require_raster(order, 0)
         x = torch.cat((self.cls_embedding(labels), self.tok_embeddings(tokens[:, :-1])), dim=1)

@@ -35,6 +35,8 @@ class State(attention.DecodingState):
 class RandAR(GPT):
     """p(x[pi_i] | x[pi_<i], pi_<=i, c) for any order pi."""
 
+    inputs = 2
+
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.pos_instruct_embeddings = nn.Parameter(0.02 * torch.randn(1, config.width))
@@ -43,9 +45,6 @@ class RandAR(GPT):
         """Query tokens (B, M, D) of positions with the rotations (B, M, D / H / 2)."""
         x = self.pos_instruct_embeddings.expand(*factors.shape[:2], -1)
         return attention.merge_heads(rotate(attention.split_heads(x, self.config.heads), factors))
-
-    def _cache_size(self, n: int) -> tuple[int, int]:
-        return len(self.layers), 2 * n + 1
 
     def _teacher_forced(self, tokens: Tensor, labels: Tensor, order: Tensor, rotations: Tensor) -> Tensor:
         factors, seen = rotations[order], self.tok_embeddings(tokens.gather(1, order))

@@ -48,10 +48,7 @@ def causal_behind(length: int, q: Tensor, keys: Tensor, values: Tensor) -> Tenso
 
 
 def attend_with_total(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of (B, H, M, D / H) to L visible keys, and the log-sum-exp of its scores.
-
-    By that (B, H, M, 1) float32, it can be merged with attention to more keys.
-    """
+    """Attention (B, H, M, D / H) to L visible keys, and log-sum-exp (B, H, M, 1) float32 of its scores."""
     fused = None if q.requires_grad else _fused(q, k, v)  # the kernels' log-sum-exp has no gradient
     if fused is not None:
         return fused[0], fused[1][..., None]
@@ -142,8 +139,8 @@ def _extend(keys: Tensor, values: Tensor, begin: int, joint: bool, q: Tensor, k:
 class Candidates:
     """One layer's attention of candidates that see the cache and themselves, but not one another.
 
-    Both parts are merged by their log-sum-exps, so that neither a mask nor a repeated cache exists. Keys and
-    values wait in free slots, from where `Cache.keep` takes the chosen one.
+    Both parts are merged by their log-sum-exps, without a mask or a repeated cache. Keys and values wait in
+    free slots, from where `Cache.keep` takes the chosen one.
     """
 
     keys: Tensor

@@ -33,21 +33,17 @@ def bucket(m: int) -> int:
 def compile_decoding(model: Any, *, backend: str | Callable[..., Any] = "inductor") -> None:
     """Decode with compiled code from now on, where no gradients are asked for and the model evaluates.
 
-    Candidates are padded to `bucket` many; for each bucket and number of images, code that all blocks share
-    is made when first needed, which takes seconds; PyTorch keeps it on disk. On a GPU it becomes CUDA graphs,
-    which hold the activations of their bucket. Results are those of eager code up to rounding.
-
-    Args:
-        model: an `AnyOrderTransformer`, on the device that it is to run on; a ValueError refuses others.
-        backend: of `torch.compile`; the default one needs a compiler, see `require_compiler`.
+    For each `bucket` of candidates and number of images, code that all blocks share is made when first
+    needed, which takes seconds; on a GPU it becomes CUDA graphs. Results are those of eager code up to
+    rounding. A ValueError refuses other models than an `AnyOrderTransformer`, on the device it is to run on.
     """
     refused = f"compile=true is for models trained here, not for a {type(model).__name__}: leave compile out"
     require(isinstance(model, AnyOrderTransformer), refused)
-    device = model.head.weight.device
+    device, options = model.head.weight.device, {}
     if backend == "inductor":
         require_compiler(device)
-    graphs = backend == "inductor" and device.type == "cuda"
-    model.compiled = CompiledBlocks(backend=backend, **({"mode": "reduce-overhead"} if graphs else {}))
+        options = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
+    model.compiled = CompiledBlocks(backend=backend, **options)
 
 
 def require_compiler(device: torch.device) -> None:
@@ -55,8 +51,8 @@ def require_compiler(device: torch.device) -> None:
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     missing = f"compile=true needs a C++ compiler on the CPU, there is no {compiler}"
     instead = "install it, name another one in CXX, or leave compile out"
-    require(device.type != "cpu" or shutil.which(compiler) is not None, f"{missing}: {instead}")
-    triton = device.type != "cuda" or importlib.util.find_spec("triton") is not None
+    require(device.type != "cpu" or bool(shutil.which(compiler)), f"{missing}: {instead}")
+    triton = device.type != "cuda" or bool(importlib.util.find_spec("triton"))
     require(triton, "compile=true needs Triton on a GPU: install it, or leave compile out")
 
 
@@ -64,14 +60,12 @@ class CompiledBlocks:
     """Runs blocks one after another, with compiled code for everything but attention."""
 
     def __init__(self, **options: Any):
-        """`options` are those of `torch.compile`."""
         # 8 shapes by default, further ones run eagerly; under these names PyTorch 2.6 knows the limits, too.
         for limit in ("cache_size_limit", "accumulated_cache_size_limit"):
             setattr(torch._dynamo.config, limit, max(1024, getattr(torch._dynamo.config, limit)))
-        pieces: tuple[Callable[..., Any], ...] = (Block.before, _between, _leave)
-        self._enter, self._between, self._leave = (
-            torch.compile(piece, dynamic=False, **options) for piece in pieces
-        )
+        self._enter = torch.compile(Block.before, dynamic=False, **options)
+        self._between = torch.compile(_between, dynamic=False, **options)
+        self._leave = torch.compile(_leave, dynamic=False, **options)
 
     @staticmethod
     def pad(positions: Tensor) -> Tensor:
@@ -103,9 +97,7 @@ def _plain(x: Tensor) -> Tensor:
     return x.contiguous().view(-1).view(x.shape)
 
 
-def _between(
-    block: Block, following: Block, rotation: Rotation | None, x: Tensor, *attended: Tensor
-) -> tuple[Tensor, ...]:
+def _between(block: Block, following: Block, rotation: Any, x: Tensor, *attended: Tensor) -> Any:
     x = _after(block, x, *attended)
     return x, *following.before(x, rotation)
 

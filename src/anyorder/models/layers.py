@@ -21,9 +21,8 @@ this build of PyTorch has the two private oneDNN operators that `pack` and `Line
 class Linear(nn.Linear):
     """As `nn.Linear`, with the same state dict; between `pack` and `unpack` fast with few rows on a CPU.
 
-    The plain product rearranges the weight at every call. While a model decodes, the weights do not change,
-    so a copy in oneDNN's layout is made once: sampling 4 or 16 images at once with 24 million parameters, in
-    one thread, is 1.2 times as fast; one image in a fixed order gains nothing.
+    The plain product rearranges the weight at every call, the packed copy is made once. With 24 million
+    parameters in one thread, 4 or 16 images in a fixed order are 1.2 times as fast; one gains nothing.
     """
 
     packed: Tensor | None = None
@@ -49,11 +48,10 @@ class Linear(nn.Linear):
 
 
 def pack(model: nn.Module, rows: int) -> None:
-    """Pack the weights of a model that begins to decode; `unpack` and `train` drop the copies.
+    """Pack the float32 weights of a model that begins to decode up to `FEW` rows on a CPU, without gradients.
 
     A model calls this when decoding starts, and `unpack` when anything else runs: weights that have changed
-    by then are never met by an old copy. Does nothing but drop older copies in training, with gradients, on
-    a GPU, in other dtypes than float32, or with more than `FEW` rows.
+    by then are never met by an old copy.
     """
     unpack(model)
     private = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -77,8 +75,8 @@ def unpack(model: nn.Module) -> None:
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, as of `nn.RMSNorm`.
 
-    PyTorch 2.13 has fused kernels on CUDA and `torch.compile` fuses on any device, but eagerly on the CPU the
-    backward pass is that of the single operations: three times the time of the formula written out here.
+    PyTorch 2.13 is fused on CUDA and by `torch.compile`, but eagerly on the CPU its backward pass takes three
+    times the time of the formula written out here.
     """
 
     eps: float

@@ -41,8 +41,7 @@ class Architecture:
     heads: int = 4
     """Number of attention heads, H."""
     next_position: Literal["relative", "absolute", "none"] = "relative"
-    """How an input says where the next patch is: by its displacement (as in the paper), by its position, or
-    not at all, which can only learn one fixed order (ablation)."""
+    """How an input says where the next patch is: by displacement (the paper), position, or not (ablation)."""
     current_position: Literal["absolute", "none"] = "absolute"
     """How an input says where its own patch is: by its position, or not at all (ablation)."""
     class_at: Literal["first", "every"] = "first"
@@ -58,8 +57,7 @@ class Architecture:
     label_dropout: float = 0.1
     """Share of images whose whole condition is hidden in training, in [0, 1); guidance needs more than 0."""
     part_dropout: float = 0.3
-    """Share of classes, of each attribute and of captions hidden one by one in training, in [0, 1), so that
-    any of them may be left out; only for conditions of several parts."""
+    """Share of each part of a several-part condition hidden in training, in [0, 1); any may be left out."""
     location: bool = False
     """Add a head that predicts the next position, besides the token: order and content as one model."""
     location_gradient: bool = True
@@ -238,14 +236,11 @@ class AnyOrderTransformer(AnyOrderNetwork):
     def joint(
         self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Teacher-forced content and location: q(order, x) = prod q(position) q(token | position).
+        """Teacher-forced content and location; arguments and errors as of `forward`.
 
         Returns:
-            Logits (B, N, V) as of `forward`, which takes the same arguments, and log-probabilities (B, N, N)
-            float32 nats of each position to be next, -inf where it is revealed already.
-
-        Raises:
-            ValueError: the model has no location head, or as of `forward`.
+            Logits (B, N, V), and log-probabilities (B, N, N) float32 nats of each position to be next, -inf
+            where it is revealed already.
         """
         grid, head = grid or self.grid, self._location_head()
         start, prefix = self._condition(len(tokens), condition)
@@ -295,10 +290,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
     def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> State:
         """A cache of O(depth * B * (P + N) * D) that holds the prefix only; the class is pending.
 
-        Weights must not change while it is used, see `layers.pack`.
-
-        Raises:
-            ValueError: labels, attributes or caption tokens out of range.
+        Weights must not change while it is used, see `layers.pack`. Refuses conditions out of range.
         """
         grid, config = grid or self.grid, self.config
         layers.pack(self if self.compiled is None else self.head, batch_size)
