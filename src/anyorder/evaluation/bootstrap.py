@@ -82,9 +82,8 @@ def compare(
 def resample_counts(n: int, resamples: int, generator: torch.Generator) -> Tensor:
     """How often each of n images is in each resample, (1 + resamples, n) float64; row 0 is the set itself."""
     rows = torch.randint(n, (resamples, n), generator=generator)
-    counts = torch.zeros(resamples, n, dtype=torch.float64)
-    counts.scatter_add_(1, rows, torch.ones(rows.shape).double())
-    return torch.cat([torch.ones(1, n, dtype=torch.float64), counts])
+    counts = [torch.bincount(row, minlength=n) for row in rows]
+    return torch.stack([torch.ones(n, dtype=torch.int64), *counts]).double()
 
 
 def _metrics(real: FeatureStatistics, fake: FeatureStatistics, counts: Tensor) -> dict[str, Tensor]:

@@ -303,9 +303,13 @@ def evaluate(
     """
     real, fake = _resolve(extractor, real, "real images"), _resolve(extractor, fake, "generated images")
     distance = frechet_distance(real.gaussian, fake.gaussian)
-    subset_size = min(kid_subset_size, real.n, fake.n)
+    n = min(real.n, fake.n)
+    subset_size = min(kid_subset_size, n)
     kid, kid_std = kernel_distance(real.features, fake.features, subset_size=subset_size, seed=seed)
     score, score_std = inception_score(fake.logits, splits=min(10, fake.n), seed=seed)
+    shape = f"{n} images in {extractor.dim} dimensions"
+    biased = f"{extractor.metric} from {shape} is strongly biased upwards."
+    shrunk = f"KID subsets shrunk from {kid_subset_size} to {n} images."
     return {
         "fid" if extractor.metric == "FID" else "fd": distance,
         "kid": kid,
@@ -318,7 +322,7 @@ def evaluate(
         "kid_subset_size": subset_size,
         "extractor": extractor.name,
         "metric_name": extractor.metric,
-        "notes": _notes(extractor, min(real.n, fake.n), kid_subset_size),
+        "notes": [biased] * (n <= extractor.dim) + [shrunk] * (subset_size < kid_subset_size),
     }
 
 
@@ -333,12 +337,3 @@ def _resolve(
             f"'{extractor.name}': compute them again with this extractor"
         )
     return images
-
-
-def _notes(extractor: FeatureExtractor, n: int, kid_subset_size: int) -> list[str]:
-    name, dim, notes = extractor.metric, extractor.dim, []
-    if n <= dim:
-        notes.append(f"{name} from {n} images in {dim} dimensions is strongly biased upwards.")
-    if n < kid_subset_size:
-        notes.append(f"KID subsets shrunk from {kid_subset_size} to {n} images.")
-    return notes

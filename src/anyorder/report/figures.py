@@ -7,6 +7,7 @@ matplotlib is imported where it is used, and never through pyplot, which keeps s
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -225,17 +226,13 @@ def save_animation(
 def styled_figure(width: float, height: float, dpi: int = 160) -> Iterator[Figure]:
     """A matplotlib figure in the house style, without pyplot; sizes in inches."""
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure
+        yield Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
 def rendered(figure: Figure) -> Image.Image:
     """The figure as an RGB image."""
-    figure.canvas.draw()
-    pixels = np.asarray(figure.canvas.buffer_rgba())  # type: ignore[attr-defined]
-    return Image.fromarray(pixels[..., :3].copy())
+    figure.savefig(buffer := io.BytesIO(), format="png")
+    return Image.open(buffer).convert("RGB")
