@@ -34,14 +34,13 @@ def parse(
     """Build a configuration from nested values and overrides; the later one wins, defaults fill the rest.
 
     Args:
-        config_class: dataclass whose fields are bools, numbers, strings, paths, `Literal`s, tuples, lists
-            and dicts of these, any of them `| None`, or dataclasses again.
-        values: nested mapping, as a YAML file holds it; dotted keys are understood too.
+        config_class: dataclass of bools, numbers, strings, paths, `Literal`s, tuples, lists and dicts of
+            these, any of them `| None`, or dataclasses again.
+        values: nested mapping; dotted keys are understood too.
         overrides: texts like `train.steps=100`, `size=[32,32]`, `size=32,32`, `bf16=false`, `ema=null`.
 
     Raises:
-        ValueError: unknown key (with the closest known ones), bad value (with the type expected), missing
-            required setting, or whatever a `__post_init__` refuses, prefixed with its group.
+        ValueError: unknown key, bad value, missing setting, or what a `__post_init__` refuses; it says where.
     """
     settings = _settings(config_class)
     given, texts = _flatten(values or {}, settings), dict(map(_split, overrides))
@@ -103,7 +102,8 @@ def describe(config_class: type) -> str:
     for key, field in _settings(config_class).items():
         value = "..." if field.required else json.dumps(field.default, default=str)
         lines.append(f"{key}={value}  ({_name(field.hint)}{', required' if field.required else ''})")
-        lines += textwrap.wrap(field.doc, 100, initial_indent="    ", subsequent_indent="    ")
+        doc = _docs(field.owner).get(field.name, "")
+        lines += textwrap.wrap(doc, 100, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
 
 
@@ -117,11 +117,11 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
 
 
 class _Field(NamedTuple):
+    owner: type
     name: str
     group: Any  # the nested dataclass, None if the field is a setting
     hint: Any
     default: Any
-    doc: str
 
     @property
     def required(self) -> bool:
@@ -130,13 +130,13 @@ class _Field(NamedTuple):
 
 def _fields(config_class: type, base: Any = None) -> list[_Field]:
     """Required fields first, then those of a subclass before its base; `base` may hold other defaults."""
-    found, hints, docs = [], typing.get_type_hints(config_class), _docs(config_class)
+    found, hints = [], typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         default = field.default if field.default_factory is MISSING else field.default_factory()
         default = getattr(base, field.name) if dataclasses.is_dataclass(base) else default
         inner = _required(hints[field.name])
         group = inner if dataclasses.is_dataclass(inner) else None
-        found.append(_Field(field.name, group, hints[field.name], default, docs.get(field.name, "")))
+        found.append(_Field(config_class, field.name, group, hints[field.name], default))
     names = [name for cls in config_class.__mro__ for name in inspect.get_annotations(cls)]
     return sorted(found, key=lambda field: (not field.required, names.index(field.name)))
 
@@ -250,9 +250,10 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
 
 def _items(text: str, mapping: bool) -> Any:
     """The texts in a text: `a, b`, `[a, b]`, `a: b` or `{a: b}`."""
-    if mapping or text.startswith(("[", "{")):
-        return yaml.load(text if text.startswith(("[", "{")) else f"{{{text}}}", yaml.BaseLoader)
-    return [item.strip() for item in next(csv.reader([text], skipinitialspace=True), [])]
+    bare = not text.startswith(("[", "{"))
+    if bare and not mapping:
+        return [item.strip() for item in next(csv.reader([text], skipinitialspace=True), [])]
+    return yaml.load(f"{{{text}}}" if bare else text, yaml.BaseLoader)
 
 
 @functools.cache
