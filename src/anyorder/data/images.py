@@ -36,10 +36,10 @@ GENERATE = 128
 """Grey values of a mask from here on are generated."""
 _GAP = 3.0  # how much larger than needed a cheap first reduction may leave the image; 3 is visually lossless
 _ORIENTATION_TAG = 0x0112
-_UPRIGHT = (
+_UPRIGHT = dict(enumerate((
     "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90",
-)  # fmt: skip
-"""What undoes the EXIF orientations from 2 on."""
+), start=2))  # fmt: skip
+"""EXIF orientation -> what undoes it."""
 _PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 
@@ -173,9 +173,9 @@ def suffixes() -> set[str]:
 
 def _upright(image: Image.Image, fill: Color) -> Image.Image:
     image.load()
-    orientation = 1
+    orientation = None
     with contextlib.suppress(Exception):  # broken EXIF is no reason to lose a whole image
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+        orientation = image.getexif().get(_ORIENTATION_TAG)
     if image.mode == "F" or image.mode.startswith("I"):
         image = _from_samples(image)
     profile = image.info.get("icc_profile")
@@ -185,9 +185,8 @@ def _upright(image: Image.Image, fill: Color) -> Image.Image:
         image = Image.composite(_rgb(layer.convert("RGB"), profile), behind, layer.getchannel("A"))
     else:
         image = _rgb(image, profile)
-    if orientation not in range(2, 9):
-        return image
-    return image.transpose(Image.Transpose[_UPRIGHT[orientation - 2]])
+    undo = _UPRIGHT.get(orientation or 1)
+    return image.transpose(Image.Transpose[undo]) if undo else image
 
 
 def _rgb(image: Image.Image, profile: bytes | None) -> Image.Image:

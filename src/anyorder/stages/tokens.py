@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from anyorder.contracts import Grid, TokenizerNetwork
+from anyorder.contracts import Grid, TokenizerNetwork, require
 from anyorder.data.caches import TEXT, ImageSet
 from anyorder.data.captions import CaptionTokenizer, TextConfig
 from anyorder.files import RowWriter, save_array, write_text
@@ -34,14 +34,15 @@ class TokensStage:
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `{train,test}.{tokens,labels}.npy`, and what the data have of `{attributes,captions}.npy`."""
-        further = self._conditions(artifact)
-        model = load_tokenizer(self.tokenizer)
-        examples = sum(self._encode(model, split, artifact) for split in ("train", "test"))
-        images = ImageSet(self.data)
-        grid = [side // model.factor for side in images.size]
+        sets = [ImageSet(self.data, split) for split in ("train", "test")]
+        further = self._conditions(sets, artifact)
+        model, images = load_tokenizer(self.tokenizer), sets[0]
+        grid = Grid(*(side // model.factor for side in images.size))
+        for each in sets:
+            self._encode(model, each, grid.n, artifact)
         return {
-            "examples": examples,
-            "grid": grid,
+            "examples": sum(map(len, sets)),
+            "grid": [grid.h, grid.w],
             "vocab_size": model.vocab_size,
             "classes": images.classes,
             "image_size": list(images.size),
@@ -50,10 +51,9 @@ class TokensStage:
             **further,
         }
 
-    def _conditions(self, artifact: Artifact) -> dict[str, Any]:
+    def _conditions(self, sets: list[ImageSet], artifact: Artifact) -> dict[str, Any]:
         """Write attributes and caption tokens of both splits; facts for the manifest."""
         (artifact.folder / TEXT).unlink(missing_ok=True)  # of an earlier configuration
-        sets = [ImageSet(self.data, split) for split in ("train", "test")]
         facts: dict[str, Any] = {}
         if sets[0].attributes:
             facts["attributes"] = sets[0].attributes
@@ -61,8 +61,8 @@ class TokensStage:
                 save_array(artifact.folder / f"{images.split}.attributes.npy", images.attribute_values())
         captions = [images.captions() for images in sets]
         if captions[0] is None:
-            if self.text != TextConfig():
-                raise ValueError(f"{self.data} has no captions: leave out text.*, or run data with captions=")
+            mend = "leave out text.*, or run data with captions="
+            require(self.text == TextConfig(), f"{self.data} has no captions: {mend}")
             return facts
         tokenizer = CaptionTokenizer.train(captions[0], self.text.vocab_size)
         write_text(artifact.folder / TEXT, tokenizer.definition)
@@ -71,14 +71,12 @@ class TokensStage:
             save_array(artifact.folder / f"{images.split}.captions.npy", tokens)
         return facts | {"text": {"vocab_size": tokenizer.vocab_size, "length": self.text.length}}
 
-    def _encode(self, model: TokenizerNetwork, split: str, artifact: Artifact) -> int:
-        """Encode one split, going on where a killed run stopped; the number of images."""
-        images = ImageSet(self.data, split)
-        n = Grid(*(side // model.factor for side in images.size)).n
+    def _encode(self, model: TokenizerNetwork, images: ImageSet, n: int, artifact: Artifact) -> None:
+        """Encode one split as n tokens each, going on where a killed run stopped."""
+        split = images.split
         names = {f"{split}.tokens": ((n,), np.int32), f"{split}.labels": ((), np.int64)}
         rows = RowWriter(artifact.folder, names)
         for some in in_batches(rows, len(images), self.batch_size, f"{split} tokens"):
             pixels, labels = images.batch(some)
             tokens = model.encode(pixels.to(device())).cpu().numpy()
             rows.append(**{f"{split}.tokens": tokens, f"{split}.labels": labels.numpy()})
-        return len(images)
