@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from anyorder.data import images as images_module
-from anyorder.data import ingest as ingest_module
 from anyorder.data.images import BadImage, load_image
 from anyorder.data.ingest import ingest
 from anyorder.data.sources import Columns, FolderSource, open_source
@@ -423,12 +422,12 @@ def test_finished_split_is_not_decoded_again(tmp_path, monkeypatch):
             raise RuntimeError("killed")
         return load_image(image, *args, **options)
 
-    monkeypatch.setattr(ingest_module, "load_image", lambda *a, **k: load(*a, dying=True, **k))
+    monkeypatch.setattr(images_module, "load_image", lambda *a, **k: load(*a, dying=True, **k))
     with pytest.raises(RuntimeError, match="killed"):
         ingest(source, tmp_path / "out", SIZE)
     assert "train" in decoded
     decoded.clear()
-    monkeypatch.setattr(ingest_module, "load_image", lambda *a, **k: load(*a, dying=False, **k))
+    monkeypatch.setattr(images_module, "load_image", lambda *a, **k: load(*a, dying=False, **k))
     assert ingest(source, tmp_path / "out", SIZE)["counts"] == {"train": 3, "test": 3}
     assert decoded == ["test"] * 3
     decoded.clear()

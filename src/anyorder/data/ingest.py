@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from anyorder import files
 from anyorder.contracts import require
-from anyorder.data.images import MAX_PIXELS, WHITE, BadImage, Color, Size, check_format, load_image
+from anyorder.data import images
 from anyorder.data.sources import UNKNOWN, Item, Source
-from anyorder.files import RowWriter, read_json, write_json
 
 SPLITS = ("train", "test")
 _BLOCK = 256  # images in memory at a time
@@ -37,10 +37,10 @@ def _facts(skipped: Skipped) -> dict[str, Any]:
 def ingest(
     source: Source,
     folder: str | Path,
-    size: Size,
+    size: images.Size,
     fit: str = "crop",
-    fill: Color = WHITE,
-    max_pixels: int = MAX_PIXELS,
+    fill: images.Color = images.WHITE,
+    max_pixels: int = images.MAX_PIXELS,
     max_train: int | None = None,
     max_test: int | None = None,
     max_skipped: float = 0.5,
@@ -68,7 +68,7 @@ def ingest(
     Raises:
         ValueError: no image of a split could be used, too many were skipped, or an argument is not allowed.
     """
-    check_format(size, fit)
+    images.check_format(size, fit)
     limits = f"max_train and max_test must not be negative, got {max_train} and {max_test}"
     require(min(max_train or 0, max_test or 0) >= 0, limits)
     decoding = {"size": size, "fit": fit, "fill": fill, "max_pixels": max_pixels}
@@ -79,10 +79,10 @@ def ingest(
     for split, limit in zip(SPLITS, (max_train, max_test), strict=True):
         done = Path(folder) / f"{split}.partial"  # the suffix makes Artifact drop it with other old work
         settings = repr((source, decoding, limit))
-        if not (done.is_file() and read_json(done)["settings"] == settings):
+        if not (done.is_file() and files.read_json(done)["settings"] == settings):
             count, skipped = _ingest_split(source, Path(folder), split, limit, classes, attributes, decoding)
-            write_json(done, {"settings": settings, "count": count, "skipped": skipped})
-        result = read_json(done)
+            files.write_json(done, {"settings": settings, "count": count, "skipped": skipped})
+        result = files.read_json(done)
         facts["counts"][split], facts["skipped"][split] = result["count"], result["skipped"]
     _report(facts, max_skipped)
     for split in SPLITS:
@@ -125,18 +125,18 @@ def _ingest_split(
     for name in arrays:
         for ending in ("npy", "npy.partial"):  # of a killed run; nothing else, it may be the user's
             (folder / f"{split}.{name}.{ending}").unlink(missing_ok=True)
-    writer = RowWriter(folder, {f"{split}.{name}": kind for name, kind in arrays.items()})
+    writer = files.RowWriter(folder, {f"{split}.{name}": kind for name, kind in arrays.items()})
     index = {name: i for i, name in enumerate(classes)}
     codes = [{value: i for i, value in enumerate(values)} for values in attributes.values()]
     skipped: Skipped = []
     captions: list[str] = []
 
-    def read(item: Item) -> dict[str, Any] | BadImage:
-        if isinstance(item.image, BadImage):
+    def read(item: Item) -> dict[str, Any] | images.BadImage:
+        if isinstance(item.image, images.BadImage):
             return item.image
         try:
-            found = {"images": load_image(item.image, **decoding), "labels": _label(item.label, index)}
-        except BadImage as e:
+            found = {"images": images.load_image(item.image, **decoding), "labels": _label(item.label, index)}
+        except images.BadImage as e:
             return e
         values = zip(codes, item.attributes, strict=True)
         return found | {"attributes": [code.get(value, -1) if value else -1 for code, value in values]}
@@ -149,9 +149,9 @@ def _ingest_split(
     with ThreadPool(os.cpu_count()) as pool, tqdm(total=taken, desc=f"{split} images", unit="image") as bar:
         while block := list(islice(items, _BLOCK)):
             results = pool.map(read, block, chunksize=8)
-            good = [r for r in results if not isinstance(r, BadImage)]
+            good = [r for r in results if not isinstance(r, images.BadImage)]
             for item, result in zip(block, results, strict=True):
-                if isinstance(result, BadImage):
+                if isinstance(result, images.BadImage):
                     skipped.append((item.name, result.kind, result.detail))
                 else:
                     captions.append(item.caption or "")
@@ -163,7 +163,7 @@ def _ingest_split(
     require(writer.rows > 0 or (split == "test" and not skipped), unused)
     writer.close()
     if source.columns.caption:
-        write_json(folder / f"{split}.captions.json", captions)
+        files.write_json(folder / f"{split}.captions.json", captions)
     return writer.rows, _facts(skipped)
 
 
@@ -171,7 +171,7 @@ def _label(label: str | None, index: dict[str, int]) -> int:
     if not index:
         return 0
     if label is None:
-        raise BadImage("no label", "the other images have one")
+        raise images.BadImage("no label", "the other images have one")
     if label not in index:
-        raise BadImage("unknown label", f"{label!r} does not occur in the train split")
+        raise images.BadImage("unknown label", f"{label!r} does not occur in the train split")
     return index[label]

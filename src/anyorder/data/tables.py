@@ -16,20 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from anyorder.contracts import require
-from anyorder.data import listing
+from anyorder.data import listing, sources
 from anyorder.data.images import BadImage
-from anyorder.data.sources import NO_COLUMNS, Columns, Item, Parts, Source
 
 
 @dataclass(frozen=True)
-class ParquetSource(Source):
+class ParquetSource(sources.Source):
     """Parquet files with a Hugging Face `Image` column (a struct of `bytes` and `path`).
 
     Files or their folders named like splits (`train*`, `test*`, `val*`, `dev*`, ...) are the splits.
     """
 
     path: Path
-    columns: Columns = NO_COLUMNS
+    columns: sources.Columns = sources.NO_COLUMNS
     test_fraction: float = 0.1
 
     @property
@@ -37,10 +36,10 @@ class ParquetSource(Source):
         return self.path.parent if self.path.is_file() else self.path
 
     @cached_property
-    def _parts(self) -> Parts:
+    def _parts(self) -> sources.Parts:
         if self.path.is_file():
             return {"train": [self.path.name]}
-        splits: Parts = defaultdict(list)
+        splits: sources.Parts = defaultdict(list)
         for name in listing.list_files(self.path).files:
             if name.endswith(".parquet"):
                 splits[listing.split_of_file(name)].append(name)
@@ -69,7 +68,7 @@ class ParquetSource(Source):
             _check_column(column, file.schema_arrow.names, self._root / part)
             return _described(file.schema_arrow, column)
 
-    def _read(self, part: str, with_images: bool) -> Iterator[Item]:
+    def _read(self, part: str, with_images: bool) -> Iterator[sources.Item]:
         columns, path = self.columns, self._root / part
         with self._open(part) as file:
             image = _image_column(file.schema_arrow, columns.image, path)
@@ -80,11 +79,11 @@ class ParquetSource(Source):
 
 
 @dataclass(frozen=True)
-class HubSource(Source):
+class HubSource(sources.Source):
     """A Hugging Face data set, by its id; needs the extra `data`."""
 
     name: str
-    columns: Columns = NO_COLUMNS
+    columns: sources.Columns = sources.NO_COLUMNS
     test_fraction: float = 0.1
 
     @cached_property
@@ -104,7 +103,7 @@ class HubSource(Source):
         return {s: t.cast_column(self._image_of(t), undecoded) for s, t in tables.items()}
 
     @cached_property
-    def _parts(self) -> Parts:
+    def _parts(self) -> sources.Parts:
         kinds: dict[str | None, str] = {}
         for name in self._tables:
             kinds.setdefault(listing.split_of_file(name), name)
@@ -128,7 +127,7 @@ class HubSource(Source):
         require(bool(images), f"the data set has no Image column; it has {', '.join(table.features)}")
         return _chosen(self.columns.image, images, self.name)
 
-    def _read(self, part: str, with_images: bool) -> Iterator[Item]:
+    def _read(self, part: str, with_images: bool) -> Iterator[sources.Item]:
         columns, table = self.columns, self._tables[part]
         image = self._image_of(table)
         names = {column: self._names(part, column) for column in columns.texts}
@@ -140,18 +139,20 @@ class HubSource(Source):
 def _items(
     rows: Iterable[dict[str, Any]],
     image: str,
-    columns: Columns,
+    columns: sources.Columns,
     names: dict[str, list[str] | None],
     part: str,
     where: str | Path,
     root: Path,
-) -> Iterator[Item]:
+) -> Iterator[sources.Item]:
     """The items of a part of a data set; paths of images must not leave `root`."""
     for i, row in enumerate(rows):
         texts = {column: _text(row[column], names[column], column, where) for column in columns.texts}
         label, caption = texts.get(columns.label or ""), texts.get(columns.caption or "")
         attributes = tuple(texts[column] or None for column in columns.attributes)
-        yield Item(_image(row.get(image), part, root), label or None, f"{part}#{i}", attributes, caption)
+        yield sources.Item(
+            _image(row.get(image), part, root), label or None, f"{part}#{i}", attributes, caption
+        )
 
 
 def _image(value: Any, part: str, root: Path) -> bytes | Path | BadImage:
