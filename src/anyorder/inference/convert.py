@@ -44,14 +44,9 @@ def build(
     heads: int = 0,
     joint_steps: bool = False,
 ) -> Any:
-    """The model of a downloaded file, on the CPU and in evaluation mode.
+    """The model of a downloaded .pt, .pth, .bin or .safetensors, on the CPU and in evaluation mode.
 
-    Args:
-        path: .pt, .pth, .bin or .safetensors.
-        kind: a published kind of `families.REGISTRY`; auto looks at the tensors.
-        grid: rows and columns of patches in training.
-        heads: number of attention heads; 0: as published for the width.
-        joint_steps: see `GPTConfig`.
+    Settings as of the command `anyorder convert`.
 
     Raises:
         FileNotFoundError: no such file.

@@ -64,7 +64,7 @@ class Parts:
 
 
 def save_parts(folder: str | Path, parts: Parts) -> None:
-    """Write `pipeline.json`, `model/`, `tokenizer/`, and what else there is: scorer, orders, vocabulary."""
+    """Write `pipeline.json`, `model/` and `tokenizer/`, and if given scorer, orders and vocabulary."""
     folder, vocabulary = Path(folder), parts.vocabulary
     (folder / CLASS_ORDERS).unlink(missing_ok=True)  # of an older pipeline in the same folder
     if parts.class_orders is not None:

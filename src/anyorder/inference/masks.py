@@ -67,11 +67,7 @@ def _read_masks(masks: Any, n: int, size: tuple[int, int]) -> np.ndarray:
 
 
 def box_mask(box: Sequence[int], size: tuple[int, int]) -> np.ndarray:
-    """A mask (H, W) bool of `size` (height, width) with a rectangle to generate, see `Box`.
-
-    Raises:
-        ValueError: the box is empty or leaves the image.
-    """
+    """A mask (H, W) bool of `size` (height, width) with a rectangle to generate, see `Box`."""
     h, w = size
     left, top, right, bottom = box if len(box) == 4 else (0, 0, 0, 0)
     text = f"box must be left,top,right,bottom, got {','.join(map(str, box))}: "
@@ -91,17 +87,10 @@ def shaped_mask(name: str, size: tuple[int, int]) -> np.ndarray:
 
 
 def canvas(images: np.ndarray, mask: Any, padding: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
-    """The images on a larger canvas, if `padding` says so, and what is to be generated of it.
+    """Images (B, H, W, 3) uint8 with `padding` (see `Padding`), and what to generate of them, (B, H, W) bool.
 
-    Args:
-        images: (B, H, W, 3) uint8.
-        mask: a path or Pillow image (white is generated, black and transparent are kept), a bool or uint8
-            array (H, W), or several as a list or array; None: nothing of the images.
-        padding: see `Padding`, or None.
-
-    Returns:
-        The canvas (B, top + H + bottom, left + W + right, 3) uint8, black around the images, and the mask
-        (B, ...) bool of the same size, True around them.
+    The mask is a path or Pillow image (white is generated, black and transparent are kept), a bool or uint8
+    array (H, W), or several as a list or array; None: only the padding is generated, which is black.
 
     Raises:
         ValueError: nothing to generate, or a mask or padding that does not fit.

@@ -52,7 +52,7 @@ class ImageRequest:
     condition: Tensor | None = None
     """Instead of labels, prompt and attributes: (B,) or (B, 1 + A + L) int64, see `contracts`."""
 
-    # What follows reads the fields; each raises a ValueError of one line where their values make no sense.
+    # The members below raise a ValueError where the fields make no sense.
 
     @property
     def guidance(self) -> GuidanceConfig:

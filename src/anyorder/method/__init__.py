@@ -1,1 +1,1 @@
-"""The method: order policies, the one decoding loop, draws and confidence scores, guidance, the loss."""
+"""The method: order policies, the one decoding loop, sampling and confidence scores, guidance, the loss."""

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from anyorder.contracts import AnyOrderModel, Grid, Progress, Step, Trace, require
-from anyorder.method import sampling as draws
+from anyorder.method import sampling as sampler
 from anyorder.method.guidance import rating_log_probs
 from anyorder.method.policy_config import Order, make_policy
 from anyorder.method.sampling import Sampling, Streams
 
 Content = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(positions (B, M), log-probabilities (B, M, V), uniform (B, M)) -> tokens (B, M)."""
-
 ROWS = {"cpu": 2**10, "cuda": 2**14}
 """Candidates of all images together that are scored at once. On a CPU, 512 to 2048 were measured to be as
 fast, 256 slower."""
@@ -32,16 +31,13 @@ LOGITS = 2**26
 class GenerationOptions(TypedDict, total=False):
     """Keyword arguments of `generate` and of all functions that call it; every one may be left out."""
 
-    condition: Tensor | None
-    """(B,) class labels or (B, 1 + A + L), see `contracts`; integers. None: unconditional."""
-    grid: Grid | None
-    """The grid to generate on; by default the one that the model was trained on."""
-    sampling: Sampling
-    """Temperature and truncation of sampled tokens."""
+    condition: Tensor | None  #: (B,) class labels or (B, 1 + A + L) integers, see `contracts`.
+    grid: Grid | None  #: The grid to generate on; by default the one that the model was trained on.
+    sampling: Sampling  #: Temperature and truncation of sampled tokens.
+    #: The scoring model, which decides where; by default the generator. Unused by fixed orders.
     scorer: AnyOrderModel | None
-    """The scoring model, which decides where; by default the generator. Unused by fixed orders."""
+    #: Candidates per image that are scored at once; by default as many as `ROWS` and `LOGITS` allow.
     chunk: int | None
-    """Candidates per image that are scored at once; by default as many as `ROWS` and `LOGITS` allow."""
 
 
 @torch.no_grad()
@@ -90,7 +86,7 @@ def generate(
     def content(positions: Tensor, log_p: Tensor, uniform: Tensor) -> Tensor:
         if targets is not None:
             return targets.gather(1, positions)
-        return draws.sample_tokens(draws.truncate(log_p, sampling), uniform)
+        return sampler.sample_tokens(sampler.truncate(log_p, sampling), uniform)
 
     condition = None if condition is None else condition.to(streams.device, torch.int64)
     states = [each.start(len(streams), condition, grid) for each in models]
@@ -161,7 +157,7 @@ def score_candidates(
             if content
             else torch.zeros_like(positions)
         )
-        log_prob = draws.token_likelihood(log_p, tokens)
+        log_prob = sampler.token_likelihood(log_p, tokens)
         parts.append((tokens, log_prob, rate(rating_log_probs(state, log_p), tokens) if rate else log_prob))
     tokens, log_prob, ratings = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     return tokens, log_prob, ratings
@@ -191,7 +187,7 @@ def expected_information(
         fork = model.append(fork, position, rating_log_probs(fork, log_p).argmax(-1))
         others = (~revealed.scatter(1, position, True)).nonzero()[:, 1].view(len(position), -1)
         unused = torch.zeros_like(revealed, dtype=torch.float32)
-        after = -score_candidates(model, fork, others, None, unused, draws.entropy, chunk)[2].sum(1, True)
+        after = -score_candidates(model, fork, others, None, unused, sampler.entropy, chunk)[2].sum(1, True)
         gains.append(entropies.sum(1, True) - entropies.gather(1, column) - after)
     return positions, torch.cat(gains, dim=1)
 
@@ -200,9 +196,6 @@ def _chunk(model: AnyOrderModel, positions: Tensor) -> int:
     """Candidates per image and call: B * chunk within `ROWS`, B * chunk * V within `LOGITS`."""
     rows = min(ROWS.get(positions.device.type, 2**12), LOGITS // model.vocab_size)
     return max(1, rows // len(positions))
-
-
-# --- whole images -----------------------------------------------------------------------------------------
 
 
 def trace(steps: Iterable[Step], known: tuple[Tensor, Tensor] | None = None) -> Trace:
@@ -230,15 +223,9 @@ def extract_orders(
 ) -> Trace:
     """Recover the order in which the model itself would reveal each image (OAR v1, Sec. 3).
 
-    Args:
-        model: any-order model; the log-probabilities of the result are of the true tokens under it.
-        tokens: (B, N) integers, raster order.
-        order: where to go; "token_likelihood" is the paper's rule.
-        streams: only needed for noise; seeds 0..B-1 by default.
-        **options: see `GenerationOptions`.
-
-    Raises:
-        ValueError: tokens of another length than the grid.
+    Takes tokens (B, N) in raster order; order "token_likelihood" is the paper's rule; streams matter only for
+    noise, seeds 0..B-1 by default. The log-probabilities are those of the true tokens. A ValueError refuses
+    tokens of another length than the grid; other arguments and errors as of `generate`.
     """
     streams = streams or Streams(range(len(tokens)), tokens.device)
     tokens = _checked(tokens, options.get("grid") or model.grid, streams)
@@ -255,16 +242,8 @@ def complete(
 ) -> Trace:
     """Generate what is missing: in- and outpainting without retraining (OAR v2).
 
-    Args:
-        model: any-order model.
-        tokens: (B, N) integers, raster order; what stands at unknown positions is ignored.
-        known: (B, N) bool; rows may know different numbers of positions.
-        order: where to go, for the open positions.
-        streams: one random stream per image.
-        **options: see `GenerationOptions`.
-
-    Raises:
-        ValueError: `known` of another shape than `tokens`, tokens of another length than the grid.
+    Takes tokens (B, N) in raster order, ignored where unknown, and known (B, N) bool; rows may know different
+    numbers of positions. A ValueError refuses shapes that do not fit; the rest as of `generate`.
     """
     message = f"known must be bool of shape {tuple(tokens.shape)}, got {known.dtype} {tuple(known.shape)}"
     require(known.shape == tokens.shape and known.dtype == torch.bool, message)

@@ -19,8 +19,7 @@ class GuidanceConfig:
     """How strongly samples follow their condition."""
 
     scale: float = 1.0
-    """1 is no guidance, larger follows the condition more closely and varies less; the final scale for
-    schedules that grow."""
+    """1 is no guidance, larger follows the condition more closely; the final scale of schedules that grow."""
     schedule: Schedule = "constant"
     """Constant, or growing from 1 to the scale: linearly, or by a power-cosine."""
     power: float = 2.75

@@ -45,7 +45,7 @@ class PipelineStage:
     orders: Path | None = None
     """Order cache that holds the orders of the classes, for policy.order=class_mean."""
     policy: PolicyConfig | None = None
-    """Order that the pipeline uses unless told otherwise; by default the one of the samples, else entropy."""
+    """Order unless a call gives another; by default the one of the samples, else entropy."""
 
     def __post_init__(self) -> None:
         text = "say what to put together: give samples=FOLDER or model=FOLDER"
