@@ -41,6 +41,16 @@ def validate(order: Tensor, grid: Grid) -> Tensor:
 # --- static orders -------------------------------------------------------------------------------------
 
 
+def raster(grid: Grid) -> list[int]:
+    """Left to right, top to bottom."""
+    return list(range(grid.n))
+
+
+def column(grid: Grid) -> list[int]:
+    """Top to bottom, left to right."""
+    return [r * grid.w + c for c in range(grid.w) for r in range(grid.h)]
+
+
 def snake(grid: Grid) -> list[int]:
     """Raster with every other row reversed, so that each step goes to a neighbour."""
     return [r * grid.w + (c if r % 2 == 0 else grid.w - 1 - c) for r in range(grid.h) for c in range(grid.w)]
@@ -54,6 +64,16 @@ def spiral_in(grid: Grid) -> list[int]:
         path += rows.pop(0)
         rows = [list(column) for column in zip(*rows, strict=True)][::-1]  # turn the rest to the left
     return path
+
+
+def spiral_out(grid: Grid) -> list[int]:
+    """From the middle outwards; `spiral_in` backwards."""
+    return spiral_in(grid)[::-1]
+
+
+def diagonal(grid: Grid) -> list[int]:
+    """Anti-diagonals from the top-left corner."""
+    return sorted(range(grid.n), key=lambda p: (p // grid.w + p % grid.w, p))
 
 
 def hilbert(grid: Grid) -> list[int]:
@@ -118,15 +138,8 @@ def subsample(grid: Grid) -> list[int]:
 
 
 STATIC: dict[str, Callable[[Grid], list[int]]] = {
-    "raster": lambda grid: list(range(grid.n)),
-    "column": lambda grid: [r * grid.w + c for c in range(grid.w) for r in range(grid.h)],
-    "snake": snake,
-    "spiral_in": spiral_in,
-    "spiral_out": lambda grid: spiral_in(grid)[::-1],
-    "diagonal": lambda grid: sorted(range(grid.n), key=lambda p: (p // grid.w + p % grid.w, p)),
-    "hilbert": hilbert,
-    "halton": halton,
-    "subsample": subsample,
+    f.__name__: f
+    for f in (raster, column, snake, spiral_in, spiral_out, diagonal, hilbert, halton, subsample)
 }
 """Orders that are the same for every image, by name."""
 
