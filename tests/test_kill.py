@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -109,7 +110,10 @@ def fork(folder, out, log, arm=lambda: None):
         )
         if after:
             after()
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 

@@ -151,24 +151,24 @@ class Artifact:
 
     def _lock(self, shared: bool) -> None:
         """Keep other processes out. The folder itself is locked, so a crash leaves no lock behind."""
-        self._descriptor = os.open(self.folder, os.O_RDONLY)
-        self._alone = False
-        # Sharers open the folder one after another; who comes later joins those that are at work.
-        for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH) * 50 if shared else (fcntl.LOCK_EX,):
-            try:
-                fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
+        self._descriptor, self._alone = os.open(self.folder, os.O_RDONLY), False
+        for _ in range(100):
+            # Sharers open the folder one after another; who comes later joins those that are at work.
+            for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH) if shared else (fcntl.LOCK_EX,):
+                try:
+                    fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    return  # a file system without locks
                 self._alone = kind == fcntl.LOCK_EX
                 return
-            except BlockingIOError:
-                time.sleep(0.05 if shared else 0)
-            except OSError:
-                return  # a file system without locks
-        self._unlock()
-        for _ in range(100):  # it says who it is right after it has locked
-            if (self.folder / IDENTITY).is_file():
+            who = (_record(self.folder / IDENTITY) or {}).get("writer")
+            if who and not shared:
                 break
-            time.sleep(0.02)
-        who = (_record(self.folder / IDENTITY) or {}).get("writer", "another process")
+            time.sleep(0.05)  # it says who it is right after it has locked
+        self._unlock()
+        who = who or "another process"
         raise ValueError(f"{self.folder} is being written by {who}: wait for it, or choose another out=")
 
     def _unlock(self) -> None:
