@@ -48,7 +48,7 @@ class Checkpoints:
             _sync(self.folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        self._prune(final)
+        self.prune(step)
 
     def load_latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
         """The newest intact state as (step, tensors, facts), or None if there never was one.
@@ -73,9 +73,10 @@ class Checkpoints:
     def _folders(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"))
 
-    def _prune(self, newest: Path) -> None:
+    def prune(self, step: int) -> None:
+        """Keep the state after `step` and those before it, `keep` in all."""
         folders = self._folders()
-        end = folders.index(newest) + 1
+        end = folders.index(self.folder / f"step-{step:08d}") + 1
         for folder in set(folders) - set(folders[max(0, end - self.keep) : end]):
             shutil.rmtree(folder)
 

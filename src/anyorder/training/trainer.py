@@ -331,6 +331,7 @@ class Trainer:
             setattr(self, name, facts[name])
         self.threads = Threads(self.device, facts.get("threads"))
         self.clock = time.perf_counter()
+        self.checkpoints.prune(self.step_number)  # a kill may have come between saving and pruning
 
     def _weights(self) -> dict[str, Tensor]:
         return {f"{name}.{k}": t for name, m in self.modules.items() for k, t in m.state_dict().items()}
