@@ -277,7 +277,9 @@ def test_a_second_conversion_is_up_to_date_until_the_file_changes(tmp_path, capl
     changed = maskgit_vq()
     changed.quantize.embedding.weight.data += 1
     download(tmp_path, changed)
-    convert(config, out)
+    with pytest.raises(ValueError, match="overwrite=true"):
+        convert(config, out)
+    convert(config, out, overwrite=True)
     assert_same(load_model(out), changed)
     assert caplog.text.count("is up to date") == 1
 

@@ -142,9 +142,9 @@ def convert(call: Call) -> str:
             "anyorder convert SOURCE DEST [key=value ...]"
         )
     (source, out), call.paths = call.paths, []
-    config = call.parse(source=source)
+    overwrite, config = call.flag("overwrite"), call.parse(source=source)
     if not call.show(config, out):
-        convert(config, Path(out).expanduser())
+        convert(config, Path(out).expanduser(), overwrite=overwrite)
     return (
         f"{out}; next: anyorder sample pipeline={out} out=FOLDER, if it has a tokenizer, or anyorder tokens"
     )

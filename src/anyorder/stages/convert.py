@@ -42,12 +42,12 @@ class ConvertConfig:
     """The order that the pipeline generates in; random by default, raster for LlamaGen."""
 
 
-def convert(config: ConvertConfig, out: Path) -> None:
-    """Write the folder, unless it is up to date.
+def convert(config: ConvertConfig, out: Path, *, overwrite: bool = False) -> None:
+    """Write the folder, unless it is up to date; `overwrite` replaces what was made with other settings or files.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a file of a known model, or parts that do not fit.
+        ValueError: not a file of a known model, parts that do not fit, or another conversion is in the folder.
     """
     identity = {**dataclasses.asdict(config), "sha256": _hashes(config)}
     if Artifact.is_current(out, "convert", identity, {}):
@@ -62,7 +62,7 @@ def convert(config: ConvertConfig, out: Path) -> None:
     if config.tokenizer is not None:
         require(any_order, f"{config.source} is a tokenizer itself: leave tokenizer= out")
         parts = combine(model, read_tokenizer(config.tokenizer), config.policy)
-    artifact = Artifact(out, "convert", identity, {}, overwrite=True)
+    artifact = Artifact(out, "convert", identity, {}, overwrite=overwrite)
     if parts is None:
         (out / INDEX).unlink(missing_ok=True)  # of an earlier conversion to a pipeline
         save_model(out, model, model.config, kind_of(model))
