@@ -10,7 +10,7 @@ from anyorder.contracts import AnyOrderNetwork, require
 from anyorder.families import kind_of
 from anyorder.files import fingerprint, sha256
 from anyorder.inference.convert import build, combine, read_tokenizer, require_file
-from anyorder.inference.folders import INDEX, save_parts
+from anyorder.inference.folders import save_parts
 from anyorder.inference.weights import log, save_model
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.stages.artifacts import Artifact
@@ -43,11 +43,11 @@ class ConvertConfig:
 
 
 def convert(config: ConvertConfig, out: Path, *, overwrite: bool = False) -> None:
-    """Write the folder, unless it is up to date; `overwrite` replaces what was made with other settings or files.
+    """Write the folder, unless it is up to date; `overwrite` replaces another conversion.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a file of a known model, parts that do not fit, or another conversion is in the folder.
+        ValueError: not a file of a known model, parts that do not fit, or another conversion is there.
     """
     identity = {**dataclasses.asdict(config), "sha256": _hashes(config)}
     if Artifact.is_current(out, "convert", identity, {}):
@@ -64,7 +64,6 @@ def convert(config: ConvertConfig, out: Path, *, overwrite: bool = False) -> Non
         parts = combine(model, read_tokenizer(config.tokenizer), config.policy)
     artifact = Artifact(out, "convert", identity, {}, overwrite=overwrite)
     if parts is None:
-        (out / INDEX).unlink(missing_ok=True)  # of an earlier conversion to a pipeline
         save_model(out, model, model.config, kind_of(model))
     else:
         save_parts(out, parts)
