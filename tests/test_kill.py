@@ -248,13 +248,17 @@ def kill(folder, out, target, known, rng, kind):
 
 def two_at_once(folder):
     """One wins, whoever begins; the other says who holds the folder, and may try again."""
-    known, rng = facts(folder), random.Random(0)
-    for i, share in enumerate((0.0, 0.0, rng.uniform(0, 0.5), rng.uniform(0.5, 0.9))):
+    facts(folder)
+    for i, target in enumerate(("", "", "features", "iterate")):  # what is begun when the second one starts
         out, logs = folder / f"both-{i}", [folder / f"both-{i}-{j}.log" for j in range(2)]
-        pids = [fork(folder, out, logs[0])]
-        time.sleep(share * sum(known["seconds"].values()))
+        begun, at_child = os.pipe()
+        pids = [fork(folder, out, logs[0], lambda x=(out, target, 0, at_child): Watch(*x) and None)]
+        os.close(at_child)
+        if target:
+            os.read(begun, 1)
         pids.append(fork(folder, out, logs[1]))
         codes = [wait(pid) for pid in pids]
+        os.close(begun)
         assert sorted(codes) == [0, 2], [log.read_text()[-1000:] for log in logs]
         winner, said = pids[codes.index(0)], logs[codes.index(2)].read_text()
         assert re.search(rf"error: .* is being written by process {winner} on \S+ since 20", said), said[
