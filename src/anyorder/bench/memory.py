@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
@@ -16,13 +17,15 @@ from anyorder.bench.workloads import Subject
 from anyorder.contracts import Grid
 from anyorder.method.decoding import generate, sample
 from anyorder.method.policies import InferredOrder
+from anyorder.models.layers import unpack
 from anyorder.models.transformer import AnyOrderTransformer, State
 
 MIB = 2**20
 
 
 def peak_memory(subject: Subject, sides: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Measured and counted memory, a row per grid of side x side patches; weights are not part of it.
+    """Measured and counted memory, a row per grid of side x side patches; weights are not
+    part of it, their copies that decoding packs are.
 
     Returns:
         positions: N.
@@ -32,7 +35,7 @@ def peak_memory(subject: Subject, sides: tuple[int, ...]) -> list[dict[str, Any]
         chunk (MiB): float32 logits of one chunk, O(B C V); a few of these are alive at once.
     """
     rows = []
-    # A first run may arrange weights anew (`models.layers`): that is no memory of sampling.
+    # A first run may allocate what stays: that is no memory of sampling.
     subject.without_gradients(lambda: sample(subject.model, "raster", subject.streams, grid=Grid(1, 2)))()
     for side in sides:
         grid, config = Grid(side, side), subject.config
@@ -79,6 +82,8 @@ def _peak(subject: Subject, grid: Grid, known: int, steps: int) -> int:
         run = generate(model, InferredOrder(), subject.streams, grid=grid, known=given, chunk=chunk)
         list(islice(run, steps))
 
+    # Copies of weights from an earlier run would be freed in between; those of this run are counted.
+    unpack(subject.model)
     measure = _peak_of_gpu if subject.device.type == "cuda" else _peak_of_cpu
     return measure(subject.without_gradients(some_steps))
 
@@ -92,6 +97,7 @@ def _peak_of_gpu(work: Callable[[], Any]) -> int:
 
 def _peak_of_cpu(work: Callable[[], Any]) -> int:
     """Most bytes that `work` allocates and has alive at once, for tensors and within kernels."""
+    gc.collect()  # what others left must not be freed, and counted, in between
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would announce its start and stop
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profiler:
