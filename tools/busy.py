@@ -61,6 +61,7 @@ def sampling() -> Callable[[], int]:
 
 def rate(name: str, seconds: float) -> float:
     """Items per second, from the second step on: what happens once is not counted, trials of threads are."""
+    import anyorder  # noqa: F401, I001 - before torch, as the command does: it sets how long threads spin
     import torch
 
     from anyorder.inference.device import Threads
