@@ -108,7 +108,7 @@ def test_order_set(tmp_path, tokens):
     assert batch.dtype == torch.int64
     assert torch.equal(batch.sort(dim=1).values, torch.arange(GRID.n).expand(2, -1))
     assert orders.log_prob.dtype == np.float32
-    assert torch.equal(orders.test_orders, orders.batch([0, 1]))
+    assert torch.equal(orders.held_out("test"), orders.batch([0, 1]))
     assert torch.equal(orders.of_classes(torch.tensor([1, 0, 1])), orders.batch([2, 1, 2]))
 
 

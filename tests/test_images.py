@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from anyorder.data import images as images_module
+from anyorder.data.caches import splits
 from anyorder.data.images import BadImage, load_image
 from anyorder.data.ingest import ingest
 from anyorder.data.sources import Columns, FolderSource, open_source
@@ -392,6 +393,37 @@ def test_limits_spread_over_all_classes(tmp_path):
     facts = ingest(source, tmp_path / "out", SIZE, max_train=8, max_test=100)
     assert facts["counts"] == {"train": 8, "test": 20}
     assert np.bincount(np.load(tmp_path / "out/train.labels.npy")).tolist() == [2, 2, 2, 2]
+
+
+def colours_in(folder, split):
+    return {tuple(image[0, 0].tolist()) for image in np.load(folder / f"{split}.images.npy")}
+
+
+def test_validation_images_are_cut_from_training(tmp_path):
+    files = {
+        f"train/{c}/{i}.png": encode(plain((i, 0, k)))
+        for k, (c, n) in enumerate({"a": 20, "b": 8, "c": 4}.items()) for i in range(n)
+    }  # fmt: skip
+    source = FolderSource(fill_folder(tmp_path / "in", files | {"test/a/1.png": encode(plain(RED))}))
+    whole = ingest(source, tmp_path / "whole", SIZE)
+    cut = ingest(source, tmp_path / "cut", SIZE, max_validation=8)
+    assert (whole["counts"], cut["counts"]) == (
+        {"train": 32, "test": 1}, {"train": 24, "test": 1, "validation": 8}
+    )  # fmt: skip
+    assert np.bincount(np.load(tmp_path / "cut/validation.labels.npy")).tolist() == [5, 2, 1]
+    held, train = (colours_in(tmp_path / "cut", split) for split in ("validation", "train"))
+    assert not held & train
+    assert held | train == colours_in(tmp_path / "whole", "train")
+    assert held != {(i, 0, k) for k, n in enumerate((5, 2, 1)) for i in range(n)}, "names decide"
+    ingest(source, tmp_path / "few", SIZE, max_validation=8, max_train=6)
+    assert colours_in(tmp_path / "few", "validation") == held
+    assert colours_in(tmp_path / "few", "train") < train
+    assert (splits(tmp_path / "whole"), splits(tmp_path / "cut")) == (
+        ["train", "test"], ["train", "validation", "test"]
+    )  # fmt: skip
+    for wrong in (-1, 32):
+        with pytest.raises(ValueError, match=f"below 32 training images, got {wrong}: choose a smaller"):
+            ingest(source, tmp_path / "wrong", SIZE, max_validation=wrong)
 
 
 def test_open_source_refuses(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 
 from anyorder.contracts import Grid
 from anyorder.data import sunsets as module
-from anyorder.data.caches import ImageSet
+from anyorder.data.caches import ImageSet, splits
 from anyorder.data.sunsets import CAUSES, SUNS, causes_of, sun_first, sunsets, write_sunsets
 from anyorder.stages.artifacts import Artifact
 
@@ -148,6 +148,20 @@ def test_write_sunsets(tmp_path):
     assert not {i.tobytes() for i in test.images} & {i.tobytes() for i in train.images}
 
 
+def test_a_validation_split_changes_no_other(tmp_path):
+    write_sunsets(tmp_path / "two", (16, 16), 5, 4, seed=1)
+    facts = write_sunsets(tmp_path / "three", (16, 16), 5, 4, seed=1, n_validation=3)
+    assert facts["counts"] == {"train": 5, "validation": 3, "test": 4}
+    for path in (tmp_path / "two").iterdir():
+        assert path.read_bytes() == (tmp_path / "three" / path.name).read_bytes()
+    found = [image.tobytes() for split in splits(tmp_path / "three") for image in np.load(
+        tmp_path / f"three/{split}.images.npy"
+    )]  # fmt: skip
+    assert len(set(found)) == 12
+    with pytest.raises(ValueError, match="max_validation must be at least 0, got -1"):
+        write_sunsets(tmp_path / "none", (16, 16), 5, 4, n_validation=-1)
+
+
 def test_write_sunsets_resumes(tmp_path, monkeypatch):
     arguments = {"size": (16, 16), "n_train": 2 * module._BLOCK, "n_test": 3, "seed": 1}
     write_sunsets(tmp_path / "whole", **arguments)
@@ -163,7 +177,7 @@ def test_write_sunsets_resumes(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="killed"):
         write_sunsets(tmp_path / "resumed", **arguments)
     write_sunsets(tmp_path / "resumed", **arguments)
-    assert calls == [0, module._BLOCK, module._BLOCK, module._TEST_START]
+    assert calls == [0, module._BLOCK, module._BLOCK, module._STARTS["test"]]
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "resumed" / path.name).read_bytes()
 

@@ -21,6 +21,12 @@ TEXT = "text.json"
 _SAMPLE = 256  # rows looked at when a cache is opened
 
 
+def splits(folder: str | Path) -> list[str]:
+    """Names of the splits of images or tokens: train, validation if there is one, and test."""
+    cut = (Path(folder) / "validation.labels.npy").is_file()
+    return ["train", *["validation"] * cut, "test"]
+
+
 class _Split:
     """What all caches of images have, one split at a time, memory-mapped."""
 
@@ -187,13 +193,16 @@ class OrderSet:
         _check(
             self.log_prob.shape == shape, path, f"got shape {self.log_prob.shape}, the orders have {shape}"
         )
-        self.test_orders = self._table("test.order.npy")  # of images spread evenly over the test split
         self.class_orders = self._table("class_order.npy")  # the mean order of each class
 
     def _check_orders(self, path: Path, orders: np.ndarray) -> None:
         n = self.orders.shape[1]
         permuted = orders.shape[1:] == (n,) and (np.sort(orders) == np.arange(n)).all()
         _check(permuted, path, f"a row is no permutation of {n} positions")
+
+    def held_out(self, split: str) -> Tensor:
+        """Orders of images spread evenly over the test or the validation split."""
+        return self._table(f"{split}.order.npy")
 
     def _table(self, name: str) -> Tensor:
         table = files.load_array(self.folder / name)

@@ -43,7 +43,7 @@ _CLOSE = 60.0  # RGB distance at which a pixel no longer counts as sun or cloud
 _LEAST_SHARE = 0.008  # of the pixels of the part of the image where it is looked for
 _NUMBERS = 64  # uniform numbers per image
 _BLOCK = 128  # images painted at a time
-_TEST_START = 2**40  # where the test images begin in the endless sequence of a seed
+_STARTS = {"train": 0, "validation": 2**41, "test": 2**40}  # in the endless sequence of a seed
 
 
 def sunsets(
@@ -231,28 +231,29 @@ def sun_first(orders: np.ndarray, causes: np.ndarray, grid: Grid, size: tuple[in
 
 
 def write_sunsets(
-    folder: str | Path, size: tuple[int, int], n_train: int, n_test: int, seed: int = 0
+    folder: str | Path, size: tuple[int, int], n_train: int, n_test: int, seed: int = 0, n_validation: int = 0
 ) -> dict[str, Any]:
     """Write the arrays of a sunsets data artifact: those of `ingest`, and `{split}.causes.npy`.
 
-    Called again after a kill, it continues with the first missing image. Test images do not depend on
-    `n_train`.
+    Called again after a kill, it continues with the first missing image. The images of a split do not depend
+    on the sizes of the others; without validation images there is no such split.
 
     Returns:
         Facts for the manifest: `classes` (the sun's colours), `counts` by split, and `causes` (column names).
 
     Raises:
-        ValueError: `size`, `n_train` or `n_test` is too small.
+        ValueError: `size` or a number of images is too small.
     """
     require(n_train >= 1 and n_test >= 0, f"need n_train >= 1 and n_test >= 0, got {n_train} and {n_test}")
+    require(n_validation >= 0, f"max_validation must be at least 0, got {n_validation}")
     labels, table = ((), np.int64), ((len(CAUSES),), np.int64)
     specs = {"images": ((*size, 3), np.uint8), "labels": labels, "causes": table}
-    counts = {"train": n_train, "test": n_test}
-    for split, start in (("train", 0), ("test", _TEST_START)):
+    counts = {"train": n_train, **({"validation": n_validation} if n_validation else {}), "test": n_test}
+    for split in counts:
         writer = RowWriter(folder, {f"{split}.{name}": spec for name, spec in specs.items()})
         with tqdm(total=counts[split], initial=writer.rows, desc=f"{split} sunsets", unit="image") as bar:
             while (n := min(_BLOCK, counts[split] - writer.rows)) > 0:
-                images, causes = sunsets(n, size, seed, start + writer.rows)
+                images, causes = sunsets(n, size, seed, _STARTS[split] + writer.rows)
                 arrays = {"images": images, "labels": causes[:, 0], "causes": causes}
                 writer.append(**{f"{split}.{name}": array for name, array in arrays.items()})
                 bar.update(n)

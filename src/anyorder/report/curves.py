@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 
 def loss_curves(runs: Sequence[tuple[str, str | Path]], starts: Sequence[int] | None = None) -> Image.Image:
-    """Training loss (thin: as logged, thick: smoothed), test loss (dots) and speed of several runs.
+    """Training loss (thin: as logged, thick: smoothed), held-out loss (dots) and speed of several runs.
 
     Args:
-        runs: (name, path of a `metrics.jsonl`): lines with `step` and `loss`, some with `test_nll` or
-            `test_loss`, some with `examples_per_second`. Where a resumed run repeats a step, the last counts.
+        runs: (name, path of a `metrics.jsonl`): lines with `step` and `loss`, some with
+            `validation_nll`, `test_nll` or `test_loss`, some with `examples_per_second`. Where a resumed run
+            repeats a step, the last counts.
         starts: steps that the models were trained for before; 0 by default.
 
     Raises:
@@ -56,11 +57,11 @@ def _plot_run(panels: Sequence[Axes], name: str, log: list[dict[str, Any]], colo
     shown, (steps, losses) = display_name(name, mathtext=True), _series(log, "loss")
     panels[0].plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
     panels[0].plot(steps, _smooth(losses), color=colour, linewidth=1.8, label=shown)
-    for key in ("test_nll", "test_loss"):
+    for key in ("validation_nll", "test_nll", "test_loss"):
         steps, values = _series(log, key)
         if len(steps):
             style: dict[str, Any] = {"color": colour, "markersize": 4, "linewidth": 0.8}
-            panels[0].plot(steps, values, "o--", label=f"{shown}, test", **style)
+            panels[0].plot(steps, values, "o--", label=f"{shown}, {key.split('_')[0]}", **style)
     if len(panels) > 1:
         panels[1].plot(*_series(log, "examples_per_second"), color=colour, linewidth=1.2)
 

@@ -53,6 +53,9 @@ class DataStage:
     """Take at most this many training images; sunsets makes this many (20,000 by default)."""
     max_test: int | None = None
     """The same for the test split (2,000 by default for sunsets)."""
+    max_validation: int = 0
+    """Cut this many images from training as a third split, validation, for everything that is chosen; 0 cuts
+    none. Names and classes decide which, not max_train."""
     test_fraction: float = 0.1
     """Share from 0 to 1 of the images that is held out, at least one, where the source has no test split."""
     seed: int = 0
@@ -92,15 +95,15 @@ class DataStage:
                 log.info("%s has changed since %s was made: %s", self.source, folder, changes)
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
-        """Write `{train,test}.{images,labels}.npy`, and `{attributes.npy,captions.json}` if asked for."""
+        """Write `{train,validation,test}.{images,labels}.npy`, `{attributes.npy,captions.json}` if asked."""
         if self.source == "sunsets":
             n_train = 20_000 if self.max_train is None else self.max_train
             n_test = 2_000 if self.max_test is None else self.max_test
-            facts = write_sunsets(artifact.folder, self.size, n_train, n_test, seed=self.seed)
+            facts = write_sunsets(artifact.folder, self.size, n_train, n_test, self.seed, self.max_validation)
         else:
             facts = ingest(
                 self._opened, artifact.folder, self.size, self.fit, self.fill, self.max_pixels,
-                self.max_train, self.max_test, self.max_skipped,
+                self.max_train, self.max_test, self.max_skipped, self.max_validation,
             )  # fmt: skip
         mend = "set test_fraction or max_test above 0"
         require(facts["counts"]["test"] > 0, f"the test split is empty, and later stages need it: {mend}")

@@ -26,6 +26,8 @@ from anyorder.stages.orders import OrdersStage
 from anyorder.stages.train import TrainStage
 from anyorder.training.config import TrainConfig
 
+_MEASURED = [f"{split}_{kind}" for split in ("train", "validation", "test") for kind in ("nll", "bound")]
+
 
 @dataclass
 class IterateStage(TrainingStage):
@@ -40,7 +42,8 @@ class IterateStage(TrainingStage):
     rounds: int = 3
     """Largest number of rounds."""
     patience: int = 1
-    """Stop after this many rounds without a lower bound on the test split; the best round's model is kept."""
+    """Stop after this many rounds without a lower bound on the validation split (the test split without
+    one); the best round's model is kept."""
     first: PolicyConfig = field(default_factory=PolicyConfig)
     """Order policy of the first extraction, if the model has no location head yet."""
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig("token_likelihood", location=1.0))
@@ -48,7 +51,7 @@ class IterateStage(TrainingStage):
     limit: int | None = None
     """Train on the first so many images only; null takes all."""
     test_limit: int = 512
-    """Test images that the bound is measured on."""
+    """Test images, and validation images, that the bound is measured on."""
     jitter: float = 0.0
     """Standard deviation of noise on the ranks of extracted orders, in steps."""
     random_share: float = 0.5
@@ -72,14 +75,14 @@ class IterateStage(TrainingStage):
         for done in range(self.rounds):
             model = self._round(artifact.folder / f"round-{done + 1}", model, done)
             history.append(_facts(model))
-            best = min(range(len(history)), key=lambda i: history[i]["test_bound"])
+            best = min(range(len(history)), key=lambda i: _watched(history[i]))
             if done - best >= self.patience:
                 break
         winner = artifact.folder / f"round-{best + 1}" / "model"
         for name in (CONFIG, WEIGHTS):
             with atomic(artifact.folder / name) as temporary:
                 shutil.copyfile(winner / name, temporary)
-        kept = ("parameters", "training_tokens", "training_seconds", "test_nll", "test_bound")
+        kept = ("parameters", "training_tokens", "training_seconds", *_MEASURED)
         return {
             **{key: value for key, value in read_manifest(winner).items() if key in kept},
             "rounds": history,
@@ -106,14 +109,18 @@ class IterateStage(TrainingStage):
         return folder / "model"
 
 
+def _watched(facts: dict[str, Any]) -> float:
+    """The bound that the best round is chosen by."""
+    return facts.get("validation_bound", facts["test_bound"])
+
+
 def _facts(model: Path) -> dict[str, Any]:
     """Results of a finished round, from its manifests."""
     trained, orders = read_manifest(model), read_manifest(model.parent / "orders")
-    keys = ("train_bound", "test_bound", "train_nll", "test_nll", "training_tokens")
     return {
         "policy": orders["policy"],
         "random_share": trained["config"]["random_share"],
-        **{key: trained[key] for key in keys},
-        "gap": trained["test_bound"] - trained["train_bound"],
+        **{key: trained[key] for key in (*_MEASURED, "training_tokens") if key in trained},
+        "gap": _watched(trained) - trained["train_bound"],
         "extraction_evaluations": orders["extraction_evaluations"],
     }

@@ -13,7 +13,7 @@ import torch
 from anyorder import files
 from anyorder import orders as stats
 from anyorder.contracts import AnyOrderNetwork, require
-from anyorder.data.caches import TokenSet
+from anyorder.data.caches import TokenSet, splits
 from anyorder.data.rows import evenly_spaced
 from anyorder.data.sunsets import sun_first
 from anyorder.inference.device import device, fast_dtype
@@ -44,7 +44,8 @@ class OrdersStage:
     limit: int | None = None
     """Only the first so many images of the training split; null takes all."""
     test_limit: int = 512
-    """Test images whose orders are extracted, too, for likelihoods under the same policy; at least 1."""
+    """Test images, and validation images, whose orders are extracted, too, for likelihoods under the same
+    policy; at least 1."""
     batch_size: int | None = None
     """Images at once; null takes what fits into half of the free memory, at most 64 (CPU) or 1024 (GPU)."""
     bf16: bool = False
@@ -68,15 +69,16 @@ class OrdersStage:
         require(min(self.shards, self.batch_size or 1) >= 1, f"shards and batch_size must be >= 1, {got}")
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
-        """Write `{train,test}.{order,log_prob,seconds}.npy`, `class_order.npy` and statistics of orders."""
-        tokens, test = TokenSet(self.tokens), TokenSet(self.tokens, "test")
+        """Write `SPLIT.{order,log_prob,seconds}.npy`, `class_order.npy` and statistics of orders."""
+        tokens, *others = (TokenSet(self.tokens, split) for split in splits(self.tokens))
         common.require_trained_on(self.model, tokens)
         n = min(self.limit or len(tokens), len(tokens))
         model = load_any_order(self.model).to(fast_dtype(device(), self.bf16))
         if self.compile:
             compile_decoding(model)
         self._extract(artifact.folder, model, tokens, np.arange(n))
-        self._extract(artifact.folder, model, test, evenly_spaced(self.test_limit, len(test)))
+        for held in others:
+            self._extract(artifact.folder, model, held, evenly_spaced(self.test_limit, len(held)))
         written = [files.load_array(artifact.folder / f"{name}.npy") for name in _arrays(tokens)]
         orders, labels, classes = written[0].astype(np.int64), tokens.labels[:n], tokens.classes or ["all"]
         by_class = class_orders(orders, labels, len(classes))

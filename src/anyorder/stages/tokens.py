@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from anyorder.contracts import Grid, TokenizerNetwork, require
-from anyorder.data.caches import TEXT, ImageSet
+from anyorder.data.caches import TEXT, ImageSet, splits
 from anyorder.data.captions import CaptionTokenizer, TextConfig
 from anyorder.files import RowWriter, save_array, write_text
 from anyorder.inference.device import device
@@ -33,8 +33,8 @@ class TokensStage:
     """How captions become tokens, where the data have captions."""
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
-        """Write `{train,test}.{tokens,labels}.npy`, and what the data have of `{attributes,captions}.npy`."""
-        sets = [ImageSet(self.data, split) for split in ("train", "test")]
+        """Write `SPLIT.{tokens,labels}.npy`, and what the data have of `SPLIT.{attributes,captions}.npy`."""
+        sets = [ImageSet(self.data, split) for split in splits(self.data)]
         further = self._conditions(sets, artifact)
         model, images = load_tokenizer(self.tokenizer), sets[0]
         grid = Grid(*(side // model.factor for side in images.size))
@@ -52,7 +52,7 @@ class TokensStage:
         }
 
     def _conditions(self, sets: list[ImageSet], artifact: Artifact) -> dict[str, Any]:
-        """Write attributes and caption tokens of both splits; facts for the manifest."""
+        """Write attributes and caption tokens of all splits; facts for the manifest."""
         (artifact.folder / TEXT).unlink(missing_ok=True)  # of an earlier configuration
         facts: dict[str, Any] = {}
         if sets[0].attributes:

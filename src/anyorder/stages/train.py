@@ -105,8 +105,9 @@ class TrainStage(common.TrainingStage):
         require(fits, "init=... brings its architecture: remove the model.* settings")
         shown = self.tokenizer is None or self.train.sample_every > 0
         require(shown, "tokenizer is for images during training: give train.sample_every > 0, too")
-        bounds = ("train_bound", "test_bound") if self.model.location or self.init else ()
-        self.train.require_watched(("train_nll", "test_nll", *bounds))
+        kinds = ("nll", "bound") if self.model.location or self.init else ("nll",)
+        splits = ("train", "validation", "test")
+        self.train.require_watched([f"{split}_{kind}" for split in splits for kind in kinds])
 
     def _check_online(self, policy: policy_config.PolicyConfig) -> None:
         alone = self.orders is None and self.order == "random"
@@ -122,8 +123,10 @@ class TrainStage(common.TrainingStage):
         return ("tokenizer", *super().aside)
 
     def run(self, artifact: artifacts.Artifact) -> dict[str, Any]:
-        """Write the model and its log."""
-        tokens, test = caches.TokenSet(self.tokens), caches.TokenSet(self.tokens, "test")
+        """Write the model and its log; where there is a validation split, the test split is measured last."""
+        tokens, *held = (caches.TokenSet(self.tokens, split) for split in caches.splits(self.tokens))
+        watched = [tokens, held[0]]
+        self.train.require_watched([f"{some.split}_{kind}" for some in watched for kind in ("nll", "bound")])
         model = self._model(tokens)
         cache = None if self.orders is None else caches.OrderSet(self.orders)
         if cache is not None:
@@ -143,10 +146,10 @@ class TrainStage(common.TrainingStage):
             parts = {"content": content.mean(), "location": where.mean() / share}
             return content.mean() + where.mean(), parts
 
-        measured = {some.split: self._measured(some, cache) for some in (tokens, test)}
+        measured = [(some.split, self._measured(some, cache)) for some in (tokens, *held)]
 
-        def evaluate(model: nn.Module, step: int) -> dict[str, float]:
-            found = {split: _mean_nll(model, data) for split, data in measured.items()}
+        def evaluate(model: nn.Module, step: int, splits: int = len(watched)) -> dict[str, float]:
+            found = {split: _mean_nll(model, data) for split, data in measured[:splits]}
             return {f"{split}_{name}": value for split, x in found.items() for name, value in x.items()}
 
         result = train(
@@ -158,8 +161,8 @@ class TrainStage(common.TrainingStage):
         weights.save_model(artifact.folder, result.model, model.config, kind_of(model))
         before = self._trained_before()
         return {
-            **evaluate(result.model, result.steps),
-            **self._nll_of_general_orders(result.model, test),
+            **evaluate(result.model, result.steps, len(measured)),
+            **{k: v for some in held for k, v in self._nll_of_general_orders(result.model, some).items()},
             "training_tokens": result.examples * tokens.grid.n + before["training_tokens"],
             "training_seconds": result.seconds + before["training_seconds"],
             **({"extraction_evaluations": online.evaluations()} if online else {}),
@@ -241,7 +244,8 @@ class TrainStage(common.TrainingStage):
             return *tokens.batch(rows), self._general_orders(tokens, len(rows))
         training, own = tokens.split == "train", self.orders_as == "own"
         if own and not training:
-            return *tokens.batch(evenly_spaced(len(cache.test_orders), len(tokens))), cache.test_orders
+            orders = cache.held_out(tokens.split)
+            return *tokens.batch(evenly_spaced(len(orders), len(tokens))), orders
         rows = evenly_spaced(MEASURED, len(cache if training else tokens))
         batch, condition = tokens.batch(rows)
         return batch, condition, cache.batch(rows) if own else cache.of_classes(condition)
@@ -252,12 +256,13 @@ class TrainStage(common.TrainingStage):
             return static.random_orders(n, tokens.grid, torch.Generator().manual_seed(0))
         return static.static_order(self.order, tokens.grid).expand(n, -1)
 
-    def _nll_of_general_orders(self, model: nn.Module, test: caches.TokenSet) -> dict[str, float]:
+    def _nll_of_general_orders(self, model: nn.Module, held: caches.TokenSet) -> dict[str, float]:
         """Under the order of training on the whole split; for extracted orders, under random ones."""
         extracted = self.orders is not None or self.online is not None
-        rows = evenly_spaced(MEASURED if extracted else len(test), len(test))
-        found = _mean_nll(model, (*test.batch(rows), self._general_orders(test, len(rows))))
-        return {"any_order_nll" if extracted else "test_nll": found["nll"]} if found else {}
+        rows = evenly_spaced(MEASURED if extracted else len(held), len(held))
+        found = _mean_nll(model, (*held.batch(rows), self._general_orders(held, len(rows))))
+        name = f"{held.split}_any_order_nll" if held.split == "validation" else "any_order_nll"
+        return {name if extracted else f"{held.split}_nll": found["nll"]} if found else {}
 
     def _preview(self, folder: Path) -> Any:
         """A hook that saves a few samples, classes in turn, always from the same seeds; None if off."""
