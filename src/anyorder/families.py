@@ -1,14 +1,21 @@
-"""Families of models: one declaration each, from which loading, conversion and the hub read all they need.
+"""Families of models, and the parts that users bring.
 
-A module that holds a model which can be saved declares it as `FAMILY`; loading one model imports no others.
+A module that holds a model which can be saved declares it as `FAMILY`, from which loading, conversion and the
+hub read all they need; loading one model imports no others. Own parts are found by `resolve`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -58,11 +65,81 @@ class Family:
     """The row of class 0 in it, from the configuration."""
 
 
+def resolve(group: str, name: str) -> Any:
+    """An own part: `package.module:Name`, or a name that an installed package registers.
+
+    Such names are entry points of the group "anyorder.GROUP"; groups are policies (scores, too), networks,
+    features and data. Nothing but modules that Python can import is ever run.
+
+    Raises:
+        ValueError: neither can be found, the import fails, or `loading` refuses it.
+    """
+    _check_origin(name)
+    try:
+        if ":" in name:
+            module, _, path = name.partition(":")
+            return functools.reduce(getattr, path.split("."), importlib.import_module(module))
+        for entry in entry_points(group=f"anyorder.{group}", name=name):
+            return entry.load()
+    except (ImportError, AttributeError, ValueError) as e:
+        mend = "install its package, or put its folder on PYTHONPATH"
+        raise ValueError(f"cannot import '{name}' ({e}): {mend}") from e
+    text = f"write package.module:Name, or install the package that registers it as anyorder.{group}"
+    raise ValueError(f"unknown name '{name}': {text}")
+
+
+def is_own(group: str, name: str) -> bool:
+    """Whether a name is that of an own part, see `resolve`; imports nothing."""
+    return ":" in name or bool(entry_points(group=f"anyorder.{group}", name=name))
+
+
+@contextlib.contextmanager
+def loading(folder: Path, refused: str = "") -> Iterator[None]:
+    """While a folder is loaded, no own part is imported from the folder itself; with `refused`, none at all.
+
+    The outermost one counts. A ValueError of `resolve` says so, or gives `refused` as the reason.
+    """
+    token = _LOADING.set(_LOADING.get() or (folder, refused))
+    try:
+        yield
+    finally:
+        _LOADING.reset(token)
+
+
+_LOADING: ContextVar[tuple[Path, str] | None] = ContextVar("_LOADING", default=None)
+
+
+def _check_origin(name: str) -> None:
+    folder, refused = _LOADING.get() or (None, "")
+    if refused:
+        raise ValueError(f"{refused}: {name}")
+    top = name.partition(":")[0].partition(".")[0]
+    beside = (path for at in (folder, folder.parent) for path in at.iterdir()) if folder else ()
+    same = [path for path in beside if path.name.partition(".")[0] == top]
+    if any(path.is_file() or any(path.rglob("*.[ps][yo]*")) for path in same):
+        raise ValueError(f"{folder} brings '{top}' itself: code of a model folder is not run, install it")
+
+
+def parameters(part: Any) -> list[str]:
+    """Names of the parameters of a function or class."""
+    return list(inspect.signature(part).parameters)
+
+
 def family(kind: str) -> Family:
-    """The family of a kind of model; a ValueError if it is unknown."""
-    if kind not in REGISTRY:
-        raise ValueError(f"unknown kind of model {kind!r}, allowed: {', '.join(REGISTRY)}")
-    return importlib.import_module(REGISTRY[kind]).FAMILY
+    """The family of a kind of model; a ValueError if it is unknown.
+
+    Of an own network, the class `Network(config)`; the annotation says which dataclass the config is.
+    """
+    if kind in REGISTRY:
+        return importlib.import_module(REGISTRY[kind]).FAMILY
+    if not is_own("networks", kind):
+        allowed = f"{', '.join(REGISTRY)}, or package.module:Class"
+        raise ValueError(f"unknown kind of model {kind!r}, allowed: {allowed}")
+    network = resolve("networks", kind)
+    hints = get_type_hints(network.__init__) if isinstance(network, type) else {}  # type: ignore[misc]
+    if not hasattr(network, "load_state_dict") or not hasattr(hints.get("config"), "__dataclass_fields__"):
+        raise ValueError(f"{kind} must be a class made by Class(config), config annotated as a dataclass")
+    return Family(network, hints["config"])
 
 
 def published() -> dict[str, Family]:
@@ -72,11 +149,19 @@ def published() -> dict[str, Family]:
 
 
 def kind_of(model: nn.Module) -> str:
-    """The kind that a model is saved as; a ValueError if it is of no known family."""
+    """The kind that a model is saved as: one of `REGISTRY`, or the import path of an own class.
+
+    Raises:
+        ValueError: an own class that cannot be found again by this path.
+    """
     for kind, module in REGISTRY.items():
         if type(model).__module__ == module and family(kind).model_class is type(model):
             return kind
-    raise ValueError(f"{type(model).__name__} cannot be saved: allowed are {', '.join(REGISTRY)}")
+    path = f"{type(model).__module__}:{type(model).__qualname__}"
+    if "<locals>" in path or resolve("networks", path) is not type(model):
+        raise ValueError(f"{path} cannot be saved: define the class at the top of a module, to import it")
+    family(path)
+    return path
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, rank: int = 2) -> tuple[int, ...]:

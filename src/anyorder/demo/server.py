@@ -23,7 +23,7 @@ from anyorder.contracts import Grid, Step
 from anyorder.demo import guard, line
 from anyorder.inference.pipeline import Pipeline
 from anyorder.method import sampling
-from anyorder.method.policy_config import INFERRED, PolicyConfig
+from anyorder.method.policy_config import PolicyConfig
 from anyorder.orders import STATIC
 from anyorder.settings import parse
 
@@ -173,8 +173,9 @@ def describe_pipeline(pipe: Pipeline) -> dict[str, Any]:
 
 
 def _about_order(name: str, policy: PolicyConfig) -> dict[str, Any]:
-    text = _DESCRIPTIONS.get(policy.order) or {**sampling.SCORES, **STATIC}[policy.order].__doc__ or ""
-    kind = "inferred" if policy.order in (*INFERRED, "location") else "given"
+    found: dict[str, Any] = {**sampling.SCORES, **STATIC}
+    text = _DESCRIPTIONS.get(policy.order) or getattr(found.get(policy.order), "__doc__", "") or ""
+    kind = "inferred" if policy.decided else "given"
     return {"name": name, "kind": kind, "text": text.partition("\n")[0], "token_blind": policy.token_blind}
 
 

@@ -43,6 +43,18 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def find_device(name: torch.device | str | None) -> torch.device:
+    """The device of this name, by default that of `device`; a ValueError if this machine has none such."""
+    if name is None:
+        return device()
+    try:
+        torch.zeros((), device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"device must be cuda, mps or cpu, and be there, got {name!r}: {reason}") from e
+
+
 class Threads:
     """Takes the number of CPU threads that is fastest for this work on this machine now.
 

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anyorder import files
+from anyorder import families, files
 from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork, require
 from anyorder.data.caches import TEXT
 from anyorder.data.captions import CaptionTokenizer, Vocabulary
-from anyorder.families import kind_of
 from anyorder.inference import weights
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.orders import validate
@@ -71,7 +70,7 @@ def save_parts(folder: str | Path, parts: Parts) -> None:
         files.save_array(folder / CLASS_ORDERS, parts.class_orders.cpu().numpy().astype(np.uint16))
     for role in ("scorer", "model", "tokenizer"):
         if (network := getattr(parts, role)) is not None:
-            weights.save_model(folder / role, network, network.config, kind_of(network))
+            weights.save_model(folder / role, network, network.config, families.kind_of(network))
     policy, scored = asdict(parts.policy), parts.scorer is not None
     index = {"format": 1, "classes": parts.classes, "policy": policy, "scorer": scored}
     if vocabulary.attributes or vocabulary.length:
@@ -94,7 +93,8 @@ def load_parts(folder: str | Path) -> Parts:
     require(found == 1, f"{folder / INDEX} has format {found}, this version reads 1: update anyorder")
     try:
         classes, length = [str(name) for name in index["classes"]], int(index.get("text_length", 0))
-        policy = parse(PolicyConfig, read_stored(PolicyConfig, index["policy"]))
+        with families.loading(folder):
+            policy = parse(PolicyConfig, read_stored(PolicyConfig, index["policy"]))
         captions = CaptionTokenizer((folder / TEXT).read_text("utf-8")) if length else None
         vocabulary = Vocabulary(classes, dict(index.get("attributes", {})), captions, length)
     except (AttributeError, KeyError, TypeError) as e:
@@ -112,15 +112,18 @@ def load_parts(folder: str | Path) -> Parts:
     )
 
 
-def find_parts(path_or_hub_id: str | Path) -> Parts:
-    """The parts of a pipeline folder, of one that comes with the package, or of one from the hub."""
+def find_parts(path_or_hub_id: str | Path, allow_own: bool = False) -> Parts:
+    """The parts of a pipeline folder, of one that comes with the package, or of one from the hub.
+
+    A pipeline of the hub that names own parts by import path is refused without `allow_own`.
+    """
     folder, name = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
     if folder.is_dir():
         return load_parts(folder)
-    return load_parts(BUNDLED / name) if name in bundled() else _download(name)
+    return load_parts(BUNDLED / name) if name in bundled() else _download(name, allow_own)
 
 
-def _download(hub_id: str) -> Parts:
+def _download(hub_id: str, allow_own: bool) -> Parts:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -134,4 +137,6 @@ def _download(hub_id: str) -> Parts:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         text = f"'{hub_id}' is neither a folder nor a hub id that can be reached: {e}"
         raise FileNotFoundError(text) from e
-    return load_parts(folder)
+    reason = f"'{hub_id}' runs code of a package that is installed here, which takes allow_own=True"
+    with families.loading(folder, "" if allow_own else reason):
+        return load_parts(folder)

@@ -18,7 +18,7 @@ from anyorder.contracts import Grid, require
 from anyorder.data.captions import index_of
 from anyorder.data.images import to_uint8
 from anyorder.inference import folders, inpainting, masks
-from anyorder.inference.device import device
+from anyorder.inference.device import find_device
 from anyorder.inference.request import VALUES, ImageRequest, takes_request
 from anyorder.method import decoding, policy_config
 from anyorder.method.guidance import Guided
@@ -46,16 +46,30 @@ class Pipeline(folders.Parts):
     """
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | Path) -> Pipeline:
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        allow_own: bool = False,
+    ) -> Pipeline:
         """Load a folder, "fashion32" (comes with the package), or a pipeline from the Hugging Face hub.
 
-        A published model is named by its file, such as "hp-l33/ARPG/arpg_300m.pt".
+        Args:
+            path_or_hub_id: a published model is named by its file, such as "hp-l33/ARPG/arpg_300m.pt".
+            device: "cuda", "mps" or "cpu"; by default the first GPU if there is one.
+            dtype: of the any-order models, torch.bfloat16 say; by default float32. Other orders come out.
+            allow_own: load own parts (docs/how-to/extend.md) that a pipeline of the hub names: modules that
+                are installed here. Code of the repository itself is never run.
 
         Raises:
             FileNotFoundError: neither a folder nor a reachable hub id.
-            ValueError: the folder is damaged, or a known repository has no such file.
+            ValueError: the folder is damaged, a known repository has no such file, own parts that are not
+                allowed or not installed, or no such device.
         """
-        return cls(**vars(folders.find_parts(path_or_hub_id))).to(device())
+        pipe = cls(**vars(folders.find_parts(path_or_hub_id, allow_own))).to(find_device(device))
+        return pipe if dtype is None else pipe.to(dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `from_pretrained` loads: safetensors and JSON."""
@@ -200,7 +214,7 @@ class Pipeline(folders.Parts):
     def decode(self, tokens: Tensor, grid: Grid | tuple[int, int] | None = None) -> list[Image.Image]:
         """Tokens (B, N) to Pillow images; `grid` by default that of training."""
         where = ImageRequest(grid=grid).shape or self.model.grid
-        pixels = self.tokenizer.decode(tokens.to(next(self.tokenizer.parameters()).device), where)
+        pixels = self.tokenizer.decode(tokens.to(_device_of(self.tokenizer)), where)
         return [Image.fromarray(image) for image in to_uint8(pixels)]
 
     def typed(self, label: str) -> int | str:
@@ -210,7 +224,7 @@ class Pipeline(folders.Parts):
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(self.model.parameters()).device
+        return _device_of(self.model)
 
     def _pixels(self, images: np.ndarray) -> tuple[Tensor, Grid]:
         """Images (B, H, W, 3) uint8 as (B, 3, H, W) beside the weights, and their grid."""
@@ -269,3 +283,7 @@ class Pipeline(folders.Parts):
         rows, streams = orders.of_classes(self.class_orders, labels).to(self.device), Streams([], self.device)
         build = order.build
         return lambda grid: build(grid, streams, orders.stretch(rows, self.model.grid, grid))
+
+
+def _device_of(network: torch.nn.Module) -> torch.device:
+    return next((p.device for p in network.parameters()), torch.device("cpu"))

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork, require
-from anyorder.families import Family, family
+from anyorder.families import Family, family, loading
 from anyorder.files import atomic, read_json, write_json
 from anyorder.inference.device import device
 from anyorder.settings import parse
@@ -67,9 +67,10 @@ def load_model(folder: str | Path, kind: str | None = None) -> nn.Module:
     for path in (folder / CONFIG, folder / WEIGHTS):
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no model ({path.name} is missing): train one first")
-    found, declared, config = _read_config(folder / CONFIG)
-    require(kind in (None, found), f"{folder} holds a model of kind '{found}', expected '{kind}'")
-    return build_model(declared, config, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    with loading(folder):
+        found, declared, config = _read_config(folder / CONFIG)
+        require(kind in (None, found), f"{folder} holds a model of kind '{found}', expected '{kind}'")
+        return build_model(declared, config, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
 
 
 def _read_config(path: Path) -> tuple[str, Family, Any]:

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from anyorder.contracts import Grid, Progress, require
-from anyorder.method.sampling import SCORES, TOKEN_BLIND
+from anyorder.method.sampling import score_of
 from anyorder.method.schedules import ParallelSchedule, descending
 from anyorder.orders import inverse, validate
-
-Score = Literal["entropy", "max_prob", "margin", "token_likelihood"]
 
 
 def open_positions(progress: Progress) -> Tensor:
@@ -99,7 +97,7 @@ class InferredOrder(_Policy):
     extraction is the greedy E-step of hard EM on q(order, x).
     """
 
-    score: Score = "entropy"
+    score: str = "entropy"
     sign: Literal[1, -1] = 1
     temperature: float = 0.0
     distance: float = 0.0
@@ -112,7 +110,7 @@ class InferredOrder(_Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.score in SCORES, f"unknown score '{self.score}': choose one of {', '.join(SCORES)}")
+        score_of(self.score)  # refuses an unknown one
         require(self.sign in (1, -1), f"sign must be 1 (most certain first) or -1, got {self.sign}")
         for name in ("temperature", "location"):
             require(0 <= getattr(self, name) < math.inf, f"{name} must be >= 0, got {getattr(self, name)}")
@@ -142,7 +140,7 @@ class InferredOrder(_Policy):
     @property
     def token_blind(self) -> bool:
         """False for the paper's rule."""
-        return self.score in TOKEN_BLIND
+        return score_of(self.score)[1]
 
     def evaluations(self, n: int) -> int:
         """Candidate evaluations to decide where, looking ahead included, per image of n open positions."""
@@ -171,7 +169,7 @@ class InferredOrder(_Policy):
 
     def rate(self, log_p: Tensor, tokens: Tensor) -> Tensor:
         """Confidence scores (B, M) in nats, larger is revealed earlier."""
-        return self.sign * SCORES[self.score](log_p, tokens)
+        return self.sign * score_of(self.score)[0](log_p, tokens)
 
     def _priority(self, progress: Progress, positions: Tensor, ratings: Tensor) -> Tensor:
         """Ratings (B, M) after the location head, noise and the distance prior."""

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from anyorder import families
 from anyorder.contracts import Grid, OrderPolicy, require
 from anyorder.method import policies
-from anyorder.method.sampling import SCORES, TOKEN_BLIND, Streams
+from anyorder.method.sampling import SCORES, Streams
 from anyorder.method.schedules import ParallelSchedule
 from anyorder.orders import STATIC, random_orders, static_order
 
@@ -28,6 +29,21 @@ _SETTINGS: dict[str, set[str]] = {
     "class_mean": set(),
 }
 """Every order, and its settings beside those of `ParallelSchedule`."""
+
+
+def _own(order: str) -> Any:
+    """What an own order is: a class of policies or a function, of the grid; None of other orders and scores.
+
+    Raises:
+        ValueError: it cannot be imported, or takes something else.
+    """
+    if order in _SETTINGS:
+        return None
+    own = families.resolve("policies", order)
+    first, *_ = [*families.parameters(own), ""]
+    text = f"{order} must be a class or function of (grid, ...), or a score of (log_p) or (log_p, tokens)"
+    require(first in ("grid", "log_p"), text)
+    return own if first == "grid" else None
 
 
 def random_rows(grid: Grid, streams: Streams) -> Tensor:
@@ -71,7 +87,8 @@ class PolicyConfig(ParallelSchedule):
 
     order: str = "entropy"
     """random, a static order (raster, hilbert, ...), a score (entropy, max_prob, margin, token_likelihood),
-    information (expected information), location (the location head), or class_mean (one order per class)."""
+    information (expected information), location (the location head), class_mean (one order per class), or an
+    own order or score by import path, package.module:Name."""
     sign: Literal[1, -1] | None = None
     """For a score, 1: most certain first (the default); -1: least. For information: which are rated ahead."""
     temperature: float | None = None
@@ -93,17 +110,38 @@ class PolicyConfig(ParallelSchedule):
     """Settings that are gone: `rescore` was nearer to the exact order at the same cost."""
 
     def __post_init__(self) -> None:
-        known = self.order in _SETTINGS
-        require(known, f"unknown order '{self.order}': choose one of {', '.join(_SETTINGS)}")
+        known = self.order in _SETTINGS or families.is_own("policies", self.order)
+        names = f"{', '.join(_SETTINGS)}, or package.module:Name"
+        require(known, f"unknown order '{self.order}': choose one of {names}")
         if self.order not in ("information", "location"):  # their defaults are others
             object.__setattr__(self, "sign", None if self.sign == 1 else self.sign)
             object.__setattr__(self, "temperature", self.temperature or None)
-        wrong = self._changed() - _SCHEDULE - _SETTINGS[self.order]
+        wrong = self._changed() - self._allowed()
         text = "sign, temperature, distance, location and rescore belong to inferred orders "
         text += f"({', '.join(INFERRED)}; temperature to location, too), not to '{self.order}'"
         require(not wrong, f"{text}: remove {', '.join(sorted(wrong))}")
         super().__post_init__()
         self._inferred_policy()
+        for name in ("rated", "located", "token_blind", "deterministic"):
+            self._trait(name)
+
+    def _allowed(self) -> set[str]:
+        """The settings of the order; of an own class, those among its parameters."""
+        own = _own(self.order)
+        if isinstance(own, type):
+            return set(families.parameters(own))
+        return _SCHEDULE | _SETTINGS.get(self.order, set() if own else _SETTINGS["entropy"])
+
+    def _trait(self, name: str) -> bool | None:
+        """What an own policy says of itself; of other orders None."""
+        if (own := _own(self.order)) is None:
+            return None
+        value = (
+            getattr(own, name, None) if isinstance(own, type) else name in ("token_blind", "deterministic")
+        )
+        text = f"{self.order} must say {name} = True or False in its class"
+        require(isinstance(value, bool), text)
+        return value
 
     def _changed(self) -> set[str]:
         """The settings that are not the defaults."""
@@ -112,8 +150,8 @@ class PolicyConfig(ParallelSchedule):
     def _inferred_policy(self) -> policies.InferredOrder | policies.LocatedOrder | None:
         """The policy, unless it follows an order that is fixed beforehand."""
         settings = {name: getattr(self, name) for name in self._changed()}
-        if self.order in SCORES:
-            return policies.InferredOrder(self.order, **settings)  # type: ignore[arg-type]
+        if self.order in SCORES or (self.order not in _SETTINGS and _own(self.order) is None):
+            return policies.InferredOrder(self.order, **settings)
         if self.order == "information":
             return policies.InferredOrder(**{"sign": -1, "look_ahead": LOOK_AHEAD, **settings})
         return policies.LocatedOrder(**settings) if self.order == "location" else None
@@ -121,12 +159,20 @@ class PolicyConfig(ParallelSchedule):
     @property
     def inferred(self) -> bool:
         """Whether every open position is scored to decide where."""
-        return self.order in INFERRED
+        own = self._trait("rated")
+        return isinstance(self._inferred_policy(), policies.InferredOrder) if own is None else own
+
+    @property
+    def decided(self) -> bool:
+        """Whether a model decides where: by its confidence, or by its location head."""
+        return self.inferred or self.order == "location" or bool(self._trait("located"))
 
     def evaluations(self, n: int) -> int:
         """Candidate evaluations per image of n positions: what deciding where costs the scorer."""
         policy = self._inferred_policy()
-        return policy.evaluations(n) if isinstance(policy, policies.InferredOrder) else 0
+        if isinstance(policy, policies.InferredOrder):
+            return policy.evaluations(n)
+        return n * (n + 1) // 2 if self.inferred else 0
 
     @property
     def parallel(self) -> bool:
@@ -136,13 +182,16 @@ class PolicyConfig(ParallelSchedule):
     @property
     def deterministic(self) -> bool:
         """Whether an image determines its order: with `token_blind`, p(x) is an exact density."""
+        if (own := self._trait("deterministic")) is not None:
+            return own
         noise = float(self.order == "location") if self.temperature is None else self.temperature
         return noise == 0 and self.order != "random"
 
     @property
     def token_blind(self) -> bool:
         """Whether the next position is decided without looking at the candidate tokens."""
-        return self.order not in SCORES or self.order in TOKEN_BLIND
+        own, policy = self._trait("token_blind"), self._inferred_policy()
+        return getattr(policy, "token_blind", True) if own is None else own
 
     @property
     def label(self) -> str:
@@ -160,7 +209,11 @@ class PolicyConfig(ParallelSchedule):
         """
         if policy := self._inferred_policy():
             return policy
-        if self.order == "random":
+        if isinstance(own := _own(self.order), type):
+            return own(grid, **{name: getattr(self, name) for name in self._changed()})
+        if own is not None:
+            orders = torch.as_tensor(own(grid))
+        elif self.order == "random":
             orders = random_rows(grid, streams)
         elif self.order in STATIC:
             orders = static_order(self.order, grid)

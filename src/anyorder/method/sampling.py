@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anyorder import families
 from anyorder.contracts import require
 
 
@@ -60,7 +61,8 @@ def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     """
     # Integers add up exactly in any sequence; float sums waver on a GPU and would reach impossible tokens.
     cdf = (logits.float().softmax(-1) * 2**30).int().cumsum(-1, dtype=torch.int32)
-    target = (uniform.double() * cdf[..., -1]).int()
+    # Exact, and without float64, which Apple's GPUs lack: `uniform` is a whole number of 2**-24.
+    target = ((uniform * 2**24).long() * cdf[..., -1] >> 24).int()
     # The clamp matters only for logits that are not finite: `generate` reports those.
     return torch.searchsorted(cdf, target[..., None], right=True).squeeze(-1).clamp_max(cdf.shape[-1] - 1)
 
@@ -125,3 +127,22 @@ SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 TOKEN_BLIND = frozenset(SCORES) - {"token_likelihood"}
 """Scores that do not look at the sampled or given token."""
+
+
+def score_of(name: str) -> tuple[Callable[[Tensor, Tensor], Tensor], bool]:
+    """The function of a score, and whether it is token-blind.
+
+    An own score, see `families.resolve`, is a function of `log_p` alone, or of `log_p` and `tokens`.
+
+    Raises:
+        ValueError: no such score.
+    """
+    if name in SCORES:
+        return SCORES[name], name in TOKEN_BLIND
+    known = families.is_own("policies", name)
+    require(known, f"unknown score '{name}': choose one of {', '.join(SCORES)}, or package.module:function")
+    own = families.resolve("policies", name)
+    names = families.parameters(own)
+    text = f"a score is a function of (log_p) or (log_p, tokens), {name} is one of ({', '.join(names)})"
+    require(names in (["log_p"], ["log_p", "tokens"]), text)
+    return (own, False) if len(names) == 2 else (lambda log_p, tokens: own(log_p), True)

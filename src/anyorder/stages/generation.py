@@ -13,7 +13,7 @@ from anyorder.inference.device import device, fast_dtype
 from anyorder.inference.pipeline import Pipeline
 from anyorder.inference.weights import load_any_order, load_tokenizer
 from anyorder.method.guidance import GuidanceConfig
-from anyorder.method.policy_config import INFERRED, PolicyConfig
+from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Sampling
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import require_trained_on
@@ -46,12 +46,12 @@ class GeneratingStage:
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
 
     def __post_init__(self) -> None:
-        order, inferred = self.policy.order, self.policy.inferred or self.policy.order == "location"
+        order = self.policy.order
         lacking = "policy.order=class_mean needs the orders of the classes: give orders=FOLDER"
         require(order != "class_mean" or self.orders is not None, lacking)
         unused = f"has no effect on policy.order={order}: leave it out"
         require(order == "class_mean" or self.orders is None, f"orders {unused}")
-        require(self.scorer is None or (self.policy.token_blind and inferred), f"scorer {unused}")
+        require(self.scorer is None or (self.policy.token_blind and self.policy.decided), f"scorer {unused}")
 
     def load_pipeline(
         self, artifact: Artifact, tokens: TokenSet, *, bf16: bool = False, compiled: bool = False
@@ -72,7 +72,7 @@ class GeneratingStage:
             scorer=load_any_order(self.scorer) if self.scorer else None,
             class_orders=OrderSet(self.orders).class_orders if self.orders else None,
         )
-        if self.scorer or self.policy.order not in (*INFERRED, "location"):
+        if self.scorer or not self.policy.decided:
             pipe.model.to(fast_dtype(device(), bf16))
         return pipe.compile_decoding() if compiled else pipe
 

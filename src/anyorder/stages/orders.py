@@ -61,9 +61,9 @@ class OrdersStage:
     or on other machines that see the folder, and each works on the parts that no other does."""
 
     def __post_init__(self) -> None:
-        allowed, order = (*INFERRED, "location"), self.policy.order
-        listed = f"policy.order must be one of {', '.join(allowed)} to extract, got '{order}'"
-        require(order in allowed, listed)
+        names = f"{', '.join(INFERRED)}, location or an own one that a model decides"
+        listed = f"policy.order must be one of {names} to extract, got '{self.policy.order}'"
+        require(self.policy.decided, listed)
         require(self.test_limit >= 1, f"test_limit must be >= 1, got {self.test_limit}")
         got = f"got {self.shards} and {self.batch_size}"
         require(min(self.shards, self.batch_size or 1) >= 1, f"shards and batch_size must be >= 1, {got}")

@@ -112,8 +112,7 @@ class TrainStage(common.TrainingStage):
     def _check_online(self, policy: policy_config.PolicyConfig) -> None:
         alone = self.orders is None and self.order == "random"
         require(alone, "online extracts the orders itself: give it, or orders=..., or order=...")
-        inferred = policy.order in (*policy_config.INFERRED, "location")
-        require(inferred, f"online.order must be an inferred order, got '{policy.order}'")
+        require(policy.decided, f"online.order must be an inferred order, got '{policy.order}'")
         ema = "online extracts with the averaged weights: give train.ema, say 0.999"
         require(self.train.ema > 0, ema)
 
