@@ -153,40 +153,107 @@ def test_draw_keeps_the_shape():
     )
 
 
-# --- streams
+# --- random numbers of images
+
+EVERYWHERE = torch.arange(256)
+NUMBERS = {
+    "uniform": lambda streams: streams.uniform(3, EVERYWHERE),
+    "gumbel": lambda streams: streams.gumbel(3, EVERYWHERE),
+    "permutation": lambda streams: streams.permutation(256),
+}
 
 
-def test_a_stream_depends_on_its_seed_only():
-    together, alone = Streams([5, 6, 7]), Streams([6])
-    assert len(together) == 3
-    for draw_numbers in (lambda s: s.uniform(4), lambda s: s.gumbel(2, 3), lambda s: s.uniform()):
-        assert torch.equal(draw_numbers(together)[1:2], draw_numbers(alone))
+def chi_square_uniform(counts: Tensor) -> float:
+    """How many standard deviations counts of equally likely cells are from what is expected."""
+    expected, freedom = counts.sum().item() / counts.numel(), counts.numel() - 1
+    statistic = (counts - expected).double().square().sum().item() / expected
+    return (statistic - freedom) / math.sqrt(2 * freedom)
 
 
-def test_a_subset_shares_its_streams():
-    whole, same = Streams([5, 6, 7]), Streams([5, 6, 7])
-    first = whole.subset([2, 0]).uniform(3)
-    assert torch.equal(first, same.uniform(3)[[2, 0]])
-    following = whole.uniform(3)
-    assert torch.equal(following[1], Streams([6]).uniform(3)[0])  # the one left out has not moved on
-    assert not torch.equal(following[0], first[1])
+def cells(x: Tensor, n: int) -> Tensor:
+    """Cells 0..n - 1 of equal size of numbers in (0, 1)."""
+    return (x.double() * n).long()
+
+
+def test_random_bits_are_those_of_splitmix64():
+    """The reference in Python's integers, of any size."""
+    mask = 2**64 - 1
+
+    def mix(x: int) -> int:
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        return x ^ (x >> 31)
+
+    step = 0x9E3779B97F4A7C15
+    assert mix(1234567 + step) == 6457827717110365317, "the first number of SplitMix64 from this seed"
+    for seed in (0, 7, 2**63 + 5, 2**64 - 1, -3):
+        start = mix((mix((seed + step) & mask) + 4 * 11) & mask)
+        expected = [(2 * (mix((start + n * step) & mask) >> 41) + 1) / 2**24 for n in (1, 2, 256)]
+        assert Streams([seed]).uniform(11, torch.tensor([0, 1, 255]))[0].tolist() == expected
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_an_image_depend_on_its_seed_only(name):
+    of = NUMBERS[name]
+    together = of(Streams([5, 6, 7]))
+    assert torch.equal(together[1:2], of(Streams([6])))
+    assert torch.equal(together[[2, 0]], of(Streams([5, 6, 7]).subset(torch.tensor([2, 0]))))
+    assert torch.equal(together, of(Streams([5, 6, 7]))), "nothing is used up"
+    assert len(together.unique(dim=0)) == 3
+
+
+def test_numbers_of_a_position_do_not_depend_on_the_others():
+    streams, some = Streams([5, 6]), torch.tensor([[9, 4], [200, 9]])
+    for of in (streams.uniform, streams.gumbel):
+        assert torch.equal(of(3, some), of(3, EVERYWHERE).gather(1, some))
+        assert torch.equal(of(torch.tensor([3, 8]), some)[1], of(8, some)[1]), "each image at its own step"
 
 
 def test_uniform_and_gumbel_distributions():
-    uniform = Streams([0]).uniform(20_000)
-    assert 0 <= uniform.min() < 1e-3
-    assert 1 - 1e-3 < uniform.max() < 1
-    gumbel = Streams([0]).gumbel(20_000)
-    assert gumbel.isfinite().all()
-    assert gumbel.mean() == pytest.approx(0.5772, abs=0.03)
-    assert gumbel.var() == pytest.approx(math.pi**2 / 6, rel=0.05)
+    uniform = Streams(range(256)).uniform(0, EVERYWHERE)
+    assert 0 < uniform.min() < 1e-4
+    assert 1 - 1e-4 < uniform.max() < 1
+    assert abs(chi_square_uniform(cells(uniform, 1000).flatten().bincount(minlength=1000))) < 4
+    gumbel = Streams(range(256)).gumbel(0, EVERYWHERE)
+    assert gumbel.mean() == pytest.approx(0.5772, abs=0.02)
+    assert gumbel.var() == pytest.approx(math.pi**2 / 6, rel=0.02)
 
 
 def test_gumbel_is_finite_at_the_ends(monkeypatch):
-    streams = Streams([0])
-    ends = torch.tensor([[0.0, LARGEST_UNIFORM]])
-    monkeypatch.setattr(streams, "uniform", lambda *shape: ends)
-    assert streams.gumbel(2).isfinite().all()
+    for bits in (0, -1):  # the smallest and the largest uniform number
+        monkeypatch.setattr(Streams, "_bits", lambda self, *_: torch.tensor([[bits]]))  # noqa: B023
+        assert 0 < Streams([0]).uniform(0, EVERYWHERE).item() < 1
+        assert Streams([0]).gumbel(0, EVERYWHERE).isfinite().all()
+
+
+def neighbours() -> dict[str, tuple[Tensor, Tensor]]:
+    """Pairs of numbers, (n,) each, that differ in one input by the smallest amount."""
+    streams, following = Streams(range(256)), Streams(range(1, 257))
+    here = streams.uniform(0, EVERYWHERE)
+    noise = torch.exp(-torch.exp(-streams.gumbel(0, EVERYWHERE).double())).clamp_max(1 - 2**-25)
+    return {
+        "position": (here[:, :-1].flatten(), here[:, 1:].flatten()),
+        "seed": (here.flatten(), following.uniform(0, EVERYWHERE).flatten()),
+        "step": (here.flatten(), streams.uniform(1, EVERYWHERE).flatten()),
+        "a thousand steps": (here.flatten(), streams.uniform(1000, EVERYWHERE).flatten()),
+        "purpose": (here.flatten(), noise.flatten()),
+    }
+
+
+@pytest.mark.parametrize("name", neighbours())
+def test_neighbouring_numbers_are_independent(name):
+    one, other = neighbours()[name]
+    counts = (16 * cells(one, 16) + cells(other, 16)).bincount(minlength=256)
+    assert abs(chi_square_uniform(counts)) < 4
+    assert abs(torch.corrcoef(torch.stack((one, other)).double())[0, 1]) < 4 / math.sqrt(len(one))
+
+
+def test_permutations_are_uniform():
+    order = Streams(range(24_000)).permutation(4)
+    assert torch.equal(order.sort(1).values, torch.arange(4).expand_as(order))
+    which = (order * torch.tensor([64, 16, 4, 1])).sum(1).unique(return_counts=True)[1]
+    assert len(which) == 24
+    assert abs(chi_square_uniform(which)) < 4
 
 
 # --- confidence

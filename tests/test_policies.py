@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from anyorder.contracts import Grid, Progress
 from anyorder.method.decoding import complete, generate, sample, trace
 from anyorder.method.policies import FixedOrder, InferredOrder, LocatedOrder
-from anyorder.method.policy_config import PolicyConfig, make_policy, random_rows
+from anyorder.method.policy_config import PolicyConfig, make_policy
 from anyorder.method.sampling import SCORES, Streams
 from anyorder.method.schedules import reveals
 from anyorder.orders import STATIC, inverse, random_orders, static_order
@@ -24,8 +25,8 @@ def progress(revealed: Tensor, last: int = -1, grid: Grid = GRID) -> Progress:
     rows = len(revealed)
     never, still_open = torch.full(revealed.shape, -1), int((~revealed[0]).sum())
     return Progress(
-        grid, revealed, torch.full((rows,), last), 0, grid.n, still_open, Streams(range(rows)).gumbel(grid.n),
-        ratings=torch.zeros(revealed.shape), rated_at=never, revealed_at=never.clone(),
+        grid, revealed, torch.full((rows,), last), 0, grid.n, still_open, torch.zeros(revealed.shape), never,
+        revealed_at=never.clone(), noise=partial(Streams(range(rows)).gumbel, 0),
     )  # fmt: skip
 
 
@@ -176,7 +177,9 @@ def test_location_noise_belongs_to_positions():
     now = progress(torch.tensor([[True, False, True, False, False, False]] * 3))
     candidates = rule.propose(now)
     chosen = candidates.gather(1, rule.select(now, candidates, torch.zeros(3, 4)))
-    assert torch.equal(chosen, now.noise.masked_fill(now.revealed, -torch.inf).topk(2).indices)
+    assert torch.equal(
+        chosen, now.noise(torch.arange(6)).masked_fill(now.revealed, -torch.inf).topk(2).indices
+    )
 
 
 def test_distance_counts_from_the_first_reveal_on():
@@ -327,13 +330,9 @@ def test_make_policy():
     assert make_policy(rule, GRID, streams) is rule
     random = make_policy("random", GRID, Streams(range(3)))
     assert random.name == "random"
-    assert torch.equal(inverse(random.rank), random_rows(GRID, Streams(range(3))))
+    assert torch.equal(inverse(random.rank), Streams(range(3)).permutation(6))
     with pytest.raises(ValueError, match="unknown order 'zigzag': choose one of random, raster"):
         make_policy("zigzag", GRID, streams)
-
-
-def test_random_rows_come_from_each_stream():
-    assert torch.equal(random_rows(GRID, Streams([3, 4, 5]))[1:2], random_rows(GRID, Streams([4])))
 
 
 @pytest.mark.parametrize("order", ["random", *STATIC, *SCORES])

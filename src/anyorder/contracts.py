@@ -13,6 +13,7 @@ Factorisation (OAR, arXiv 2504.17069, Sec. 3): log p(x | pi, c) = sum_i log p(x[
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -128,11 +129,12 @@ class Progress:
     step: int  #: How many reveals the loop has made.
     total: int  #: Positions of each image that are to be revealed in all.
     open: int  #: Positions of each image that are still open.
-    noise: Tensor  #: (B, N) float32, standard Gumbel numbers for this step, from each row's generator.
     ratings: Tensor  #: (B, N) float32, the last rating of each position; 0 before.
     rated_at: Tensor  #: (B, N) int64, the step at which each position was scored last, -1 before.
     revealed_at: Tensor  #: (B, N) int64, the step at which each was revealed, -1 for open and known ones.
     location: Tensor | None = None  #: (B, N) float32, log q(next position), for policies that are `located`.
+    #: Standard Gumbel numbers (B, M) float32 of this step for positions (B, M) or (M,).
+    noise: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def start(cls, grid: Grid, batch_size: int, device: torch.device | str) -> Progress:
@@ -140,7 +142,7 @@ class Progress:
         numbers = torch.zeros(batch_size, grid.n, dtype=torch.float32, device=device)
         never = torch.full_like(numbers, -1, dtype=torch.int64)
         revealed, last = torch.zeros_like(never, dtype=torch.bool), never[:, 0].clone()
-        return cls(grid, revealed, last, 0, grid.n, grid.n, numbers, numbers.clone(), never, never.clone())
+        return cls(grid, revealed, last, 0, grid.n, grid.n, numbers, never, never.clone())
 
     def give(self, positions: Tensor) -> None:
         """Mark positions (B, K) as known."""

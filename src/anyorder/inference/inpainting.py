@@ -82,8 +82,7 @@ def vary_images(
     require(0 <= keep < 1, f"keep must be a share of tokens in [0, 1), got {keep}")
     options["grid"] = grid = grid_of(images, tokenizer.factor)
     # By rank rather than by threshold: every image keeps equally many, and all run as one batch.
-    rank = streams.uniform(grid.n).argsort(1).argsort(1)
-    known = rank < round(keep * grid.n)
+    known = streams.permutation(grid.n) < round(keep * grid.n)
     trace = complete(model, tokenizer.encode(to_float(images)), known, order, streams, **options)
     return from_float(tokenizer.decode(trace.tokens, grid)), known, trace
 

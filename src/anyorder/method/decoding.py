@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -19,8 +20,8 @@ from anyorder.method.guidance import rating_log_probs
 from anyorder.method.policy_config import Order, make_policy
 from anyorder.method.sampling import Sampling, Streams
 
-Content = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(positions (B, M), log-probabilities (B, M, V), uniform (B, M)) -> tokens (B, M)."""
+Content = Callable[[Tensor, Tensor], Tensor]
+"""(positions (B, M), log-probabilities (B, M, V)) -> tokens (B, M)."""
 ROWS = {"cpu": 2**10, "cuda": 2**14}
 """Candidates of all images together that are scored at once. On a CPU, 512 to 2048 were measured to be as
 fast, 256 slower."""
@@ -83,9 +84,10 @@ def generate(
     # The last of the models decides where; it needs a state only if the policy asks it anything.
     models = [model, scorer] if scorer is not None and (policy.rated or policy.located) else [model]
 
-    def content(positions: Tensor, log_p: Tensor, uniform: Tensor) -> Tensor:
+    def content(positions: Tensor, log_p: Tensor) -> Tensor:
         if targets is not None:
             return targets.gather(1, positions)
+        uniform = streams.uniform(grid.n - progress.open, positions)
         return sampler.sample_tokens(sampler.truncate(log_p, sampling), uniform)
 
     condition = None if condition is None else condition.to(streams.device, torch.int64)
@@ -96,9 +98,8 @@ def generate(
         states = [each.append(state, *known) for each, state in zip(models, states, strict=True)]
         progress.give(known[0])
     while progress.open:
-        # Every step takes the same numbers from each stream, used or not: a sample then does not depend on
-        # the number of candidates, on chunks, or on the other images of the batch.
-        uniform, progress.noise = streams.uniform(grid.n), streams.gumbel(grid.n)
+        # Steps are told apart by what is known before: a completion never meets numbers used for its prefix.
+        progress.noise = partial(streams.gumbel, grid.n - progress.open)
         scoring_model, scoring_state = models[-1], states[-1]
         if policy.located:
             progress.location = scoring_model.locate(scoring_state, progress.revealed)  # type: ignore[attr-defined]
@@ -107,7 +108,7 @@ def generate(
         if policy.rated:
             proposed = None if policy.token_blind else content
             tokens, log_prob, ratings = score_candidates(
-                scoring_model, scoring_state, candidates, proposed, uniform, policy.rate, chunk
+                scoring_model, scoring_state, candidates, proposed, policy.rate, chunk
             )
             progress.ratings.scatter_(1, candidates, ratings)
             progress.rated_at.scatter_(1, candidates, progress.step)
@@ -120,7 +121,7 @@ def generate(
         if policy.token_blind:
             # The generator scores the chosen positions alone: no token is sampled in vain, and `append`
             # continues from what was scored last instead of computing it again.
-            tokens, log_prob, _ = score_candidates(model, states[0], positions, content, uniform, None, chunk)
+            tokens, log_prob, _ = score_candidates(model, states[0], positions, content, None, chunk)
         else:
             # These very tokens decided where to go: to sample again would change the distribution.
             tokens, log_prob = tokens.gather(1, chosen), log_prob.gather(1, chosen)
@@ -139,24 +140,19 @@ def score_candidates(
     state: Any,
     candidates: Tensor,
     content: Content | None,
-    uniform: Tensor,
     rate: Callable[[Tensor, Tensor], Tensor] | None,
     chunk: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens of candidates (B, M), their log-probabilities and ratings: three (B, M), chunk by chunk.
 
-    `content` chooses the tokens, with `uniform` (B, N) in [0, 1); None: zeros, for ratings that ignore them.
+    `content` chooses the tokens; None: zeros, for ratings that ignore them.
     `rate` is that of a policy; None rates by log-probability. The state is unchanged.
     """
     parts = []
     for positions in candidates.split(chunk or _chunk(model, candidates), dim=1):
         # On a GPU the kernel casts, so that no float32 logits exist.
         log_p = model.score(state, positions).log_softmax(-1, dtype=torch.float32)
-        tokens = (
-            content(positions, log_p, uniform.gather(1, positions))
-            if content
-            else torch.zeros_like(positions)
-        )
+        tokens = content(positions, log_p) if content else torch.zeros_like(positions)
         log_prob = sampler.token_likelihood(log_p, tokens)
         parts.append((tokens, log_prob, rate(rating_log_probs(state, log_p), tokens) if rate else log_prob))
     tokens, log_prob, ratings = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
@@ -186,8 +182,7 @@ def expected_information(
         log_p = model.score(fork, position).log_softmax(-1, dtype=torch.float32)
         fork = model.append(fork, position, rating_log_probs(fork, log_p).argmax(-1))
         others = (~revealed.scatter(1, position, True)).nonzero()[:, 1].view(len(position), -1)
-        unused = torch.zeros_like(revealed, dtype=torch.float32)
-        after = -score_candidates(model, fork, others, None, unused, sampler.entropy, chunk)[2].sum(1, True)
+        after = -score_candidates(model, fork, others, None, sampler.entropy, chunk)[2].sum(1, True)
         gains.append(entropies.sum(1, True) - entropies.gather(1, column) - after)
     return positions, torch.cat(gains, dim=1)
 
@@ -254,13 +249,13 @@ def complete(
     result = Trace(tokens.clone(), torch.empty_like(tokens), torch.zeros_like(tokens, dtype=torch.float32))
     counts = known.sum(1)
     # A batch advances all rows by equally many positions, so rows run together only if equally many are open.
-    # Each row has a random stream: the grouping does not change the result.
+    # Random numbers belong to rows: the grouping does not change the result.
     for count in counts.unique().tolist():
         rows = (counts == count).nonzero().squeeze(1)
         at = known[rows].nonzero(as_tuple=True)[1].reshape(len(rows), count)
         prefix = (at, tokens[rows].gather(1, at))
         options["condition"] = None if condition is None else condition.to(streams.device)[rows]
-        some = streams.subset(rows.tolist())
+        some = streams.subset(rows)
         part = trace(generate(model, policy.subset(rows), some, known=prefix, **options), prefix)
         for name, values in vars(part).items():
             getattr(result, name)[rows] = values

@@ -177,7 +177,8 @@ class InferredOrder(_Policy):
             assert progress.location is not None
             ratings = ratings + self.location * progress.location.gather(1, positions)
         if self.temperature:
-            ratings = ratings + self.temperature * progress.noise.gather(1, positions)
+            assert progress.noise is not None
+            ratings = ratings + self.temperature * progress.noise(positions)
         if self.distance:
             ratings = ratings - self.distance * _distance(progress, positions, self.distance_to)
         return ratings
@@ -204,7 +205,12 @@ class LocatedOrder(_Decided):
     def propose(self, progress: Progress) -> Tensor:
         """The K positions that the head prefers, (B, K)."""
         assert progress.location is not None
-        return self._next(progress, progress.location + self.temperature * progress.noise)
+        priority = progress.location
+        if self.temperature:
+            assert progress.noise is not None
+            everywhere = torch.arange(progress.grid.n, device=priority.device)
+            priority = priority + self.temperature * progress.noise(everywhere)
+        return self._next(progress, priority)
 
 
 def _staleness(progress: Progress) -> Tensor:

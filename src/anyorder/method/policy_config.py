@@ -14,7 +14,7 @@ from anyorder.contracts import Grid, OrderPolicy, require
 from anyorder.method import policies
 from anyorder.method.sampling import SCORES, Streams
 from anyorder.method.schedules import ParallelSchedule
-from anyorder.orders import STATIC, random_orders, static_order
+from anyorder.orders import STATIC, static_order
 
 INFERRED = (*SCORES, "information")
 """Orders that score every open position at every step."""
@@ -44,11 +44,6 @@ def _own(order: str) -> Any:
     text = f"{order} must be a class or function of (grid, ...), or a score of (log_p) or (log_p, tokens)"
     require(first in ("grid", "log_p"), text)
     return own if first == "grid" else None
-
-
-def random_rows(grid: Grid, streams: Streams) -> Tensor:
-    """A uniformly random order for each image from its own stream, (B, N) int64."""
-    return torch.cat([random_orders(1, grid, g) for g in streams.generators]).to(streams.device)
 
 
 def make_policy(order: Order, grid: Grid, streams: Streams, *, per_step: int = 1) -> OrderPolicy:
@@ -214,7 +209,7 @@ class PolicyConfig(ParallelSchedule):
         if own is not None:
             orders = torch.as_tensor(own(grid))
         elif self.order == "random":
-            orders = random_rows(grid, streams)
+            orders = streams.permutation(grid.n)
         elif self.order in STATIC:
             orders = static_order(self.order, grid)
         elif orders is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
 def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     """Tokens (...) int64 from logits (..., V) and `uniform` (...) in [0, 1), by inverting the cumulative sum.
 
-    One random number per token, rather than V, makes a generator per image cheap.
+    That takes one random number per token, rather than V.
     """
     # Integers add up exactly in any sequence; float sums waver on a GPU and would reach impossible tokens.
     cdf = (logits.float().softmax(-1) * 2**30).int().cumsum(-1, dtype=torch.int32)
@@ -68,30 +69,70 @@ def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 class Streams:
-    """One random generator per image: an image depends neither on its neighbours nor on the batch size."""
+    """The random numbers of images, as a pure function: nothing is stored, and nothing is used up.
+
+    A number is a hash of the image's seed, its purpose, the step and the position. So an image depends
+    neither on its neighbours nor on batch size, chunks, threads or device. The n-th number of a step is the
+    n-th of a SplitMix64 generator (Steele et al., OOPSLA 2014) that begins at a hash of all the rest.
+    """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
-        """Take one seed per image; numbers are made on the CPU and sent to `device`."""
-        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        self.device = device
+        """Take one seed per image, any integers, of which the lowest 64 bits count."""
+        signed = [(int(seed) + 2**63) % 2**64 - 2**63 for seed in seeds]
+        self.keys = _mix(torch.tensor(signed, dtype=torch.int64).to(device) + _STEP)
 
     def __len__(self) -> int:
-        return len(self.generators)
+        return len(self.keys)
 
-    def uniform(self, *shape: int) -> Tensor:
-        """Uniform numbers in [0, 1), (B, ...) float32, each row from its own generator."""
-        rows = [torch.rand(shape, generator=g, dtype=torch.float32) for g in self.generators]
-        return torch.stack(rows).to(self.device)
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are made."""
+        return self.keys.device
 
-    def gumbel(self, *shape: int) -> Tensor:
-        """Standard Gumbel numbers, (B, ...) float32."""
-        return -(-self.uniform(*shape).clamp_min(torch.finfo(torch.float32).tiny).log()).log()
-
-    def subset(self, rows: Sequence[int]) -> Streams:
-        """The streams of some images, shared with this object."""
-        part = Streams([], self.device)
-        part.generators = [self.generators[row] for row in rows]
+    def subset(self, rows: Tensor) -> Streams:
+        """Those of some images (R,) int64."""
+        part = copy.copy(self)
+        part.keys = self.keys[rows]
         return part
+
+    def uniform(self, step: int | Tensor, positions: Tensor) -> Tensor:
+        """For tokens: (B, M) float32 in (0, 1), at a step, one or (B,), and positions (B, M) or (M,)."""
+        return _uniform(self._bits(0, step, positions))
+
+    def gumbel(self, step: int | Tensor, positions: Tensor) -> Tensor:
+        """For the choice of positions: standard Gumbel numbers (B, M) float32; arguments as of `uniform`."""
+        # In float64, since the last bits of logarithms differ between devices; rounding hides them.
+        uniform = _uniform(self._bits(1, step, positions)).double()
+        return uniform.log_().neg_().log_().neg_().float()
+
+    def permutation(self, n: int) -> Tensor:
+        """A uniformly random permutation of n positions, (B, n) int64."""
+        return self._bits(2, 0, torch.arange(n, device=self.device)).argsort(1)
+
+    def _bits(self, purpose: int, step: int | Tensor, index: Tensor) -> Tensor:
+        """64 random bits each, (B, M) int64."""
+        return _mix(_mix(self.keys + (4 * step + purpose))[:, None] + (index + 1) * _STEP)
+
+
+_STEP, _FIRST, _SECOND = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+"""The constants of SplitMix64, as int64."""
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The hash of SplitMix64, in place, int64; products wrap around, alike on every device."""
+    x.bitwise_xor_(_shifted(x, 30)).mul_(_FIRST)
+    x.bitwise_xor_(_shifted(x, 27)).mul_(_SECOND)
+    return x.bitwise_xor_(_shifted(x, 31))
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """To the right, filled with zeros, not with the sign."""
+    return (x >> bits).bitwise_and_(2 ** (64 - bits) - 1)
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    """The odd multiples of 2^-24, float32 without rounding: neither 0 nor 1."""
+    return (_shifted(bits, 40).bitwise_or_(1)).float().mul_(2**-24)
 
 
 # --- confidence scores ------------------------------------------------------------------------------------
