@@ -6,7 +6,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints
 
 SMOKE := data.max_train=300 data.max_test=120 orders.limit=64 \
 	$(foreach stage,tokenizer features raster any-order random ordered,$(stage).train.steps=20 $(stage).train.warmup=5) \
-	$(foreach order,raster random ordered,samples-$(order).n=64 eval-$(order).nll_images=32)
+	$(foreach order,raster random ordered,samples-$(order).num_images=64 eval-$(order).nll_images=32)
 
 # Tests of what computes in bfloat16 where the hardware has it (ANYORDER_BF16=auto).
 PRECISION := $(addprefix tests/test_,$(addsuffix .py,adapt bench completion_stage device grids runs trainer))

@@ -259,7 +259,13 @@ def files(ours, tmp_path):
 
 
 def test_the_command_writes_images(files, capsys):
-    command = ["complete", f"pipeline={files}/pipe", f"image={files}/in.png", "label=dog", "num_images=2"]
+    command = [
+        "complete",
+        f"pipeline={files}/pipe",
+        f"image={files}/in.png",
+        "class_labels=dog",
+        "num_images=2",
+    ]
     assert cli.main([*command, f"mask={files}/mask.png", f"out={files}/a"]) == 0
     assert cli.main([*command, "box=5,3,11,12", f"out={files}/b"]) == 0
     for name in ("0000.png", "0001.png"):
@@ -269,7 +275,7 @@ def test_the_command_writes_images(files, capsys):
     assert f"{files}/b/0001.png" in capsys.readouterr().out
     assert cli.main([*command, "pad=4,4,4,4", "policy.order=raster", f"out={files}/c"]) == 0
     assert Image.open(files / "c/0000.png").size == (24, 20)
-    assert cli.main([*command, "keep=0.5", "label=2", "guidance=1.5", f"out={files}/d"]) == 0
+    assert cli.main([*command, "keep=0.5", "class_labels=2", "guidance_scale=1.5", f"out={files}/d"]) == 0
 
 
 @pytest.mark.parametrize(

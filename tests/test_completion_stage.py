@@ -22,7 +22,7 @@ TINY_VQ = {
 }  # fmt: skip
 STEPS = {"steps": 2, "batch_size": 8, "log_every": 2, "eval_every": 2, "save_every": 2}
 MADE = {"tokenizer": "tokenizer", "tokens": "tokens"}
-MEASURED = {**MADE, "features": "features", "data": "data", "n": 6, "batch_size": 4}
+MEASURED = {**MADE, "features": "features", "data": "data", "num_images": 6, "batch_size": 4}
 
 EXPERIMENT = {
     "stages": {
@@ -122,7 +122,7 @@ def test_completions_depend_neither_on_the_batch_nor_on_a_kill(experiment, tmp_p
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"n": 3}, "n must be >= 4"),
+        ({"num_images": 3}, "num_images must be >= 4"),
         ({"seeds": []}, "seeds one number"),
         ({"mask": "center"}, "mask"),
         ({"policy": {"order": "class_mean"}}, "class_mean needs the orders of the classes"),
@@ -157,7 +157,7 @@ def test_converted_models_go_through_the_stages(experiment, converted):
     both = [*own, f"tokenizer={out}/tokenizer"]
     measured = [f"features={out}/features", f"data={out}/data"]
     assert cli.main(["orders", *own, f"out={converted}/orders", "limit=8", "test_limit=4"]) == 0
-    assert cli.main(["sample", *both, f"out={converted}/drawn", "n=5", "policy.order=margin"]) == 0
+    assert cli.main(["sample", *both, f"out={converted}/drawn", "num_images=5", "policy.order=margin"]) == 0
     evaluate = [
         "eval",
         *own,
@@ -167,7 +167,7 @@ def test_converted_models_go_through_the_stages(experiment, converted):
         "nll_images=4",
     ]
     assert cli.main(evaluate) == 0
-    complete = ["completion", *both, *measured, f"out={converted}/completion", "n=4", "seeds=0"]
+    complete = ["completion", *both, *measured, f"out={converted}/completion", "num_images=4", "seeds=0"]
     assert cli.main(complete) == 0
     assert cli.main(["pipeline", *both, f"out={converted}/pipeline"]) == 0
     assert load_array(converted / "orders" / "train.order.npy").shape == (8, 16)

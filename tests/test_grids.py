@@ -15,7 +15,14 @@ TINY_VQ = {
 STEPS = {"steps": 2, "batch_size": 8, "log_every": 2, "eval_every": 2, "save_every": 2}
 DATA = {"stage": "data", "max_train": 16, "max_test": 8}
 SMALL = {"depth": 1, "width": 32, "heads": 2}
-ON = {"stage": "grid", "tokens": "tokens", "tokenizer": "tokenizer", "n": 6, "seeds": [0, 1], "samples": 3}
+ON = {
+    "stage": "grid",
+    "tokens": "tokens",
+    "tokenizer": "tokenizer",
+    "num_images": 6,
+    "seeds": [0, 1],
+    "samples": 3,
+}
 EXPERIMENT = {
     "stages": {
         "data": {**DATA, "size": [16, 16]},
@@ -59,6 +66,6 @@ def test_what_does_not_belong_together_is_refused(run, tmp_path, capsys):
     assert cli.main([*wrong, f"tokenizer={run}/tokenizer", f"out={tmp_path}/x"]) == 2
     assert "was made with tokens" in capsys.readouterr().err
     inputs = dict.fromkeys(("model", "tokens", "other", "tokenizer"), "x")
-    for settings in ({"n": 0}, {"seeds": []}, {"policy": {"order": "class_mean"}}):
+    for settings in ({"num_images": 0}, {"seeds": []}, {"policy": {"order": "class_mean"}}):
         with pytest.raises(ValueError, match=r"must be >= 1|needs the orders of the classes"):
             parse(GridStage, {**inputs, **settings})

@@ -51,13 +51,14 @@ EXPERIMENT = {
     "iterate": {"model": "any", "tokens": "tokens", "rounds": 2, "patience": 2, "limit": 8, "test_limit": 4,
                 "first": QUICK["policy"], "train": {**STEPS, "steps": 2},
                 "policy": {"order": "token_likelihood", "location": 1.0, "per_step": 8}},
-    "sample": {"model": "ordered", "n": 8, "batch_size": 3, **QUICK},
-    "scored": {"stage": "sample", "model": "ordered", "scorer": "any", "n": 8, **QUICK},
+    "sample": {"model": "ordered", "num_images": 8, "batch_size": 3, **QUICK},
+    "scored": {"stage": "sample", "model": "ordered", "scorer": "any", "num_images": 8, **QUICK},
     "eval": {"samples": "sample", "features": "features", "nll_images": 4},
     "eval-scored": {"stage": "eval", "samples": "scored", "features": "features", "nll_images": 4},
     "compare": {"a": "eval-scored", "b": "eval", "resamples": 200},
-    "completion": {"model": "ordered", "features": "features", "n": 4, "batch_size": 3, "seeds": [0, 1]},
-    "grid": {"model": "any", "other": "large-tokens", "n": 4, "seeds": [0], "samples": 2},
+    "completion": {"model": "ordered", "features": "features", "num_images": 4, "batch_size": 3,
+                   "seeds": [0, 1]},
+    "grid": {"model": "any", "other": "large-tokens", "num_images": 4, "seeds": [0], "samples": 2},
     "pipeline": {"samples": "scored"},
 }  # fmt: skip
 WRITES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")

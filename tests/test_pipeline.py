@@ -11,6 +11,7 @@ from conftest import transformer
 from PIL import Image
 
 from anyorder import Pipeline
+from anyorder.cli import main as cli
 from anyorder.contracts import Grid
 from anyorder.data.images import BadImage
 from anyorder.inference.request import ImageRequest
@@ -128,6 +129,34 @@ def test_wrong_types_and_settings_without_effect_are_refused_in_one_line(setting
     with pytest.raises(ValueError, match=message) as e:
         PIPE(**settings)
     assert "\n" not in str(e.value)
+
+
+def test_labels_and_attributes_are_taken_in_turn():
+    found = PIPE(["cat", "dog"], 5, generator=range(5))
+    assert torch.equal(found.tokens, PIPE([0, 1, 0, 1, 0], generator=range(5)).tokens)
+    for labels, n in ((["cat", "dog"], 1), ([], 3)):
+        with pytest.raises(ValueError, match=f"got {len(labels)} labels for num_images={n}"):
+            PIPE(labels, n)
+    with pytest.raises(ValueError, match="got 2 labels for num_images=3: give one, or one per image"):
+        PIPE.complete([IMAGE] * 3, HOLE, ["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new"),
+    [
+        ("sample pipeline=fashion32", "n", "num_images"),
+        ("sample pipeline=fashion32", "labels", "class_labels"),
+        ("sample pipeline=fashion32", "guidance", "guidance_scale"),
+        ("complete pipeline=fashion32 image=x.png", "label", "class_labels"),
+        ("complete pipeline=fashion32 image=x.png", "guidance", "guidance_scale"),
+        ("sample model=x", "n", "num_images"),
+        ("completion model=x features=x", "n", "num_images"),
+        ("grid model=x other=x", "n", "num_images"),
+    ],
+)
+def test_settings_have_one_name_everywhere(command, old, new, capsys):
+    assert cli.main([*command.split(), "out=x", f"{old}=2"]) == 2
+    assert f"setting '{old}' is now called '{new}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("order", ["random", "entropy", "margin", "token_likelihood", "information"])

@@ -71,20 +71,27 @@ def test_orders_of_classes_in_few_steps(pipe):
 
 
 def test_the_command_writes_images_and_an_animation(tmp_path, capsys):
-    command = ["sample", "pipeline=fashion32", "labels=Shoes,Bags", "n=3", f"out={tmp_path}"]
+    command = ["sample", "pipeline=fashion32", "class_labels=Shoes,Bags", "num_images=3", f"out={tmp_path}"]
     assert cli.main(command) == 0
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"0000.png", "0001.png", "0002.png", "grid.png", "orders.png", "generation.webp"}
     assert "generation.webp" in capsys.readouterr().out
     assert cli.main([*command, "--dry-run"]) == 0
-    assert cli.main(["sample", "pipeline=fashion32", "labels=Shoos", f"out={tmp_path}"]) == 2
+    assert cli.main(["sample", "pipeline=fashion32", "class_labels=Shoos", f"out={tmp_path}"]) == 2
     assert "did you mean 'Shoes'" in capsys.readouterr().err
-    assert cli.main(["sample", "pipeline=fashion32", "n=0", f"out={tmp_path}"]) == 2
+    assert cli.main(["sample", "pipeline=fashion32", "num_images=0", f"out={tmp_path}"]) == 2
 
 
 def test_command_draws_compiled(tmp_path, monkeypatch):
     """Without a compiler it says so; with one, what is drawn went through compiled code."""
-    command = ["sample", "pipeline=fashion32", "n=1", "labels=Shoes", "compile=true", f"out={tmp_path}"]
+    command = [
+        "sample",
+        "pipeline=fashion32",
+        "num_images=1",
+        "class_labels=Shoes",
+        "compile=true",
+        f"out={tmp_path}",
+    ]
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert cli.main(command) == 2
     asked = []

@@ -63,10 +63,10 @@ EXPERIMENT = {
         "orders": {"model": "any", "tokens": "tokens", "limit": 20, "batch_size": 8},
         "ordered": {"stage": "train", "tokens": "tokens", "init": "any", "orders": "orders",
                     "random_share": 0.2, "train": STEPS},
-        "drawn": {"stage": "sample", "model": "ordered", **MADE, "n": 10, "batch_size": 4},
-        "peeking": {"stage": "sample", "model": "ordered", **MADE, "n": 5,
+        "drawn": {"stage": "sample", "model": "ordered", **MADE, "num_images": 10, "batch_size": 4},
+        "peeking": {"stage": "sample", "model": "ordered", **MADE, "num_images": 5,
                     "policy": {"order": "token_likelihood"}, "guidance": {"scale": 2.0}, "bf16": False},
-        "guided-by-any": {"stage": "sample", "model": "ordered", "scorer": "any", "n": 5},
+        "guided-by-any": {"stage": "sample", "model": "ordered", "scorer": "any", "num_images": 5},
         "eval-guided-by-any": {"stage": "eval", "samples": "guided-by-any", **MEASURED, "nll_images": 8},
         "eval-drawn": {"stage": "eval", "samples": "drawn", "model": "ordered", "data": "data", **MEASURED,
                        "tokens": "tokens", "nll_images": 8},
@@ -75,12 +75,12 @@ EXPERIMENT = {
         "pipeline": {"model": "ordered", "scorer": "any"},
         "located": {"stage": "train", "tokens": "tokens", "init": "any", "orders": "orders", "jitter": 1.0,
                     "random_share": 0.3, "model": {"location": True}, "train": STEPS},
-        "by-location": {"stage": "sample", "model": "located", "n": 10,
+        "by-location": {"stage": "sample", "model": "located", "num_images": 10,
                         "policy": {"order": "location"}},
         "eval-by-location": {"stage": "eval", "samples": "by-location", **MEASURED, "nll_images": 8},
         "classes": {"stage": "train", "tokens": "tokens", "orders": "orders", "orders_as": "class_mean",
                     "model": TINY_MODEL, "train": STEPS},
-        "by-class": {"stage": "sample", "model": "classes", "orders": "orders", **MADE, "n": 10,
+        "by-class": {"stage": "sample", "model": "classes", "orders": "orders", **MADE, "num_images": 10,
                      "policy": {"order": "class_mean"}},
         "eval-by-class": {"stage": "eval", "samples": "by-class", **MEASURED, "nll_images": 8},
         "online": {"stage": "train", "tokens": "tokens", "init": "any", "model": {"location": True},
@@ -375,7 +375,7 @@ def test_evaluations_reproduce_and_keep_times_apart(experiment, tmp_path):
 def test_random_orders_give_a_bound_and_inferred_orders_a_likelihood(experiment, tmp_path):
     _, out = experiment
     assert not read_json(out / "eval-drawn" / "metrics.json")["nll_is_bound"]
-    command = ["sample", f"model={out}/any", "n=8"]
+    command = ["sample", f"model={out}/any", "num_images=8"]
     assert cli.main([*command, "policy.order=random", f"out={tmp_path}/s"]) == 0
     command = ["eval", f"samples={tmp_path}/s", f"features={out}/features", f"out={tmp_path}/e"]
     assert cli.main([*command, "nll_images=8"]) == 0

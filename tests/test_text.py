@@ -54,7 +54,7 @@ def write_table(path, n, seed=0, without=()):
 
 
 def experiment_of(source):
-    draw = {"stage": "sample", "model": "model", **MADE, "n": 12, "bf16": False}
+    draw = {"stage": "sample", "model": "model", **MADE, "num_images": 12, "bf16": False}
     measure = {"stage": "eval", "model": "model", "features": "features", "attribute_features": "colours",
                "data": "data", "tokens": "tokens", "nll_images": 8}  # fmt: skip
     train = {"depth": 1, "width": 32, "heads": 2}
@@ -360,9 +360,9 @@ def test_agreement_in_closed_form():
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["sample", "prompts=[a,b]", "n=3"], "multiple of the 2 prompts"),
-        (["sample", "prompts=[a]", "hide=[class]", "n=3"], "leave nothing to hide"),
-        (["sample", "hide=[color]", "n=3"], "did you mean 'colour'"),
+        (["sample", "prompts=[a,b]", "num_images=3"], "multiple of the 2 prompts"),
+        (["sample", "prompts=[a]", "hide=[class]", "num_images=3"], "leave nothing to hide"),
+        (["sample", "hide=[color]", "num_images=3"], "did you mean 'colour'"),
         (["tokens", "text.length=0"], "length >= 1"),
         (["features", "label=color", "train.steps=2"], "did you mean 'colour'"),
         (["features", "label=colour", "extractor=inception"], "set extractor=classifier"),
@@ -446,7 +446,7 @@ def test_completions_and_larger_pictures_follow_the_text(pipe):
 
 
 def test_command_line_takes_prompts(pipe, experiment, tmp_path, capsys):
-    wish = ["n=2", "prompts=[a red shoe, a blue shoe]", "attributes=kind: shoe", "seed=3"]
+    wish = ["num_images=2", "prompts=[a red shoe, a blue shoe]", "attributes=kind: shoe", "seed=3"]
     command = ["sample", f"pipeline={experiment[1]}/pipeline", *wish]
     assert cli.main([*command, f"out={tmp_path}/drawn", "--traceback"]) == 0
     made = pipe(prompt=["a red shoe", "a blue shoe"], attributes={"kind": "shoe"}, generator=3)

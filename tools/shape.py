@@ -147,7 +147,7 @@ def dynamic() -> dict[str, Any]:
         found = {
             "frames from train to the loss": frames_to("token_nll", lambda: command(*train)),
             "frames from sample (stage) to score": frames_to(
-                "score", lambda: command("sample", f"out={at('samples')}", *made, "n=2")
+                "score", lambda: command("sample", f"out={at('samples')}", *made, "num_images=2")
             ),
             "frames from sample (pipeline) to score": frames_to(
                 "score", lambda: command("sample", "pipeline=fashion32", f"out={at('images')}")

@@ -120,7 +120,8 @@ def sample(call: Call) -> str:
     out, config = call.out(), call.parse("sample pipeline")
     if not call.show(config, out):
         sample_files(config, out)
-    return f"{config.n} images, orders.png and generation.webp in {out}; next: look at {out / 'grid.png'}"
+    n, grid = config.num_images, out / "grid.png"
+    return f"{n} images, orders.png and generation.webp in {out}; next: look at {grid}"
 
 
 def complete(call: Call) -> str:

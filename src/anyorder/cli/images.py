@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -24,10 +24,13 @@ class _ImageConfig:
     """Folder of a pipeline, "fashion32" (comes with the package), or a Hugging Face hub id."""
     policy: PolicyConfig | None = None
     """The order to generate in; by default the pipeline's policy."""
-    guidance: float = 1.0
+    guidance_scale: float = 1.0
     """Scale of classifier-free guidance: 1 (default) is none, larger follows class and prompt closer."""
     seed: int = 0
     """Image i is generated from seed + i; by default 0."""
+
+    renamed: ClassVar[dict[str, str]] = {"guidance": "guidance_scale"}
+    """Earlier names, see `settings.read_stored`."""
 
 
 @dataclass(kw_only=True)
@@ -37,14 +40,14 @@ class SampleConfig(_ImageConfig):
     orders.png shows when each patch was generated; generation.webp is an animation of it.
     """
 
-    labels: tuple[str, ...] = ()
+    class_labels: tuple[str, ...] = ()
     """Names or numbers of classes, in turn; by default all classes in turn, or none beside prompts or
     attributes."""
     prompts: tuple[str, ...] = ()
     """Texts, in turn, for a pipeline that was trained with captions."""
     attributes: dict[str, str] = field(default_factory=dict)
     """Values by name, such as baseColour: Red, for a pipeline that was trained with attributes."""
-    n: int = 16
+    num_images: int = 16
     """Number of images, at least 1; by default 16."""
     sampling: Sampling = field(default_factory=Sampling)
     scale: int = 4
@@ -52,8 +55,12 @@ class SampleConfig(_ImageConfig):
     compile: bool = False
     """Generate through compiled code: pays for many images only, since compiling takes a while."""
 
+    renamed: ClassVar[dict[str, str]] = {"n": "num_images", "labels": "class_labels"} | _ImageConfig.renamed
+    """Earlier names, see `settings.read_stored`."""
+
     def __post_init__(self) -> None:
-        require(min(self.n, self.scale) >= 1, f"n and scale must be >= 1, got {self.n} and {self.scale}")
+        for name in ("num_images", "scale"):
+            require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
 
 
 @dataclass(kw_only=True)
@@ -73,8 +80,8 @@ class CompleteConfig(_ImageConfig):
     """Pixels to add on the left,top,right,bottom, and to generate."""
     keep: float | None = None
     """Instead of all these: share of patches to keep, in [0, 1), chosen at random; others are generated."""
-    label: str = ""
-    """Name or number of a class; by default none."""
+    class_labels: tuple[str, ...] = ()
+    """Name or number of a class, or one for each completion; by default none."""
     prompt: str | None = None
     """A text, for a pipeline that was trained with captions."""
     num_images: int = 1
@@ -83,6 +90,9 @@ class CompleteConfig(_ImageConfig):
     """Pixels inside the hole over which the step at its seam fades out; by default 2, and 0 is none."""
     margin: int | None = None
     """Patches around the hole that are generated, too, while their known pixels are kept; by default 0."""
+
+    renamed: ClassVar[dict[str, str]] = {"label": "class_labels"} | _ImageConfig.renamed
+    """Earlier names, see `settings.read_stored`."""
 
     def __post_init__(self) -> None:
         require(self.mask is None or self.box is None, "give either mask=... or box=..., not both")
@@ -93,18 +103,18 @@ def sample_files(config: SampleConfig, out: Path) -> None:
     pipe = Pipeline.from_pretrained(config.pipeline)
     if config.compile:
         pipe.compile_decoding()
-    labels: list[Any] = [pipe.typed(label) for label in config.labels]
+    labels: list[Any] = [pipe.typed(label) for label in config.class_labels]
     if not labels and not config.prompts and not config.attributes:
-        labels = list(range(pipe.model.num_classes))
+        labels = [*range(pipe.model.num_classes)][: config.num_images]
     made = pipe(
-        _in_turn(labels, config.n), config.n, config.policy, config.guidance, config.seed,
+        labels or None, config.num_images, config.policy, config.guidance_scale, config.seed,
         sampling=config.sampling,
-        prompt=_in_turn(config.prompts, config.n),
+        prompt=config.prompts or None,
         attributes=config.attributes,
     )  # fmt: skip
     _save(made.images, out)
     images, orders = np.stack([np.asarray(image) for image in made.images]), made.order.cpu().numpy()
-    figures.save_sample_figures(out, images, orders, pipe.model.grid, min(8, config.n), config.scale)
+    figures.save_sample_figures(out, images, orders, pipe.model.grid, min(8, config.num_images), config.scale)
 
 
 def complete_file(config: CompleteConfig, out: Path) -> list[Path]:
@@ -112,16 +122,12 @@ def complete_file(config: CompleteConfig, out: Path) -> list[Path]:
     image = load_image(config.image)
     mask = config.mask if config.box is None else masks.box_mask(config.box, image.shape[:2])
     pipe = Pipeline.from_pretrained(config.pipeline)
-    label = None if config.label == "" else pipe.typed(config.label)
+    labels = [pipe.typed(label) for label in config.class_labels] or None
     made = pipe.complete(
-        image, mask, label, config.num_images, config.policy, config.guidance, config.seed,
+        image, mask, labels, config.num_images, config.policy, config.guidance_scale, config.seed,
         pad=config.pad, keep=config.keep, feather=config.feather, margin=config.margin, prompt=config.prompt,
     )  # fmt: skip
     return _save(made.images, out)
-
-
-def _in_turn(values: Sequence[Any], n: int) -> list[Any] | None:
-    return [values[i % len(values)] for i in range(n)] if values else None
 
 
 def _save(images: Sequence[Any], out: Path) -> list[Path]:

@@ -28,7 +28,8 @@ class ImageRequest:
     class_labels: int | str | Sequence[int | str] | None = None
     """One label or one per image, by index or name; None generates without a class."""
     num_images: int | None = None
-    """How many; by default the number of labels, prompts, values of an attribute, or given images."""
+    """How many; by default the number of labels, prompts, values of an attribute, or given images. Fewer of
+    these are taken in turn: ["cat", "dog"] and 4 images are cat, dog, cat, dog."""
     order: str | Sequence[int] | Tensor | PolicyConfig | OrderPolicy | None = None
     """"random", a static order ("raster", "hilbert", ...), a score ("entropy", "max_prob", "margin",
     "token_likelihood", "information"), "location" (a location head), "class_mean" (the order of each image's
@@ -119,8 +120,9 @@ class ImageRequest:
         require(whole, f"num_images must be a whole number >= 1, got {n!r}")
         for name, values in lists.items():
             text = f"got {len(values)} {name} for num_images={n}: give one, or one per image"
-            require(len(values) in (1, n), text)
-        return int(n), {name: values * (n if len(values) == 1 else 1) for name, values in lists.items()}
+            fits = 0 < len(values) <= n if self.num_images is not None else len(values) in (1, n)
+            require(fits, text)
+        return int(n), {name: [values[i % len(values)] for i in range(n)] for name, values in lists.items()}
 
 
 def _listed(value: Any) -> list[Any]:

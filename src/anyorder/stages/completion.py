@@ -46,7 +46,7 @@ class CompletionStage(GeneratingStage):
     """Where the images behind the features are, if they were moved."""
     mask: Literal["centre", "lower"] = "centre"
     """The hole: the centre is half of the width and of the height, lower is the lower third."""
-    n: int = 500
+    num_images: int = 500
     """Images, at least 4, evenly spaced over the test split; by default 500."""
     filling: Filling = field(default_factory=Filling)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -56,10 +56,13 @@ class CompletionStage(GeneratingStage):
     bf16: bool = True
     """Compute in bfloat16 where the hardware has it; false is slower and exact in float32."""
 
+    renamed: ClassVar[dict[str, str]] = {"n": "num_images"}
+    """Earlier names, see `settings.read_stored`."""
+
     def __post_init__(self) -> None:
-        text = "n must be >= 4, batch_size >= 1 and seeds one number at least, got"
-        valid = self.n >= 4 and self.batch_size >= 1 and self.seeds
-        require(bool(valid), f"{text} {self.n}, {self.batch_size} and {self.seeds}")
+        text = "num_images must be >= 4, batch_size >= 1 and seeds one number at least, got"
+        valid = self.num_images >= 4 and self.batch_size >= 1 and self.seeds
+        require(bool(valid), f"{text} {self.num_images}, {self.batch_size} and {self.seeds}")
         super().__post_init__()
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
@@ -69,7 +72,7 @@ class CompletionStage(GeneratingStage):
         tokens, images = TokenSet(self.tokens, "test"), ImageSet(self.data, "test")
         for folder in (self.features, self.tokens):
             require_made_from(folder, "data", self.data)
-        rows = row_numbers.evenly_spaced(self.n, len(images))
+        rows = row_numbers.evenly_spaced(self.num_images, len(images))
         hole, true = shaped_mask(self.mask, images.size), np.array(images.images[rows])
         pipe = self.load_pipeline(artifact, tokens, bf16=self.bf16)
         condition = as_condition(pipe.model, tokens, torch.from_numpy(np.array(images.labels[rows])))

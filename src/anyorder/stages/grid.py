@@ -37,7 +37,7 @@ class GridStage(GeneratingStage):
     }
     other: Path
     """Tokens of images of another size, by the same tokenizer."""
-    n: int = 500
+    num_images: int = 500
     """Test images for the likelihoods, evenly spaced over the split; by default 500."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the random orders; each image is measured in one random order for each."""
@@ -46,9 +46,13 @@ class GridStage(GeneratingStage):
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig("random"))
     """The order they are generated in; by default random. An inferred order costs O(N^2) on large grids."""
 
+    renamed: ClassVar[dict[str, str]] = {"n": "num_images"}
+    """Earlier names, see `settings.read_stored`."""
+
     def __post_init__(self) -> None:
-        text = f"n and samples must be >= 1 and seeds one number at least, got {self.n}, {self.samples}"
-        require(min(self.n, self.samples, len(self.seeds)) >= 1, f"{text} and {self.seeds}")
+        text = "num_images and samples must be >= 1 and seeds one number at least, got"
+        numbers = (self.num_images, self.samples, len(self.seeds))
+        require(min(numbers) >= 1, f"{text} {self.num_images}, {self.samples} and {self.seeds}")
         super().__post_init__()
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
@@ -64,7 +68,7 @@ class GridStage(GeneratingStage):
         write_json(artifact.folder / "metrics.json", found)
         figures.save_image(self._figure(pipe, other), artifact.folder / "grid.png")
         return {
-            "examples": self.n,
+            "examples": self.num_images,
             "grids": {name: [tokens.grid.h, tokens.grid.w] for name, tokens in both.items()},
             "next_position": read_manifest(self.model)["config"].get("model", {}).get("next_position"),
             "metrics": found,
@@ -74,7 +78,7 @@ class GridStage(GeneratingStage):
 
     def _nll(self, model: Any, tokens: TokenSet) -> dict[str, Any]:
         """Negative log-likelihood along random orders, nats per token: mean, deviation, each seed."""
-        batch, labels = (x.to(device()) for x in tokens.batch(evenly_spaced(self.n, len(tokens))))
+        batch, labels = (x.to(device()) for x in tokens.batch(evenly_spaced(self.num_images, len(tokens))))
         condition = as_condition(model, tokens, labels)
         values = []
         for seed in tqdm(self.seeds, desc=f"{tokens.grid.h} x {tokens.grid.w}", unit="seed"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -24,10 +24,10 @@ from anyorder.stages.generation import GeneratingStage
 class SampleStage(GeneratingStage):
     """Generate images for the classes, attributes and captions of the test split, or for prompts."""
 
-    n: int = 1000
+    num_images: int = 1000
     """Number of images, at least 1; by default 1000."""
     prompts: tuple[str, ...] = ()
-    """Generate for these texts alone, n / len(prompts) images for each, all from the same seeds."""
+    """Generate for these texts alone, num_images / len(prompts) images for each, all from the same seeds."""
     hide: tuple[str, ...] = ()
     """What the model is not given of the test images: class, captions, or attributes by name."""
     batch_size: int = 64
@@ -41,14 +41,17 @@ class SampleStage(GeneratingStage):
     seed: int = 0
     """Image i is generated from seed + i."""
 
+    renamed: ClassVar[dict[str, str]] = {"n": "num_images"}
+    """Earlier names, see `settings.read_stored`."""
+
     def __post_init__(self) -> None:
-        text = f"n and batch_size must be >= 1, got {self.n} and {self.batch_size}"
-        require(min(self.n, self.batch_size) >= 1, text)
+        text = f"num_images and batch_size must be >= 1, got {self.num_images} and {self.batch_size}"
+        require(min(self.num_images, self.batch_size) >= 1, text)
         super().__post_init__()
-        if self.prompts and (self.hide or self.n % len(self.prompts)):
+        if self.prompts and (self.hide or self.num_images % len(self.prompts)):
             raise ValueError(
-                f"n must be a multiple of the {len(self.prompts)} prompts, and they leave nothing to hide: "
-                f"got n={self.n}, hide={list(self.hide)}"
+                f"num_images must be a multiple of the {len(self.prompts)} prompts, and they leave nothing "
+                f"to hide: got num_images={self.num_images}, hide={list(self.hide)}"
             )
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
@@ -60,10 +63,10 @@ class SampleStage(GeneratingStage):
         assert self.tokens
         tokens = TokenSet(self.tokens, "test")
         pipe = self.load_pipeline(artifact, tokens, bf16=self.bf16, compiled=self.compile)
-        conditions, per_prompt = self._conditions(tokens), self.n // max(1, len(self.prompts))
+        conditions, per_prompt = self._conditions(tokens), self.num_images // max(1, len(self.prompts))
         given = tokens.without(conditions, self.hide)
         rows = _writer(artifact.folder, tokens, pipe.tokenizer.factor, conditions)
-        for some in in_batches(rows, self.n, self.batch_size, f"samples, {self.policy.label}"):
+        for some in in_batches(rows, self.num_images, self.batch_size, f"samples, {self.policy.label}"):
             begin = time.perf_counter()
             made = pipe(
                 None, len(some), self.policy, self.guidance,
@@ -82,7 +85,7 @@ class SampleStage(GeneratingStage):
         self._figures(artifact.folder, tokens)
         seconds = load_array(artifact.folder / "seconds.npy")
         return {
-            "examples": self.n,
+            "examples": self.num_images,
             "seconds": float(seconds.sum()),
             "seconds_per_image": float(np.median(seconds)),
             "policy": self.policy.label,
@@ -93,16 +96,16 @@ class SampleStage(GeneratingStage):
     def _conditions(self, tokens: TokenSet) -> Tensor:
         """The condition of each image, (n,) or (n, 1 + A + L) int64."""
         if self.prompts:
-            each = [prompt for prompt in self.prompts for _ in range(self.n // len(self.prompts))]
-            return tokens.vocabulary.condition(self.n, prompts=each)
+            each = [prompt for prompt in self.prompts for _ in range(self.num_images // len(self.prompts))]
+            return tokens.vocabulary.condition(self.num_images, prompts=each)
         shuffled = np.random.default_rng(self.seed).permutation(len(tokens))
-        return tokens.batch(np.resize(shuffled, self.n))[1]
+        return tokens.batch(np.resize(shuffled, self.num_images))[1]
 
     def _figures(self, folder: Path, tokens: TokenSet) -> None:
         """The first samples: a grid, half of them with their orders, an animation; a row for each prompt."""
         images = load_array(folder / "images.npy")
         if self.prompts:
-            first = np.arange(self.n).reshape(len(self.prompts), -1)[:, :8]
+            first = np.arange(self.num_images).reshape(len(self.prompts), -1)[:, :8]
             grid = figures.prompt_grid([np.array(images[row]) for row in first], self.prompts)
             figures.save_image(grid, folder / "prompts.png")
         orders = load_array(folder / "order.npy")[:SHOWN].astype(np.int64)
