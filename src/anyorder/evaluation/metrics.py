@@ -306,7 +306,8 @@ def evaluate(
     n = min(real.n, fake.n)
     subset_size = min(kid_subset_size, n)
     kid, kid_std = kernel_distance(real.features, fake.features, subset_size=subset_size, seed=seed)
-    score, score_std = inception_score(fake.logits, splits=min(10, fake.n), seed=seed)
+    splits = min(10, fake.n)
+    score, score_std = inception_score(fake.logits, splits, seed) if extractor.num_classes else (None, None)
     shape = f"{n} images in {extractor.dim} dimensions"
     biased = f"{extractor.metric} from {shape} is strongly biased upwards."
     shrunk = f"KID subsets shrunk from {kid_subset_size} to {n} images."

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from anyorder.contracts import require
-from anyorder.data.caches import ImageSet
+from anyorder.data.caches import ImageSet, splits
 from anyorder.data.images import uint8_batches
 from anyorder.data.rows import batches, evenly_spaced
 from anyorder.evaluation import features, metrics
@@ -23,10 +23,11 @@ from anyorder.stages.common import TrainingStage, training_facts
 from anyorder.training.config import TrainConfig
 from anyorder.training.trainer import train
 
-REFERENCE = "reference.safetensors"
-"""Features of the test split in a features artifact."""
+REFERENCES = {"test": "reference.safetensors", "validation": "validation.safetensors"}
+"""Features of the test split, and of a validation split, in a features artifact."""
 TRAINING = "train.safetensors"
 """Features of training images in a features artifact, for the nearest one of a sample."""
+EXTRACTORS = ("classifier", features.LITE, "inception")
 NEIGHBOURS = 50_000
 """At most this many training images may be the nearest one of a sample: 400 MB at 2,048 features."""
 
@@ -37,11 +38,15 @@ class FeaturesStage(TrainingStage):
 
     inputs: ClassVar[tuple[str, ...]] = ("data", "init")
     data: Path
-    """Images; the classifier is trained on the training split, the test split is the reference."""
+    """Images; the classifier is trained on the training split, test and validation split are references."""
     init: Path | None = None
     """Features artifact whose classifier, of the same shape, training starts from."""
-    extractor: Literal["classifier", "inception"] = "classifier"
-    """classifier: trained on the labels of the data (distance FD); inception: Inception-2015 (FID)."""
+    extractor: str = "classifier"
+    """classifier: trained on the labels of the data; efficientnet-lite0: trained on ImageNet (extra eval);
+    inception: Inception-2015, whose distance is FID (extra fid); timm:NAME: any of timm (extra timm)."""
+    max_train: int = NEIGHBOURS
+    """Keep the features of at most this many training images, at least 4: for floors, and as the nearest one
+    of a sample."""
     label: str | None = None
     """Attribute that the classifier learns instead of the class; images without a value are left out."""
     channels: tuple[int, ...] = (32, 64, 128)
@@ -50,24 +55,31 @@ class FeaturesStage(TrainingStage):
     """Training of the classifier."""
 
     def __post_init__(self) -> None:
+        require(self.max_train >= 4, f"max_train must be at least 4, got {self.max_train}")
+        known = self.extractor in EXTRACTORS or self.extractor.startswith(features.TIMM)
+        listed = f"extractor must be one of {', '.join(EXTRACTORS)} or timm:NAME, got '{self.extractor}'"
+        require(known, listed)
         for name in ("label", "init"):
             allowed = getattr(self, name) is None or self.extractor == "classifier"
             require(allowed, f"{name}={getattr(self, name)} is for a classifier: set extractor=classifier")
         self.train.require_watched(("test_accuracy",))
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
-        """Write the classifier and `{reference,train}.safetensors` and real against real."""
+        """Write the classifier, `{reference,validation,train}.safetensors`, and real against real."""
         images, test = ImageSet(self.data), ImageSet(self.data, "test")
         few = f"{self.data} has {len(test)} test images, features need at least 2: hold out more"
         require(len(test) >= 2, few)
         facts = self._train(artifact, images, test) if self.extractor == "classifier" else {}
         write_json(artifact.folder / "extractor.json", {"extractor": self.extractor})
         extractor = load_extractor(artifact.folder)
-        pixels = uint8_batches(test.images)
-        reference = metrics.statistics(extractor, pixels, test.fingerprint, "test features")
-        reference.save(artifact.folder / REFERENCE)
+        for split in splits(self.data)[1:]:
+            pixels = uint8_batches(ImageSet(self.data, split).images)
+            found = metrics.statistics(extractor, pixels, test.fingerprint, f"{split} features")
+            found.save(artifact.folder / REFERENCES[split])
+        reference = found  # of the test split, the last
         (artifact.folder / TRAINING).unlink(missing_ok=True)  # of an earlier configuration
-        floor = _floor(extractor, reference, training_features(artifact.folder, extractor, images))
+        training = training_features(artifact.folder, extractor, images, self.max_train)
+        floor = _floor(extractor, reference, training)
         return {"extractor": extractor.name, "metric_name": extractor.metric, "floor": floor, **facts}
 
     def _train(self, artifact: Artifact, images: ImageSet, test: ImageSet) -> dict[str, Any]:
@@ -113,28 +125,34 @@ def _floor(
     return {"fd": found.get("fd", found.get("fid")), **{k: found[k] for k in ("kid", "precision", "recall")}}
 
 
-def load_extractor(folder: Path) -> features.ClassifierFeatures | features.Inception2015:
+def load_extractor(folder: Path) -> features.FeatureExtractor:
     """The feature extractor of a features artifact."""
-    if read_json(folder / "extractor.json")["extractor"] == "inception":
+    name = read_json(folder / "extractor.json")["extractor"]
+    if name == "inception":
         return features.Inception2015(device=device())
+    if name == features.LITE:
+        return features.efficientnet_lite(device())
+    if name.startswith(features.TIMM):
+        return features.timm_features(name, device())
     model = load_model(folder, "classifier").to(device())
     assert isinstance(model, features.Classifier)
     return features.ClassifierFeatures(model)
 
 
-def load_reference(folder: Path) -> metrics.FeatureStatistics:
-    """Features of the test split in a features artifact."""
+def load_reference(folder: Path, split: str = "test") -> metrics.FeatureStatistics:
+    """Features of the test or the validation split in a features artifact."""
     made = read_manifest(folder)
-    return metrics.FeatureStatistics.load(folder / REFERENCE, made["extractor"], made["inputs"]["data"])
+    path = folder / REFERENCES[split]
+    return metrics.FeatureStatistics.load(path, made["extractor"], made["inputs"]["data"])
 
 
 def training_features(
-    folder: Path, extractor: features.FeatureExtractor, images: ImageSet
+    folder: Path, extractor: features.FeatureExtractor, images: ImageSet, limit: int = NEIGHBOURS
 ) -> metrics.FeatureStatistics:
-    """Features of (at most 50,000) training images, computed once and kept in the features artifact."""
+    """Features of at most `limit` training images, computed once and kept in the features artifact."""
     path = folder / TRAINING
     if not path.is_file():
-        rows = batches(evenly_spaced(NEIGHBOURS, len(images)), 256)
+        rows = batches(evenly_spaced(limit, len(images)), 256)
         pixels = (torch.from_numpy(np.array(images.images[some])).permute(0, 3, 1, 2) for some in rows)
         metrics.statistics(extractor, pixels, images.fingerprint, "training features").save(path)
     return metrics.FeatureStatistics.load(path, extractor.name, images.fingerprint)
