@@ -74,6 +74,7 @@ def config_class(name: str) -> type:
 
 
 CONFIGS = {
+    "fit": "anyorder.stages.fit:FitConfig",
     "sample pipeline": "anyorder.cli.images:SampleConfig",
     "complete": "anyorder.cli.images:CompleteConfig",
     "convert": "anyorder.stages.convert:ConvertConfig",
@@ -164,6 +165,24 @@ def run(call: Call) -> str:
         return ""
     experiment.run(overwrite)
     return _write_report([experiment.out], experiment.out / "report.html", True)
+
+
+def fit(call: Call) -> str:
+    """FOLDER [--time 30m] [preset=tiny|small|base] [out=runs/NAME] [stage.key=value ...]
+
+    FOLDER holds images, in sub-folders of classes if there are any; or parquet files, or a hub data set.
+    The plan is kept in out/experiment.yaml: the same command again goes on with it.
+    """
+    if len(call.paths) != 1:
+        raise ValueError("give one folder of images: anyorder fit FOLDER")
+    from anyorder.cli.fit import fit_folder
+
+    source = str(Path(call.paths.pop()).expanduser())
+    out, overwrite = call.out(f"runs/{Path(source).stem}"), call.flag("overwrite")
+    overrides = [text for text in call.settings if "." in text.partition("=")[0]]
+    call.settings = [text for text in call.settings if text not in overrides]
+    fit_folder(call.parse(source=source), out, overrides, dry_run=call.dry_run, overwrite=overwrite)
+    return f"{out}/pipeline and {out}/report.html; next: anyorder sample pipeline={out}/pipeline out=images"
 
 
 def quickstart(call: Call) -> str:

@@ -18,6 +18,7 @@ FIRST = """anyorder: any-order autoregressive image models. Begin with one of th
 
   anyorder sample pipeline=fashion32 out=images   generate images with the model that comes with the package
   anyorder demo pipeline=fashion32                the same in a browser
+  anyorder fit FOLDER                             train a model on your own images, in the time you give
   anyorder quickstart                             train a model on procedural images, with a report
 
 usage: anyorder --help lists all commands, anyorder COMMAND --help the settings of one"""
@@ -40,6 +41,7 @@ class Command(NamedTuple):
 
 GROUPS: dict[str, dict[str, Command]] = {
     "whole runs": {
+        "fit": Command("a model of your own images: plans, trains, compares; begin here", commands.fit),
         "quickstart": Command(
             "the whole method on procedural sunsets, in minutes, with a report", commands.quickstart
         ),

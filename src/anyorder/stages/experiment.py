@@ -92,7 +92,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         ValueError: unknown stage or setting (with a suggestion), or a bad value; file and stage are named.
     """
     values = load_yaml(path)
-    _refuse_unknown(values, ("out", "seed", "stages"), f"setting in {path}")
+    refuse_unknown(values, ("out", "seed", "stages"), f"setting in {path}")
     templates = _mapping(values.get("stages"), f"{path}: stages")
     by_stage = _by_stage(overrides, list(templates))
     out = Path(by_stage.pop("out", [str(values.get("out") or f"runs/{Path(path).stem}")])[-1]).expanduser()
@@ -102,7 +102,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     for name, given in templates.items():
         settings = _mapping(given, f"{path}, stage '{name}'")
         kind = str(settings.pop("stage", name))
-        _refuse_unknown([kind], STAGES, f"stage of '{name}' in {path}")
+        refuse_unknown([kind], STAGES, f"stage of '{name}' in {path}")
         for role in (*STAGES[kind].inputs, *getattr(STAGES[kind], "references", ())):
             if str(settings.get(role)) in stages:
                 settings[role] = out / str(settings[role])
@@ -140,13 +140,14 @@ def _by_stage(overrides: Sequence[str], names: list[str]) -> dict[str, list[Any]
         if key in ("out", "seed"):
             rest = value
         else:
-            _refuse_unknown([stage], names, f"stage in override '{override}'")
+            refuse_unknown([stage], names, f"stage in override '{override}'")
             rest = override.removeprefix(f"{stage}.") if rest else ""
         found.setdefault(stage, []).append(rest)
     return found
 
 
-def _refuse_unknown(names: Iterable[str], allowed: Iterable[str], what: str) -> None:
+def refuse_unknown(names: Iterable[str], allowed: Iterable[str], what: str) -> None:
+    """A ValueError for the first name that is not allowed, with the nearest one."""
     for name in names:
         if name not in allowed:
             hint = did_you_mean(name, allowed)

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from anyorder.contracts import require
-from anyorder.data.caches import ImageSet
+from anyorder.data.caches import ImageSet, splits
 from anyorder.data.images import to_uint8
 from anyorder.data.rows import batches, evenly_spaced
 from anyorder.evaluation import metrics
+from anyorder.inference import folders, weights
 from anyorder.inference.device import device
-from anyorder.inference.weights import load_model, save_model
 from anyorder.report import figures
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import SHOWN, TrainingStage, training_facts
@@ -47,21 +47,28 @@ class TokenizerStage(TrainingStage):
     data: Path
     """Images to train on."""
     init: Path | None = None
-    """VQ tokenizer to start from; it brings its architecture."""
+    """VQ tokenizer to start from, a folder or "fashion32" (comes with the package); it brings its
+    architecture."""
     model: VQConfig = field(default_factory=lambda: SMALL)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        if self.init is not None and str(self.init) in folders.bundled() and not self.init.is_dir():
+            self.init = folders.BUNDLED / self.init
         given = self.init is not None and self.model != SMALL
         require(not given, "init=... brings its architecture: remove the model.* settings")
-        self.train.require_watched(("test_psnr", "test_ssim"))
+        names = [f"{split}_{value}" for split in ("validation", "test") for value in ("psnr", "ssim")]
+        self.train.require_watched(names)
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write the model, its log, and reconstructions of test images."""
         images, test = ImageSet(self.data), ImageSet(self.data, "test")
+        held_out = ImageSet(self.data, splits(self.data)[1])
         torch.manual_seed(self.train.seed)
-        model = VQModel(self.model) if self.init is None else load_model(self.init, "vq").train()
+        model = VQModel(self.model) if self.init is None else weights.load_tokenizer(self.init).train()
+        trainable = f"init={self.init} is no VQ tokenizer: choose one that anyorder tokenizer trained"
+        require(isinstance(model, VQModel), trainable)
         assert isinstance(model, VQModel)
         objective = TokenizerLoss(self.loss).to(device())
 
@@ -69,13 +76,14 @@ class TokenizerStage(TrainingStage):
             return objective(model, images.batch(rows)[0].to(device()), step)
 
         def evaluate(model: nn.Module, step: int) -> dict[str, float]:
-            return {f"test_{key}": value for key, value in _measured(model, test, 1024).items()}
+            found = _measured(model, held_out, 1024)
+            return {f"{held_out.split}_{key}": value for key, value in found.items()}
 
         result = train(
             model, loss, len(images), self.train, artifact.folder, device=device(), evaluate=evaluate,
             extra=objective if any(True for _ in objective.parameters()) else None,
         )  # fmt: skip
-        save_model(artifact.folder, result.model, model.config, "vq")
+        weights.save_model(artifact.folder, result.model, model.config, "vq")
         _save_reconstructions(result.model, test if len(test) else images, artifact.folder)
         return {"test": _measured(result.model, test, len(test)), **training_facts(result)}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from anyorder.contracts import Grid, TokenizerNetwork, require
 from anyorder.data.caches import TEXT, ImageSet, splits
@@ -29,6 +30,9 @@ class TokensStage:
     """Tokenizer, trained here or converted."""
     batch_size: int = 256
     """Images encoded at once."""
+    mirror: bool = False
+    """Encode every training image a second time, left and right exchanged: for few images; not for images
+    with writing."""
     text: TextConfig = field(default_factory=TextConfig)
     """How captions become tokens, where the data have captions."""
 
@@ -58,7 +62,8 @@ class TokensStage:
         if sets[0].attributes:
             facts["attributes"] = sets[0].attributes
             for images in sets:
-                save_array(artifact.folder / f"{images.split}.attributes.npy", images.attribute_values())
+                values = self._with_copies(images, images.attribute_values())
+                save_array(artifact.folder / f"{images.split}.attributes.npy", values)
         captions = [images.captions() for images in sets]
         if captions[0] is None:
             mend = "leave out text.*, or run data with captions="
@@ -68,15 +73,22 @@ class TokensStage:
         write_text(artifact.folder / TEXT, tokenizer.definition)
         for images, some in zip(sets, captions, strict=True):
             tokens = tokenizer.encode(some or [], self.text.length).astype(np.int32)
+            tokens = self._with_copies(images, tokens)
             save_array(artifact.folder / f"{images.split}.captions.npy", tokens)
         return facts | {"text": {"vocab_size": tokenizer.vocab_size, "length": self.text.length}}
 
+    def _with_copies(self, images: ImageSet, rows: np.ndarray) -> np.ndarray:
+        """Rows (n, ...) of a split, of the training split a second time where it is mirrored."""
+        return np.concatenate((rows, rows)) if self.mirror and images.split == "train" else rows
+
     def _encode(self, model: TokenizerNetwork, images: ImageSet, n: int, artifact: Artifact) -> None:
         """Encode one split as n tokens each, going on where a killed run stopped."""
-        split = images.split
+        split, numbers = images.split, self._with_copies(images, np.arange(len(images)))
         names = {f"{split}.tokens": ((n,), np.int32), f"{split}.labels": ((), np.int64)}
         rows = RowWriter(artifact.folder, names)
-        for some in in_batches(rows, len(images), self.batch_size, f"{split} tokens"):
-            pixels, labels = images.batch(some)
+        for some in in_batches(rows, len(numbers), self.batch_size, f"{split} tokens"):
+            pixels, labels = images.batch(numbers[some])
+            copies = torch.from_numpy(some >= len(images))[:, None, None, None]
+            pixels = torch.where(copies, pixels.flip(-1), pixels)
             tokens = model.encode(pixels.to(device())).cpu().numpy()
             rows.append(**{f"{split}.tokens": tokens, f"{split}.labels": labels.numpy()})

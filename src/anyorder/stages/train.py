@@ -51,7 +51,7 @@ class TrainStage(common.TrainingStage):
     order: str = "random"
     """random, or a static order (raster, hilbert, ...) for a model of that order alone."""
     orders: Path | None = None
-    """Order cache to train on instead; only the images it covers are used."""
+    """Order cache to train on instead; only the images it covers are used, with orders_as=class_mean all."""
     orders_as: Literal["own", "class_mean"] = "own"
     """own: the order of each image; class_mean: one order per class, the ranking of its mean ranks."""
     online: policy_config.PolicyConfig | None = None
@@ -151,8 +151,9 @@ class TrainStage(common.TrainingStage):
             found = {split: _mean_nll(model, data) for split, data in measured[:splits]}
             return {f"{split}_{name}": value for split, x in found.items() for name, value in x.items()}
 
+        own = cache is not None and self.orders_as == "own"
         result = train(
-            model, loss, len(tokens if cache is None else cache), self.train, artifact.folder,
+            model, loss, len(cache if own else tokens), self.train, artifact.folder,  # type: ignore[arg-type]
             device=device(), evaluate=evaluate, sample=self._preview(artifact.folder),
             ready=online.set_scorer if online else None,
         )  # fmt: skip
@@ -245,7 +246,7 @@ class TrainStage(common.TrainingStage):
         if own and not training:
             orders = cache.held_out(tokens.split)
             return *tokens.batch(evenly_spaced(len(orders), len(tokens))), orders
-        rows = evenly_spaced(MEASURED, len(cache if training else tokens))
+        rows = evenly_spaced(MEASURED, len(cache if training and own else tokens))
         batch, condition = tokens.batch(rows)
         return batch, condition, cache.batch(rows) if own else cache.of_classes(condition)
 
