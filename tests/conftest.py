@@ -275,6 +275,8 @@ for settings in (
     {"order": "margin", "rescore": 0.4, "temperature": 0.7, "distance": 0.5},
     {"order": "max_prob", "rescore": 0.3, "steps": 3, "min_distance": 2.0},
     {"order": "token_likelihood", "rescore": 0.4},
+    {"order": "entropy", "sign": -1, "rate_every": 4},
+    {"order": "token_likelihood", "rate_every": 3},
 ):
     POLICIES[",".join(f"{key}={value}" for key, value in settings.items())] = _configured(**settings)
 

@@ -190,10 +190,11 @@ def test_cost_of_an_inferred_order(score):
     n = GRID.n
     pairs = n * (n + 1) // 2
     again = n if score in TOKEN_BLIND else 0
-    assert evaluations(score) == (n + again, n - 1, pairs + again, pairs)
+    last = int(score in TOKEN_BLIND)  # nothing to choose: not rated
+    assert evaluations(score) == (n + again - last, n - 1, pairs + again - last, pairs)
     calls, appends, candidates, through = evaluations(score, chunk=2)
-    assert (calls, appends) == (3 + 3 + 2 + 2 + 1 + 1 + again, n - 1)
-    assert (candidates, through) == (pairs + again, pairs)
+    assert (calls, appends) == (3 + 3 + 2 + 2 + 1 + 1 + again - last, n - 1)
+    assert (candidates, through) == (pairs + again - last, pairs)
 
 
 def test_cost_of_parallel_decoding():
@@ -332,6 +333,50 @@ def test_lazy_is_nearer_to_the_exact_order_the_more_it_scores():
     ]
     assert near == sorted(near)
     assert near[-1] > 0.6
+
+
+@pytest.mark.parametrize(("score", "sign"), [("entropy", 1), ("margin", -1)])
+def test_one_rating_decides_several_steps(score, sign):
+    """Every third step all open positions are scored; the three best follow in raster order."""
+    model = transformer(depth=1, grid=(4, 4))
+    tokens = torch.randint(5, (3, 16), generator=seeded(0))
+    order = extract_orders(model, tokens, InferredOrder(score, sign, rate_every=3)).order
+    for begin in range(0, 16, 3):
+        state = model.start(3, None, model.grid)
+        if begin:
+            state = model.append(state, order[:, :begin], tokens.gather(1, order[:, :begin]))
+        still_open = order[:, begin:].sort(1).values
+        rated = sign * SCORES[score](model.score(state, still_open).log_softmax(-1), tokens[:, :1])
+        best = still_open.gather(1, rated.topk(min(3, 16 - begin), 1).indices).sort(1).values
+        assert torch.equal(order[:, begin : begin + 3], best)
+    exact = InferredOrder(score, sign)
+    assert InferredOrder(score, sign, rate_every=3).evaluations(16) == sum(range(16, 1, -3))
+    assert torch.equal(
+        extract_orders(model, tokens, InferredOrder(score, sign, rate_every=1)).order,
+        extract_orders(model, tokens, exact).order,
+    )
+
+
+def test_a_class_weight_moves_the_order_of_an_image_towards_that_of_its_class():
+    model = transformer(depth=1, grid=(4, 4))
+    tokens = torch.randint(5, (8, 16), generator=seeded(0))
+    by_class, streams = random_orders(8, model.grid, seeded(1)), Streams(range(8))
+    exact = extract_orders(model, tokens, "margin").order
+    found = {
+        weight: extract_orders(
+            model, tokens, PolicyConfig("margin", class_weight=weight).build(model.grid, streams, by_class)
+        ).order
+        for weight in (1e-6, 0.1, 1.0, 1e6)
+    }
+    assert torch.equal(found[1e-6], exact)
+    assert torch.equal(found[1e6], by_class)
+    near = [float(kendall(order, by_class).mean()) for order in found.values()]
+    assert near == sorted(near)
+    with pytest.raises(ValueError, match="needs the orders of the classes"):
+        PolicyConfig("margin", class_weight=1.0).build(model.grid, streams)
+    some = PolicyConfig("margin", class_weight=1e6).build(model.grid, streams, by_class)
+    known = torch.zeros(8, 16, dtype=torch.bool).index_fill(0, torch.tensor([2, 5]), True)
+    assert torch.equal(complete(model, tokens, known, some, streams).order[0], by_class[0])
 
 
 def test_completion_with_lazy_orders_and_few_steps():

@@ -363,7 +363,7 @@ def test_damaged_indices_are_named_in_one_line(tmp_path, damage, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"policy": {"order": "class_mean"}}, "class_mean needs the orders of the classes"),
+        ({"policy": {"order": "class_mean"}}, "class_mean' needs the orders of the classes"),
         ({"orders": "x"}, "orders has no effect on policy.order=entropy"),
         ({"scorer": "x", "policy": {"order": "raster"}}, "scorer has no effect on policy.order=raster"),
         ({"scorer": "x", "policy": {"order": "token_likelihood"}}, "scorer has no effect on"),

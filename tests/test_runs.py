@@ -73,6 +73,12 @@ EXPERIMENT = {
         "eval-peeking": {"stage": "eval", "samples": "peeking", **MEASURED},
         "compare": {"a": "eval-guided-by-any", "b": "eval-peeking", "resamples": 200},
         "pipeline": {"model": "ordered", "scorer": "any"},
+        "orders-shrunk": {"stage": "orders", "model": "any", "tokens": "tokens", "orders": "orders",
+                          "limit": 20, "policy": {"order": "margin", "class_weight": 1.0, "rate_every": 3}},
+        "by-shrunk": {"stage": "sample", "model": "ordered", "scorer": "any", "orders": "orders", "n": 5,
+                      "policy": {"order": "margin", "class_weight": 1.0, "rate_every": 3}},
+        "eval-by-shrunk": {"stage": "eval", "samples": "by-shrunk", **MEASURED, "nll_images": 8},
+        "pipeline-shrunk": {"stage": "pipeline", "samples": "by-shrunk"},
         "located": {"stage": "train", "tokens": "tokens", "init": "any", "orders": "orders", "jitter": 1.0,
                     "random_share": 0.3, "model": {"location": True}, "train": STEPS},
         "by-location": {"stage": "sample", "model": "located", "num_images": 10,
@@ -168,7 +174,7 @@ def test_orders_are_extracted_while_training(experiment):
     seen = orders[:, 0] != np.iinfo(np.uint16).max
     assert seen.sum() == 4 * 8
     trained = read_manifest(out / "online")
-    assert trained["extraction_evaluations"] == 4 * 8 * (16 + 3 * 4 + 4 * 3 + 4 * 2 + 4 * 1)
+    assert trained["extraction_evaluations"] == 4 * 8 * (16 + 3 * 4 + 4 * 3 + 4 * 2 + 3 * 1)
     assert (np.sort(orders[seen], axis=1) == np.arange(16)).all()
 
 
@@ -611,6 +617,12 @@ def test_artifacts_that_do_not_belong_together_are_refused(experiment, tmp_path)
         (IterateStage, {"model": "m", "tokens": "t", "random_floor": 0.9}, "random_floor"),
         (IterateStage, {"model": "m", "tokens": "t", "rounds": 0}, "rounds and patience"),
         (TrainStage, {"tokens": "t", "order": "raster", "random_share": 1.5}, "random_share"),
+        (TrainStage, {"tokens": "t", "order": "raster", "random_share_ramp": (0.2, 0.8)}, "give both"),
+        (
+            TrainStage,
+            {"tokens": "t", "order": "raster", "random_share_end": 1, "random_share_ramp": (0.8, 0.2)},
+            "two shares of the steps",
+        ),
         (TrainStage, {"tokens": "t", "init": "m", "model": {"depth": 3}}, "its architecture"),
         (TrainStage, {"tokens": "t", "tokenizer": "v"}, "train.sample_every"),
         (TrainStage, {"tokens": "t", "orders_as": "class_mean"}, "give orders=FOLDER"),
@@ -626,6 +638,8 @@ def test_artifacts_that_do_not_belong_together_are_refused(experiment, tmp_path)
         (CompareStage, {"a": "a", "b": "b", "features": "f", "resamples": 10}, ">= 200"),
         (CompareStage, {"a": "a", "b": "b", "features": "f", "confidence": 95}, "confidence must lie"),
         (OrdersStage, {"tokens": "t", "model": "m", "policy": {"order": "raster"}}, "policy.order"),
+        (OrdersStage, {"tokens": "t", "model": "m", "orders": "o"}, "class_weight > 0: give both"),
+        (OrdersStage, {"tokens": "t", "model": "m", "policy": {"class_weight": 1}}, "give both"),
         (
             OrdersStage,
             {"tokens": "t", "model": "m", "policy": {"ordr": "entropy"}},
@@ -943,3 +957,10 @@ def test_images_at_once_follow_the_free_memory(monkeypatch):
     assert shards.images_at_once(model, Grid(2, 3), processes=4) == 2
     monkeypatch.undo()
     assert shards.free_memory(torch.device("cpu")) > 2**20
+
+
+def test_the_share_of_random_orders_follows_its_ramp():
+    settings = {"order": "raster", "random_share": 1, "random_share_end": 0.2, "train": {"steps": 101}}
+    stage = parse(TrainStage, {"tokens": "t", **settings, "random_share_ramp": (0.25, 0.75)})
+    shares = [stage._random_share(step) for step in (1, 26, 51, 76, 101)]
+    assert shares == pytest.approx([1, 1, 0.6, 0.2, 0.2])

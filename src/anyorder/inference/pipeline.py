@@ -275,10 +275,12 @@ class Pipeline(folders.Parts):
         order = self.policy if request.order is None else request.order
         if isinstance(order, str):
             order = policy_config.PolicyConfig(order)
-        if not isinstance(order, policy_config.PolicyConfig) or order.order != "class_mean":
+        if not isinstance(order, policy_config.PolicyConfig) or not order.by_class:
             return order
         if self.class_orders is None:
-            raise ValueError("this pipeline has no orders of classes: choose another order than class_mean")
+            raise ValueError(
+                f"this pipeline has no orders of classes: choose another order than {order.label}"
+            )
         labels = torch.full((n,), -1) if condition is None else contracts.class_labels(condition).cpu()
         rows, streams = orders.of_classes(self.class_orders, labels).to(self.device), Streams([], self.device)
         build = order.build

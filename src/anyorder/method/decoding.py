@@ -105,7 +105,8 @@ def generate(
             progress.location = scoring_model.locate(scoring_state, progress.revealed)  # type: ignore[attr-defined]
         candidates = policy.propose(progress)
         ratings = torch.zeros_like(candidates, dtype=torch.float32)
-        if policy.rated:
+        # A single candidate need not be rated; the paper's rule samples its token here.
+        if policy.rated and (candidates.shape[1] > 1 or not policy.token_blind):
             proposed = None if policy.token_blind else content
             tokens, log_prob, ratings = score_candidates(
                 scoring_model, scoring_state, candidates, proposed, policy.rate, chunk

@@ -93,8 +93,9 @@ class InferredOrder(_Policy):
 
     `look_ahead` positions with the highest ratings are rated anew, see `decoding.expected_information`; each
     costs another scoring of all open positions. Sign -1 takes the least certain: no position can tell more
-    than its entropy. Other fields as of `PolicyConfig`. With `location=1` and the likelihood of true tokens,
-    extraction is the greedy E-step of hard EM on q(order, x).
+    than its entropy. With `rate_every` K, one rating chooses K positions, which follow one by one in raster
+    order: each still sees those before it. Other fields as of `PolicyConfig`. With `location=1` and the
+    likelihood of true tokens, extraction is the greedy E-step of hard EM on q(order, x).
     """
 
     score: str = "entropy"
@@ -104,6 +105,10 @@ class InferredOrder(_Policy):
     distance_to: Literal["last", "nearest"] = "last"
     location: float = 0.0
     rescore: float = 1.0
+    rate_every: int = 1
+    class_weight: float = 0.0
+    class_orders: Tensor | None = field(default=None, compare=False, repr=False)
+    """(B, N) int64, the order of each image's class, for `class_weight`."""
     look_ahead: int = 0
 
     rated = True
@@ -112,7 +117,7 @@ class InferredOrder(_Policy):
         super().__post_init__()
         score_of(self.score)  # refuses an unknown one
         require(self.sign in (1, -1), f"sign must be 1 (most certain first) or -1, got {self.sign}")
-        for name in ("temperature", "location"):
+        for name in ("temperature", "location", "class_weight"):
             require(0 <= getattr(self, name) < math.inf, f"{name} must be >= 0, got {getattr(self, name)}")
         require(math.isfinite(self.distance), f"distance must be a number, got {self.distance}")
         text = f"distance_to must be 'last' or 'nearest', got '{self.distance_to}'"
@@ -121,9 +126,18 @@ class InferredOrder(_Policy):
         require(self.distance_to == "last" or self.distance != 0, text)
         require(0 < self.rescore <= 1, f"rescore must lie in (0, 1], got {self.rescore}")
         require(self.look_ahead >= 0, f"look_ahead must be >= 0, got {self.look_ahead}")
-        plain = (self.score, self.rescore, self.per_step, self.steps, self.distance, self.location)
+        require(self.rate_every >= 1, f"rate_every must be >= 1 step, got {self.rate_every}")
+        parallel = (self.rescore, self.per_step, self.steps)
+        changing = (self.temperature, self.distance, self.location)  # from step to step, unlike a rating
+        text = "rate_every takes no rescore, per_step, steps, temperature, distance or head: leave them out"
+        require(self.rate_every == 1 or (parallel, changing) == ((1, 1, 0), (0, 0, 0)), text)
+        plain = (self.score, *parallel, self.distance, self.location, self.rate_every, self.class_weight)
         text = "expected information takes score='entropy' and no rescore, per_step, steps, distance or head"
-        require(not self.look_ahead or plain == ("entropy", 1, 1, 0, 0, 0), text)
+        require(not self.look_ahead or plain == ("entropy", 1, 1, 0, 0, 0, 1, 0), text)
+
+    def subset(self, rows: Tensor) -> Self:
+        """The policy for some images (R,) int64 of the batch."""
+        return self if self.class_orders is None else replace(self, class_orders=self.class_orders[rows])
 
     @property
     def name(self) -> str:
@@ -146,12 +160,15 @@ class InferredOrder(_Policy):
         """Candidate evaluations to decide where, looking ahead included, per image of n open positions."""
         total, still_open = 0, n
         for step, k in enumerate(self.sizes(n)):
-            total += self._scored(step, still_open, k)
+            scored = self._scored(step, still_open, k)
+            total += scored if scored > 1 or not self.token_blind else 0  # nothing to choose: not rated
             still_open -= k
         return total * (1 + self.look_ahead)
 
     def _scored(self, step: int, still_open: int, k: int) -> int:
         """How many of the open positions are scored at a step that reveals k of them."""
+        if step % self.rate_every:
+            return 1
         share = 1 if step == 0 else self.rescore
         return min(still_open, max(k, math.ceil(share * still_open - 1e-9)))
 
@@ -162,6 +179,8 @@ class InferredOrder(_Policy):
         if m == progress.open:
             return positions
         priority = self._priority(progress, positions, progress.ratings.gather(1, positions))
+        if self.rate_every > 1:
+            return positions.gather(1, self._first_of_group(progress, priority))
         highest = descending(priority)[:, : (m + 1) // 2]
         staleness = _staleness(progress).gather(1, positions).scatter(1, highest, -1)
         columns = torch.cat((highest, descending(staleness)[:, : m // 2]), dim=1)
@@ -179,13 +198,24 @@ class InferredOrder(_Policy):
         if self.temperature:
             assert progress.noise is not None
             ratings = ratings + self.temperature * progress.noise(positions)
+        if self.class_orders is not None:
+            rank = inverse(self.class_orders).to(ratings.device).gather(1, positions)
+            ratings = ratings - self.class_weight * rank / progress.grid.n
         if self.distance:
             ratings = ratings - self.distance * _distance(progress, positions, self.distance_to)
         return ratings
 
     def select(self, progress: Progress, candidates: Tensor, ratings: Tensor) -> Tensor:
         """The K of highest priority, highest first."""
-        return self.first(progress, candidates, self._priority(progress, candidates, ratings))
+        priority = self._priority(progress, candidates, ratings)
+        if self.rate_every > 1:
+            return self._first_of_group(progress, priority)
+        return self.first(progress, candidates, priority)
+
+    def _first_of_group(self, progress: Progress, priority: Tensor) -> Tensor:
+        """The first column in raster order (B, 1) of what is left of the positions that one rating chose."""
+        left = self.rate_every - progress.step % self.rate_every
+        return descending(priority)[:, :left].amin(1, keepdim=True)
 
 
 @dataclass(frozen=True)

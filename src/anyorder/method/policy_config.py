@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,7 +23,19 @@ LOOK_AHEAD = 4
 _SCHEDULE = {field.name for field in fields(ParallelSchedule)}
 _SETTINGS: dict[str, set[str]] = {
     **{name: set() for name in ("random", *STATIC)},
-    **{name: {"sign", "temperature", "distance", "distance_to", "location", "rescore"} for name in SCORES},
+    **{
+        name: {
+            "sign",
+            "temperature",
+            "distance",
+            "distance_to",
+            "location",
+            "rescore",
+            "rate_every",
+            "class_weight",
+        }
+        for name in SCORES
+    },
     "information": {"sign", "temperature"},
     "location": {"temperature"},
     "class_mean": set(),
@@ -99,6 +111,13 @@ class PolicyConfig(ParallelSchedule):
     """For a score, share of the open positions that is scored at each step: 1 is the exact order, 0.5 nearly
     the same at half the cost."""
 
+    rate_every: int = 1
+    """For a score, steps that one rating decides: the next positions are chosen at once and revealed one by
+    one in raster order. 8 costs about an eighth of the exact order, and its orders are easier to learn."""
+    class_weight: float = 0.0
+    """For a score, nats that the last position of the class's mean order loses against its first: shrinks the
+    order of each image towards that of its class. 0 is the paper; needs the orders of the classes."""
+
     renamed: ClassVar[dict[str, str]] = {"spread": "min_distance"}
     """Earlier names, see `settings.read_stored`."""
     removed: ClassVar[dict[str, Any]] = {"refresh": 1, "full_every": 0}
@@ -112,7 +131,8 @@ class PolicyConfig(ParallelSchedule):
             object.__setattr__(self, "sign", None if self.sign == 1 else self.sign)
             object.__setattr__(self, "temperature", self.temperature or None)
         wrong = self._changed() - self._allowed()
-        text = "sign, temperature, distance, location and rescore belong to inferred orders "
+        text = "sign, temperature, distance, location, rescore, rate_every and class_weight belong to "
+        text += "inferred orders "
         text += f"({', '.join(INFERRED)}; temperature to location, too), not to '{self.order}'"
         require(not wrong, f"{text}: remove {', '.join(sorted(wrong))}")
         super().__post_init__()
@@ -162,6 +182,11 @@ class PolicyConfig(ParallelSchedule):
         """Whether a model decides where: by its confidence, or by its location head."""
         return self.inferred or self.order == "location" or bool(self._trait("located"))
 
+    @property
+    def by_class(self) -> bool:
+        """Whether the policy needs the orders of the classes."""
+        return self.order == "class_mean" or self.class_weight > 0
+
     def evaluations(self, n: int) -> int:
         """Candidate evaluations per image of n positions: what deciding where costs the scorer."""
         policy = self._inferred_policy()
@@ -200,9 +225,14 @@ class PolicyConfig(ParallelSchedule):
     def build(self, grid: Grid, streams: Streams, orders: Tensor | None = None) -> OrderPolicy:
         """The policy for a batch; random orders come from the images' streams.
 
-        `orders` (B, N) int64 are those of each image's class; a ValueError refuses class_mean without them.
+        `orders` (B, N) int64 are those of each image's class; a ValueError tells where they lack.
         """
-        if policy := self._inferred_policy():
+        lacking = f"{self.label} needs the orders of the classes: give a tensor (B, N)"
+        require(orders is not None or not self.by_class, lacking)
+        policy = self._inferred_policy()
+        if isinstance(policy, policies.InferredOrder) and self.class_weight:
+            return replace(policy, class_orders=orders)
+        if policy is not None:
             return policy
         if isinstance(own := _own(self.order), type):
             return own(grid, **{name: getattr(self, name) for name in self._changed()})
@@ -212,8 +242,7 @@ class PolicyConfig(ParallelSchedule):
             orders = streams.permutation(grid.n)
         elif self.order in STATIC:
             orders = static_order(self.order, grid)
-        elif orders is None:
-            raise ValueError("class_mean needs the orders of the classes: give a tensor (B, N)")
+        assert orders is not None
         schedule = {name: getattr(self, name) for name in _SCHEDULE}
         return policies.FixedOrder(orders.to(streams.device), grid, name=self.order, **schedule)
 

@@ -39,7 +39,7 @@ class GeneratingStage:
     """Scoring model, which decides where, for inferred orders; by default the model itself. Give the one that
     the model's orders were extracted with."""
     orders: Path | None = None
-    """Order cache with an order for each class, for policy.order=class_mean."""
+    """Order cache with an order for each class, for policy.order=class_mean and policy.class_weight."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The order; by default lowest entropy first, a token-blind order: samples follow the model."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -47,10 +47,10 @@ class GeneratingStage:
 
     def __post_init__(self) -> None:
         order = self.policy.order
-        lacking = "policy.order=class_mean needs the orders of the classes: give orders=FOLDER"
-        require(order != "class_mean" or self.orders is not None, lacking)
+        lacking = f"policy '{self.policy.label}' needs the orders of the classes: give orders=FOLDER"
+        require(not self.policy.by_class or self.orders is not None, lacking)
         unused = f"has no effect on policy.order={order}: leave it out"
-        require(order == "class_mean" or self.orders is None, f"orders {unused}")
+        require(self.policy.by_class or self.orders is None, f"orders {unused}")
         require(self.scorer is None or (self.policy.token_blind and self.policy.decided), f"scorer {unused}")
 
     def load_pipeline(

@@ -13,7 +13,7 @@ import torch
 from anyorder import files
 from anyorder import orders as stats
 from anyorder.contracts import AnyOrderNetwork, require
-from anyorder.data.caches import TokenSet, splits
+from anyorder.data.caches import OrderSet, TokenSet, splits
 from anyorder.data.rows import evenly_spaced
 from anyorder.data.sunsets import sun_first
 from anyorder.inference.device import device, fast_dtype
@@ -31,7 +31,7 @@ from anyorder.stages.artifacts import Artifact
 class OrdersStage:
     """Extract the order in which the model itself would reveal each training image."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("model", "tokens", "data")
+    inputs: ClassVar[tuple[str, ...]] = ("model", "tokens", "data", "orders")
     aside: ClassVar[tuple[str, ...]] = ("batch_size",)
     model: Path
     """Model that scores: trained on random orders, or converted."""
@@ -39,6 +39,8 @@ class OrdersStage:
     """Token cache that the model was trained on."""
     data: Path | None = None
     """The sunsets behind the tokens: measures how often the sun comes before the clouds it colours."""
+    orders: Path | None = None
+    """Order cache with an order for each class, for policy.class_weight."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """An inferred order, or location; entropy by default, token_likelihood is the paper's."""
     limit: int | None = None
@@ -64,6 +66,8 @@ class OrdersStage:
         names = f"{', '.join(INFERRED)}, location or an own one that a model decides"
         listed = f"policy.order must be one of {names} to extract, got '{self.policy.order}'"
         require(self.policy.decided, listed)
+        text = "orders=FOLDER goes with policy.class_weight > 0: give both or neither"
+        require(self.policy.by_class == (self.orders is not None), text)
         require(self.test_limit >= 1, f"test_limit must be >= 1, got {self.test_limit}")
         got = f"got {self.shards} and {self.batch_size}"
         require(min(self.shards, self.batch_size or 1) >= 1, f"shards and batch_size must be >= 1, {got}")
@@ -127,12 +131,15 @@ class OrdersStage:
     def _rows(self, folder: Path, model: AnyOrderNetwork, tokens: TokenSet, images: np.ndarray) -> None:
         """Extract the orders of some images into `folder`; a killed run resumes after its last batch."""
         rows = files.RowWriter(folder, _arrays(tokens))
+        by_class = OrderSet(self.orders) if self.orders else None
         size = self.batch_size or shards.images_at_once(model, tokens.grid, self.shards)
         for some in common.in_batches(rows, len(images), size, f"{tokens.split} orders"):
             begin = time.perf_counter()
             batch, labels = (x.to(device()) for x in tokens.batch(images[some]))
             streams = Streams([self.seed + int(row) for row in images[some]], device())
-            policy = self.policy.build(tokens.grid, streams)
+            policy = self.policy.build(
+                tokens.grid, streams, by_class.of_classes(labels) if by_class else None
+            )
             found = extract_orders(
                 model, batch, policy, streams,
                 condition=common.as_condition(model, tokens, labels), grid=tokens.grid,

@@ -43,15 +43,15 @@ class PipelineStage:
     scorer: Path | None = None
     """Scoring model, which decides where; by default the one of the samples, else the model itself."""
     orders: Path | None = None
-    """Order cache that holds the orders of the classes, for policy.order=class_mean."""
+    """Order cache that holds the orders of the classes, for order class_mean and for class_weight."""
     policy: PolicyConfig | None = None
     """Order unless a call gives another; by default the one of the samples, else entropy."""
 
     def __post_init__(self) -> None:
         text = "say what to put together: give samples=FOLDER or model=FOLDER"
         require(bool(self.samples or self.model), text)
-        ordered = self.orders or self.samples or not self.policy or self.policy.order != "class_mean"
-        text = "policy.order=class_mean needs the orders of the classes: give orders=FOLDER"
+        ordered = self.orders or self.samples or not self.policy or not self.policy.by_class
+        text = "this policy needs the orders of the classes: give orders=FOLDER"
         require(bool(ordered), text)
 
     def run(self, artifact: Artifact) -> dict[str, Any]:

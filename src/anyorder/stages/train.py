@@ -63,7 +63,10 @@ class TrainStage(common.TrainingStage):
     random_share: float = 0.0
     """With `orders`, `online` or a static order: share of images that get a random order, in [0, 1]."""
     random_share_end: float | None = None
-    """Change that share linearly to this value at the last step; by default it stays."""
+    """Change that share linearly to this value; by default it stays."""
+    random_share_ramp: tuple[float, float] = (0.0, 1.0)
+    """Where in the training that change begins and ends, as shares of its steps: [0.25, 0.75] is a plateau, a
+    ramp and a plateau, as in RAR (arXiv 2411.00776)."""
     init: Path | None = None
     """Model to start from; it brings its architecture, to which `model.location` may add a head. A converted
     one gets the classes and the grid of the tokens."""
@@ -80,6 +83,11 @@ class TrainStage(common.TrainingStage):
         require(self.order in allowed, f"order must be one of {', '.join(allowed)}, got '{self.order}'")
         for share in (self.random_share, self.random_share_end or 0.0):
             require(0 <= share <= 1, f"random_share must lie in [0, 1], got {share}")
+        begin, until = self.random_share_ramp
+        text = f"random_share_ramp must be two shares of the steps, 0 <= a < b <= 1, got {begin}, {until}"
+        require(0 <= begin < until <= 1, text)
+        text = "random_share_ramp goes with random_share_end: give both"
+        require(self.random_share_end is not None or (begin, until) == (0.0, 1.0), text)
         require(self.jitter >= 0, f"jitter must be >= 0 steps, got {self.jitter}")
         both = f"give either order={self.order} or orders={self.orders}, not both"
         require(self.orders is None or self.order == "random", both)
@@ -113,6 +121,8 @@ class TrainStage(common.TrainingStage):
         alone = self.orders is None and self.order == "random"
         require(alone, "online extracts the orders itself: give it, or orders=..., or order=...")
         require(policy.decided, f"online.order must be an inferred order, got '{policy.order}'")
+        text = "online extracts no class orders: leave policy.class_weight out"
+        require(not policy.by_class, text)
         ema = "online extracts with the averaged weights: give train.ema, say 0.999"
         require(self.train.ema > 0, ema)
 
@@ -233,7 +243,10 @@ class TrainStage(common.TrainingStage):
 
     def _random_share(self, step: int) -> float:
         end = self.random_share if self.random_share_end is None else self.random_share_end
-        return self.random_share + (end - self.random_share) * (step - 1) / max(1, self.train.steps - 1)
+        begin, until = self.random_share_ramp
+        done = (step - 1) / max(1, self.train.steps - 1)
+        done = min(max((done - begin) / (until - begin), 0.0), 1.0)
+        return self.random_share + (end - self.random_share) * done
 
     # --- what is measured: the likelihood under the orders of training, on training and test images -----
 
