@@ -21,21 +21,12 @@ INFERRED = (*SCORES, "information")
 LOOK_AHEAD = 4
 """Positions that order `information` rates one step ahead."""
 _SCHEDULE = {field.name for field in fields(ParallelSchedule)}
+_OF_SCORES = {
+    *("sign", "temperature", "distance", "distance_to", "location", "rescore", "rate_every", "class_weight")
+}
 _SETTINGS: dict[str, set[str]] = {
     **{name: set() for name in ("random", *STATIC)},
-    **{
-        name: {
-            "sign",
-            "temperature",
-            "distance",
-            "distance_to",
-            "location",
-            "rescore",
-            "rate_every",
-            "class_weight",
-        }
-        for name in SCORES
-    },
+    **dict.fromkeys(SCORES, _OF_SCORES),
     "information": {"sign", "temperature"},
     "location": {"temperature"},
     "class_mean": set(),
