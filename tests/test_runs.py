@@ -174,7 +174,9 @@ def test_orders_are_extracted_while_training(experiment):
     seen = orders[:, 0] != np.iinfo(np.uint16).max
     assert seen.sum() == 4 * 8
     trained = read_manifest(out / "online")
-    assert trained["extraction_evaluations"] == 4 * 8 * (16 + 3 * 4 + 4 * 3 + 4 * 2)  # one candidate is not rated
+    assert trained["extraction_evaluations"] == 4 * 8 * (
+        16 + 3 * 4 + 4 * 3 + 4 * 2
+    )  # one candidate is not rated
     assert (np.sort(orders[seen], axis=1) == np.arange(16)).all()
 
 
@@ -546,8 +548,9 @@ def test_second_run_does_nothing_and_a_change_runs_what_depends_on_it(experiment
     status = {name: plan[str(out / name)].startswith("to run") for name in before}
     assert [name for name, to_run in status.items() if to_run] == [
         "orders", "ordered", "drawn", "peeking", "guided-by-any", "eval-guided-by-any", "eval-drawn",
-        "eval-peeking", "compare", "pipeline", "located", "by-location", "eval-by-location", "classes",
-        "by-class", "eval-by-class",
+        "eval-peeking", "compare", "pipeline", "orders-shrunk", "by-shrunk", "eval-by-shrunk",
+        "pipeline-shrunk", "located", "by-location", "eval-by-location", "classes", "by-class",
+        "eval-by-class",
     ]  # fmt: skip
 
 
