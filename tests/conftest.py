@@ -26,7 +26,8 @@ from anyorder.method.guidance import GuidanceConfig, Guided
 from anyorder.method.policies import InferredOrder
 from anyorder.method.policy_config import PolicyConfig, make_policy
 from anyorder.method.sampling import SCORES, Streams
-from anyorder.models.transformer import AnyOrderTransformer, TransformerConfig
+from anyorder.models.architecture import TransformerConfig
+from anyorder.models.transformer import AnyOrderTransformer
 from anyorder.orders import STATIC
 
 hypothesis.settings.register_profile(
@@ -218,6 +219,7 @@ for name, changes, columns in (
     ("class,attributes", {"num_classes": 3, "attributes": (2,), "location": True}, (2,)),
     ("short captions", {"num_classes": 3, **CAPTIONS}, (7, 7)),
     ("class at every input", {"num_classes": 3, "class_at": "every", "rotary": True}, ()),
+    ("grouped", {"num_classes": 3, "grouped": True, "rotary": True, "location": True}, ()),
     ("class at every input,text", {"num_classes": 3, "class_at": "every", **CAPTIONS}, (7, 7, 7, 7)),
 ):
     switches = {"dropout": 0.1, "token_dropout": 0.2, "label_dropout": 0.3, **changes}
@@ -227,6 +229,7 @@ for name, changes, columns in (
         changes.get("num_classes", 0),
         columns,
     )
+GROUPED = [name for name in MODELS if "grouped" in name]
 PUBLISHED: dict[str, type[AnyOrderNetwork]] = {"randar": RandAR, "arpg": ARPG}
 for name, model_class in PUBLISHED.items():
     MODELS[name] = Case(lambda model_class=model_class: published(model_class), 3)

@@ -10,8 +10,8 @@ from anyorder.method.decoding import sample
 from anyorder.method.guidance import GuidanceConfig, Guided
 from anyorder.method.loss import joint_nll, token_nll
 from anyorder.method.sampling import Streams
+from anyorder.models.architecture import TransformerConfig
 from anyorder.models.conditioning import hide
-from anyorder.models.transformer import TransformerConfig
 from anyorder.orders import random_orders
 
 ALL = {"num_classes": 3, "attributes": (4, 2), **CAPTIONS}

@@ -10,7 +10,8 @@ from anyorder.contracts import Grid
 from anyorder.method.decoding import extract_orders, sample
 from anyorder.method.loss import token_nll
 from anyorder.method.sampling import Streams
-from anyorder.models.transformer import AnyOrderTransformer, TransformerConfig
+from anyorder.models.architecture import TransformerConfig
+from anyorder.models.transformer import AnyOrderTransformer
 from anyorder.orders import random_orders
 from anyorder.tokenizers.vq import VQConfig, VQModel
 

@@ -12,9 +12,10 @@ from anyorder.contracts import Grid
 from anyorder.method.decoding import extract_orders, sample
 from anyorder.method.loss import token_nll
 from anyorder.method.sampling import Streams
+from anyorder.models.architecture import Architecture, TransformerConfig
 from anyorder.models.attention import attend_with_total
 from anyorder.models.positions import CoordinateEncoding, rotate
-from anyorder.models.transformer import AnyOrderTransformer, Architecture, TransformerConfig
+from anyorder.models.transformer import AnyOrderTransformer
 from anyorder.orders import random_orders, static_order
 
 TOKENS = torch.randint(5, (3, 6), generator=seeded(0))

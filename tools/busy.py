@@ -35,7 +35,8 @@ def training() -> Callable[[], int]:
 
     from anyorder.contracts import Grid
     from anyorder.method.loss import token_nll
-    from anyorder.models.transformer import AnyOrderTransformer, TransformerConfig
+    from anyorder.models.architecture import TransformerConfig
+    from anyorder.models.transformer import AnyOrderTransformer
     from anyorder.orders import random_orders
 
     model = AnyOrderTransformer(TransformerConfig(depth=4, width=128, heads=4, vocab_size=128, grid=(8, 8)))

@@ -13,7 +13,7 @@ Factorisation (OAR, arXiv 2504.17069, Sec. 3): log p(x | pi, c) = sum_i log p(x[
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -104,6 +104,35 @@ class LocatingModel(AnyOrderModel, Protocol):
 
     def locate(self, state: Any, revealed: Tensor) -> Tensor:
         """Log q(next position), (B, N) float32 nats, -inf where `revealed` (B, N) bool; state unchanged."""
+
+
+@runtime_checkable
+class GroupingModel(AnyOrderModel, Protocol):
+    """A model that can predict the positions of one step together, each aware of the others of its step.
+
+    A token then depends on all tokens revealed before its step, and on where, not on what, the others of its
+    step are: p(x) is the product over steps and their positions of p(token | tokens before, positions).
+    """
+
+    @property
+    def grouped(self) -> bool:
+        """Whether it was trained so; else the positions of one step are candidates, blind to one another."""
+
+    def forward(
+        self,
+        tokens: Tensor,
+        condition: Tensor | None,
+        order: Tensor,
+        grid: Grid | None = None,
+        sizes: Sequence[int] | None = None,
+    ) -> Tensor:
+        """As of `AnyOrderModel`, for steps that reveal `sizes` positions; None, or ones: one by one."""
+
+    def score_group(self, state: Any, positions: Tensor) -> Tensor:
+        """Logits (B, K, V) of the positions (B, K) int64 of the next step, which see one another."""
+
+    def append_group(self, state: Any, tokens: Tensor) -> Any:
+        """Reveal tokens (B, K) at the positions that `score_group` scored last; the old state is used up."""
 
 
 class TokenizerNetwork(nn.Module, Tokenizer):

@@ -17,8 +17,9 @@ from anyorder.inference.device import device, fast_dtype
 from anyorder.method import decoding
 from anyorder.method.loss import token_nll
 from anyorder.method.sampling import Streams
+from anyorder.models.architecture import Architecture, TransformerConfig
 from anyorder.models.compiled import compile_decoding
-from anyorder.models.transformer import AnyOrderTransformer, Architecture, TransformerConfig
+from anyorder.models.transformer import AnyOrderTransformer
 from anyorder.orders import random_orders
 from anyorder.settings import did_you_mean
 from anyorder.tokenizers.vq import VQConfig, VQModel

@@ -91,6 +91,7 @@ def generate(
         return sampler.sample_tokens(sampler.truncate(log_p, sampling), uniform)
 
     condition = None if condition is None else condition.to(streams.device, torch.int64)
+    together = policy.token_blind and getattr(model, "grouped", False)
     states = [each.start(len(streams), condition, grid) for each in models]
     progress = Progress.start(grid, len(streams), streams.device)
     finite = torch.ones((), dtype=torch.bool, device=streams.device)
@@ -122,7 +123,8 @@ def generate(
         if policy.token_blind:
             # The generator scores the chosen positions alone: no token is sampled in vain, and `append`
             # continues from what was scored last instead of computing it again.
-            tokens, log_prob, _ = score_candidates(model, states[0], positions, content, None, chunk)
+            part = positions.shape[1] if together else chunk
+            tokens, log_prob, _ = score_candidates(model, states[0], positions, content, None, part, together)
         else:
             # These very tokens decided where to go: to sample again would change the distribution.
             tokens, log_prob = tokens.gather(1, chosen), log_prob.gather(1, chosen)
@@ -132,7 +134,12 @@ def generate(
         if (finite.device.type == "cpu" or not progress.open) and not finite:
             raise ValueError(f"the model's logits are not finite, seen at step {progress.step - 1}")
         if progress.open:  # after the last reveal nothing is scored any more
-            states = [each.append(s, positions, tokens) for each, s in zip(models, states, strict=True)]
+            following = [
+                e.append(s, positions, tokens)
+                for e, s in zip(models[together:], states[together:], strict=True)
+            ]
+            first = [model.append_group(states[0], tokens)] if together else []  # type: ignore[attr-defined]
+            states = first + following
         yield Step(progress.step - 1, progress.total, positions, tokens, log_prob)
 
 
@@ -143,16 +150,17 @@ def score_candidates(
     content: Content | None,
     rate: Callable[[Tensor, Tensor], Tensor] | None,
     chunk: int | None,
+    together: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens of candidates (B, M), their log-probabilities and ratings: three (B, M), chunk by chunk.
 
-    `content` chooses the tokens; None: zeros, for ratings that ignore them.
-    `rate` is that of a policy; None rates by log-probability. The state is unchanged.
+    `content` chooses the tokens; None: zeros, for ratings that ignore them. `rate` is that of a policy; None
+    rates by log-probability. `together`: they are one step of a `GroupingModel`. The state is unchanged.
     """
-    parts = []
+    score, parts = model.score_group if together else model.score, []  # type: ignore[attr-defined]
     for positions in candidates.split(chunk or _chunk(model, candidates), dim=1):
         # On a GPU the kernel casts, so that no float32 logits exist.
-        log_p = model.score(state, positions).log_softmax(-1, dtype=torch.float32)
+        log_p = score(state, positions).log_softmax(-1, dtype=torch.float32)
         tokens = content(positions, log_p) if content else torch.zeros_like(positions)
         log_prob = sampler.token_likelihood(log_p, tokens)
         parts.append((tokens, log_prob, rate(rating_log_probs(state, log_p), tokens) if rate else log_prob))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from anyorder.contracts import AnyOrderModel, Grid, LocatingModel, require
+from anyorder.contracts import AnyOrderModel, Grid, GroupingModel, LocatingModel, require
 
 Schedule = Literal["constant", "linear", "power-cosine"]
 
@@ -74,12 +76,19 @@ class Guided:
         self.vocab_size, self.grid = model.vocab_size, model.grid
 
     def forward(
-        self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
+        self,
+        tokens: Tensor,
+        condition: Tensor | None,
+        order: Tensor,
+        grid: Grid | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> Tensor:
         """Teacher-forced guided logits (B, N, V) in order steps."""
-        logits = self.model.forward(tokens.repeat(2, 1), _both(condition), order.repeat(2, 1), grid)
-        n = tokens.shape[1]
-        scale = torch.tensor([self.config.at(i / n) for i in range(n)], device=logits.device)
+        both = (tokens.repeat(2, 1), _both(condition), order.repeat(2, 1), grid)
+        logits = self.model.forward(*both) if sizes is None else self._grouping.forward(*both, sizes)
+        sizes, n = sizes or [1] * tokens.shape[1], tokens.shape[1]
+        begins = [end - size for size, end in zip(sizes, accumulate(sizes), strict=True) for _ in range(size)]
+        scale = torch.tensor([self.config.at(i / n) for i in begins], device=logits.device)
         return _mix(logits, scale[None, :, None])
 
     def start(
@@ -91,7 +100,9 @@ class Guided:
 
     def score(self, state: GuidedState, positions: Tensor) -> Tensor:
         """Guided logits (B, M, V)."""
-        logits = self.model.score(state.inner, positions.repeat(2, 1))
+        return self._guided(state, self.model.score(state.inner, positions.repeat(2, 1)))
+
+    def _guided(self, state: GuidedState, logits: Tensor) -> Tensor:
         if self.config.locations == "unguided":
             state.unguided = logits.chunk(2)[0]
         return _mix(logits, self.config.at(state.revealed / state.n))
@@ -100,6 +111,26 @@ class Guided:
         """Both halves see the same tokens."""
         inner = self.model.append(state.inner, positions.repeat(2, 1), tokens.repeat(2, 1))
         return GuidedState(inner, state.revealed + positions.shape[1], state.n)
+
+    @property
+    def grouped(self) -> bool:
+        """As the wrapped model."""
+        return getattr(self.model, "grouped", False)
+
+    @property
+    def _grouping(self) -> GroupingModel:
+        if not isinstance(self.model, GroupingModel):
+            raise ValueError("the guided model predicts no groups: reveal positions as candidates")
+        return self.model
+
+    def score_group(self, state: GuidedState, positions: Tensor) -> Tensor:
+        """Guided logits (B, K, V)."""
+        return self._guided(state, self._grouping.score_group(state.inner, positions.repeat(2, 1)))
+
+    def append_group(self, state: GuidedState, tokens: Tensor) -> GuidedState:
+        """Both halves see the same tokens."""
+        inner = self._grouping.append_group(state.inner, tokens.repeat(2, 1))
+        return GuidedState(inner, state.revealed + tokens.shape[1], state.n)
 
     def locate(self, state: GuidedState, revealed: Tensor) -> Tensor:
         """Log q(next position) of the conditional half, (B, N) nats; guidance is for content only."""

@@ -76,6 +76,14 @@ def merge_with_self(q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor)
     return out.lerp(v, (own - total).sigmoid().to(v.dtype))
 
 
+def merge_with_own(q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor, size: int) -> Tensor:
+    """The same for candidates of `size` inputs each, which attend to one another: (B, H, M * size, D / H)."""
+    alone = (x.unflatten(2, (-1, size)).flatten(1, 2) for x in (q, k, v))
+    own = (x.unflatten(1, (q.shape[1], -1)).flatten(2, 3) for x in attend_with_total(*alone))
+    values, weight = own
+    return out.lerp(values, (weight - total).sigmoid().to(v.dtype))
+
+
 @dataclass
 class Cache:
     """Keys and values of the inputs so far, preallocated and written in place."""
@@ -108,9 +116,11 @@ class Cache:
         """
         return [partial(_extend, *layer, self.length, joint) for layer in self._layers()]
 
-    def candidates(self, free: slice | None, pending: int = 0, joint: bool = False) -> list[Candidates]:
+    def candidates(
+        self, free: slice | None, pending: int = 0, joint: bool = False, size: int = 1
+    ) -> list[Candidates]:
         """One attention per layer for candidates; see `Candidates`."""
-        return [Candidates(*layer, self.length, free, pending, joint) for layer in self._layers()]
+        return [Candidates(*layer, self.length, free, pending, joint, size) for layer in self._layers()]
 
     def _layers(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each layer; indexed, since views of an iteration cannot be written in place."""
@@ -154,6 +164,8 @@ class Candidates:
     """The first inputs are no candidates, but the next of the cache, and all candidates see them."""
     joint: bool = False
     """Candidates also see the earlier candidates."""
+    size: int = 1
+    """How many inputs a candidate has; more than 1 goes without pending ones, and keeps nothing."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H, pending + M, D / H) each."""
@@ -163,6 +175,8 @@ class Candidates:
             self._write(k, v)
             end = self.free.stop
             return causal_behind(self.length, q, self.keys[:, :, :end], self.values[:, :, :end])
+        if self.size > 1:
+            return merge_with_own(q, k, v, *self.prefix_alone(q, k, v), self.size)
         # One pending input sees all that candidates see: the cache is read once for both.
         skip = first if first > 1 else 0
         out, total = self.prefix_alone(q[:, :, skip:], k, v)

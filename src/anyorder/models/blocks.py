@@ -13,7 +13,7 @@ from anyorder.models.layers import Linear, RMSNorm
 from anyorder.models.positions import Rotation, rotate
 
 if TYPE_CHECKING:
-    from anyorder.models.transformer import TransformerConfig
+    from anyorder.models.architecture import TransformerConfig
 
 
 class Attention(nn.Module):

@@ -60,6 +60,7 @@ class LocationHead(nn.Module):
         last: Tensor,
         revealed: Tensor,
         tables: LocationTables,
+        closed: Tensor | None = None,
     ) -> Tensor:
         """Log-probability of each position to be next, (B, T, N) float32 nats; -inf where it is revealed.
 
@@ -70,6 +71,7 @@ class LocationHead(nn.Module):
             last: (B, T) int64, position of the last token, N before the first.
             revealed: (B, T, N) bool, at least one position open.
             tables: of the grid of the positions.
+            closed: (B, T, N) bool, what cannot be next where that is more than `revealed`.
         """
         # The condition and embeddings are small beside hidden states: without a norm the head would ignore
         # the class, and begin in the order of another one.
@@ -79,7 +81,7 @@ class LocationHead(nn.Module):
         around = neighbourhood(revealed, tables.grid).to(query.dtype)
         score = score + (around @ (query @ self.context.weight)[..., None]).squeeze(-1)
         score = score.float() * query.shape[-1] ** -0.5
-        return score.masked_fill(revealed, -torch.inf).log_softmax(-1)
+        return score.masked_fill(revealed if closed is None else closed, -torch.inf).log_softmax(-1)
 
     @staticmethod
     def _from_last(query: Tensor, last: Tensor, tables: LocationTables) -> Tensor:

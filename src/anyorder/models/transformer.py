@@ -11,8 +11,10 @@ Shapes: B images, T steps, M candidates, L cached steps, D width, H heads, V cod
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args, get_type_hints
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 from anyorder.contracts import AnyOrderNetwork, Grid, require
 from anyorder.families import Family
-from anyorder.models import attention, conditioning, layers, location
+from anyorder.models import attention, conditioning, groups, layers, location
 from anyorder.models import positions as encoding
+from anyorder.models.architecture import TransformerConfig
 from anyorder.models.blocks import Block
 from anyorder.orders import inverse
 
@@ -31,96 +34,14 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Architecture:
-    """Size and switches that users choose."""
-
-    depth: int = 6
-    """Number of blocks, >= 1."""
-    width: int = 256
-    """Width D of every hidden state, a multiple of 4 * heads."""
-    heads: int = 4
-    """Number of attention heads, H."""
-    next_position: Literal["relative", "absolute", "none"] = "relative"
-    """How an input says where the next patch is: by displacement (the paper), position, or not (ablation)."""
-    current_position: Literal["absolute", "none"] = "absolute"
-    """How an input says where its own patch is: by its position, or not at all (ablation)."""
-    class_at: Literal["first", "every"] = "first"
-    """Which inputs contain the class: the first alone, as in the paper, or every one."""
-    rotary: bool = False
-    """Rotate queries by the next position and keys by the current one (2-D RoPE), besides the sums."""
-    qk_norm: bool = False
-    """RMS-normalise queries and keys of each head."""
-    dropout: float = 0.0
-    """Dropout probability on residual branches in training, in [0, 1)."""
-    token_dropout: float = 0.0
-    """Share of input tokens hidden in training, in [0, 1); their positions stay."""
-    label_dropout: float = 0.1
-    """Share of images whose whole condition is hidden in training, in [0, 1); guidance needs more than 0."""
-    part_dropout: float = 0.3
-    """Share of each part of a several-part condition hidden in training, in [0, 1); any may be left out."""
-    location: bool = False
-    """Add a head that predicts the next position, besides the token: order and content as one model."""
-    location_gradient: bool = True
-    """Whether the location head's loss trains the whole model, or with false the head alone."""
-    checkpointing: bool = False
-    """Recompute blocks in the backward pass: about `depth` times less memory, a third more time."""
-
-    def __post_init__(self) -> None:
-        for name in ("depth", "width", "heads"):
-            require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
-        whole = self.width % (4 * self.heads) == 0
-        require(whole, f"width must be a multiple of 4 * heads = {4 * self.heads}, got {self.width}")
-        for name in ("dropout", "token_dropout", "label_dropout", "part_dropout"):
-            share = getattr(self, name)
-            require(0 <= share < 1, f"{name} must lie in [0, 1), got {share}")
-        hints = get_type_hints(Architecture)
-        for name in ("next_position", "current_position", "class_at"):
-            value, allowed = getattr(self, name), get_args(hints[name])
-            listed = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
-            require(value in allowed, f"{name} must be {listed}, got '{value}'")
-        both = "none" not in (self.next_position, self.current_position) or not self.rotary
-        require(both, "rotary tells both positions: it cannot be combined with a position of 'none'")
-
-
-@dataclass
-class TransformerConfig(Architecture):
-    """An architecture, and the sizes that follow from the tokens it is trained on."""
-
-    vocab_size: int = 512
-    """V, the tokenizer's codebook size."""
-    grid: tuple[int, int] = (8, 8)
-    """Rows and columns of patches in training."""
-    num_classes: int = 0
-    """Number of class labels; 0 is unconditional."""
-    attributes: tuple[int, ...] = ()
-    """Number of values of each attribute of an image."""
-    text_vocab: int = 0
-    """Number of different caption tokens; 0 takes no captions."""
-    text_length: int = 0
-    """Most tokens of a caption."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            min(self.attributes, default=1) >= 1 and (self.text_vocab < 1) == (self.text_length < 1),
-            "attributes must have >= 1 value each, text_vocab and text_length both be 0 or >= 1, got "
-            f"{list(self.attributes)}, {self.text_vocab} and {self.text_length}",
-        )
-        sizes = f"got {self.vocab_size} and {self.num_classes}"
-        fits = self.vocab_size >= 1 and self.num_classes >= 0
-        require(fits, f"vocab_size must be >= 1 and num_classes >= 0, {sizes}")
-        Grid(*self.grid)
-
-
-@dataclass
 class State(attention.DecodingState):
     """What has been revealed so far."""
 
     tables: encoding.PositionTables
     pending: Tensor
-    """(B, D): condition or last token with its position; only the next position is missing."""
+    """(B, K, D): condition, or tokens of the last step with their positions; the next ones are missing."""
     last: Tensor
-    """(B,) int64: position of the last token, N for the condition."""
+    """(B, K) int64: positions of these tokens, N for the condition."""
     hidden: Tensor
     """(B, D): what the last token was predicted from; the condition before the first."""
     content: Tensor
@@ -134,6 +55,19 @@ class State(attention.DecodingState):
     """Of the location head."""
     prefix: int
     """P: how long the cache is before the first step."""
+    together: Together | None = None
+    """What `score_group` scored last."""
+
+
+class Together(NamedTuple):
+    """A step that waits behind the valid part of the cache."""
+
+    positions: Tensor
+    """(B, K) int64."""
+    hidden: Tensor | None = None
+    """(B, D): what the last of its tokens is predicted from; None: a scored candidate like any other."""
+    inputs: int = 0
+    """How long it is."""
 
 
 class AnyOrderTransformer(AnyOrderNetwork):
@@ -159,6 +93,11 @@ class AnyOrderTransformer(AnyOrderNetwork):
         self.compiled: CompiledBlocks | None = None
         """What `score` runs the blocks with once `compile_decoding` was called."""
         self._initialise()
+
+    @property
+    def grouped(self) -> bool:
+        """Whether it was trained to predict the positions of one step together."""
+        return self.config.grouped
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -223,37 +162,51 @@ class AnyOrderTransformer(AnyOrderNetwork):
         return self.location  # type: ignore[return-value]
 
     def forward(
-        self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
+        self,
+        tokens: Tensor,
+        condition: Tensor | None,
+        order: Tensor,
+        grid: Grid | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> Tensor:
-        """Teacher-forced logits (B, N, V) in order steps; see `contracts.AnyOrderModel`.
+        """Teacher-forced logits (B, N, V) in order steps; see `contracts.GroupingModel`.
 
         Raises:
-            ValueError: shapes that do not fit the grid, or a condition that does not fit the model.
+            ValueError: shapes or sizes that do not fit the grid, or a condition that does not fit the model.
         """
-        hidden = self._hidden(tokens, *self._condition(len(tokens), condition), order, grid or self.grid)
+        given = self._condition(len(tokens), condition)
+        hidden = self._hidden(tokens, *given, order, grid or self.grid, sizes)
         return self.head(hidden[:, -tokens.shape[1] :])
 
     def joint(
-        self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
+        self,
+        tokens: Tensor,
+        condition: Tensor | None,
+        order: Tensor,
+        grid: Grid | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Teacher-forced content and location; arguments and errors as of `forward`.
 
         Returns:
             Logits (B, N, V), and log-probabilities (B, N, N) float32 nats of each position to be next, -inf
-            where it is revealed already.
+            where it is revealed already. Positions of one step are drawn without replacement from what is
+            known before it.
         """
         grid, head = grid or self.grid, self._location_head()
         start, prefix = self._condition(len(tokens), condition)
-        hidden = self._hidden(tokens, start, prefix, order, grid)
+        hidden = self._hidden(tokens, start, prefix, order, grid, sizes)
         read, hidden = hidden.split((prefix.shape[1], order.shape[1]), dim=1)
         content = self.token_embedding(tokens.gather(1, order[:, :-1]))
         content = torch.cat((self._nothing(start)[:, None], content), dim=1)
         asked = self._asked(start, read).to(hidden.dtype)
         behind = torch.cat((asked[:, None], hidden[:, :-1]), dim=1)
+        known = groups.layout(sizes, grid.n, order.device).behind
+        behind, content, before = behind[:, known], content[:, known], self._before(order, grid)[:, known]
         if not self.config.location_gradient:
             behind, content, asked = behind.detach(), content.detach(), asked.detach()
-        revealed = location.revealed_before(inverse(order))
-        where = head(behind, content, asked, self._before(order, grid), revealed, head.tables(grid))
+        closed = location.revealed_before(inverse(order))
+        where = head(behind, content, asked, before, closed[:, known], head.tables(grid), closed)
         return self.head(hidden), where
 
     @staticmethod
@@ -266,26 +219,42 @@ class AnyOrderTransformer(AnyOrderNetwork):
         """Position of the last token before each step, (B, N) int64; N before the first."""
         return torch.cat((torch.full_like(order[:, :1], grid.n), order[:, :-1]), dim=1)
 
-    def _hidden(self, tokens: Tensor, start: Tensor, prefix: Tensor, order: Tensor, grid: Grid) -> Tensor:
+    def _hidden(
+        self,
+        tokens: Tensor,
+        start: Tensor,
+        prefix: Tensor,
+        order: Tensor,
+        grid: Grid,
+        sizes: Sequence[int] | None = None,
+    ) -> Tensor:
         """Hidden states (B, P + N, D): of the prefix, and what the tokens of each step are predicted from."""
         encoding.check_shapes(tokens, order, grid)
         layers.unpack(self)
-        tables, current = self._tables(grid), order[:, :-1]
+        tables, plan, ahead = self._tables(grid), groups.layout(sizes, grid.n, order.device), prefix.shape[1]
+        current, asked = order[:, plan.holds], order[:, plan.asks]
+        first, following = asked[:, : plan.first], asked[:, plan.first :]
         seen = tokens.gather(1, current)
         if self.training and self.config.token_dropout:
             hidden = torch.rand(seen.shape, device=seen.device) < self.config.token_dropout
             seen = torch.where(hidden, self.vocab_size, seen)
-        x = self._content(tables, seen, current, start) + tables.next(current, order[:, 1:])
-        x = torch.cat((prefix, self._start(tables, start, order[:, :1]), x), dim=1)
-        aside = (prefix.shape[1], 0)
-        before, after = (F.pad(p, aside, value=grid.n) for p in (self._before(order, grid), order))
-        rotation = tables.rotation(before, after)
+        x = self._content(tables, seen, current, start) + tables.next(current, following)
+        x = torch.cat((prefix, self._start(tables, start, first), x), dim=1)
+        before, after = (
+            F.pad(current, (ahead + plan.first, 0), value=grid.n),
+            F.pad(asked, (ahead, 0), value=grid.n),
+        )
+        rotation, attend = tables.rotation(before, after), attention.causal
+        if plan.group is not None:
+            ids = torch.cat((torch.arange(-ahead, 0, device=order.device), plan.group))
+            attend = partial(F.scaled_dot_product_attention, attn_mask=groups.visible(ids))
         for block in self.blocks:
             if self.config.checkpointing and self.training:
-                x = checkpoint(block, x, rotation, attention.causal, use_reentrant=False)
+                x = checkpoint(block, x, rotation, attend, use_reentrant=False)
             else:
-                x = block(x, rotation, attention.causal)
-        return self.norm(x)
+                x = block(x, rotation, attend)
+        read, x = self.norm(x).split((ahead, x.shape[1] - ahead), dim=1)
+        return torch.cat((read, x[:, plan.outputs]), dim=1)
 
     def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> State:
         """A cache of O(depth * B * (P + N) * D) that holds the prefix only; the class is pending.
@@ -296,12 +265,13 @@ class AnyOrderTransformer(AnyOrderNetwork):
         layers.pack(self if self.compiled is None else self.head, batch_size)
         start, prefix = self._condition(batch_size, condition, check=True)
         weight, length = self.head.weight, prefix.shape[1]
-        size = (config.depth, batch_size, config.heads, length + grid.n, config.width)
+        room = length + grid.n * (2 if self.grouped else 1)
+        size = (config.depth, batch_size, config.heads, room, config.width)
         state = State(
             cache=attention.Cache.empty(weight, *size),
             tables=self._tables(grid),
-            pending=start,
-            last=torch.full((batch_size,), grid.n, device=weight.device),
+            pending=start[:, None],
+            last=torch.full((batch_size, 1), grid.n, device=weight.device),
             hidden=start,
             content=self._nothing(start),
             start=start,
@@ -324,12 +294,14 @@ class AnyOrderTransformer(AnyOrderNetwork):
         state.cache.length += x.shape[1]
         return x
 
-    def _inputs(self, state: State, positions: Tensor) -> Tensor:
-        """The pending input completed with each candidate position, (B, M, D)."""
+    @staticmethod
+    def _inputs(state: State, positions: Tensor, pending: Tensor, last: Tensor) -> Tensor:
+        """Pending inputs (B, M, D) or (B, 1, D), at `last`, completed with positions (B, M): (B, M, D)."""
         if state.cache.length == state.prefix:
-            return self._start(state.tables, state.pending, positions)
-        ahead = state.tables.next(state.last[:, None], positions)
-        return (state.pending[:, None] + ahead).expand(-1, positions.shape[1], -1)
+            ahead = 0.0 if state.tables.first is None else F.embedding(positions, state.tables.first)
+        else:
+            ahead = state.tables.next(last, positions)
+        return (pending + ahead).expand(-1, positions.shape[1], -1)
 
     def score(self, state: State, positions: Tensor) -> Tensor:
         """Logits (B, M, V) of candidate positions (B, M).
@@ -341,6 +313,9 @@ class AnyOrderTransformer(AnyOrderNetwork):
         found = state.scored.find(positions)
         if found is not None:
             return self.head(state.scored.pick(found))
+        state.together = None
+        if state.last.shape[1] > 1:
+            return self.head(self._run_alone(state, positions))
         columns = state.scored.columns(positions.shape[1], state.cache.room)
         x = self._run(state, positions, columns)
         if columns is not None:
@@ -355,13 +330,40 @@ class AnyOrderTransformer(AnyOrderNetwork):
         compiled = None if self.training or torch.is_grad_enabled() else self.compiled
         if compiled is not None:
             positions = compiled.pad(positions)
-        x = self._inputs(state, positions)
-        rotation = state.tables.rotation(state.last[:, None].expand_as(positions), positions)
+        x = self._inputs(state, positions, state.pending, state.last)
+        rotation = state.tables.rotation(state.last.expand_as(positions), positions)
         if compiled is not None:
             return compiled(self.blocks, self.norm, x, rotation, attends)[:, :m]
         for block, attend in zip(self.blocks, attends, strict=True):
             x = block(x, rotation, attend)
         return self.norm(x)
+
+    def _run_alone(self, state: State, positions: Tensor) -> Tensor:
+        """Hidden states (B, M, D) of candidates, each as a step of its own behind a step of several."""
+        k, m = state.last.shape[1], positions.shape[1]
+        last, positions = state.last.repeat(1, m), positions.repeat_interleave(k, dim=1)
+        x = self._inputs(state, positions, state.pending.repeat(1, m, 1), last)
+        rotation = state.tables.rotation(last, positions)
+        for block, attend in zip(self.blocks, state.cache.candidates(None, size=k), strict=True):
+            x = block(x, rotation, attend)
+        return self.norm(x[:, ::k])
+
+    def score_group(self, state: State, positions: Tensor) -> Tensor:
+        """Logits (B, K, V) of the positions (B, K) of one step; see `contracts.GroupingModel`."""
+        state.require_current()
+        if positions.shape[1] == state.last.shape[1] == 1:
+            logits = self.score(state, positions)
+            state.together = Together(positions)
+            return logits
+        m = max(positions.shape[1], state.last.shape[1])
+        at, last = groups.padded(positions, m), groups.padded(state.last, m)
+        x = self._inputs(state, at, groups.padded(state.pending, m), last)
+        rotation = state.tables.rotation(last, at)
+        for block, attend in zip(self.blocks, state.cache.extend(joint=True), strict=True):
+            x = block(x, rotation, attend)
+        x = self.norm(x[:, : positions.shape[1]])
+        state.scored.count, state.together = 0, Together(positions, x[:, -1], m)
+        return self.head(x)
 
     def locate(self, state: State, revealed: Tensor) -> Tensor:
         """Log-probability of each position to be next, (B, N) float32 nats; -inf where `revealed` (B, N)."""
@@ -369,35 +371,54 @@ class AnyOrderTransformer(AnyOrderNetwork):
         head, content = self._location_head(), state.content[:, None]
         assert state.where is not None
         hidden, asked = state.hidden[:, None].to(content.dtype), state.asked.to(content.dtype)
-        return head(hidden, content, asked, state.last[:, None], revealed[:, None], state.where)[:, 0]
+        return head(hidden, content, asked, state.last[:, -1:], revealed[:, None], state.where)[:, 0]
 
     def append(self, state: State, positions: Tensor, tokens: Tensor) -> State:
-        """Reveal tokens (B, K) at positions (B, K), in that sequence; the old state is used up.
+        """Reveal tokens (B, K) at positions (B, K), in that sequence, one by one; the old state is used up.
 
         The input that leads to the first position is taken from `score`; the others run as one causal block.
         """
         state.require_current()
+        if state.last.shape[1] > 1:  # the first position becomes a step of its own
+            self.score_group(state, positions[:, :1])
+            following = self.append_group(state, tokens[:, :1])
+            positions, tokens = positions[:, 1:], tokens[:, 1:]
+            return self.append(following, positions, tokens) if positions.shape[1] else following
         found, hidden, inputs = state.scored.find(positions[:, :1]), state.hidden, []
         # Step i's input holds the token before it, so K reveals run K inputs, and the last token is pending.
-        before, after = torch.cat((state.last[:, None], positions[:, :-1]), dim=1), positions
+        before, after = torch.cat((state.last, positions[:, :-1]), dim=1), positions
         if found is not None:
             hidden = state.scored.pick(found)[:, 0]
             state.cache.keep(found)
             before, after = before[:, 1:], after[:, 1:]
         else:
-            inputs.append(self._inputs(state, positions[:, :1]))
+            inputs.append(self._inputs(state, positions[:, :1], state.pending, state.last))
         if positions.shape[1] > 1:
             rest = self._content(state.tables, tokens[:, :-1], positions[:, :-1], state.start)
             inputs.append(rest + state.tables.next(positions[:, :-1], positions[:, 1:]))
         if inputs:
             hidden = self.norm(self._extend(state, torch.cat(inputs, dim=1), before, after)[:, -1])
-        last = positions[:, -1:]
+        return self._advance(state, positions[:, -1:], tokens[:, -1:], hidden)
+
+    def append_group(self, state: State, tokens: Tensor) -> State:
+        """Reveal tokens (B, K) at the positions that `score_group` scored last; the old state is used up."""
+        state.require_current()
+        require(state.together is not None, "append_group reveals what score_group scored: call that first")
+        positions, hidden, inputs = state.together  # type: ignore[misc]
+        if hidden is None:
+            return self.append(state, positions, tokens)
+        state.cache.length += inputs
+        return self._advance(state, positions, tokens, hidden)
+
+    def _advance(self, state: State, positions: Tensor, tokens: Tensor, hidden: Tensor) -> State:
+        """The state in which the tokens (B, K) of the last step are pending."""
         state.scored.count = 0
         return state.advance(
-            pending=self._content(state.tables, tokens[:, -1:], last, state.start)[:, 0],
-            last=last[:, 0],
+            pending=self._content(state.tables, tokens, positions, state.start),
+            last=positions,
             hidden=hidden,
             content=self.token_embedding(tokens[:, -1]),
+            together=None,
         )
 
 

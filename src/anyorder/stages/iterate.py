@@ -18,7 +18,7 @@ from anyorder.files import atomic, read_manifest
 from anyorder.inference.device import device
 from anyorder.inference.weights import CONFIG, WEIGHTS, load_any_order
 from anyorder.method.policy_config import PolicyConfig
-from anyorder.models.transformer import Architecture
+from anyorder.models.architecture import Architecture
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import TrainingStage
 from anyorder.stages.execute import execute

@@ -20,10 +20,11 @@ from anyorder.files import read_manifest
 from anyorder.inference import weights
 from anyorder.inference.device import device
 from anyorder.method import loss as losses
-from anyorder.method import policy_config
+from anyorder.method import policy_config, schedules
 from anyorder.method.decoding import sample
 from anyorder.method.sampling import Streams
 from anyorder.models import transformer
+from anyorder.models.architecture import Architecture, TransformerConfig
 from anyorder.report import figures
 from anyorder.stages import artifacts, common
 from anyorder.training import lora, order_sources
@@ -67,6 +68,12 @@ class TrainStage(common.TrainingStage):
     random_share_ramp: tuple[float, float] = (0.0, 1.0)
     """Where in the training that change begins and ends, as shares of its steps: [0.25, 0.75] is a plateau, a
     ramp and a plateau, as in RAR (arXiv 2411.00776)."""
+    groups: tuple[int, ...] = ()
+    """Numbers of steps, for example 64,32,16,8, to sample in any of them later: positions of one step are
+    predicted together, in as many steps as one of these, drawn anew at every training step. By default,
+    always one by one."""
+    groups_schedule: schedules.Shape = "constant"
+    """With `groups`: how the steps share the positions, as in sampling."""
     init: Path | None = None
     """Model to start from; it brings its architecture, to which `model.location` may add a head. A converted
     one gets the classes and the grid of the tokens."""
@@ -75,7 +82,7 @@ class TrainStage(common.TrainingStage):
     trains all weights."""
     tokenizer: Path | None = None
     """Where the tokenizer of the tokens is, if it was moved; for train.sample_every."""
-    model: transformer.Architecture = dataclasses.field(default_factory=transformer.Architecture)
+    model: Architecture = dataclasses.field(default_factory=Architecture)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -109,12 +116,15 @@ class TrainStage(common.TrainingStage):
         low_rank = f"lora must be a rank >= 0 and goes with init=..., got {self.lora}"
         require(self.lora == 0 or (self.lora > 0 and self.init is not None), low_rank)
         plain = dataclasses.replace(self.model, location=False, location_gradient=True)
-        fits = self.init is None or plain == transformer.Architecture()
+        fits = self.init is None or plain == Architecture()
         require(fits, "init=... brings its architecture: remove the model.* settings")
         shown = self.tokenizer is None or self.train.sample_every > 0
         require(shown, "tokenizer is for images during training: give train.sample_every > 0, too")
         kinds = ("nll", "bound") if self.model.location or self.init else ("nll",)
         splits = ("train", "validation", "test")
+        text = "groups must list numbers of steps >= 1, and groups_schedule goes with it, got"
+        valid = min(self.groups, default=1) >= 1 and (self.groups or self.groups_schedule == "constant")
+        require(bool(valid), f"{text} {list(self.groups)} and {self.groups_schedule}")
         self.train.require_watched([f"{split}_{kind}" for split in splits for kind in kinds])
 
     def _check_online(self, policy: policy_config.PolicyConfig) -> None:
@@ -147,9 +157,10 @@ class TrainStage(common.TrainingStage):
         def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
             batch, labels = map(_without_waiting, tokens.batch(rows))
             order, learnt = map(_without_waiting, orders(rows, step, generator))
+            steps = self._steps(tokens.grid.n, generator)
             if not _has_location(model):
-                return losses.token_nll(model, batch, labels, order).mean(), {}  # type: ignore[arg-type]
-            content, where = losses.joint_nll(model, batch, labels, order)  # type: ignore[arg-type]
+                return losses.token_nll(model, batch, labels, order, **steps).mean(), {}  # type: ignore[arg-type]
+            content, where = losses.joint_nll(model, batch, labels, order, **steps)  # type: ignore[arg-type]
             where = where * learnt[:, None]  # a random order says nothing of where to go
             share = learnt.float().mean().clamp(min=1e-6)
             parts = {"content": content.mean(), "location": where.mean() / share}
@@ -192,7 +203,7 @@ class TrainStage(common.TrainingStage):
     def _model(self, tokens: caches.TokenSet) -> AnyOrderNetwork:
         torch.manual_seed(self.train.seed)
         if self.init is None:
-            config = transformer.TransformerConfig(
+            config = TransformerConfig(
                 **vars(self.model),
                 vocab_size=tokens.vocab_size,
                 grid=(tokens.grid.h, tokens.grid.w),
@@ -200,6 +211,7 @@ class TrainStage(common.TrainingStage):
                 attributes=tuple(len(values) for values in tokens.attributes.values()),
                 text_vocab=tokens.text_vocab,
                 text_length=tokens.text_length,
+                grouped=bool(self.groups),
             )
             return transformer.AnyOrderTransformer(config)
         common.require_trained_on(self.init, tokens, adapted=True)
@@ -216,6 +228,10 @@ class TrainStage(common.TrainingStage):
             larger = transformer.AnyOrderTransformer(dataclasses.replace(model.config, **head)).to(device())
             larger.load_state_dict(model.state_dict(), strict=False)
             model = larger
+        if self.groups:
+            if not isinstance(model, transformer.AnyOrderTransformer):
+                raise ValueError("a published model predicts no groups: remove groups")
+            model.config.grouped = True
         if self.lora:
             lora.add_low_rank(model, self.lora)
         return model.train()
@@ -240,6 +256,13 @@ class TrainStage(common.TrainingStage):
             )
         fixed = static.static_order(self.order, tokens.grid)
         return lambda rows, *_: order_sources.flagged(fixed.expand(len(rows), -1), True)
+
+    def _steps(self, n: int, generator: torch.Generator) -> losses.Steps:
+        """How many positions each step of the batch reveals; nothing where that is one."""
+        if not self.groups:
+            return {}
+        steps = self.groups[int(torch.randint(len(self.groups), (), generator=generator))]
+        return {"sizes": schedules.reveals(n, steps, self.groups_schedule)}
 
     def _random_share(self, step: int) -> float:
         end = self.random_share if self.random_share_end is None else self.random_share_end
