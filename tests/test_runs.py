@@ -89,6 +89,11 @@ EXPERIMENT = {
         "by-class": {"stage": "sample", "model": "classes", "orders": "orders", **MADE, "num_images": 10,
                      "policy": {"order": "class_mean"}},
         "eval-by-class": {"stage": "eval", "samples": "by-class", **MEASURED, "nll_images": 8},
+        "grouped": {"stage": "train", "tokens": "tokens", "init": "any", "orders": "orders", "groups": [8, 4],
+                    "groups_schedule": "cosine", "model": {"location": True}, "train": STEPS},
+        "by-groups": {"stage": "sample", "model": "grouped", "num_images": 10,
+                      "policy": {"order": "location", "steps": 4}},
+        "eval-by-groups": {"stage": "eval", "samples": "by-groups", **MEASURED, "nll_images": 8},
         "online": {"stage": "train", "tokens": "tokens", "init": "any", "model": {"location": True},
                    "online": {"order": "entropy", "rescore": 0.25}, "train": {**STEPS, "ema": 0.5}},
         "iterate": {"model": "any", "tokens": "tokens", "rounds": 2, "limit": 16, "test_limit": 8,
@@ -152,6 +157,18 @@ def test_a_head_is_added_to_a_model_that_has_none(experiment):
     before, after = (load_model(out / name, "transformer") for name in ("any", "located"))
     assert (before.config.location, after.config.location) == (False, True)
     assert after.config.depth == before.config.depth
+
+
+def test_groups_are_learnt_drawn_and_measured(experiment):
+    _, out = experiment
+    model = load_model(out / "grouped", "transformer")
+    assert model.config.grouped
+    assert not load_model(out / "any", "transformer").config.grouped
+    found, facts = (
+        read_json(out / f"{name}/metrics.json") for name in ("eval-by-groups", "eval-by-location")
+    )
+    assert found["bound"] == pytest.approx(found["bound_tokens"] + found["bound_location"])
+    assert found.keys() == facts.keys()
 
 
 def test_class_orders_are_drawn_and_measured(experiment):
@@ -616,6 +633,9 @@ def test_artifacts_that_do_not_belong_together_are_refused(experiment, tmp_path)
             {"tokens": "t", "order": "raster", "model": {"location": True}, "train": {"compile": True}},
             "train.compile covers",
         ),
+        (TrainStage, {"tokens": "t", "groups": [4], "train": {"compile": True}}, "train.compile covers"),
+        (TrainStage, {"tokens": "t", "groups": [4, 0]}, "numbers of steps >= 1"),
+        (TrainStage, {"tokens": "t", "groups_schedule": "cosine"}, "goes with it"),
         (TrainStage, {"tokens": "t", "train": {"patience": 1, "eval_every": 0}}, "patience needs"),
         (IterateStage, {"model": "m", "tokens": "t", "random_floor": 0.9}, "random_floor"),
         (IterateStage, {"model": "m", "tokens": "t", "rounds": 0}, "rounds and patience"),

@@ -59,8 +59,8 @@ def descending(values: Tensor) -> Tensor:
 class ParallelSchedule:
     """How many positions are revealed together at each step, and how far apart they lie.
 
-    Positions of one step are blind to one another's tokens. That is for models that were trained on random
-    orders; one trained on a single order has only learnt to predict the very next position.
+    Positions of one step are blind to one another's tokens. That is for models that were trained with groups,
+    or on random orders; others have only learnt to predict the very next position.
     """
 
     per_step: int = 1

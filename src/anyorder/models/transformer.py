@@ -25,7 +25,8 @@ from anyorder.contracts import AnyOrderNetwork, Grid, require
 from anyorder.families import Family
 from anyorder.models import attention, conditioning, groups, layers, location
 from anyorder.models import positions as encoding
-from anyorder.models.architecture import TransformerConfig
+from anyorder.models.architecture import Architecture as Architecture
+from anyorder.models.architecture import TransformerConfig as TransformerConfig
 from anyorder.models.blocks import Block
 from anyorder.orders import inverse
 

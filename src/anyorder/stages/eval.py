@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from anyorder import files
-from anyorder.contracts import require
+from anyorder.contracts import AnyOrderNetwork, require
 from anyorder.data import caches
 from anyorder.data import rows as select
 from anyorder.data.captions import index_of
@@ -22,7 +22,7 @@ from anyorder.evaluation.features import ClassifierFeatures
 from anyorder.inference.device import device
 from anyorder.inference.weights import load_any_order
 from anyorder.method.decoding import extract_orders
-from anyorder.method.loss import image_nll
+from anyorder.method.loss import Steps, image_nll
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Streams
 from anyorder.settings import parse, read_stored
@@ -141,18 +141,22 @@ class EvalStage:
         """Cross-entropy of test images under the order policy of the samples, nats per token.
 
         `nll` is exact for fixed orders and token-blind policies without location noise: p(x) is a product of
-        conditionals along an order that the image determines, of earlier steps where several tokens are
-        generated at once. For random orders it bounds -log p(x), a mixture over orders (`nll_is_bound`).
+        conditionals along an order that the image determines, given earlier steps (and the positions of its
+        own, if the model was trained with groups) where several tokens are generated at once. For random orders it bounds -log p(x), a mixture over orders (`nll_is_bound`).
         `bound` = `bound_tokens` + `bound_location` of a location head: -log q(order, x) of the greedily most
         likely order bounds -log p(x). None where another model or temperature samples the locations.
         """
         policy = parse(PolicyConfig, read_stored(PolicyConfig, made["config"]["policy"]))
         exact = policy.token_blind and (policy.deterministic or policy.order == "random")
         located = policy.order == "location" and policy.temperature in (None, 1) and self.scorer is None
-        if not self.nll_images or not (exact or (located and not policy.parallel)):
+        if not self.nll_images or not (exact or located):
+            return {"nll": None, "bits_per_dim": None}
+        assert self.model
+        model = load_any_order(self.model)
+        if policy.parallel and not (exact or getattr(model, "grouped", False)):
             return {"nll": None, "bits_per_dim": None}
         rows, hidden = select.evenly_spaced(self.nll_images, len(test)), made["config"].get("hide", ())
-        means = self._mean_nll(policy, exact, test, rows, hidden)
+        means = self._mean_nll(model, policy, exact, test, rows, hidden)
         h, w = files.read_manifest(test.folder)["image_size"]
         bits = metrics.bits_per_dim(means.get("bound", means["nll"]), test.grid.n, 3 * h * w)
         shared = {"bits_per_dim": bits, "nll_images": len(rows)}
@@ -163,11 +167,16 @@ class EvalStage:
         return {"nll": None, **parts, **shared}
 
     def _mean_nll(
-        self, policy: PolicyConfig, exact: bool, test: caches.TokenSet, rows: np.ndarray, hidden: list[str]
+        self,
+        model: AnyOrderNetwork,
+        policy: PolicyConfig,
+        exact: bool,
+        test: caches.TokenSet,
+        rows: np.ndarray,
+        hidden: list[str],
     ) -> dict[str, float]:
         """`image_nll` of test images without the `hidden` parts of their conditions, averaged."""
-        assert self.model
-        model, scorer = load_any_order(self.model), load_any_order(self.scorer) if self.scorer else None
+        scorer = load_any_order(self.scorer) if self.scorer else None
         cache = caches.OrderSet(self.orders) if self.orders else None
         values: dict[str, list[torch.Tensor]] = {}
         for some in tqdm(list(select.batches(rows, self.batch_size)), desc="likelihood", unit="batch"):
@@ -180,10 +189,12 @@ class EvalStage:
             found = extract_orders(
                 model, tokens, order, streams, condition=condition, grid=test.grid, scorer=scorer
             )
-            if policy.parallel:
+            if policy.parallel and exact:
                 each = {"nll": -found.log_prob.double().mean(1)}
             else:
-                each = image_nll(model, tokens, condition, found.order, test.grid, location=not exact)
+                steps = Steps(sizes=policy.sizes(test.grid.n)) if policy.parallel else Steps()
+                inputs = (tokens, condition, found.order, test.grid)
+                each = image_nll(model, *inputs, location=not exact, **steps)
             for name, value in each.items():
                 values.setdefault(name, []).append(value)
         return {name: float(torch.cat(value).mean()) for name, value in values.items()}

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import nn
 
 from anyorder import orders as static
 from anyorder.contracts import AnyOrderNetwork, require
@@ -24,7 +23,6 @@ from anyorder.method import policy_config, schedules
 from anyorder.method.decoding import sample
 from anyorder.method.sampling import Streams
 from anyorder.models import transformer
-from anyorder.models.architecture import Architecture, TransformerConfig
 from anyorder.report import figures
 from anyorder.stages import artifacts, common
 from anyorder.training import lora, order_sources
@@ -82,7 +80,7 @@ class TrainStage(common.TrainingStage):
     trains all weights."""
     tokenizer: Path | None = None
     """Where the tokenizer of the tokens is, if it was moved; for train.sample_every."""
-    model: Architecture = dataclasses.field(default_factory=Architecture)
+    model: transformer.Architecture = dataclasses.field(default_factory=transformer.Architecture)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -111,12 +109,13 @@ class TrainStage(common.TrainingStage):
             require(not mixed, text)
             text = "model.location needs orders to learn: give orders=... or a static order"
             require(not self.model.location, text)
-        compiled = self.train.compile and self.model.location
-        require(not compiled, "train.compile covers models without a location head: leave one of them out")
+        compiled = self.train.compile and (self.model.location or self.groups)
+        text = "train.compile covers models without a location head and without groups: leave one of them out"
+        require(not compiled, text)
         low_rank = f"lora must be a rank >= 0 and goes with init=..., got {self.lora}"
         require(self.lora == 0 or (self.lora > 0 and self.init is not None), low_rank)
         plain = dataclasses.replace(self.model, location=False, location_gradient=True)
-        fits = self.init is None or plain == Architecture()
+        fits = self.init is None or plain == transformer.Architecture()
         require(fits, "init=... brings its architecture: remove the model.* settings")
         shown = self.tokenizer is None or self.train.sample_every > 0
         require(shown, "tokenizer is for images during training: give train.sample_every > 0, too")
@@ -154,7 +153,7 @@ class TrainStage(common.TrainingStage):
         online = source if isinstance(source, order_sources.OnlineOrders) else None
         orders = order_sources.mixed_orders(source, tokens.grid, self._random_share, self.jitter)
 
-        def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
+        def loss(model: torch.nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
             batch, labels = map(_without_waiting, tokens.batch(rows))
             order, learnt = map(_without_waiting, orders(rows, step, generator))
             steps = self._steps(tokens.grid.n, generator)
@@ -168,7 +167,7 @@ class TrainStage(common.TrainingStage):
 
         measured = [(some.split, self._measured(some, cache)) for some in (tokens, *held)]
 
-        def evaluate(model: nn.Module, step: int, splits: int = len(watched)) -> dict[str, float]:
+        def evaluate(model: torch.nn.Module, step: int, splits: int = len(watched)) -> dict[str, float]:
             found = {split: _mean_nll(model, data) for split, data in measured[:splits]}
             return {f"{split}_{name}": value for split, x in found.items() for name, value in x.items()}
 
@@ -203,7 +202,7 @@ class TrainStage(common.TrainingStage):
     def _model(self, tokens: caches.TokenSet) -> AnyOrderNetwork:
         torch.manual_seed(self.train.seed)
         if self.init is None:
-            config = TransformerConfig(
+            config = transformer.TransformerConfig(
                 **vars(self.model),
                 vocab_size=tokens.vocab_size,
                 grid=(tokens.grid.h, tokens.grid.w),
@@ -292,7 +291,7 @@ class TrainStage(common.TrainingStage):
             return static.random_orders(n, tokens.grid, torch.Generator().manual_seed(0))
         return static.static_order(self.order, tokens.grid).expand(n, -1)
 
-    def _nll_of_general_orders(self, model: nn.Module, held: caches.TokenSet) -> dict[str, float]:
+    def _nll_of_general_orders(self, model: torch.nn.Module, held: caches.TokenSet) -> dict[str, float]:
         """Under the order of training on the whole split; for extracted orders, under random ones."""
         extracted = self.orders is not None or self.online is not None
         rows = evenly_spaced(MEASURED if extracted else len(held), len(held))
@@ -308,7 +307,7 @@ class TrainStage(common.TrainingStage):
         assert tokenizer is not None, "every token cache has a tokenizer"
         common.require_made_from(self.tokens, "tokenizer", tokenizer)
 
-        def preview(model: nn.Module, step: int) -> None:
+        def preview(model: torch.nn.Module, step: int) -> None:
             assert isinstance(model, AnyOrderNetwork)
             streams = Streams(range(common.SHOWN), device())
             labels = torch.arange(common.SHOWN, device=device()) % max(1, model.num_classes)
@@ -319,7 +318,7 @@ class TrainStage(common.TrainingStage):
         return preview
 
 
-def _mean_nll(model: nn.Module, data: Measured) -> dict[str, float]:
+def _mean_nll(model: torch.nn.Module, data: Measured) -> dict[str, float]:
     """`losses.image_nll` of the data, averaged; empty if there are no data."""
     tokens, condition, order = (x.to(device()) for x in data)
     if not len(tokens):
@@ -333,6 +332,6 @@ def _without_waiting(x: torch.Tensor) -> torch.Tensor:
     return x.pin_memory().to(device(), non_blocking=True) if device().type != x.device.type else x
 
 
-def _has_location(model: nn.Module) -> bool:
+def _has_location(model: torch.nn.Module) -> bool:
     """Whether a location head is trained, too; published models have none."""
     return getattr(model.config, "location", False)
