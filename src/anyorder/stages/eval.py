@@ -22,7 +22,7 @@ from anyorder.evaluation.features import ClassifierFeatures
 from anyorder.inference.device import device
 from anyorder.inference.weights import load_any_order
 from anyorder.method.decoding import extract_orders
-from anyorder.method.loss import Steps, image_nll
+from anyorder.method.loss import image_nll
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Streams
 from anyorder.settings import parse, read_stored
@@ -141,10 +141,11 @@ class EvalStage:
         """Cross-entropy of test images under the order policy of the samples, nats per token.
 
         `nll` is exact for fixed orders and token-blind policies without location noise: p(x) is a product of
-        conditionals along an order that the image determines, given earlier steps (and the positions of its
-        own, if the model was trained with groups) where several tokens are generated at once. For random orders it bounds -log p(x), a mixture over orders (`nll_is_bound`).
-        `bound` = `bound_tokens` + `bound_location` of a location head: -log q(order, x) of the greedily most
-        likely order bounds -log p(x). None where another model or temperature samples the locations.
+        conditionals along an order that the image determines, where several tokens are generated at once given
+        earlier steps, and with groups the positions of their own. For random orders it bounds -log p(x), a
+        mixture over orders (`nll_is_bound`). `bound` = `bound_tokens` + `bound_location` of a location head:
+        -log q(order, x) of the greedily most likely order bounds -log p(x). None where another model or
+        temperature samples the locations.
         """
         policy = parse(PolicyConfig, read_stored(PolicyConfig, made["config"]["policy"]))
         exact = policy.token_blind and (policy.deterministic or policy.order == "random")
@@ -192,7 +193,7 @@ class EvalStage:
             if policy.parallel and exact:
                 each = {"nll": -found.log_prob.double().mean(1)}
             else:
-                steps = Steps(sizes=policy.sizes(test.grid.n)) if policy.parallel else Steps()
+                steps: Any = {"sizes": policy.sizes(test.grid.n)} if policy.parallel else {}
                 inputs = (tokens, condition, found.order, test.grid)
                 each = image_nll(model, *inputs, location=not exact, **steps)
             for name, value in each.items():
