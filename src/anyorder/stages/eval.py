@@ -141,7 +141,7 @@ class EvalStage:
         """Cross-entropy of test images under the order policy of the samples, nats per token.
 
         `nll` is exact for fixed orders and token-blind policies without location noise: p(x) is a product of
-        conditionals along an order that the image determines, where several tokens are generated at once given
+        conditionals along an order that the image determines, where several are generated at once given
         earlier steps, and with groups the positions of their own. For random orders it bounds -log p(x), a
         mixture over orders (`nll_is_bound`). `bound` = `bound_tokens` + `bound_location` of a location head:
         -log q(order, x) of the greedily most likely order bounds -log p(x). None where another model or
