@@ -112,6 +112,27 @@ def test_experiments_are_copied():
     assert (changed["raster"]["model"]["depth"], changed["any-order"]["model"]["depth"]) == (1, 4)
 
 
+def test_texts_beside_the_images_become_captions(tmp_path):
+    folder = photos(tmp_path / "photos", [""], 12)
+    for i in range(11):
+        (folder / f"{i}.txt").write_text(f"number\n{i} ")
+    facts = fit.look(fit.FitConfig(source=str(folder)))
+    assert facts.captions
+    values = planned(facts, "tiny")
+    assert values["stages"]["data"]["captions"] == "txt"
+    times = dict.fromkeys(values["stages"], 1.0)
+    assert "one class, captions" in command.describe(values, times, facts, ("tiny", ""))[0]
+    typed = ["data", f"source={folder}", "size=16,16", "test_fraction=0.3", f"out={tmp_path}/data"]
+    assert main([*typed, "captions=txt"]) == 0
+    texts = [read_json(tmp_path / "data" / f"{split}.captions.json") for split in ("train", "test")]
+    assert {*texts[0], *texts[1]} == {"", *(f"number {i}" for i in range(11))}
+    assert not read_manifest(tmp_path / "data")["ignored"]["reasons"].get("text beside the images")
+    assert main([*typed, "captions=txt"]) == 0
+    (folder / "3.txt").write_text("three")
+    assert main([*typed, "captions=txt"]) == 2  # it has changed
+    assert main([*typed, "captions=text"]) == 2
+
+
 # --- time -------------------------------------------------------------------------------------------------
 
 

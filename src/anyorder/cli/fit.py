@@ -64,7 +64,7 @@ def plan(config: fit.FitConfig, out: Path, overrides: Sequence[str]) -> str:
 
 def _typed(text: str) -> Any:
     """Numbers and truth values as YAML has them; other texts are read by their settings."""
-    return int(text) if text.isdecimal() else {"true": True, "false": False}.get(text, text)
+    return int(text) if text.isdecimal() else {"true": True, "false": False, "null": None}.get(text, text)
 
 
 def describe(
@@ -73,6 +73,7 @@ def describe(
     """The plan in lines: what was found, what was chosen and why, the minutes of each stage."""
     stages, n, total = values["stages"], facts.train, sum(times.values())
     classes = f"{facts.classes} classes" if facts.classes > 1 else "one class"
+    classes += ", captions" * ("captions" in stages["data"])
     width = stages["data"]["size"][1]
     lines = [
         f"images: {n:,} to train, {facts.validation} to stop early, {facts.test:,} held out; {classes}; "

@@ -16,7 +16,9 @@ from anyorder.data.images import BadImage, suffixes
 
 SIDECARS = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".md", ".yaml", ".yml", ".html", ".log", ".py"}
 """Files that are expected beside images; other unknown files may be images that cannot be read."""
-UNKNOWN = "unknown suffix"
+UNKNOWN, BESIDE = "unknown suffix", "text beside the images"
+SIDECAR = "txt"
+"""Ending of the files that hold captions, one beside each image of a folder."""
 Parts = dict[str | None, list[str]]
 """One of train, test and validation, or None for no split -> names of the files or tables of images."""
 
@@ -157,11 +159,12 @@ def open_source(where: str | Path, columns: Columns = NO_COLUMNS, test_fraction:
     if any(name.endswith(".parquet") for name in listing.list_files(path).files):
         return ParquetSource(path, columns, test_fraction)
     require(
-        columns == NO_COLUMNS,
+        columns in (NO_COLUMNS, Columns(caption=SIDECAR)),
         f"{where} is an image folder: it has no columns, and its classes are its subfolders; leave out "
-        "image, label, captions and attributes, or put the images into parquet files",
+        f"image, label and attributes, or put the images into parquet files; captions={SIDECAR} reads the "
+        f"text of a.{SIDECAR} beside a.jpg",
     )
-    return FolderSource(path, test_fraction)
+    return FolderSource(path, test_fraction, columns)
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,13 @@ class FolderSource(Source):
 
     path: Path
     test_fraction: float = 0.1
+    columns: Columns = NO_COLUMNS
+
+    @cached_property
+    def captions(self) -> dict[str, Path]:
+        """Name of each image that has a text file beside it -> that file."""
+        files = {name: (self.path / name).with_suffix(f".{SIDECAR}") for name in self._found[0]}
+        return {name: file for name, file in files.items() if file.is_file()}
 
     @cached_property
     def _found(self) -> tuple[dict[str, tuple[str | None, str | None]], dict[str, list[str]]]:
@@ -178,7 +188,7 @@ class FolderSource(Source):
         names: list[str] = []
         for name in found.files:
             suffix = Path(name).suffix.lower()
-            unknown = "text beside the images" if suffix in SIDECARS else UNKNOWN
+            unknown = BESIDE if suffix in SIDECARS else UNKNOWN
             (names if suffix in known else found.ignored[unknown]).append(name)
         if not names:
             others = ", ".join(f"{len(v)} x {reason}" for reason, v in found.ignored.items() if v)
@@ -194,12 +204,23 @@ class FolderSource(Source):
         return parts
 
     def _read(self, part: str, with_images: bool) -> Iterator[Item]:
-        yield Item(self.path / part, self._found[0][part][1], part)
+        caption = None
+        if self.columns.caption and part in self.captions:
+            caption = " ".join(self.captions[part].read_text(encoding="utf-8", errors="replace").split())
+        yield Item(self.path / part, self._found[0][part][1], part, caption=caption)
 
     def ignored(self) -> dict[str, list[str]]:
         """See `Source`."""
-        return self._found[1] | super().ignored()
+        ignored = self._found[1] | super().ignored()
+        if self.columns.caption:
+            read = {text.relative_to(self.path).as_posix() for text in self.captions.values()}
+            ignored[BESIDE] = [name for name in ignored.get(BESIDE, ()) if name not in read]
+        return ignored
 
     def stats(self) -> listing.Stats:
         """See `Source`."""
-        return listing.stats(self.path, (item.name for items in self._texts.values() for item in items))
+        names = [item.name for items in self._texts.values() for item in items]
+        texts = self.captions.items() if self.columns.caption else ()
+        known = {*names}
+        names += [text.relative_to(self.path).as_posix() for name, text in texts if name in known]
+        return listing.stats(self.path, names)

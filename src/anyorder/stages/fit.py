@@ -61,7 +61,7 @@ class FitConfig:
     label: str | None = None
     """Column of the class (parquet and Hugging Face)."""
     captions: str | None = None
-    """Column of a text about each image (parquet and Hugging Face)."""
+    """Column of a text about each image (parquet and Hugging Face); texts in a.txt beside a.jpg are found."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Facts:
     cores: int
     bf16: bool
     gpu: int  # GiB of memory, 0 without a GPU
+    captions: bool = False  # in text files beside the images
 
 
 def seconds_of(text: str) -> int:
@@ -105,7 +106,8 @@ def look(config: FitConfig) -> Facts:
     validation = min(500, max(1, found // 10))
     counts = found - validation, validation, source.count("test"), len(source.classes())
     gpu = torch.cuda.get_device_properties(0).total_memory >> 30 if device().type == "cuda" else 0
-    return Facts(*counts, int(median(sides)), torch.get_num_threads(), native_bf16(device()), gpu)
+    machine = torch.get_num_threads(), native_bf16(device()), gpu
+    return Facts(*counts, int(median(sides)), *machine, bool(getattr(source, "captions", ())))
 
 
 def rehearse(values: Values, facts: Facts) -> dict[str, float]:
@@ -172,7 +174,8 @@ def adapt(values: Values, facts: Facts, config: FitConfig) -> Values:
     total = n + facts.validation + facts.test
     changes = {"data.source": config.source, "data.size": [size, size], "tokens.mirror": n < 20_000}
     changes |= {"data.test_fraction": held_out_share(total), "data.max_validation": facts.validation}
-    columns = {"data.label": config.label, "data.captions": config.captions}
+    captions = config.captions or (sources.SIDECAR if facts.captions else None)
+    columns = {"data.label": config.label, "data.captions": captions}
     changes |= {key: value for key, value in columns.items() if value is not None}
     dropout = 0.2 if n < 2000 else 0.1 if n < 20_000 else 0.0
     changes |= {f"{name}.model.dropout": dropout for name in ("raster", "any-order")}
