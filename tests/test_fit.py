@@ -20,6 +20,7 @@ from anyorder.stages.execute import execute
 from anyorder.stages.experiment import load_experiment
 from anyorder.stages.train import TrainStage
 
+pytestmark = pytest.mark.timeout(600)  # a whole run, on machines that do other things, too
 PHOTOS = fit.Facts(486, 54, 60, classes=6, side=64, cores=2, bf16=True, gpu=0)
 RATES = {
     "data": 0.001, "tokenizer": 0.1, "features": 0.02, "tokens": 0.002, "any-order": 0.3, "orders": 0.05,

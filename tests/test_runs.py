@@ -651,7 +651,7 @@ def test_artifacts_that_do_not_belong_together_are_refused(experiment, tmp_path)
         (TrainStage, {"tokens": "t", "orders_as": "class_mean"}, "give orders=FOLDER"),
         (TrainStage, {"tokens": "t", "online_every": 2}, "goes with online"),
         (TrainStage, {"tokens": "t", "train": {"patience": 1, "watch": "test_bound"}}, "is not evaluated"),
-        (TokenizerStage, {"data": "d", "train": {"patience": 1}}, "choose one of test_psnr, test_ssim"),
+        (TokenizerStage, {"data": "d", "train": {"patience": 1}}, "one of validation_psnr, validation_ssim"),
         (FeaturesStage, {"data": "d", "train": {"patience": 1}}, "choose one of test_accuracy"),
         (FeaturesStage, {"data": "d", "init": "f", "extractor": "inception"}, "for a classifier"),
         (FeaturesStage, {"data": "d", "extractor": "resnet"}, "efficientnet-lite0, inception or timm:NAME"),

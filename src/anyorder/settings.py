@@ -15,6 +15,7 @@ import functools
 import inspect
 import itertools
 import json
+import re
 import textwrap
 import types
 import typing
@@ -26,6 +27,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import yaml
 
 Config = TypeVar("Config")
+COMMON = [["steps"], ["batch_size"], ["learning_rate"], ["patience"], ["depth"], ["width"], ["order"]]
+"""Settings of groups that a first look at the help shows."""
 
 
 def parse(
@@ -88,6 +91,8 @@ def as_overrides(arguments: Iterable[str], flags: Sequence[str] = ()) -> list[st
     for argument in rest:
         if argument.startswith("--") and argument not in flags:
             key, equals, value = argument[2:].partition("=")
+            if not equals and (close := difflib.get_close_matches(argument, flags, 1, 0.85)):
+                raise ValueError(f"unknown option {argument}, did you mean {close[0]}?")
             value = value if equals else next(rest, "--")
             if not equals and value.startswith("--"):
                 raise ValueError(f"unknown option {argument}, or its value is missing: {argument} VALUE")
@@ -96,15 +101,34 @@ def as_overrides(arguments: Iterable[str], flags: Sequence[str] = ()) -> list[st
     return found
 
 
-def describe(config_class: type) -> str:
-    """Help text: every setting as `key=default  (type)`, with its documentation below."""
+def describe(config_class: type, full: bool = True) -> str:
+    """Help text: settings as `key=default  (type)`, with their documentation below; the common ones first.
+
+    Without `full` the others are only counted.
+    """
+    settings = _settings(config_class)
+    common = [key for key in settings if "." not in key or key.split(".")[1:] in COMMON]
+    others = [key for key in settings if key not in common]
+    if not full or not others:
+        more = [f"\n{len(others)} more settings: --help-all"] if others else []
+        return "\n".join(_lines(settings, common) + more)
+    return "\n".join([*_lines(settings, common), "\nfurther settings:\n", *_lines(settings, others)])
+
+
+def names(config_class: type) -> list[str]:
+    """Dotted names of all settings."""
+    return list(_settings(config_class))
+
+
+def _lines(settings: Mapping[str, _Field], keys: Iterable[str]) -> list[str]:
     lines = []
-    for key, field in _settings(config_class).items():
+    for key in keys:
+        field = settings[key]
         value = "..." if field.required else json.dumps(field.default, default=str)
         lines.append(f"{key}={value}  ({_name(field.hint)}{', required' if field.required else ''})")
         doc = _docs(field.owner).get(field.name, "")
         lines += textwrap.wrap(doc, 100, initial_indent="    ", subsequent_indent="    ")
-    return "\n".join(lines)
+    return lines
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
@@ -235,6 +259,8 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
     if value is None and _optional(hint):
         return None
     kind, items, problem = _required(hint), value, ""
+    if kind == tuple[int, int] and (size := re.fullmatch(r"(\d+)(?:x(\d+))?", str(value).strip())):
+        items = value = size[1], size[2] or size[1]
     try:
         if isinstance(value, str) and typing.get_origin(kind) in (tuple, list, dict):
             items = _items(value, typing.get_origin(kind) is dict)

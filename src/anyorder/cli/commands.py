@@ -23,6 +23,7 @@ class Call:
     settings: list[str]
     """Arguments `key=value`."""
     dry_run: bool
+    yes: bool = False
 
     def take(self, key: str, default: str = "") -> str:
         """Remove `key=` from the settings; its last value, or the default."""
@@ -95,6 +96,35 @@ NEXT = {
     "pipeline": "sample pipeline={out} out={run}/images",
 }
 """What to type after a stage."""
+
+
+EXAMPLES = {
+    "quickstart": "any-order.train.steps=300 out=runs/short",
+    "fit": "photos --time 30m",
+    "run": "experiments/fashion32.yaml seed=1 out=runs/fashion32-1",
+    "report": "runs/quickstart",
+    "demo": "pipeline=fashion32",
+    "verify": "runs/quickstart/pipeline",
+    "ls": "runs/quickstart",
+    "clean": "runs/quickstart --yes",
+    "data": "source=photos size=64 out=runs/mine/data",
+    "tokenizer": "data=runs/mine/data train.steps=3000 out=runs/mine/tokenizer",
+    "features": "data=runs/mine/data out=runs/mine/features",
+    "tokens": "data=runs/mine/data tokenizer=runs/mine/tokenizer out=runs/mine/tokens",
+    "train": "tokens=runs/mine/tokens train.steps=5000 model.depth=4 out=runs/mine/any-order",
+    "orders": "model=runs/mine/any-order tokens=runs/mine/tokens policy.order=margin out=runs/mine/orders",
+    "iterate": "model=runs/mine/any-order tokens=runs/mine/tokens rounds=2 out=runs/mine/iterate",
+    "sample": "pipeline=fashion32 class_labels=Shoes,Bags out=images",
+    "eval": "samples=runs/mine/samples features=runs/mine/features out=runs/mine/eval",
+    "compare": "a=runs/mine/eval b=runs/mine/eval-raster out=runs/mine/compare",
+    "completion": "model=runs/mine/ordered features=runs/mine/features out=runs/mine/completion",
+    "grid": "model=runs/mine/any-order other=runs/larger/tokens out=runs/mine/grid",
+    "pipeline": "samples=runs/mine/samples out=runs/mine/pipeline",
+    "complete": "pipeline=fashion32 image=shoe.png keep=0.5 num_images=4 out=variations",
+    "convert": "arpg_300m.pt runs/arpg",
+    "bench": "out=bench.json",
+}
+"""An example of each command, for its help."""
 
 
 def stage(call: Call) -> str:
@@ -269,3 +299,36 @@ def verify(call: Call) -> str:
         raise OSError("; ".join(problems))
     print(f"{', '.join(call.paths)}: every file is as it was written")
     return ""
+
+
+def ls(call: Call) -> str:
+    """RUN..."""
+    from anyorder.cli import runs
+
+    print(runs.overview(_runs(call)))
+    return ""
+
+
+def clean(call: Call) -> str:
+    """RUN... [--yes]
+
+    deletes the checkpoints of finished trainings, with --yes; without it says how much that would be.
+    Nothing becomes out of date; a finished training can then no longer be extended by more train.steps.
+    """
+    from anyorder.cli import runs
+
+    found = runs.checkpoints(_runs(call))
+    text = f"{len(found)} files of checkpoints, {sum(path.stat().st_size for path in found):,} bytes"
+    if not call.yes or call.dry_run:
+        print("\n".join([*map(str, found), f"would delete {text}: add --yes"]))
+        return ""
+    runs.delete(found)
+    print(f"deleted {text}")
+    return ""
+
+
+def _runs(call: Call) -> list[Path]:
+    """The run folders that were typed."""
+    if not call.paths or call.settings:
+        raise ValueError(f"give one or more run folders: anyorder {call.name} runs/quickstart")
+    return [Path(path).expanduser() for path in call.paths]

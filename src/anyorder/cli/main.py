@@ -7,13 +7,13 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
-from anyorder import __version__
+from anyorder import __version__, settings
 from anyorder.cli import commands
 
-FLAGS = ("--dry-run", "--traceback", "--help")
+FLAGS = ("--dry-run", "--traceback", "--help", "--help-all", "--yes", "-q", "--quiet", "-v", "--verbose")
 FIRST = """anyorder: any-order autoregressive image models. Begin with one of these:
 
   anyorder sample pipeline=fashion32 out=images   generate images with the model that comes with the package
@@ -22,13 +22,16 @@ FIRST = """anyorder: any-order autoregressive image models. Begin with one of th
   anyorder quickstart                             train a model on procedural images, with a report
 
 usage: anyorder --help lists all commands, anyorder COMMAND --help the settings of one"""
-USAGE = """usage: anyorder COMMAND [key=value ...] [--dry-run] [--traceback]
+USAGE = """usage: anyorder COMMAND [key=value ...] [--dry-run] [--quiet | --verbose] [--traceback]
        anyorder run EXPERIMENT.yaml [stage.key=value ...]
-       anyorder COMMAND --help
+       anyorder COMMAND --help | --help-all
+       anyorder --version | --completion > FILE that bash reads at its start
 
 Settings are written key=value or --key value with dotted keys, for example train.steps=100. out=FOLDER says
 where a command writes; overwrite=true replaces what was made there with other settings. The same command
-again resumes what was interrupted and skips what is up to date.
+again resumes what was interrupted and skips what is up to date. --quiet shows errors and results alone,
+--verbose when which part said what. Exit codes: 0 done, 1 failed, 2 wrong usage or missing input, 130
+interrupted. No colours are used.
 """
 
 
@@ -48,6 +51,8 @@ GROUPS: dict[str, dict[str, Command]] = {
         "run": Command("an experiment file: every stage that is not up to date, then a report", commands.run),
         "report": Command("one HTML page about one or more run folders", commands.report),
         "demo": Command("watch images being generated, in a browser", commands.demo),
+        "ls": Command("what run folders hold: stages, sizes, up to date or why not", commands.ls),
+        "clean": Command("delete the checkpoints of finished trainings", commands.clean),
         "verify": Command(
             "compare artifacts and what they were made from with their hashes", commands.verify
         ),
@@ -89,7 +94,7 @@ COMMANDS = {name: command for group in GROUPS.values() for name, command in grou
 # --- from arguments to a command --------------------------------------------------------------------------
 
 
-def _help(name: str = "") -> None:
+def _help(name: str = "", full: bool = False) -> None:
     if not name:
         print(USAGE)
         for group, members in GROUPS.items():
@@ -99,11 +104,27 @@ def _help(name: str = "") -> None:
     about, run = COMMANDS[name]
     usage = inspect.cleandoc(run.__doc__ or "").replace("\nanyorder", "\n       anyorder")
     print(f"usage: anyorder {name} {usage}\n\n{name}: {about}")
-    if run not in (commands.run, commands.quickstart, commands.report, commands.verify):
-        from anyorder import settings
+    print(f"example: anyorder {name} {commands.EXAMPLES[name]}")
+    for config in _configs(name):
+        print(f"\n{inspect.getdoc(config)}\n\n{settings.describe(config, full)}")
 
-        for config in map(commands.config_class, ["sample pipeline", name] if name == "sample" else [name]):
-            print(f"\n{inspect.getdoc(config)}\n\n{settings.describe(config)}")
+
+def _configs(name: str) -> list[type]:
+    """What holds the settings of a command; nothing for those that take only folders or a file."""
+    without = ("run", "quickstart", "report", "verify", "ls", "clean")
+    kinds = ["sample pipeline", name] if name == "sample" else [name] if name not in without else []
+    return [commands.config_class(kind) for kind in kinds]
+
+
+def _completion() -> str:
+    """A script that completes commands and settings in bash, and in zsh after `bashcompinit`."""
+    lines = ["_anyorder() {", "  local words", "  case ${COMP_WORDS[1]} in"]
+    for name in COMMANDS:
+        keys = dict.fromkeys(key for config in _configs(name) for key in settings.names(config))
+        lines.append(f'    {name}) words="{" ".join(f"{key}=" for key in keys)}" ;;')
+    lines += ["  esac", f'  [ "$COMP_CWORD" -eq 1 ] && words="{" ".join(COMMANDS)}"']
+    lines += ['  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))', "}"]
+    return "\n".join([*lines, "complete -o nospace -o default -F _anyorder anyorder"])
 
 
 def _understand(arguments: list[str]) -> commands.Call:
@@ -112,15 +133,15 @@ def _understand(arguments: list[str]) -> commands.Call:
     Raises:
         ValueError: unknown command or option, with the nearest known one.
     """
-    from anyorder import settings
-
-    name, *rest = settings.as_overrides(arguments, FLAGS)
+    rest = settings.as_overrides(arguments, FLAGS)
+    words = [text for text in rest if text not in FLAGS]
+    name, *words = words or [""]
     if name not in COMMANDS:
         hint = settings.did_you_mean(name, COMMANDS)
         raise ValueError(f"unknown command '{name}'{hint} Commands: {', '.join(COMMANDS)}")
-    words = [text for text in rest if text not in FLAGS]
     paths = [text for text in words if "=" not in text]
-    return commands.Call(name, paths, [text for text in words if "=" in text], "--dry-run" in rest)
+    given = [text for text in words if "=" in text]
+    return commands.Call(name, paths, given, "--dry-run" in rest, "--yes" in rest)
 
 
 def _function(call: commands.Call) -> Callable[[commands.Call], str]:
@@ -129,21 +150,47 @@ def _function(call: commands.Call) -> Callable[[commands.Call], str]:
     return commands.stage if is_stage else COMMANDS[call.name].run
 
 
+class _Once(logging.Filter):
+    """Passes a warning only the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = record.levelno < logging.WARNING or text not in self.seen
+        self.seen.add(text)
+        return new
+
+
+def _set_up_log(flags: Collection[str]) -> None:
+    quiet, verbose = bool({"-q", "--quiet"} & {*flags}), bool({"-v", "--verbose"} & {*flags})
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s" if verbose else "%(message)s"))
+    handler.addFilter(_Once())
+    logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, handlers=[handler])
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, which is later
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     arguments = ["--help" if a in ("-h", "help") else a for a in (sys.argv[1:] if argv is None else argv)]
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    _set_up_log({*arguments})
     try:
         if not arguments:
             print(FIRST)
         elif arguments[0] == "--version":
             print(f"anyorder {__version__}")
-        elif arguments[0] == "--help":
+        elif arguments[0] == "--completion":
+            print(_completion())
+        elif arguments[0] in ("--help", "--help-all"):
             _help()
         else:
             call = _understand(arguments)
-            if "--help" in arguments:
-                _help(call.name)
+            if {"--help", "--help-all"} & {*arguments}:
+                _help(call.name, "--help-all" in arguments)
             elif (written := _function(call)(call)) and not call.dry_run:
                 print(f"wrote {written}")
         sys.stdout.flush()

@@ -270,7 +270,7 @@ def recorded_input(folder: str | Path, role: str) -> Path | None:
         return None
     if role not in manifest.get("input_folders", {}):
         raise ValueError(f"{folder} does not record the folder of its {role}: give {role}=FOLDER")
-    path = _input_folders(folder, manifest)[role]
+    path = input_folders(folder, manifest)[role]
     if not (path / files.MANIFEST).is_file():
         raise FileNotFoundError(f"the {role} of {folder} is no longer at {path}: give {role}=FOLDER")
     return path
@@ -289,7 +289,7 @@ def verify(folder: str | Path) -> list[str]:
             problems.append(f"{path} is missing")
         elif files.sha256(path) != digest:
             problems.append(f"{path} was changed")
-    for role, source in _input_folders(folder, manifest).items():
+    for role, source in input_folders(folder, manifest).items():
         if not (source / files.MANIFEST).is_file():
             problems.append(f"{source} ({role} of {folder}) is missing")
         elif files.fingerprint(source) != manifest["inputs"][role]:
@@ -299,7 +299,8 @@ def verify(folder: str | Path) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
-def _input_folders(folder: str | Path, manifest: Mapping[str, Any]) -> dict[str, Path]:
+def input_folders(folder: str | Path, manifest: Mapping[str, Any]) -> dict[str, Path]:
+    """Where the inputs of a finished artifact were when it was made, by role."""
     recorded = manifest.get("input_folders", {})
     return {role: Path(os.path.normpath(Path(folder) / path)) for role, path in recorded.items()}
 

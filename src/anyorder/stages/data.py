@@ -32,7 +32,7 @@ class DataStage:
     source: str = "sunsets"
     """sunsets (made by seed), a folder of images, a parquet file or folder, or a Hugging Face data set id."""
     size: tuple[int, int] = (32, 32)
-    """Height and width in pixels that all images are brought to."""
+    """Height and width in pixels that all images are brought to: 64, 64x48 or 64,48."""
     image: str | None = None
     """Column that holds the image (parquet and Hugging Face); needed only where several columns do."""
     label: str | None = None

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from anyorder.contracts import require
+from anyorder.files import read_manifest
 from anyorder.settings import read_stored
 from anyorder.stages.artifacts import Artifact, Completion, recorded_input
 
 log = logging.getLogger("anyorder")
+_MODELS, _TOKENIZERS = ("train", "iterate", "convert", "pipeline"), ("tokenizer", "convert", "pipeline")
+MADE_BY = {
+    "data": ("data",), "tokenizer": _TOKENIZERS, "tokens": ("tokens",), "model": _MODELS, "scorer": _MODELS,
+    "features": ("features",), "attribute_features": ("features",), "orders": ("orders",),
+    "samples": ("sample",), "a": ("eval",), "b": ("eval",), "other": ("tokens",),
+}  # fmt: skip
+"""Role of an input -> stages that make such a thing."""
+INITIAL = {"train": _MODELS, "tokenizer": _TOKENIZERS, "features": ("features",)}
+"""Stage -> stages that make what it can start from, `init`."""
 
 
 def execute(name: str, stage: Any, out: Path, *, overwrite: bool = False) -> bool:
@@ -35,6 +47,8 @@ def execute(name: str, stage: Any, out: Path, *, overwrite: bool = False) -> boo
     """
     stage = resolved(stage)
     made_from = split(stage)
+    for role, folder in made_from[1].items():
+        _require_stage(name, role, folder)
     if hasattr(stage, "explain"):
         stage.explain(out)
     grows, shared = getattr(stage, "grows", ()), getattr(stage, "shards", 1) > 1
@@ -45,6 +59,16 @@ def execute(name: str, stage: Any, out: Path, *, overwrite: bool = False) -> boo
         log.info("%s -> %s", name, out)
         artifact.finish(**stage.run(artifact))
     return True
+
+
+def _require_stage(name: str, role: str, folder: Path) -> None:
+    """A ValueError if an input of stage `name` was made by a stage that does not make such a thing."""
+    wanted, made_by = INITIAL if role == "init" else MADE_BY, read_manifest(folder)["stage"]
+    allowed = wanted.get(name if role == "init" else role, ())
+    foreign = made_by not in itertools.chain(*MADE_BY.values())  # somebody's own stage
+    mend = f"give a folder that {' or '.join(f'anyorder {stage}' for stage in allowed)} made"
+    fits = not allowed or foreign or made_by in allowed
+    require(fits, f"{role}={folder} was made by anyorder {made_by}: {mend}")
 
 
 def split(stage: Any) -> tuple[dict[str, Any], dict[str, Path], Completion]:

@@ -1,0 +1,86 @@
+"""`anyorder ls` and `anyorder clean`: what run folders hold, and what of it can go."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from anyorder.contracts import require
+from anyorder.files import MANIFEST, fingerprint, read_manifest
+from anyorder.report.tables import Table
+from anyorder.stages.artifacts import IDENTITY, input_folders
+
+
+def artifacts(run: Path) -> list[Path]:
+    """Folders of finished and unfinished artifacts below `run`; a ValueError if there are none."""
+    found = [path.parent for name in (MANIFEST, IDENTITY) for path in run.rglob(name)]
+    found = sorted({path for path in found if (path / IDENTITY).is_file() or _manifest(path) is not None})
+    require(bool(found), f"{run} holds no artifacts: give the folder of a run, for example runs/quickstart")
+    return found
+
+
+def overview(runs: Sequence[Path]) -> str:
+    """A line for each artifact: stage, size, and whether it is up to date with what it was made from."""
+    rows = []
+    for run in runs:
+        for path in artifacts(run):
+            stage = (_manifest(path) or {"stage": "?"})["stage"]
+            size = sum(file.stat().st_size for file in _files(path))
+            rows.append(
+                {"folder": str(path), "stage": stage, "MB": round(size / 1e6, 1), "state": state(path)}
+            )
+    return Table(list(rows[0]), rows).text()
+
+
+def state(folder: Path) -> str:
+    """Whether an artifact is finished and made from what is there now, or why not."""
+    manifest = _manifest(folder)
+    if manifest is None or (folder / IDENTITY).is_file():
+        return "unfinished: the same command goes on"
+    for role, source in input_folders(folder, manifest).items():
+        if not (source / MANIFEST).is_file():
+            return f"its {role} is no longer at {source}"
+        if fingerprint(source) != manifest["inputs"][role]:
+            return f"out of date: its {role} {source} was made again"
+    return "up to date"
+
+
+def checkpoints(runs: Sequence[Path]) -> list[Path]:
+    """Files of checkpoints that finished trainings left, as their manifests list them."""
+    return [file for run in runs for path in artifacts(run) for file in _checkpoints(path)]
+
+
+def _checkpoints(folder: Path) -> Iterator[Path]:
+    finished = _manifest(folder) if not (folder / IDENTITY).is_file() else None
+    for name in (finished or {}).get("other_files", ()):
+        path = folder / name
+        inside = path.is_file() and path.resolve() == folder.resolve() / name  # no links, no ".."
+        if inside and Path(name).parts[0] == "checkpoints":
+            yield path
+
+
+def delete(files: Sequence[Path]) -> None:
+    """Delete files, and folders of these that are empty then."""
+    for file in files:
+        file.unlink()
+    for folder in sorted({parent for file in files for parent in list(file.parents)[:2]}, reverse=True):
+        with contextlib.suppress(OSError):  # holds something else
+            folder.rmdir()
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """None where there is none, or one of another program."""
+    with contextlib.suppress(OSError, ValueError):
+        return read_manifest(folder)
+    return None
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Files of an artifact without those of artifacts inside it."""
+    for path in folder.iterdir():
+        if path.is_file():
+            yield path
+        elif path.is_dir() and not path.is_symlink() and not (path / MANIFEST).is_file():
+            yield from _files(path)
