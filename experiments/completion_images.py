@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from anyorder.inference import figures
 from anyorder.inference.pipeline import Pipeline
-from anyorder.report import figures
 
 SOURCES = ("Red T-shirt", "Black Shoes", "Blue Shirt")
 COLOURS = ("Red", "Blue", "Black", "White", "Pink")

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from anyorder.contracts import Grid
-from anyorder.report import curves, figures
-from anyorder.report.curves import loss_curves, read_metrics, scaling_curves
-from anyorder.report.figures import (
+from anyorder.inference import figures
+from anyorder.inference.figures import (
     UNREVEALED,
     generation_frames,
     image_grid,
@@ -21,6 +20,8 @@ from anyorder.report.figures import (
     save_animation,
     save_image,
 )
+from anyorder.report import curves
+from anyorder.report.curves import loss_curves, read_metrics, scaling_curves
 
 GRID = Grid(2, 3)
 

@@ -30,7 +30,7 @@ LAYERS: tuple[set[str], ...] = (
 
 def _allowed() -> dict[str, set[str]]:
     below: set[str] = set()
-    allowed = {"": {"inference"}, "__main__": {"cli"}}
+    allowed = {"": {"inference", "method"}, "__main__": {"cli"}}
     for layer in LAYERS:
         allowed |= {room: below | {room} for room in layer}
         below |= layer

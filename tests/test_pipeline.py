@@ -1,8 +1,10 @@
 """What a pipeline takes: one list of arguments, parts that fit, settings with an effect, any image file."""
 
 import inspect
+import io
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from conftest import transformer
 from PIL import Image
 
+import anyorder
 from anyorder import Pipeline
 from anyorder.cli import main as cli
 from anyorder.contracts import Grid
@@ -58,10 +61,12 @@ HOLE[4:8, 4:12] = True
 
 def test_every_method_shows_the_fields_of_a_request():
     fields = list(inspect.signature(ImageRequest).parameters)
-    assert list(inspect.signature(PIPE).parameters) == fields
+    running = ["batch_size", "callback_on_step_end"]
+    assert list(inspect.signature(PIPE).parameters) == [*fields[:5], *running, *fields[5:]]
     assert list(inspect.signature(PIPE.stream).parameters) == fields
+    repairs = ["pad", "keep", "feather", "margin"]
     shown = list(inspect.signature(PIPE.complete).parameters)
-    assert shown == ["image", "mask", *fields[:5], "pad", "keep", "feather", "margin", *fields[5:]]
+    assert shown == ["image", "mask", *fields[:5], *repairs, *running, *fields[5:]]
     assert set(inspect.signature(PIPE.coarse_to_fine).parameters) == {"factor", *fields}
     with pytest.raises(TypeError, match="guidance"):
         PIPE(guidance=2.0)
@@ -115,6 +120,11 @@ def test_equal_requests(one, other):
         ),
         ({"order": 5}, "an order is a name, positions, a PolicyConfig or a policy, got 5"),
         ({"order": [0, 1, 1]}, "needs 12 positions"),
+        ({"order": ["raster"]}, r"an order holds whole numbers, \(N,\) or \(B, N\), got \['raster'\]"),
+        ({"order": [[0, 1], [2]]}, "an order holds whole numbers"),
+        ({"order": [0.5] * 12}, "an order holds whole numbers"),
+        ({"sampling": {"top_k": 1.5}}, "top_k must be >= 0"),
+        ({"sampling": {"top_p": "high"}}, "sampling must be a Sampling or a mapping"),
         ({"order": "class_mean"}, "no orders of classes"),
         ({"grid": 3}, r"grid must be \(rows, columns\)"),
         ({"grid": (2, 3, 4)}, r"grid must be \(rows, columns\)"),
@@ -215,6 +225,157 @@ def test_log_probability_of_the_true_image():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     kept = PIPE.complete(IMAGE, HOLE, "dog", order="raster")
     assert (PIPE.log_prob_of(IMAGE, kept, "dog", order="raster")[:, : int(kept.known.sum())] == 0).all()
+
+
+# --- many images, given images, and what shows itself
+
+
+def test_batches_change_nothing_and_show_a_bar(capsys):
+    labels = ["cat", "dog", "owl", "dog", "cat"]
+    orders = torch.stack([torch.randperm(12, generator=torch.Generator().manual_seed(i)) for i in range(5)])
+    for order in ("random", "entropy", "class_mean", orders, static_order("hilbert", GRID)):
+        whole = FULL(labels, order=order, generator=3)
+        parts = FULL(labels, order=order, generator=3, batch_size=2)
+        assert torch.equal(whole.tokens, parts.tokens)
+        assert torch.equal(whole.order, parts.order)
+        torch.testing.assert_close(whole.log_prob, parts.log_prob)
+        assert len(parts.images) == 5
+    assert "5/5" in capsys.readouterr().err
+    images = np.stack([IMAGE] * 5)
+    for how in ({"mask": HOLE}, {"keep": 0.5}, {"mask": np.stack([HOLE] * 5), "pad": (0, 0, 4, 0)}):
+        whole, parts = (PIPE.complete(images, **how, batch_size=size) for size in (64, 2))
+        assert torch.equal(whole.tokens, parts.tokens)
+        assert torch.equal(whole.known, parts.known)
+        np.testing.assert_array_equal(np.stack(whole.images), np.stack(parts.images))
+    with pytest.raises(ValueError, match="batch_size must be a whole number >= 1, got 0"):
+        PIPE(batch_size=0)
+    with pytest.raises(ValueError, match="got 2 orders for 5 images"):
+        PIPE(num_images=5, order=orders[:2], batch_size=2)
+
+
+def test_memory_is_that_of_one_batch():
+    seen = []
+    original = PIPE.model.start
+    PIPE.model.start = lambda n, *rest: seen.append(n) or original(n, *rest)
+    try:
+        PIPE(num_images=100, order="raster", batch_size=30)
+    finally:
+        del PIPE.model.start
+    assert seen == [30, 30, 30, 10]
+
+
+def test_callbacks_see_every_step():
+    seen = []
+    call = lambda pipe, index, step: seen.append((pipe, index, step.positions.shape))  # noqa: E731
+    PIPE(num_images=3, batch_size=2, order="raster", callback_on_step_end=call)
+    assert [(index, tuple(shape)) for _, index, shape in seen] == [
+        *((i, (2, 1)) for i in range(12)),
+        *((i, (1, 1)) for i in range(12)),
+    ]
+    assert seen[0][0] is PIPE
+    seen.clear()
+    PIPE.complete(IMAGE, HOLE, callback_on_step_end=call)
+    assert len(seen) == 2, "the hole has two patches"
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"guidance_scale": 2}, {"order": PolicyConfig("raster", steps=3)}]
+)
+def test_scores_are_log_likelihoods(settings, tmp_path):
+    made = PIPE(["cat", "dog"], **{"order": "spiral_in", **settings})
+    expected = PIPE.score(made.images, ["cat", "dog"], **{"order": "spiral_in", **settings}, batch_size=1)
+    assert expected.dtype == torch.float64
+    tokens = TOKENIZER.encode(torch.from_numpy(np.stack(made.images)).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    for row, label in enumerate(("cat", "dog")):
+        path = save(tmp_path / "one.png", made.images[row])
+        alone = PIPE.score(path, label, **{"order": "spiral_in", **settings})
+        torch.testing.assert_close(alone, expected[row : row + 1], rtol=1e-5, atol=1e-5)
+    if not settings:
+        order = static_order("spiral_in", GRID).expand(2, -1)
+        with torch.no_grad():
+            nll = token_nll(MODEL, tokens, torch.tensor([0, 1]), order, GRID).sum(1)
+        torch.testing.assert_close(expected.float(), -nll, rtol=1e-5, atol=1e-5)
+
+
+def test_scores_along_inferred_orders_are_those_of_the_extracted_order():
+    found = PIPE.score(IMAGE, "cat", order="entropy")
+    order = PIPE.extract_order(IMAGE, "cat", order="entropy")
+    torch.testing.assert_close(found, PIPE.score(IMAGE, "cat", order=order), rtol=1e-5, atol=1e-5)
+
+
+def test_orders_are_extracted_by_the_pipelines_rule_or_the_papers():
+    images = [IMAGE, IMAGE[::-1]]
+    certain = Pipeline(MODEL, TOKENIZER, CLASSES, PolicyConfig("margin"))
+    raster = Pipeline(MODEL, TOKENIZER, CLASSES, PolicyConfig("raster"))
+    assert torch.equal(certain.extract_order(images), raster.extract_order(images, order="margin"))
+    paper = raster.extract_order(images, batch_size=1)
+    assert torch.equal(paper, raster.extract_order(images, None, None, "token_likelihood"))
+    assert not torch.equal(paper[:1], raster.extract_order(IMAGE, order="raster"))
+    for wrong in ({"grid": GRID}, {"sampling": Sampling(0.5)}):
+        with pytest.raises(ValueError, match="the images are given: leave out grid and sampling"):
+            PIPE.score(IMAGE, **wrong)
+
+
+def test_an_output_shows_itself(tmp_path):
+    out = PIPE("cat", 3)
+    assert repr(out) == "PipelineOutput(3 images of 12 x 16 pixels, 3 x 4 patches)"
+    assert Image.open(io.BytesIO(out._repr_png_())).size[1] > 3 * 12
+    for name in ("x.webp", "x.gif"):
+        out.save_animation(tmp_path / name, columns=2)
+        with Image.open(tmp_path / name) as image:
+            assert image.n_frames > 2
+            assert image.size == (2 * 16 * 8 + 2, 2 * 12 * 8 + 2)
+    with pytest.raises(ValueError, match=r"animations are .gif or .webp files"):
+        out.save_animation(tmp_path / "x.png")
+
+
+def test_a_pipeline_says_what_it_is():
+    assert repr(FULL).splitlines() == [
+        "Pipeline:",
+        "  images     12 x 16 pixels, 3 x 4 patches",
+        f"  model      AnyOrderTransformer, 0.0 million parameters, torch.float32 on {FULL.device}",
+        "  tokenizer  VQModel, 5 tokens",
+        "  classes    3: cat, dog, owl",
+        "  order      entropy",
+        "  scorer     AnyOrderTransformer",
+    ]
+
+
+def test_device_and_dtype(tmp_path):
+    PIPE.save_pretrained(tmp_path)
+    pipe = Pipeline.from_pretrained(tmp_path, device="cpu", dtype=torch.bfloat16)
+    assert pipe.device == torch.device("cpu")
+    assert {p.dtype for p in pipe.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in pipe.tokenizer.parameters()} == {torch.float32}
+    for wrong in ("cuda:99", "gpu", 1.5):
+        with pytest.raises(ValueError, match="device must be cuda, mps or cpu, and be there, got") as e:
+            Pipeline.from_pretrained(tmp_path, device=wrong)
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("n", "no argument 'n': it is called num_images"),
+        ("labels", "no argument 'labels': it is called class_labels"),
+        ("seed", "no argument 'seed': it is called generator"),
+        ("guidance", "no argument 'guidance': it is called guidance_scale"),
+        ("ordr", "no argument 'ordr', did you mean 'order'?"),
+    ],
+)
+def test_arguments_have_one_name(name, message):
+    for call in (PIPE, PIPE.stream, lambda **s: PIPE.complete(IMAGE, HOLE, **s)):
+        with pytest.raises(TypeError, match=message.replace("?", r"\?")):
+            call(**{name: 2})
+
+
+def test_the_package_exports_what_calls_take():
+    assert anyorder.Sampling is Sampling
+    assert anyorder.PolicyConfig is PolicyConfig
+    assert type(PIPE(num_images=1)) is anyorder.PipelineOutput
+    assert (Path(anyorder.__file__).parent / "py.typed").is_file()
+    with pytest.raises(AttributeError, match="no attribute 'Smapling'"):
+        anyorder.Smapling  # noqa: B018
 
 
 # --- parts that do not fit

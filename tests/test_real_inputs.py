@@ -23,7 +23,7 @@ from anyorder.data.ingest import ingest
 from anyorder.data.sources import Columns, FolderSource, open_source
 from anyorder.data.tables import HubSource, ParquetSource
 from anyorder.files import read_json, write_text
-from anyorder.report.figures import mean_rank_per_class, prompt_grid
+from anyorder.inference.figures import mean_rank_per_class, prompt_grid
 
 SIZE = (8, 8)
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from anyorder.inference.pipeline import Pipeline, PipelineOutput
+    from anyorder.inference.output import PipelineOutput
+    from anyorder.inference.pipeline import Pipeline
+    from anyorder.method.policy_config import PolicyConfig
+    from anyorder.method.sampling import Sampling
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "PipelineOutput", "__version__"]
+__all__ = ["Pipeline", "PipelineOutput", "PolicyConfig", "Sampling", "__version__"]
 
 # OpenMP threads wait for one another by spinning, by default for milliseconds: beside other busy processes
 # they keep the very thread that they wait for off the processor. Read once, when PyTorch loads libgomp.
@@ -19,8 +23,12 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 def __getattr__(name: str) -> Any:
     """Import the pipeline, and PyTorch with it, only when somebody asks for it."""
-    if name in ("Pipeline", "PipelineOutput"):
-        from anyorder.inference import pipeline
-
-        return getattr(pipeline, name)
+    homes = {
+        "Pipeline": "inference.pipeline",
+        "PipelineOutput": "inference.output",
+        "PolicyConfig": "method.policy_config",
+        "Sampling": "method.sampling",
+    }
+    if name in homes:
+        return getattr(importlib.import_module(f"anyorder.{homes[name]}"), name)
     raise AttributeError(f"module 'anyorder' has no attribute '{name}'")

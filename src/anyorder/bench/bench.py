@@ -17,8 +17,8 @@ from anyorder.bench import workloads
 from anyorder.bench.memory import peak_memory
 from anyorder.bench.workloads import BenchConfig, Workload
 from anyorder.inference.device import device, fast_dtype
+from anyorder.inference.figures import save_image
 from anyorder.report.curves import scaling_curves
-from anyorder.report.figures import save_image
 from anyorder.report.tables import Table
 from anyorder.settings import parse
 

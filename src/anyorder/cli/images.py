@@ -11,11 +11,10 @@ import numpy as np
 
 from anyorder.contracts import require
 from anyorder.data.images import load_image
-from anyorder.inference import masks
+from anyorder.inference import figures, masks
 from anyorder.inference.pipeline import Pipeline
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Sampling
-from anyorder.report import figures
 
 
 @dataclass(kw_only=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from anyorder import contracts, orders
 from anyorder.contracts import Grid, require
@@ -19,22 +19,20 @@ from anyorder.data.captions import index_of
 from anyorder.data.images import to_uint8
 from anyorder.inference import folders, inpainting, masks
 from anyorder.inference.device import find_device
+from anyorder.inference.output import PipelineOutput
 from anyorder.inference.request import VALUES, ImageRequest, takes_request
 from anyorder.method import decoding, policy_config
 from anyorder.method.guidance import Guided
+from anyorder.method.loss import image_nll
+from anyorder.method.policies import FixedOrder
 from anyorder.method.sampling import Streams
 from anyorder.models.compiled import compile_decoding
 
+Callback = Callable[["Pipeline", int, contracts.Step], Any]
+"""Called after each step with the pipeline, the number of the step from 0, and what it revealed."""
 
-@dataclass
-class PipelineOutput:
-    """The result of a call."""
-
-    images: list[Image.Image]
-    order: Tensor  #: (B, N) int64, order[b, i] = raster position revealed at step i.
-    tokens: Tensor  #: (B, N) int64, raster order.
-    log_prob: Tensor  #: (B, N) float32 nats, in order steps: under the (guided) model when sampled.
-    known: Tensor | None = None  #: (B, N) bool, of `complete`: tokens that were kept, first in `order`.
+Batch = tuple[Tensor, contracts.AnyOrderModel, contracts.OrderPolicy, Streams, decoding.GenerationOptions]
+"""Row numbers (b,) of some images, and the arguments of `decoding.generate` for them."""
 
 
 class Pipeline(folders.Parts):
@@ -101,22 +99,57 @@ class Pipeline(folders.Parts):
             compile_decoding(model)
         return self
 
+    def __repr__(self) -> str:
+        """What the pipeline is made of, line by line."""
+        (h, w), factor = (self.model.grid.h, self.model.grid.w), self.tokenizer.factor
+        size = sum(p.numel() for p in self.model.parameters()) / 1e6
+        names = ", ".join(self.classes[:8]) + (", ..." if len(self.classes) > 8 else "")
+        dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
+        lines = {
+            "images": f"{h * factor} x {w * factor} pixels, {h} x {w} patches",
+            "model": f"{type(self.model).__name__}, {size:.1f} million parameters, {dtype} on {self.device}",
+            "tokenizer": f"{type(self.tokenizer).__name__}, {self.tokenizer.vocab_size} tokens",
+            "classes": f"{self.model.num_classes}{names and ': '}{names}",
+            "texts": f"{self.vocabulary.length} tokens" if self.vocabulary.length else "",
+            "attributes": ", ".join(self.vocabulary.attributes),
+            "order": self.policy.label,
+            "scorer": "" if self.scorer is None else type(self.scorer).__name__,
+        }
+        shown = [f"  {name:10} {text}" for name, text in lines.items() if text]
+        return "\n".join([f"{type(self).__name__}:", *shown])
+
     @takes_request
-    def __call__(self, *request: Any, **settings: Any) -> PipelineOutput:
+    def __call__(
+        self,
+        *request: Any,
+        batch_size: int = 64,
+        callback_on_step_end: Callback | None = None,
+        **settings: Any,
+    ) -> PipelineOutput:
         """Generate images; takes the fields of `ImageRequest`, which are documented there.
 
+        Args:
+            *request: see `ImageRequest`.
+            batch_size: images generated at once; more images show a progress bar and take no more memory.
+            callback_on_step_end: called after each step of each batch, see `Callback`.
+            **settings: see `ImageRequest`.
+
         Raises:
+            TypeError: an unknown argument.
             ValueError: unknown label, attribute or order, or settings that do not fit together.
         """
-        model, order, streams, options = self._prepare(ImageRequest(*request, **settings))
-        # Unpacked here, so that the generator runs without a frame of `trace` on the stack.
-        made = decoding.trace([*decoding.generate(model, order, streams, **options)])
-        return self._output(made, options["grid"])
+        prepared = self._prepare(ImageRequest.of(*request, **settings), callback_on_step_end)
+        made = []
+        for _, model, policy, streams, options in self._batches(batch_size, *prepared):
+            # Unpacked here, so that the generator runs without a frame of `trace` on the stack.
+            found = decoding.trace([*decoding.generate(model, policy, streams, **options)])
+            made.append(self._output(found, options["grid"]))
+        return PipelineOutput.joined(made)
 
     @takes_request
     def stream(self, *request: Any, **settings: Any) -> Iterator[contracts.Step]:
         """The same as a call, step by step: for progress bars, animations and web pages."""
-        model, order, streams, options = self._prepare(ImageRequest(*request, **settings))
+        model, order, streams, options = self._prepare(ImageRequest.of(*request, **settings))
         # An order that is refused is refused here, not at the first step.
         policy = policy_config.make_policy(order, options["grid"] or self.model.grid, streams)
         return decoding.generate(model, policy, streams, **options)
@@ -131,6 +164,8 @@ class Pipeline(folders.Parts):
         keep: float | None = None,
         feather: int | None = None,
         margin: int | None = None,
+        batch_size: int = 64,
+        callback_on_step_end: Callback | None = None,
         **settings: Any,
     ) -> PipelineOutput:
         """Generate parts of given images: inpainting, outpainting, editing by class, variations.
@@ -149,13 +184,15 @@ class Pipeline(folders.Parts):
                 are then the tokenizer's.
             feather: pixels inside the hole over which the step at its seam fades out; 2 by default.
             margin: patches around the hole whose tokens are generated as well; 0 by default.
+            batch_size: images completed at once.
+            callback_on_step_end: called after each step of images that are completed together.
             **settings: see `ImageRequest`.
 
         Raises:
             ValueError: an image or mask that cannot be read or does not fit, nothing to generate, or settings
                 that do not fit together.
         """
-        asked = ImageRequest(*request, **settings)
+        asked = ImageRequest.of(*request, **settings)
         require(asked.grid is None, "the grid of a completion is that of the image: leave out grid")
         filling = {name: n for name, n in (("margin", margin), ("feather", feather)) if n is not None}
         both = keep is not None and (mask is not None or pad is not None or filling)
@@ -165,18 +202,56 @@ class Pipeline(folders.Parts):
             images = images.repeat(asked.columns(asked.num_images)[0], 0)
         images, hole = masks.canvas(images, mask, pad) if keep is None else (images, None)
         pixels, grid = self._pixels(images)
-        model, order, streams, options = self._prepare(asked, grid, len(images))
-        if keep is not None:
-            made, known, trace = inpainting.vary_images(
-                model, self.tokenizer, pixels, keep, order, streams, **options
-            )
-        else:
-            gap, how = torch.from_numpy(hole).to(self.device), inpainting.Filling(**filling)
-            made, known, trace = inpainting.complete_images(
-                model, self.tokenizer, pixels, gap, order, streams, how, **options
-            )
-        shown = [Image.fromarray(one) for one in made.permute(0, 2, 3, 1).cpu().numpy()]
-        return PipelineOutput(shown, trace.order, trace.tokens, trace.log_prob, known)
+        prepared = self._prepare(asked, callback_on_step_end, grid, len(images))
+        made = []
+        for rows, model, policy, streams, options in self._batches(batch_size, *prepared):
+            if hole is None:
+                found, known, trace = inpainting.vary_images(
+                    model, self.tokenizer, pixels[rows], keep or 0.0, policy, streams, **options
+                )
+            else:
+                gap, how = torch.from_numpy(hole)[rows].to(self.device), inpainting.Filling(**filling)
+                found, known, trace = inpainting.complete_images(
+                    model, self.tokenizer, pixels[rows], gap, policy, streams, how, **options
+                )
+            shown = [Image.fromarray(one) for one in found.permute(0, 2, 3, 1).cpu().numpy()]
+            made.append(PipelineOutput(shown, trace.order, trace.tokens, trace.log_prob, grid, known))
+        return PipelineOutput.joined(made)
+
+    @takes_request
+    def score(self, images: Any, *request: Any, batch_size: int = 64, **settings: Any) -> Tensor:
+        """Log-likelihoods of images: log p(tokens | order, condition), (B,) float64 nats.
+
+        Takes images as `complete` does and the fields of `ImageRequest` but `grid` and `sampling`. Orders
+        that are inferred are extracted first; which orders make this a density: docs/concepts/likelihood.md.
+        """
+        found = []
+        for tokens, model, policy, streams, options in self._given(images, batch_size, request, settings):
+            condition, grid = options.get("condition"), options["grid"]
+            n = tokens.shape[1]
+            if isinstance(policy, FixedOrder) and len(policy.sizes(n)) == n:  # one pass of the model
+                nll = image_nll(model, tokens, condition, policy.order.expand_as(tokens), grid)["nll"]
+                found.append(-nll * n)
+            else:
+                made = decoding.extract_orders(model, tokens, policy, streams, **options)
+                found.append(made.log_prob.double().sum(1))
+        return torch.cat(found)
+
+    @takes_request
+    def extract_order(self, images: Any, *request: Any, batch_size: int = 64, **settings: Any) -> Tensor:
+        """The order in which the model itself would reveal given images, (B, N) int64 (OAR v1, Sec. 3).
+
+        Takes what `score` takes; `order` is by default the pipeline's if that is inferred, else
+        "token_likelihood", the paper's rule.
+        """
+        if settings.get("order") is None and len(request) < 3 and not self.policy.decided:
+            settings["order"] = "token_likelihood"
+        given = self._given(images, batch_size, request, settings)
+        orders = [
+            decoding.extract_orders(model, tokens, policy, streams, **options).order
+            for tokens, model, policy, streams, options in given
+        ]
+        return torch.cat(orders)
 
     @takes_request
     def coarse_to_fine(self, *request: Any, factor: int = 2, **settings: Any) -> PipelineOutput:
@@ -185,7 +260,7 @@ class Pipeline(folders.Parts):
         See `decoding.sample_coarse_to_fine`. Takes the fields of `ImageRequest` without `grid`; `order` by
         name or a `PolicyConfig`.
         """
-        asked = ImageRequest(*request, **settings)
+        asked = ImageRequest.of(*request, **settings)
         require(asked.grid is None, "factor says the grid of coarse_to_fine: leave out grid")
         model, order, streams, options = self._prepare(asked)
         made = decoding.sample_coarse_to_fine(model, order, streams, factor, **options)
@@ -200,7 +275,9 @@ class Pipeline(folders.Parts):
         tokens were kept.
         """
         pixels, grid = self._pixels(masks.read_images(images))
-        model, order, streams, options = self._prepare(ImageRequest(*request, **settings), grid, len(pixels))
+        model, order, streams, options = self._prepare(
+            ImageRequest.of(*request, **settings), None, grid, len(pixels)
+        )
         assert completed.known is not None
         kept = completed.known.nonzero()[:, 1].reshape(len(pixels), -1)
         known = kept, completed.tokens.gather(1, kept)
@@ -209,7 +286,8 @@ class Pipeline(folders.Parts):
         return decoding.trace(steps, known).log_prob
 
     def _output(self, made: contracts.Trace, grid: Grid | None) -> PipelineOutput:
-        return PipelineOutput(self.decode(made.tokens, grid), made.order, made.tokens, made.log_prob)
+        grid = grid or self.model.grid
+        return PipelineOutput(self.decode(made.tokens, grid), made.order, made.tokens, made.log_prob, grid)
 
     def decode(self, tokens: Tensor, grid: Grid | tuple[int, int] | None = None) -> list[Image.Image]:
         """Tokens (B, N) to Pillow images; `grid` by default that of training."""
@@ -231,8 +309,44 @@ class Pipeline(folders.Parts):
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(self.device)
         return pixels, inpainting.grid_of(pixels, self.tokenizer.factor)
 
+    def _given(
+        self, images: Any, batch_size: int, request: Sequence[Any], settings: dict[str, Any]
+    ) -> Iterator[tuple[Any, ...]]:
+        """Batches of given images: their tokens, and the arguments of `decoding.extract_orders`."""
+        asked = ImageRequest.of(*request, **settings)
+        given = asked.grid is None and asked.sampling is None
+        require(given, "the images are given: leave out grid and sampling")
+        pixels, grid = self._pixels(masks.read_images(images))
+        prepared = self._prepare(asked, None, grid, len(pixels))
+        for rows, model, policy, streams, options in self._batches(batch_size, *prepared):
+            tokens = self.tokenizer.encode(inpainting.to_float(pixels[rows]))
+            yield tokens, model, policy, streams, options
+
+    def _batches(
+        self,
+        size: int,
+        model: contracts.AnyOrderModel,
+        order: policy_config.Order,
+        streams: Streams,
+        options: decoding.GenerationOptions,
+    ) -> Iterator[Batch]:
+        """At most `size` images at a time."""
+        require(size >= 1, f"batch_size must be a whole number >= 1, got {size!r}")
+        n, condition = len(streams), options.get("condition")
+        policy = policy_config.make_policy(order, options.get("grid") or self.model.grid, streams)
+        with tqdm(total=n, unit="image", disable=n <= size) as bar:
+            for rows in torch.arange(n, device=self.device).split(size):
+                part = options.copy()
+                part["condition"] = None if condition is None else condition[rows]
+                yield rows, model, policy.subset(rows), streams.subset(rows), part
+                bar.update(len(rows))
+
     def _prepare(
-        self, request: ImageRequest, grid: Grid | None = None, images: int | None = None
+        self,
+        request: ImageRequest,
+        callback: Callback | None = None,
+        grid: Grid | None = None,
+        images: int | None = None,
     ) -> tuple[contracts.AnyOrderModel, policy_config.Order, Streams, decoding.GenerationOptions]:
         """The arguments of `decoding.generate`; errors are found here, before the first step."""
         n, given = request.columns(images or request.num_images)
@@ -248,8 +362,9 @@ class Pipeline(folders.Parts):
             rated = getattr(order, "rated", getattr(order, "inferred", False))
             require(not rated, "locations='unguided' has no effect: the scorer is never guided; leave it out")
         options = decoding.GenerationOptions(
-            condition=condition, grid=grid, sampling=request.tokens, scorer=scorer
-        )
+            condition=condition, grid=grid, sampling=request.tokens, scorer=scorer,
+            on_step=callback and (lambda step: callback(self, step.index, step)),
+        )  # fmt: skip
         return model, order, Streams(request.seeds(n), self.device), options
 
     def _condition(self, n: int, given: dict[str, list[Any]]) -> Tensor | None:
@@ -282,7 +397,7 @@ class Pipeline(folders.Parts):
                 f"this pipeline has no orders of classes: choose another order than {order.label}"
             )
         labels = torch.full((n,), -1) if condition is None else contracts.class_labels(condition).cpu()
-        rows, streams = orders.of_classes(self.class_orders, labels).to(self.device), Streams([], self.device)
+        rows, streams = orders.of_classes(self.class_orders, labels), Streams([], self.device)
         build = order.build
         return lambda grid: build(grid, streams, orders.stretch(rows, self.model.grid, grid))
 

@@ -17,8 +17,17 @@ from anyorder.contracts import Grid, OrderPolicy, require
 from anyorder.method.guidance import GuidanceConfig, Schedule
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Sampling
+from anyorder.settings import did_you_mean
 
 VALUES = "values of "
+_NAMES = {
+    **dict.fromkeys(("n", "num_images_per_prompt", "num_samples"), "num_images"),
+    **dict.fromkeys(("label", "labels", "class_label"), "class_labels"),
+    **dict.fromkeys(("guidance", "cfg_scale"), "guidance_scale"),
+    **dict.fromkeys(("seed", "seeds"), "generator"),
+    **{"policy": "order", "prompts": "prompt"},
+}
+"""What other programs, and earlier versions, call an argument."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,15 @@ class ImageRequest:
     with attributes."""
     condition: Tensor | None = None
     """Instead of labels, prompt and attributes: (B,) or (B, 1 + A + L) int64, see `contracts`."""
+
+    @classmethod
+    def of(cls, *request: Any, **settings: Any) -> ImageRequest:
+        """The request of these arguments; a TypeError says what an unknown one is called here."""
+        for name in settings.keys() - cls.__dataclass_fields__.keys():
+            hint = f": it is called {_NAMES[name]}" if name in _NAMES else ""
+            known = hint or did_you_mean(name, cls.__dataclass_fields__)
+            raise TypeError(f"no argument '{name}'{known}")
+        return cls(*request, **settings)
 
     # The members below raise a ValueError where the fields make no sense.
 

@@ -37,6 +37,7 @@ class GenerationOptions(TypedDict, total=False):
     sampling: Sampling  #: Temperature and truncation of sampled tokens.
     #: The scoring model, which decides where; by default the generator. Unused by fixed orders.
     scorer: AnyOrderModel | None
+    on_step: Callable[[Step], Any] | None  #: Called with each step that was made.
     #: Candidates per image that are scored at once; by default as many as `ROWS` and `LOGITS` allow.
     chunk: int | None
 
@@ -53,6 +54,7 @@ def generate(
     grid: Grid | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     scorer: AnyOrderModel | None = None,
+    on_step: Callable[[Step], Any] | None = None,
     chunk: int | None = None,
 ) -> Iterator[Step]:
     """Reveal every open position, step by step; progress bars and animations read this stream.
@@ -140,7 +142,10 @@ def generate(
             ]
             first = [model.append_group(states[0], tokens)] if together else []  # type: ignore[attr-defined]
             states = first + following
-        yield Step(progress.step - 1, progress.total, positions, tokens, log_prob)
+        made = Step(progress.step - 1, progress.total, positions, tokens, log_prob)
+        if on_step is not None:
+            on_step(made)
+        yield made
 
 
 def score_candidates(

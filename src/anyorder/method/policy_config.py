@@ -69,8 +69,11 @@ def make_policy(order: Order, grid: Grid, streams: Streams, *, per_step: int = 1
     if isinstance(order, PolicyConfig):
         return order.build(grid, streams)
     if isinstance(order, Sequence) or hasattr(order, "__array__"):
-        rows = torch.as_tensor(order)
-        require(not rows.is_floating_point(), f"an order holds integers, got {rows.dtype}")
+        try:
+            rows = torch.as_tensor(order)
+            require(not rows.is_floating_point(), "")
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise ValueError(f"an order holds whole numbers, (N,) or (B, N), got {str(order)[:60]}") from e
         text = f"got {len(rows)} orders for {len(streams)} images: give one for all, or one each"
         require(rows.ndim != 2 or len(rows) == len(streams), text)
         return policies.FixedOrder(rows.to(streams.device, torch.int64), grid, per_step=per_step)

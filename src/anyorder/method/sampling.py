@@ -29,7 +29,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         require(0 <= self.temperature < math.inf, f"temperature must be >= 0, got {self.temperature}")
-        require(self.top_k >= 0, f"top_k must be >= 0 (0 keeps all), got {self.top_k}")
+        whole = hasattr(self.top_k, "__index__") and self.top_k >= 0
+        require(whole, f"top_k must be >= 0 (0 keeps all), got {self.top_k}")
         require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
         require(0 <= self.min_p < 1, f"min_p must lie in [0, 1), got {self.min_p}")
 
@@ -102,8 +103,9 @@ class Streams:
     def gumbel(self, step: int | Tensor, positions: Tensor) -> Tensor:
         """For the choice of positions: standard Gumbel numbers (B, M) float32; arguments as of `uniform`."""
         # In float64, since the last bits of logarithms differ between devices; rounding hides them.
-        uniform = _uniform(self._bits(1, step, positions)).double()
-        return uniform.log_().neg_().log_().neg_().float()
+        uniform = _uniform(self._bits(1, step, positions))
+        uniform = (uniform.cpu() if uniform.is_mps else uniform).double()  # Apple's GPUs have no float64
+        return uniform.log_().neg_().log_().neg_().float().to(self.device)
 
     def permutation(self, n: int) -> Tensor:
         """A uniformly random permutation of n positions, (B, n) int64."""

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from anyorder.data.classes import display_name
-from anyorder.report import figures
+from anyorder.inference import figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,11 +16,11 @@ from anyorder.data import rows as row_numbers
 from anyorder.data.caches import ImageSet, TokenSet
 from anyorder.data.images import uint8_batches
 from anyorder.evaluation import metrics
+from anyorder.inference import figures
 from anyorder.inference.device import device
 from anyorder.inference.inpainting import Filling, open_tokens
 from anyorder.inference.masks import shaped_mask
 from anyorder.inference.pipeline import Pipeline
-from anyorder.report import figures
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import as_condition, require_made_from
 from anyorder.stages.features import load_extractor

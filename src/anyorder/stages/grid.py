@@ -15,12 +15,12 @@ from anyorder.contracts import require
 from anyorder.data.caches import TokenSet, check_tokenizer
 from anyorder.data.rows import evenly_spaced
 from anyorder.files import read_manifest, write_json
+from anyorder.inference import figures
 from anyorder.inference.device import device
 from anyorder.inference.pipeline import Pipeline
 from anyorder.method.loss import image_nll
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.orders import random_orders
-from anyorder.report import figures
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import as_condition
 from anyorder.stages.generation import GeneratingStage, over_seeds

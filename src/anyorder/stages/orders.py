@@ -16,13 +16,13 @@ from anyorder.contracts import AnyOrderNetwork, require
 from anyorder.data.caches import OrderSet, TokenSet, splits
 from anyorder.data.rows import evenly_spaced
 from anyorder.data.sunsets import sun_first
+from anyorder.inference import figures
 from anyorder.inference.device import device, fast_dtype
 from anyorder.inference.weights import load_any_order
 from anyorder.method.decoding import extract_orders
 from anyorder.method.policy_config import INFERRED, PolicyConfig
 from anyorder.method.sampling import Streams
 from anyorder.models.compiled import compile_decoding
-from anyorder.report import figures
 from anyorder.stages import common, shards
 from anyorder.stages.artifacts import Artifact
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from anyorder.contracts import class_labels, require
 from anyorder.data.caches import TokenSet
 from anyorder.files import RowWriter, load_array
+from anyorder.inference import figures
 from anyorder.inference.device import device
-from anyorder.report import figures
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import SHOWN, as_condition, in_batches
 from anyorder.stages.generation import GeneratingStage

@@ -15,9 +15,8 @@ from anyorder.data.caches import ImageSet, splits
 from anyorder.data.images import to_uint8
 from anyorder.data.rows import batches, evenly_spaced
 from anyorder.evaluation import metrics
-from anyorder.inference import folders, weights
+from anyorder.inference import figures, folders, weights
 from anyorder.inference.device import device
-from anyorder.report import figures
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import SHOWN, TrainingStage, training_facts
 from anyorder.tokenizers.losses import LossConfig, TokenizerLoss, codebook_usage

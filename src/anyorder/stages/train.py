@@ -16,14 +16,13 @@ from anyorder.data.images import to_uint8
 from anyorder.data.rows import evenly_spaced
 from anyorder.families import kind_of
 from anyorder.files import read_manifest
-from anyorder.inference import weights
+from anyorder.inference import figures, weights
 from anyorder.inference.device import device
 from anyorder.method import loss as losses
 from anyorder.method import policy_config, schedules
 from anyorder.method.decoding import sample
 from anyorder.method.sampling import Streams
 from anyorder.models import transformer
-from anyorder.report import figures
 from anyorder.stages import artifacts, common
 from anyorder.training import lora, order_sources
 from anyorder.training.config import TrainConfig
