@@ -1,11 +1,15 @@
 """Parts as users bring them, by import path; see test_own_parts.py."""
 
+import types
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
+from torch.utils.data import Dataset
 
 from anyorder.contracts import AnyOrderNetwork, Grid, TokenizerNetwork
 from anyorder.method.policies import FixedOrder, open_positions
@@ -124,3 +128,87 @@ class Grey(TokenizerNetwork):
     def decode(self, tokens, grid):
         level = (tokens.view(-1, 1, grid.h, grid.w) + 0.5) / self.vocab_size * 2 - 1
         return F.interpolate(level.expand(-1, 3, -1, -1), scale_factor=self.factor)
+
+
+def grey():
+    return Grey(GreyConfig())
+
+
+class Moments:
+    """Mean and deviation of each colour, as a feature extractor."""
+
+    name, metric, dim, num_classes = "moments", "FD (moments)", 6, 2
+
+    def __call__(self, images):
+        pixels = images.float().flatten(2)
+        features = torch.cat((pixels.mean(2), pixels.std(2)), dim=1)
+        return features, features[:, :2]
+
+
+class Squares(Dataset):
+    """Bright and dark squares with their names, half of them as tensors."""
+
+    classes = ("dark", "bright")
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        value = (i % 2 + 1) / 3 + i / 1000
+        image = torch.full((3, 16, 16), value)
+        if i % 4 < 2:
+            image = Image.fromarray(np.full((16, 16, 3), round(255 * value), np.uint8))
+        return image, i % 2, f"{self.classes[i % 2]} square"
+
+
+def split_squares():
+    whole = [(image, str(label)) for image, label, _ in map(Squares().__getitem__, range(40))]
+    return {"train": whole[:32], "test": whole[32:]}
+
+
+# --- the interface of diffusers' VQModel and AutoencoderKL
+
+
+class Codes(nn.Module):
+    def __init__(self, n, dim):
+        super().__init__()
+        self.embedding = nn.Embedding(n, dim)
+
+    def get_codebook_entry(self, indices, shape):
+        return self.embedding(indices).view(shape).permute(0, 3, 1, 2)
+
+
+class VQModel(nn.Module):
+    """Stands in for diffusers.VQModel: the same members, the same `decode`."""
+
+    def __init__(self, num_vq_embeddings=8, latent_channels=4, lookup_from_codebook=False):
+        super().__init__()
+        self.config = {"num_vq_embeddings": num_vq_embeddings, "latent_channels": latent_channels}
+        self.config |= {"lookup_from_codebook": lookup_from_codebook, "_class_name": "VQModel"}
+        self.encoder = nn.Conv2d(3, latent_channels, 4, 4)
+        self.quantize = Codes(num_vq_embeddings, latent_channels)
+        self.decoder = nn.ConvTranspose2d(latent_channels, 3, 4, 4)
+
+    def encode(self, x):
+        return types.SimpleNamespace(latents=self.encoder(x))
+
+    def decode(self, h, force_not_quantize=False, return_dict=True, shape=None):
+        assert force_not_quantize
+        if self.config["lookup_from_codebook"]:
+            h = self.quantize.get_codebook_entry(h, shape)
+        return types.SimpleNamespace(sample=self.decoder(h))
+
+
+class Continuous(nn.Module):
+    """Stands in for diffusers.AutoencoderKL: the latent of a patch is its mean colour."""
+
+    def encode(self, x):
+        mean = F.avg_pool2d(x, 4)
+        return types.SimpleNamespace(latent_dist=types.SimpleNamespace(mode=lambda: mean))
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(3, 1, 1))
+
+    def decode(self, z):
+        return F.interpolate(z + self.shift, scale_factor=4)

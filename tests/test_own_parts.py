@@ -10,10 +10,16 @@ import torch
 from conftest import GRID, transformer
 
 from anyorder import Pipeline, families
+from anyorder.cli import main as cli
+from anyorder.contracts import Grid
+from anyorder.data.sources import Columns, open_source
 from anyorder.method.decoding import generate, sample
 from anyorder.method.policies import InferredOrder
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import SCORES, Streams
+from anyorder.settings import parse
+from anyorder.stages.train import TrainStage
+from anyorder.tokenizers.autoencoder import k_means, wrap
 from anyorder.tokenizers.vq import VQConfig, VQModel
 
 
@@ -76,8 +82,8 @@ def test_an_own_class_gets_the_settings_that_its_parameters_name():
     [
         ({"order": "own_parts:forwards"}, "cannot import 'own_parts:forwards'"),
         ({"order": "no_such_package:f"}, "cannot import 'no_such_package:f'"),
-        ({"order": "own_parts:"}, "cannot import 'own_parts:'"),
-        ({"order": ":gini"}, "cannot import ':gini'"),
+        ({"order": "own_parts:"}, "unknown order 'own_parts:'"),
+        ({"order": "own_parts:Nearest.forwards"}, "cannot import 'own_parts:Nearest.forwards'"),
         ({"order": "own_parts:neither"}, r"must be a class or function of \(grid, ...\), or a score"),
         ({"order": "own_parts:backwards", "temperature": 1.0}, "remove temperature"),
         ({"order": "own_parts:Nearest", "per_step": 2}, "remove per_step"),
@@ -193,3 +199,124 @@ def test_what_cannot_be_imported_again_is_not_saved(tmp_path):
         local.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="config annotated as a dataclass"):
         families.kind_of(own_parts.Untyped(None))
+
+
+# --- tokenizers made of others' autoencoders
+
+
+def autoencoders():
+    torch.manual_seed(0)
+    images = torch.rand(6, 3, 8, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    yield wrap(own_parts.VQModel()), 8
+    yield wrap(own_parts.VQModel(lookup_from_codebook=True)), 8
+    yield wrap(own_parts.Continuous(), images=images, vocab_size=5, arguments={}), 5
+
+
+def test_autoencoders_become_tokenizers(tmp_path):
+    images = torch.rand(2, 3, 8, 12) * 2 - 1
+    for made, vocab_size in autoencoders():
+        assert (made.vocab_size, made.factor) == (vocab_size, 4)
+        tokens = made.encode(images)
+        assert tokens.shape == (2, 6)
+        decoded = made.decode(tokens, Grid(2, 3))
+        assert decoded.shape == images.shape
+        model = transformer(vocab_size=vocab_size)
+        Pipeline(model, made).save_pretrained(tmp_path)
+        again = Pipeline.from_pretrained(tmp_path).tokenizer
+        assert torch.equal(again.encode(images), tokens)
+        assert torch.equal(again.decode(tokens, Grid(2, 3)), decoded)
+
+
+def test_a_wrapped_vq_model_decodes_its_own_codes():
+    original = own_parts.VQModel()
+    tokens = torch.tensor([[0, 3, 7, 7, 1, 2]])
+    codes = original.quantize.get_codebook_entry(tokens, (1, 2, 3, 4))
+    expected = original.decode(codes, force_not_quantize=True).sample
+    assert torch.equal(wrap(original).decode(tokens, Grid(2, 3)), expected)
+    nearest = original.encode(expected).latents[:, None] - original.quantize.embedding.weight[..., None, None]
+    assert torch.equal(wrap(original).encode(expected), nearest.norm(dim=2).argmin(1).flatten(1))
+
+
+def test_codes_are_k_means():
+    vectors = torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.2], [9.0]])
+    assert k_means(vectors, 3).sort(0).values.flatten().tolist() == pytest.approx([0.1, 5.1, 9.0])
+    with pytest.raises(ValueError, match="7 codes need as many latents, got 6"):
+        k_means(vectors, 7)
+    with pytest.raises(ValueError, match="is continuous: give images="):
+        wrap(own_parts.Continuous(), arguments={})
+    with pytest.raises(ValueError, match="has no config of names and values: give arguments="):
+        wrap(own_parts.Continuous())
+
+
+def test_the_real_vq_model_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    vq = diffusers.VQModel(
+        block_out_channels=(8, 8), norm_num_groups=4, num_vq_embeddings=16, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()  # fmt: skip
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    made, latents = wrap(vq), vq.encode(images).latents
+    assert made.factor == 2
+    tokens = made.encode(images)
+    assert torch.equal(tokens.flatten(), vq.quantize(latents)[2][2])
+    torch.testing.assert_close(made.decode(tokens, Grid(4, 4)), vq.decode(latents).sample)
+
+
+# --- all of them in stages
+
+
+def test_own_parts_go_through_the_stages(tmp_path):
+    def run(*arguments):
+        assert cli.main([*arguments]) == 0, arguments
+
+    at = {name: f"{name}={tmp_path / name}" for name in ("data", "tokenizer", "tokens", "model", "features")}
+    short = ("train.steps=2", "train.batch_size=4", "train.eval_every=0")
+    run("data", "source=own_parts:split_squares", "size=16,16", f"out={tmp_path / 'data'}")
+    run("convert", "own_parts:grey", str(tmp_path / "tokenizer"))
+    run("tokens", at["data"], at["tokenizer"], f"out={tmp_path / 'tokens'}")
+    network = ("network=own_parts:Counts", "network_settings=smoothing: 0.5")
+    run("train", at["tokens"], *network, *short, f"out={tmp_path / 'model'}")
+    run("features", at["data"], "extractor=own_parts:Moments", f"out={tmp_path / 'features'}")
+    policy = "policy.order=own_parts:gini"
+    run("orders", at["model"], at["tokens"], policy, f"out={tmp_path / 'orders'}")
+    run("sample", at["model"], policy, "num_images=8", f"out={tmp_path / 'samples'}")
+    run("eval", f"samples={tmp_path / 'samples'}", at["features"], f"out={tmp_path / 'eval'}")
+    run("pipeline", f"samples={tmp_path / 'samples'}", f"out={tmp_path / 'pipeline'}")
+    data = json.loads((tmp_path / "data/manifest.json").read_text())
+    assert data["classes"] == ["0", "1"]
+    assert sum(data["counts"].values()) == 40
+    assert json.loads((tmp_path / "model/config.json").read_text()) == {
+        "kind": "own_parts:Counts",
+        "config": {"vocab_size": 4, "grid": [4, 4], "num_classes": 2, "smoothing": 0.5},
+    }
+    metrics = json.loads((tmp_path / "eval/metrics.json").read_text())
+    assert metrics["policy"] == "own_parts:gini"
+    assert metrics["nll"] > 0
+    pipe = Pipeline.from_pretrained(tmp_path / "pipeline")
+    assert (type(pipe.model), pipe.policy.order) == (own_parts.Counts, "own_parts:gini")
+    assert pipe.classes == ["0", "1"]
+
+
+def test_an_own_split_and_captions(tmp_path):
+    source = open_source("own_parts:split_squares")
+    assert [source.count(split) for split in ("train", "test")] == [32, 8]
+    assert source.classes() == ["0", "1"]
+    squares = open_source("own_parts:Squares", test_fraction=0.2)
+    assert {item.caption for item in squares.items("train")} == {"dark square", "bright square"}
+    with pytest.raises(ValueError, match="has no columns: leave out image, label"):
+        open_source("own_parts:Squares", Columns(label="x"))
+    with pytest.raises(ValueError, match="cannot import 'own_parts:Circles'"):
+        open_source("own_parts:Circles").count("train")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"network": "own_parts:Counts", "init": "x"}, "remove init and the model"),
+        ({"network": "own_parts:Counts", "model": {"depth": 2}}, "remove init and the model"),
+        ({"network_settings": {"a": "1"}}, "network_settings go with network="),
+    ],
+)
+def test_settings_of_an_own_network_that_do_not_fit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        parse(TrainStage, {"tokens": "t", **settings})

@@ -278,9 +278,7 @@ def test_callbacks_see_every_step():
     assert len(seen) == 2, "the hole has two patches"
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"guidance_scale": 2}, {"order": PolicyConfig("raster", steps=3)}]
-)
+@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2}, {"order": PolicyConfig("raster", steps=3)}])
 def test_scores_are_log_likelihoods(settings, tmp_path):
     made = PIPE(["cat", "dog"], **{"order": "spiral_in", **settings})
     expected = PIPE.score(made.images, ["cat", "dog"], **{"order": "spiral_in", **settings}, batch_size=1)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 REGISTRY = {
     "vq": "anyorder.tokenizers.vq",
     "maskgit_vq": "anyorder.tokenizers.maskgit_vq",
+    "autoencoder": "anyorder.tokenizers.autoencoder",
     "transformer": "anyorder.models.transformer",
     "randar": "anyorder.adapters.randar",
     "llamagen": "anyorder.adapters.llamagen",
@@ -90,7 +92,9 @@ def resolve(group: str, name: str) -> Any:
 
 def is_own(group: str, name: str) -> bool:
     """Whether a name is that of an own part, see `resolve`; imports nothing."""
-    return ":" in name or bool(entry_points(group=f"anyorder.{group}", name=name))
+    return re.fullmatch(r"[\w.]+:[\w.]+", name) is not None or bool(
+        entry_points(group=f"anyorder.{group}", name=name)
+    )
 
 
 @contextlib.contextmanager

@@ -7,12 +7,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from torch import Tensor
+
+from anyorder import families
 from anyorder.contracts import require
 from anyorder.data import listing
 from anyorder.data.classes import in_sequence
-from anyorder.data.images import BadImage, suffixes
+from anyorder.data.images import suffixes
 
 SIDECARS = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".md", ".yaml", ".yml", ".html", ".log", ".py"}
 """Files that are expected beside images; other unknown files may be images that cannot be read."""
@@ -26,7 +29,7 @@ Parts = dict[str | None, list[str]]
 class Item(NamedTuple):
     """One image, not yet decoded."""
 
-    image: bytes | Path | BadImage
+    image: Any  # as `load_image` takes it, or a BadImage
     label: str | None
     name: str  # unique in the source; also decides the split where there is none
     attributes: tuple[str | None, ...] = ()  # value of each of the source's attributes
@@ -133,10 +136,10 @@ class Source:
 
 
 def open_source(where: str | Path, columns: Columns = NO_COLUMNS, test_fraction: float = 0.1) -> Source:
-    """The source at `where`: a folder of images, parquet file(s), or a Hugging Face data set id.
+    """The source at `where`: a folder of images, parquet file(s), a Hugging Face data set, or an own one.
 
     Args:
-        where: a path, or an id such as "user/name".
+        where: a path, an id such as "user/name", or of an own data set package.module:Name.
         columns: what is read from parquet files and Hugging Face data sets.
         test_fraction: share in [0, 1) of the images that become the test split where the source has none, at
             least one image.
@@ -148,6 +151,11 @@ def open_source(where: str | Path, columns: Columns = NO_COLUMNS, test_fraction:
     """
     from anyorder.data.tables import HubSource, ParquetSource
 
+    if families.is_own("data", str(where)):
+        require(
+            columns == NO_COLUMNS, f"{where} has no columns: leave out image, label, captions, attributes"
+        )
+        return OwnSource(str(where), test_fraction)
     require(0 <= test_fraction < 1, f"test_fraction must be at least 0 and below 1, got {test_fraction}")
     path = Path(where).expanduser()
     if path.is_file():
@@ -224,3 +232,55 @@ class FolderSource(Source):
         known = {*names}
         names += [text.relative_to(self.path).as_posix() for name, text in texts if name in known]
         return listing.stats(self.path, names)
+
+
+@dataclass(frozen=True)
+class OwnSource(Source):
+    """A `torch.utils.data.Dataset` that users bring, made by a function or class without parameters.
+
+    Its items are (image, label, caption) or the first of these: an image as `load_image` takes it, or a
+    tensor (3, H, W) in [0, 1]; None is no label, a whole number one of its `classes`, if it has these.
+    {"train": ..., "test": ...} of such data sets is a split.
+    """
+
+    name: str
+    test_fraction: float = 0.1
+
+    @cached_property
+    def columns(self) -> Columns:  # type: ignore[override]
+        """What the first item has."""
+        first = next(self._items("train"))
+        return Columns("label" if first.label else None, "caption" if first.caption is not None else None)
+
+    @cached_property
+    def _sets(self) -> dict[str, Any]:
+        made = families.resolve("data", self.name)()
+        return made if isinstance(made, dict) else {"train": made}
+
+    @cached_property
+    def _parts(self) -> Parts:
+        return {part: [part] for part in self._sets}
+
+    def _names(self, part: str, column: str) -> list[str] | None:
+        classes = getattr(self._sets[part], "classes", None) if column == "label" else None
+        return None if classes is None else list(map(str, classes))
+
+    @cached_property
+    def _texts_of(self) -> dict[str, list[Item]]:
+        """The items of each part without their images, which may be slow to make."""
+        return {part: [item._replace(image=b"") for item in self._items(part)] for part in self._sets}
+
+    def _read(self, part: str, with_images: bool) -> Iterator[Item]:
+        return self._items(part) if with_images else iter(self._texts_of[part])
+
+    def _items(self, part: str) -> Iterator[Item]:
+        data, classes = self._sets[part], self._names(part, "label")
+        for i in range(len(data)):
+            found: Any = data[i]
+            given = [*found, None, None] if isinstance(found, (tuple, list)) else [found, None, None]
+            image, label, caption = given[:3]
+            if isinstance(image, Tensor):
+                image = image.movedim(0, -1).cpu().numpy()
+            if label is not None:
+                label = classes[int(label)] if classes and not isinstance(label, str) else str(label)
+            yield Item(image, label, f"{part} {i}", caption=caption)

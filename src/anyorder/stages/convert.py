@@ -6,8 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
+from anyorder import families
 from anyorder.contracts import AnyOrderNetwork, require
-from anyorder.families import kind_of
+from anyorder.evaluation.features import _digest
 from anyorder.files import fingerprint, sha256
 from anyorder.inference.convert import build, combine, read_tokenizer, require_file
 from anyorder.inference.folders import save_parts
@@ -25,7 +28,7 @@ class ConvertConfig:
     """
 
     source: Path
-    """The downloaded file."""
+    """The downloaded file; or package.module:function of your own, which returns a network to store."""
     tokenizer: Path | None = None
     """The tokenizer that the model was trained with: another downloaded file, or a converted folder."""
     kind: str = "auto"
@@ -49,11 +52,13 @@ def convert(config: ConvertConfig, out: Path, *, overwrite: bool = False) -> Non
         FileNotFoundError: no such file.
         ValueError: not a file of a known model, parts that do not fit, or another conversion is there.
     """
-    identity = {**dataclasses.asdict(config), "sha256": _hashes(config)}
+    own = families.is_own("networks", str(config.source))
+    model = families.resolve("networks", str(config.source))() if own else None
+    identity = {**dataclasses.asdict(config), "sha256": _hashes(config, model)}
     if Artifact.is_current(out, "convert", identity, {}):
         log.info("%s is up to date", out)
         return
-    model = build(config.source, config.kind, config.grid, config.heads, config.joint_steps)
+    model = model or build(config.source, config.kind, config.grid, config.heads, config.joint_steps)
     any_order = isinstance(model, AnyOrderNetwork)
     if config.extrapolated is not None:
         require(any_order, "extrapolated is a setting of any-order models: a tokenizer has no positions")
@@ -64,18 +69,19 @@ def convert(config: ConvertConfig, out: Path, *, overwrite: bool = False) -> Non
         parts = combine(model, read_tokenizer(config.tokenizer), config.policy)
     artifact = Artifact(out, "convert", identity, {}, overwrite=overwrite)
     if parts is None:
-        save_model(out, model, model.config, kind_of(model))
+        save_model(out, model, model.config, families.kind_of(model))
     else:
         save_parts(out, parts)
     parameters = sum(p.numel() for p in model.parameters())
-    artifact.finish(kind=kind_of(model), parameters=parameters)
+    artifact.finish(kind=families.kind_of(model), parameters=parameters)
     log.info("%s: %s, %.1f million parameters", out, type(model).__name__, parameters / 1e6)
 
 
-def _hashes(config: ConvertConfig) -> dict[str, str]:
+def _hashes(config: ConvertConfig, own: nn.Module | None) -> dict[str, str]:
     """Hashes of the contents, so that a file that was replaced is converted again."""
-    paths = {"source": config.source, "tokenizer": config.tokenizer}
-    return {
+    paths = {"tokenizer": config.tokenizer} | ({} if own else {"source": config.source})
+    hashes = {} if own is None else {"source": _digest(own)}
+    return hashes | {
         role: fingerprint(path) if path.is_dir() else sha256(require_file(path))
         for role, path in paths.items()
         if path is not None

@@ -30,7 +30,8 @@ class DataStage:
     inputs: ClassVar[tuple[str, ...]] = ()
     aside: ClassVar[tuple[str, ...]] = ("max_skipped",)
     source: str = "sunsets"
-    """sunsets (made by seed), a folder of images, a parquet file or folder, or a Hugging Face data set id."""
+    """sunsets (made by seed), a folder of images, a parquet file or folder, a Hugging Face data set id, or an
+    own data set, package.module:Name."""
     size: tuple[int, int] = (32, 32)
     """Height and width in pixels that all images are brought to: 64, 64x48 or 64,48."""
     image: str | None = None

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from anyorder import families
 from anyorder.contracts import require
 from anyorder.data.caches import ImageSet, splits
 from anyorder.data.images import uint8_batches
@@ -43,7 +44,8 @@ class FeaturesStage(TrainingStage):
     """Features artifact whose classifier, of the same shape, training starts from."""
     extractor: str = "classifier"
     """classifier: trained on the labels of the data; efficientnet-lite0: trained on ImageNet (extra eval);
-    inception: Inception-2015, whose distance is FID (extra fid); timm:NAME: any of timm (extra timm)."""
+    inception: Inception-2015, whose distance is FID (extra fid); timm:NAME: any of timm (extra timm);
+    or an own one, package.module:Name, made without arguments, see `evaluation.features.FeatureExtractor`."""
     max_train: int = NEIGHBOURS
     """Keep the features of at most this many training images, at least 4: for floors, and as the nearest one
     of a sample."""
@@ -57,7 +59,9 @@ class FeaturesStage(TrainingStage):
     def __post_init__(self) -> None:
         require(self.max_train >= 4, f"max_train must be at least 4, got {self.max_train}")
         known = self.extractor in EXTRACTORS or self.extractor.startswith(features.TIMM)
-        listed = f"extractor must be one of {', '.join(EXTRACTORS)} or timm:NAME, got '{self.extractor}'"
+        known = known or families.is_own("features", self.extractor)
+        names = f"{', '.join(EXTRACTORS)}, timm:NAME or package.module:Name"
+        listed = f"extractor must be one of {names}, got '{self.extractor}'"
         require(known, listed)
         for name in ("label", "init"):
             allowed = getattr(self, name) is None or self.extractor == "classifier"
@@ -134,6 +138,8 @@ def load_extractor(folder: Path) -> features.FeatureExtractor:
         return features.efficientnet_lite(device())
     if name.startswith(features.TIMM):
         return features.timm_features(name, device())
+    if name != "classifier":
+        return families.resolve("features", name)()
     model = load_model(folder, "classifier").to(device())
     assert isinstance(model, features.Classifier)
     return features.ClassifierFeatures(model)

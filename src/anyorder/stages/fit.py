@@ -100,7 +100,7 @@ def look(config: FitConfig) -> Facts:
     sides = []
     for item in islice(source.items("train"), 64):
         with contextlib.suppress(images.BadImage):  # skipped and counted by the data stage
-            sides.append(min(images.load_image(item.image).shape[:2]))  # type: ignore[arg-type]
+            sides.append(min(images.load_image(item.image).shape[:2]))
     require(bool(sides), f"none of the first images of {config.source} can be read: look at them")
     found = source.count("train")
     validation = min(500, max(1, found // 10))

@@ -25,6 +25,8 @@ def images_at_once(model: AnyOrderNetwork, grid: Grid, processes: int = 1) -> in
     keys and values, twice, since some models keep two entries for each position.
     """
     weight = next(model.parameters())
+    if not hasattr(model.config, "depth"):  # an own network, of which nothing is known
+        return LARGEST["cpu"]
     bytes_each = 4 * model.config.depth * grid.n * model.config.width * weight.element_size()
     fit = free_memory(weight.device) // 2 // processes // bytes_each
     return 2 ** (min(max(fit, 1), LARGEST.get(weight.device.type, 64)).bit_length() - 1)

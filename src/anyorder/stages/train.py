@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
+from anyorder import families
 from anyorder import orders as static
 from anyorder.contracts import AnyOrderNetwork, require
 from anyorder.data import caches
 from anyorder.data.images import to_uint8
 from anyorder.data.rows import evenly_spaced
-from anyorder.families import kind_of
 from anyorder.files import read_manifest
 from anyorder.inference import figures, weights
 from anyorder.inference.device import device
@@ -23,6 +23,7 @@ from anyorder.method import policy_config, schedules
 from anyorder.method.decoding import sample
 from anyorder.method.sampling import Streams
 from anyorder.models import transformer
+from anyorder.settings import parse
 from anyorder.stages import artifacts, common
 from anyorder.training import lora, order_sources
 from anyorder.training.config import TrainConfig
@@ -79,6 +80,10 @@ class TrainStage(common.TrainingStage):
     trains all weights."""
     tokenizer: Path | None = None
     """Where the tokenizer of the tokens is, if it was moved; for train.sample_every."""
+    network: str = ""
+    """Own any-order model instead of the transformer, package.module:Class, a `contracts.AnyOrderNetwork`."""
+    network_settings: dict[str, str] = dataclasses.field(default_factory=dict)
+    """With `network`: settings of its configuration; the tokens say vocab_size, grid and num_classes."""
     model: transformer.Architecture = dataclasses.field(default_factory=transformer.Architecture)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
@@ -113,6 +118,10 @@ class TrainStage(common.TrainingStage):
         require(not compiled, text)
         low_rank = f"lora must be a rank >= 0 and goes with init=..., got {self.lora}"
         require(self.lora == 0 or (self.lora > 0 and self.init is not None), low_rank)
+        own = bool(self.network) and (self.init is not None or self.model != transformer.Architecture())
+        require(not own, "network=... is a new model of its own: remove init and the model.* settings")
+        alone = f"network_settings go with network=..., got {self.network_settings}"
+        require(bool(self.network) or not self.network_settings, alone)
         plain = dataclasses.replace(self.model, location=False, location_gradient=True)
         fits = self.init is None or plain == transformer.Architecture()
         require(fits, "init=... brings its architecture: remove the model.* settings")
@@ -177,7 +186,7 @@ class TrainStage(common.TrainingStage):
             ready=online.set_scorer if online else None,
         )  # fmt: skip
         lora.merge_low_rank(result.model)
-        weights.save_model(artifact.folder, result.model, model.config, kind_of(model))
+        weights.save_model(artifact.folder, result.model, model.config, families.kind_of(model))
         before = self._trained_before()
         return {
             **evaluate(result.model, result.steps, len(measured)),
@@ -200,12 +209,14 @@ class TrainStage(common.TrainingStage):
 
     def _model(self, tokens: caches.TokenSet) -> AnyOrderNetwork:
         torch.manual_seed(self.train.seed)
+        sizes: dict[str, Any] = {"vocab_size": tokens.vocab_size, "grid": (tokens.grid.h, tokens.grid.w)}
+        sizes |= {"num_classes": len(tokens.classes)}
+        if self.network:
+            return self._own_network(tokens, sizes)
         if self.init is None:
             config = transformer.TransformerConfig(
                 **vars(self.model),
-                vocab_size=tokens.vocab_size,
-                grid=(tokens.grid.h, tokens.grid.w),
-                num_classes=len(tokens.classes),
+                **sizes,
                 attributes=tuple(len(values) for values in tokens.attributes.values()),
                 text_vocab=tokens.text_vocab,
                 text_length=tokens.text_length,
@@ -233,6 +244,15 @@ class TrainStage(common.TrainingStage):
         if self.lora:
             lora.add_low_rank(model, self.lora)
         return model.train()
+
+    def _own_network(self, tokens: caches.TokenSet, sizes: dict[str, Any]) -> AnyOrderNetwork:
+        found = families.family(self.network)
+        further = "an own network takes classes alone: run data and tokens without attributes and captions"
+        require(not tokens.further.shape[1], further)
+        model = found.model_class(parse(found.config_class, self.network_settings | sizes))
+        if not isinstance(model, AnyOrderNetwork):
+            raise ValueError(f"{self.network} must be a contracts.AnyOrderNetwork")
+        return model
 
     # --- the orders to train on -------------------------------------------------------------------------
 
