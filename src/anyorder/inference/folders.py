@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -110,6 +111,17 @@ def load_parts(folder: str | Path) -> Parts:
         torch.from_numpy(files.load_array(orders).astype(np.int64)) if orders.is_file() else None,
         vocabulary,
     )
+
+
+def upload(parts: Parts, repo_id: str, token: str | None, private: bool) -> str:
+    """Write the parts to a repository of the hub, made if need be; returns the address of the commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save_parts(folder, parts)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
 
 def find_parts(path_or_hub_id: str | Path, allow_own: bool = False) -> Parts:

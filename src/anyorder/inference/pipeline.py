@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from anyorder.inference.request import VALUES, ImageRequest, takes_request
 from anyorder.method import decoding, policy_config
 from anyorder.method.guidance import Guided
 from anyorder.method.loss import image_nll
-from anyorder.method.policies import FixedOrder
 from anyorder.method.sampling import Streams
 from anyorder.models.compiled import compile_decoding
 
@@ -75,13 +73,7 @@ class Pipeline(folders.Parts):
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
         """Upload the pipeline to the Hugging Face hub; returns the address of the commit."""
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+        return folders.upload(self, repo_id, token, private)
 
     def to(self, target: torch.device | str | torch.dtype) -> Pipeline:
         """Move all networks to a device, or the any-order models to a dtype."""
@@ -229,7 +221,9 @@ class Pipeline(folders.Parts):
         for tokens, model, policy, streams, options in self._given(images, batch_size, request, settings):
             condition, grid = options.get("condition"), options["grid"]
             n = tokens.shape[1]
-            if isinstance(policy, FixedOrder) and len(policy.sizes(n)) == n:  # one pass of the model
+            if (
+                isinstance(policy, policy_config.policies.FixedOrder) and len(policy.sizes(n)) == n
+            ):  # one pass of the model
                 nll = image_nll(model, tokens, condition, policy.order.expand_as(tokens), grid)["nll"]
                 found.append(-nll * n)
             else:
