@@ -56,6 +56,12 @@ def save_model(folder: str | Path, model: nn.Module, config: Any, kind: str) -> 
     write_json(Path(folder) / CONFIG, {"kind": kind, "config": dataclasses.asdict(config)})
 
 
+def new_model(kind: str, values: Mapping[str, Any]) -> nn.Module:
+    """A model of this kind with fresh weights; errors as of `settings.parse`."""
+    declared = family(kind)
+    return declared.model_class(parse(declared.config_class, values))
+
+
 def load_model(folder: str | Path, kind: str | None = None) -> nn.Module:
     """Build the model that `save_model` wrote, on the CPU and in evaluation mode.
 

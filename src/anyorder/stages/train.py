@@ -23,7 +23,6 @@ from anyorder.method import policy_config, schedules
 from anyorder.method.decoding import sample
 from anyorder.method.sampling import Streams
 from anyorder.models import transformer
-from anyorder.settings import parse
 from anyorder.stages import artifacts, common
 from anyorder.training import lora, order_sources
 from anyorder.training.config import TrainConfig
@@ -246,10 +245,9 @@ class TrainStage(common.TrainingStage):
         return model.train()
 
     def _own_network(self, tokens: caches.TokenSet, sizes: dict[str, Any]) -> AnyOrderNetwork:
-        found = families.family(self.network)
         further = "an own network takes classes alone: run data and tokens without attributes and captions"
         require(not tokens.further.shape[1], further)
-        model = found.model_class(parse(found.config_class, self.network_settings | sizes))
+        model = weights.new_model(self.network, self.network_settings | sizes)
         if not isinstance(model, AnyOrderNetwork):
             raise ValueError(f"{self.network} must be a contracts.AnyOrderNetwork")
         return model
