@@ -151,12 +151,11 @@ def open_source(where: str | Path, columns: Columns = NO_COLUMNS, test_fraction:
     """
     from anyorder.data.tables import HubSource, ParquetSource
 
-    if families.is_own("data", str(where)):
-        require(
-            columns == NO_COLUMNS, f"{where} has no columns: leave out image, label, captions, attributes"
-        )
-        return OwnSource(str(where), test_fraction)
     require(0 <= test_fraction < 1, f"test_fraction must be at least 0 and below 1, got {test_fraction}")
+    if families.is_own("data", str(where)):
+        mend = "leave out image, label, captions and attributes"
+        require(columns == NO_COLUMNS, f"{where} has no columns: {mend}")
+        return OwnSource(str(where), test_fraction)
     path = Path(where).expanduser()
     if path.is_file():
         return ParquetSource(path, columns, test_fraction)
