@@ -86,6 +86,12 @@ def test_sizes(text, size):
     assert settings.parse(STAGES["data"], {}, [f"size={text}"]).size == size
 
 
+def test_a_limit_of_orders_holds_for_held_out_images_too():
+    given = [{"model": "m", "tokens": "t", "limit": limit} for limit in (20, 900, None)]
+    parsed = [settings.parse(STAGES["orders"], values).test_limit for values in given]
+    assert parsed == [20, 512, 512]
+
+
 def test_sizes_in_files():
     assert settings.parse(STAGES["data"], {"size": 64}).size == (64, 64)
 

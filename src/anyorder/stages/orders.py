@@ -44,7 +44,7 @@ class OrdersStage:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """An inferred order, or location; entropy by default, token_likelihood is the paper's."""
     limit: int | None = None
-    """Only the first so many images of the training split; null takes all."""
+    """Only the first so many images of the training split, and no more held-out ones; null takes all."""
     test_limit: int = 512
     """Test images, and validation images, whose orders are extracted, too, for likelihoods under the same
     policy; at least 1."""
@@ -69,6 +69,7 @@ class OrdersStage:
         text = "orders=FOLDER goes with policy.class_weight > 0: give both or neither"
         require(self.policy.by_class == (self.orders is not None), text)
         require(self.test_limit >= 1, f"test_limit must be >= 1, got {self.test_limit}")
+        self.test_limit = min(self.test_limit, self.limit or self.test_limit)
         got = f"got {self.shards} and {self.batch_size}"
         require(min(self.shards, self.batch_size or 1) >= 1, f"shards and batch_size must be >= 1, {got}")
 
