@@ -43,7 +43,6 @@ EXPERIMENT = {
     "large-tokens": {"stage": "tokens", "data": "large", "tokenizer": "tokenizer"},
     "any": {"stage": "train", "tokens": "tokens", "model": SMALL, "train": {**STEPS, "sample_every": 2}},
     "orders": {"model": "any", "tokens": "tokens", "test_limit": 4, "batch_size": 6, **QUICK},
-    "shared": {"stage": "orders", "model": "any", "tokens": "tokens", "shards": 2, "test_limit": 4, **QUICK},
     "ordered": {"stage": "train", "tokens": "tokens", "init": "any", "orders": "orders",
                 "random_share": 0.2, "train": {**STEPS, "patience": 3, "watch": "test_nll"}},
     "online": {"stage": "train", "tokens": "tokens", "init": "any", "online": {**QUICK["policy"]},

@@ -103,10 +103,12 @@ def test_total_is_the_weighted_sum_of_its_parts() -> None:
     assert all(part.numel() == 1 and not part.requires_grad for part in parts.values())
 
 
-def test_codebook_update_is_part_of_the_loss_and_leaves_the_backward_pass_alone() -> None:
-    tokenizer, images = model(codebook_update="gradient", revive_after=1), pictures()
+def test_codebook_update_leaves_the_backward_pass_alone() -> None:
+    tokenizer, images, criterion = model(codebook_update="gradient", revive_after=1), pictures(), loss()
     before = tokenizer.quantize.embedding.weight.detach().clone()
-    total, parts = loss()(tokenizer, images, 0)
+    total, _ = criterion(tokenizer, images, 0)
+    assert torch.equal(tokenizer.quantize.embedding.weight, before)
+    parts = criterion.update_codebook(tokenizer, 0)
     assert not torch.equal(tokenizer.quantize.embedding.weight, before)
     total.backward()
     gradient = tokenizer.quantize.embedding.weight.grad
@@ -121,13 +123,26 @@ def test_codebook_update_is_part_of_the_loss_and_leaves_the_backward_pass_alone(
 
 def test_seed_and_step_decide_the_draws() -> None:
     def codebook(seed: int, step: int) -> Tensor:
-        tokenizer = model()
-        loss(seed=seed)(tokenizer, pictures(), step)
+        tokenizer, criterion = model(), loss(seed=seed)
+        criterion(tokenizer, pictures(), step)
+        criterion.update_codebook(tokenizer, step)
         return tokenizer.quantize.embedding.weight
 
     assert torch.equal(codebook(0, 3), codebook(0, 3))
     assert not torch.equal(codebook(0, 3), codebook(0, 4))
     assert not torch.equal(codebook(0, 3), codebook(1, 3))
+
+
+def test_passes_of_a_step_update_the_codebook_as_one_batch() -> None:
+    images, trained = pictures(8), []
+    for parts in (images[None], images.split(2)):
+        tokenizer, criterion = model(codebook_update="ema").eval(), loss()
+        for step in range(2):
+            for part in parts:
+                criterion(tokenizer, part, step)
+            criterion.update_codebook(tokenizer, step)
+        trained.append(tokenizer.quantize.embedding.weight)
+    torch.testing.assert_close(*trained)
 
 
 def test_adversary_waits_for_its_step() -> None:
@@ -297,7 +312,8 @@ def test_overfitting_a_batch_raises_psnr(adversarial: float) -> None:
 
     before = psnr()
     for step in range(60):
-        total, parts = criterion(tokenizer, images, step)
+        total, _ = criterion(tokenizer, images, step)
+        parts = criterion.update_codebook(tokenizer, step)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()

@@ -273,16 +273,6 @@ def test_two_processes_do_not_write_one_folder(tmp_path):
     artifact.finish()
 
 
-def test_processes_that_share_their_work_write_one_folder(tmp_path):
-    first = Artifact(tmp_path, "stage", {}, {}, shared=True)
-    second = Artifact(tmp_path, "stage", {}, {}, shared=True)
-    with pytest.raises(ValueError, match="is being written by"):
-        Artifact(tmp_path, "stage", {}, {})
-    first.finish()
-    second.finish()
-    assert Artifact(tmp_path, "stage", {}, {}).current
-
-
 # --- B8, B13: what is there is not taken for what is asked for
 
 

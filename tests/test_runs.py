@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from anyorder.contracts import Grid
 from anyorder.data.caches import TokenSet
 from anyorder.evaluation.metrics import FeatureStatistics, frechet_distance
 from anyorder.files import fingerprint, load_array, read_json, read_manifest
-from anyorder.inference import pipeline
+from anyorder.inference import device, pipeline
 from anyorder.inference.weights import load_model
 from anyorder.method.decoding import extract_orders
 from anyorder.method.policy_config import PolicyConfig
@@ -28,7 +27,6 @@ from anyorder.models import compiled as compiled_module
 from anyorder.report.summary import report
 from anyorder.settings import parse
 from anyorder.stages import orders as extract
-from anyorder.stages import shards
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.compare import CompareStage
 from anyorder.stages.execute import execute, split
@@ -936,32 +934,6 @@ def test_killed_stages_go_on_after_their_last_batch(experiment, tmp_path):
     np.testing.assert_array_equal(load_array(killed / "train.order.npy"), whole)
 
 
-def test_shards_are_the_rows_of_one_run(experiment, tmp_path):
-    """Two processes share five parts, one of which a killed run left half done."""
-    from anyorder.stages.experiment import execute
-
-    path, out = experiment
-    stage = dataclasses.replace(load_experiment(path).stages["orders"][1], batch_size=3, shards=5)
-    whole = out / "orders"
-    part = tmp_path / "train-1-of-5"
-    part.mkdir(parents=True)
-    for name in ("order", "log_prob", "seconds"):  # rows 4 to 7: two whole ones and a torn one
-        rows = load_array(whole / f"train.{name}.npy")[4:8]
-        torn = rows.tobytes()[: 2 * rows[0].nbytes + 1]
-        (part / f"train.{name}.npy.partial").write_bytes(b"\0" * 128 + torn)
-    run = partial(execute, "orders", stage, tmp_path)
-    identity = {key: read_manifest(whole)[key] for key in ("stage", "inputs")}
-    (tmp_path / ".identity.json").write_text(json.dumps({**identity, "config": split(stage)[0]}))
-    with ThreadPoolExecutor(2) as pool:  # each opens the folders itself, as a process does
-        list(pool.map(lambda _: run(), range(2)))
-    for name in ("train.order", "train.log_prob", "test.order", "test.log_prob", "class_order"):
-        np.testing.assert_allclose(
-            load_array(tmp_path / f"{name}.npy"), load_array(whole / f"{name}.npy"), rtol=1e-5
-        )
-    assert not list(tmp_path.glob("*-of-*"))
-    assert not run()
-
-
 def test_the_batch_size_makes_no_orders_stale(experiment):
     path, out = experiment
     stage = load_experiment(path).stages["orders"][1]
@@ -974,12 +946,13 @@ def test_images_at_once_follow_the_free_memory(monkeypatch):
     model = transformer(depth=2, width=16)
     each = 4 * 2 * 6 * 16 * 4
     for free, images in ((0, 1), (2 * 5 * each, 4), (2 * 8 * each, 8), (2**40, 64)):
-        monkeypatch.setattr(shards, "free_memory", lambda device, free=free: free)
-        assert shards.images_at_once(model, Grid(2, 3)) == images
-    monkeypatch.setattr(shards, "free_memory", lambda device: 2 * 8 * each)
-    assert shards.images_at_once(model, Grid(2, 3), processes=4) == 2
+        monkeypatch.setattr(device, "free_memory", lambda device, free=free: free)
+        assert device.images_at_once(model, Grid(2, 3)) == images
+    monkeypatch.setattr(device, "free_memory", lambda device: 2 * 8 * each)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert device.images_at_once(model, Grid(2, 3)) == 2
     monkeypatch.undo()
-    assert shards.free_memory(torch.device("cpu")) > 2**20
+    assert device.free_memory(torch.device("cpu")) > 2**20
 
 
 def test_the_share_of_random_orders_follows_its_ramp():
@@ -987,3 +960,10 @@ def test_the_share_of_random_orders_follows_its_ramp():
     stage = parse(TrainStage, {"tokens": "t", **settings, "random_share_ramp": (0.25, 0.75)})
     shares = [stage._random_share(step) for step in (1, 26, 51, 76, 101)]
     assert shares == pytest.approx([1, 1, 0.6, 0.2, 0.2])
+
+
+def test_orders_of_a_version_with_shards_are_up_to_date(experiment):
+    path, out = experiment
+    stage = load_experiment(path).stages["orders"][1]
+    then = {**read_manifest(out / "orders")["config"], "shards": 1}
+    assert split(stage)[2](then) == split(stage)[2](split(stage)[0])

@@ -324,6 +324,27 @@ def test_full_disk_stops_the_run_with_the_earlier_checkpoint(tmp_path, monkeypat
     assert [p.name for p in (tmp_path / "b" / "checkpoints").iterdir()] == ["step-00000004"]
 
 
+@pytest.mark.parametrize(
+    ("most", "advice"), [(2, "batch_size=2 train.accumulation=4 fits"), (0, "smaller model")]
+)
+def test_out_of_memory_names_the_batch_that_fits(tmp_path, most, advice):
+    def loss(model, indices, now, generator):
+        if len(indices) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return squared_error(model, indices, now, generator)
+
+    with pytest.raises(ValueError, match=f"out of memory with train.batch_size=4: .*{advice}"):
+        run(tmp_path, loss)
+
+
+def test_other_errors_of_pytorch_are_not_about_memory(tmp_path):
+    def loss(model, *_):
+        return model(torch.zeros(1, 5)).sum(), {}
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run(tmp_path, loss)
+
+
 # --- what a step does -----------------------------------------------------------------------------------
 
 

@@ -194,6 +194,10 @@ def run(call: Call) -> str:
         print("\n".join(experiment.plan()))
         return ""
     experiment.run(overwrite)
+    from anyorder.inference.processes import leads
+
+    if not leads():
+        return ""
     return _write_report([experiment.out], experiment.out / "report.html", True)
 
 

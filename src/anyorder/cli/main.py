@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import inspect
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
@@ -32,6 +34,9 @@ where a command writes; overwrite=true replaces what was made there with other s
 again resumes what was interrupted and skips what is up to date. --quiet shows errors and results alone,
 --verbose when which part said what. Exit codes: 0 done, 1 failed, 2 wrong usage or missing input, 130
 interrupted. No colours are used.
+
+device=cpu, cuda, cuda:1 or mps says where to compute; by default it is the first GPU.
+torchrun --nproc-per-node=N -m anyorder COMMAND ... shares a stage or a run among N processes.
 """
 
 
@@ -88,6 +93,8 @@ GROUPS: dict[str, dict[str, Command]] = {
         )
     },
 }
+PARALLEL = (commands.stage, commands.run, commands.quickstart)
+"""What several processes of torchrun do together; of anything else the first one does all."""
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 
@@ -141,7 +148,10 @@ def _understand(arguments: list[str]) -> commands.Call:
         raise ValueError(f"unknown command '{name}'{hint} Commands: {', '.join(COMMANDS)}")
     paths = [text for text in words if "=" not in text]
     given = [text for text in words if "=" in text]
-    return commands.Call(name, paths, given, "--dry-run" in rest, "--yes" in rest)
+    call = commands.Call(name, paths, given, "--dry-run" in rest, "--yes" in rest)
+    if device := call.take("device"):
+        os.environ["ANYORDER_DEVICE"] = device
+    return call
 
 
 def _function(call: commands.Call) -> Callable[[commands.Call], str]:
@@ -165,7 +175,8 @@ class _Once(logging.Filter):
 
 
 def _set_up_log(flags: Collection[str]) -> None:
-    quiet, verbose = bool({"-q", "--quiet"} & {*flags}), bool({"-v", "--verbose"} & {*flags})
+    quiet = _follows() or bool({"-q", "--quiet"} & {*flags})
+    verbose = bool({"-v", "--verbose"} & {*flags})
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s" if verbose else "%(message)s"))
     handler.addFilter(_Once())
@@ -174,10 +185,25 @@ def _set_up_log(flags: Collection[str]) -> None:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, which is later
 
 
+def _follows() -> bool:
+    """Whether this is one of several processes of torchrun, but the first, which alone talks."""
+    return "LOCAL_RANK" in os.environ and os.environ.get("RANK") != "0"
+
+
+def _world(parallel: bool) -> contextlib.AbstractContextManager[None]:
+    """What torchrun started, as one world."""
+    if not parallel:
+        return contextlib.nullcontext()
+    from anyorder.inference.processes import joined
+
+    return joined()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     arguments = ["--help" if a in ("-h", "help") else a for a in (sys.argv[1:] if argv is None else argv)]
     _set_up_log({*arguments})
+    follows = _follows()
     try:
         if not arguments:
             print(FIRST)
@@ -191,19 +217,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             call = _understand(arguments)
             if {"--help", "--help-all"} & {*arguments}:
                 _help(call.name, "--help-all" in arguments)
-            elif (written := _function(call)(call)) and not call.dry_run:
-                print(f"wrote {written}")
+            else:
+                function = _function(call)
+                parallel = function in PARALLEL and not call.dry_run
+                with _world(parallel):
+                    written = "" if follows and not parallel else function(call)
+                if written and not call.dry_run and not follows:
+                    print(f"wrote {written}")
         sys.stdout.flush()
         return 0 if arguments else 2
     except BrokenPipeError:  # of a reader that has seen enough: anyorder --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("anyorder: interrupted; the same command goes on from here", file=sys.stderr)
+        if not follows:
+            print("anyorder: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as e:
         if "--traceback" in arguments:
             raise
+        if follows:  # torchrun ends it meanwhile if the first process has the same to say
+            time.sleep(5)
         full = isinstance(e, OSError) and (e.errno == errno.ENOSPC or "No space left" in str(e))
         advice = "the disk is full: free some space and run the same command again, it goes on from here: "
         print(f"anyorder: error: {advice if full else ''}{e}", file=sys.stderr)

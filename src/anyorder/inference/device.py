@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from functools import cache
 from statistics import fmean
 from typing import Self
 
 import torch
 
-from anyorder.contracts import require
+from anyorder.contracts import AnyOrderNetwork, Grid, require
 
+DEVICE = "ANYORDER_DEVICE"
+"""Environment variable: where to compute, as `device=`."""
 BF16 = "ANYORDER_BF16"
 """Environment variable: `on`, `off` or `auto` (default: bfloat16 where the hardware has it)."""
 
@@ -38,9 +41,63 @@ def fast_dtype(device: torch.device, bf16: bool) -> torch.dtype:
     return torch.bfloat16 if bf16 and native_bf16(device) else torch.float32
 
 
+@cache
+def _named(name: str) -> torch.device:
+    """A device that is there; "" is the first GPU if there is one (not an Apple GPU), else the CPU."""
+    found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    kind, _, number = (name or ("cuda" if found["cuda"] else "cpu")).partition(":")
+    known = kind in found and (number or "0").isdecimal()
+    require(known, f"device must be cpu, cuda, cuda:NUMBER or mps, got '{name}'")
+    there = f"device={name} is not there: PyTorch {torch.__version__} finds {found[kind]} of kind {kind} here"
+    require(int(number or 0) < found[kind], there)
+    return torch.device(kind, int(number)) if number else torch.device(kind)
+
+
 def device() -> torch.device:
-    """The first GPU if there is one (hide it with CUDA_VISIBLE_DEVICES=), else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device of `device=` or ANYORDER_DEVICE, by default the first GPU, else the CPU; see `_named`.
+
+    Of several processes that torchrun starts, each has the GPU of its number, as PyTorch's current device.
+
+    Raises:
+        ValueError: an unknown device, or one that is not there.
+    """
+    return _named(os.environ.get(DEVICE, ""))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of PyTorch says that memory was too small, on a GPU or a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+LARGEST = {"cpu": 64, "cuda": 1024}
+"""Images in a batch: more keep a device no busier, and a killed run loses more of its work."""
+
+
+def images_at_once(model: AnyOrderNetwork, grid: Grid) -> int:
+    """Images whose caches fit into half of the free memory, a power of two.
+
+    The other half is for logits and activations. An image takes 4 depth N D numbers of the weights' type:
+    keys and values, twice, since some models keep two entries for each position. The processes that torchrun
+    starts on one machine share the memory of its CPU, and agree on the batch of the first one.
+    """
+    weight = next(model.parameters())
+    if not hasattr(model.config, "depth"):  # an own network, of which nothing is known
+        return LARGEST["cpu"]
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if weight.device.type == "cpu" else 1
+    bytes_each = 4 * model.config.depth * grid.n * model.config.width * weight.element_size()
+    fit = free_memory(weight.device) // 2 // sharers // bytes_each
+    return 2 ** (min(max(fit, 1), LARGEST.get(weight.device.type, 64)).bit_length() - 1)
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes; 2 GiB where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 2 * 2**30
 
 
 def find_device(name: torch.device | str | None) -> torch.device:

@@ -26,9 +26,7 @@ from anyorder import files
 
 log = logging.getLogger("anyorder")
 IDENTITY, REPLACED = ".identity.json", ".replaced"
-FOLDERS = re.compile(
-    r"checkpoints|samples|online|model|tokenizer|scorer|round-\d+|(train|validation|test)-\d+-of-\d+"
-)
+FOLDERS = re.compile(r"checkpoints|samples|online|model|tokenizer|scorer|round-\d+")
 """Names of the folders that stages make inside an artifact; all others are the user's and never touched."""
 CONTENT = (".npy", ".safetensors", ".json")
 """Files of these kinds get a hash, except checkpoints and times."""
@@ -41,7 +39,10 @@ class Artifact:
     Attributes:
         folder: where the stage writes.
         current: whether the folder is finished with this very configuration and these inputs.
+        leads: whether this is the process that writes; of several, only the first has an `Artifact`.
     """
+
+    leads = True
 
     def __init__(
         self,
@@ -52,7 +53,6 @@ class Artifact:
         completed: Completion = lambda then: then,
         *,
         grows: Collection[str] = (),
-        shared: bool = False,
         overwrite: bool = False,
     ):
         """Open `folder` for `stage`, unless it is up to date. What is refused leaves it as it was.
@@ -64,7 +64,6 @@ class Artifact:
             inputs: folders of the input artifacts by role.
             completed: adds settings to a recorded configuration that are newer, drops those not compared.
             grows: dotted settings of which a larger value continues the work that is there.
-            shared: several processes may work in the folder at once, under the same configuration.
             overwrite: replace what was made under another configuration.
 
         Raises:
@@ -82,14 +81,12 @@ class Artifact:
         if self.current and not (self.folder / IDENTITY).exists():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock(shared)
+        self._lock()
         try:
             self._recover()
             self.current = self.is_current(folder, stage, config, inputs, completed)
             if not self.current:
                 self._open(overwrite)
-            if shared and self._descriptor >= 0:
-                fcntl.flock(self._descriptor, fcntl.LOCK_SH)
         except BaseException:
             self.close()
             raise
@@ -151,22 +148,17 @@ class Artifact:
     def __del__(self) -> None:
         self._unlock()
 
-    def _lock(self, shared: bool) -> None:
-        """Keep other processes out. The folder itself is locked, so a crash leaves no lock behind."""
-        self._descriptor, self._alone = os.open(self.folder, os.O_RDONLY), False
+    def _lock(self) -> None:
+        """Keep other runs out. The folder itself is locked, so a crash leaves no lock behind."""
+        self._descriptor, who = os.open(self.folder, os.O_RDONLY), None
         for _ in range(100):
-            # Sharers open the folder one after another; who comes later joins those that are at work.
-            for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH) if shared else (fcntl.LOCK_EX,):
-                try:
-                    fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                except OSError:
-                    return  # a file system without locks
-                self._alone = kind == fcntl.LOCK_EX
-                return
-            who = (_record(self.folder / IDENTITY) or {}).get("writer")
-            if who and not shared:
+            try:
+                return fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who = (_record(self.folder / IDENTITY) or {}).get("writer")
+            except OSError:
+                return  # a file system without locks
+            if who:
                 break
             time.sleep(0.05)  # it says who it is right after it has locked
         self._unlock()
@@ -232,8 +224,7 @@ class Artifact:
         facts = {**self.identity, "found": sorted(self._found), "writer": writer}
         files.write_json(self.folder / IDENTITY, facts)
         self._opened = True
-        if self._alone:
-            self._sweep()
+        self._sweep()
 
     def _sweep(self) -> None:
         """Remove the half-written files that a killed process left."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from anyorder.data.caches import TokenSet
 from anyorder.data.classes import map_classes
 from anyorder.data.rows import slices
 from anyorder.files import RowWriter, fingerprint, read_json, read_manifest
+from anyorder.inference import processes
 from anyorder.inference.device import Threads, device
 from anyorder.inference.folders import INDEX
 from anyorder.inference.weights import CONFIG, _part
@@ -33,6 +34,7 @@ SAMPLES = "samples.safetensors"
 class TrainingStage:
     """A stage with a training: log settings are free to change, more steps extend it."""
 
+    together: ClassVar[bool] = True
     train: TrainConfig
     grows: ClassVar[tuple[str, ...]] = ("train.steps",)
 
@@ -42,15 +44,41 @@ class TrainingStage:
         return tuple(f"train.{name}" for name in self.train.log_settings)
 
 
-def in_batches(rows: RowWriter, n: int, size: int, what: str) -> Iterator[np.ndarray]:
-    """Rows below n that are not written yet, at most `size` at a time; shows a bar, closes the writer."""
-    bar = tqdm(total=n, initial=rows.rows, desc=what, unit="image")
-    with bar, Threads(device()) as threads:
-        for some in slices(n, size, rows.rows):
-            yield some
-            bar.update(len(some))
-            threads.step()
-    rows.close()
+class Rows:
+    """Arrays of n rows that all processes fill: iterate over batches of row numbers, append what each gives.
+
+    Batches have the same bounds, and are written in sequence, in any number of processes: so are the files.
+    A killed run goes on after the last batch on disk. Shows a bar; the arrays are whole after the loop.
+    """
+
+    def __init__(self, folder: Path, arrays: Mapping[str, Any], n: int, size: int, what: str):
+        """Arrays as of `RowWriter` in `folder`, n rows, `size` of them at a time; `what` names them."""
+        self.specs, self.n, self.size, self.what = arrays, n, size, what
+        self._writer = RowWriter(folder, arrays, size) if processes.leads() else None
+        self._made: dict[str, np.ndarray] = {}
+
+    def append(self, **arrays: np.ndarray) -> None:
+        """The rows of the batch."""
+        self._made = arrays
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Row numbers (B,) of the batches that are this process's."""
+        done = processes.told(self._writer.rows if self._writer else 0)
+        todo = list(slices(self.n, self.size, done))
+        with (
+            tqdm(total=self.n, initial=done, desc=self.what, unit="image") as bar,
+            Threads(device()) as threads,
+        ):
+            while todo:
+                now, todo = todo[: processes.size()], todo[processes.size() :]
+                yield from now[processes.rank() :][:1]
+                for made in processes.collected(self._made)[: len(now)]:
+                    self._writer.append(**made)  # type: ignore[union-attr]  # the leader alone is given them
+                bar.update(sum(map(len, now)))
+                threads.step()
+        if self._writer:
+            self._writer.close()
+        processes.barrier()
 
 
 def training_facts(result: TrainResult) -> dict[str, Any]:

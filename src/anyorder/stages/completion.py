@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from anyorder import files
 from anyorder.contracts import require
@@ -22,7 +21,7 @@ from anyorder.inference.inpainting import Filling, open_tokens
 from anyorder.inference.masks import shaped_mask
 from anyorder.inference.pipeline import Pipeline
 from anyorder.stages.artifacts import Artifact
-from anyorder.stages.common import as_condition, require_made_from
+from anyorder.stages.common import Rows, as_condition, require_made_from
 from anyorder.stages.features import load_extractor
 from anyorder.stages.generation import GeneratingStage, over_seeds
 
@@ -34,6 +33,7 @@ SHOWN = 8
 class CompletionStage(GeneratingStage):
     """Generate what is masked in test images, over several seeds, and measure it against the true content."""
 
+    together: ClassVar[bool] = True
     inputs: ClassVar[tuple[str, ...]] = (*GeneratingStage.inputs, "features", "data")
     provenance: ClassVar[dict[str, tuple[str, str]]] = {
         **GeneratingStage.provenance,
@@ -80,6 +80,8 @@ class CompletionStage(GeneratingStage):
             # Far apart, so that no image meets the numbers of another one in the next seed.
             seeds = [1_000_000 * seed + int(row) for row in rows]
             self._complete(artifact.folder / str(seed), pipe, true, hole, condition, seeds)
+        if not artifact.leads:
+            return {}
         found = self._measure(artifact.folder, true, hole, pipe.tokenizer.factor)
         files.write_json(artifact.folder / "metrics.json", found)
         self._figure(artifact.folder, true, hole)
@@ -104,25 +106,23 @@ class CompletionStage(GeneratingStage):
         n = (hole.size // pipe.tokenizer.factor**2,)
         names: dict[str, Any] = {"images": (true.shape[1:], np.uint8), "order": (n, np.uint16)}
         names |= {"log_prob": (n, np.float32)} if self._exact() else {}
-        writer = files.RowWriter(target.parent, {f"{target.name}.{name}": x for name, x in names.items()})
-        with tqdm(total=len(true), initial=writer.rows, desc=f"{self.policy.label}, {target.name}") as bar:
-            for some in row_numbers.slices(len(true), self.batch_size, writer.rows):
-                settings: dict[str, Any] = {
-                    "condition": None if condition is None else condition[some],
-                    "guidance_scale": self.guidance,
-                    "generator": [seeds[i] for i in some],
-                }
-                made = pipe.complete(
-                    true[some], hole, order=self.policy, sampling=self.sampling,
-                    **settings, **vars(self.filling),
-                )  # fmt: skip
-                values = [np.stack([np.asarray(image) for image in made.images]), made.order.cpu().numpy()]
-                if self._exact():
-                    order = made.order if self.policy.order == "random" else self.policy
-                    values.append(pipe.log_prob_of(true[some], made, order=order, **settings).cpu().numpy())
-                writer.append(**dict(zip(writer.specs, values, strict=True)))
-                bar.update(len(some))
-        writer.close()
+        specs = {f"{target.name}.{name}": x for name, x in names.items()}
+        what = f"{self.policy.label}, {target.name}"
+        rows = Rows(target.parent, specs, len(true), self.batch_size, what)
+        for some in rows:
+            settings: dict[str, Any] = {
+                "condition": None if condition is None else condition[some],
+                "guidance_scale": self.guidance,
+                "generator": [seeds[i] for i in some],
+            }
+            made = pipe.complete(
+                true[some], hole, order=self.policy, sampling=self.sampling, **settings, **vars(self.filling)
+            )
+            values = [np.stack([np.asarray(image) for image in made.images]), made.order.cpu().numpy()]
+            if self._exact():
+                order = made.order if self.policy.order == "random" else self.policy
+                values.append(pipe.log_prob_of(true[some], made, order=order, **settings).cpu().numpy())
+            rows.append(**dict(zip(rows.specs, values, strict=True)))
 
     def _measure(self, folder: Path, true: np.ndarray, hole: np.ndarray, factor: int) -> dict[str, Any]:
         """Mean, standard deviation over the seeds and the values of each seed, metric by metric."""

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from anyorder import files
 from anyorder.contracts import AnyOrderNetwork, require
@@ -19,6 +18,7 @@ from anyorder.data.images import uint8_batches
 from anyorder.data.sunsets import causes_of
 from anyorder.evaluation import classes, memorization, metrics
 from anyorder.evaluation.features import ClassifierFeatures
+from anyorder.inference import processes
 from anyorder.inference.device import device
 from anyorder.inference.weights import load_any_order
 from anyorder.method.decoding import extract_orders
@@ -49,6 +49,7 @@ class EvalStage:
         **{role: ("samples", role) for role in ("model", "tokens", "scorer", "orders")},
     }
     required: ClassVar[tuple[str, ...]] = ("model", "data", "tokens")
+    together: ClassVar[bool] = True
     samples: Path
     """Artifact of the sample stage."""
     features: Path
@@ -87,9 +88,12 @@ class EvalStage:
         train, test = (caches.TokenSet(self.tokens, split) for split in ("train", "test"))
         extractor, reference = spaces.load_extractor(self.features), spaces.load_reference(self.features)
         images, source = files.load_array(self.samples / "images.npy"), artifact.identity["inputs"]["samples"]
-        generated = metrics.statistics(extractor, uint8_batches(images), source, "generated images")
-        generated.save(artifact.folder / common.SAMPLES)
+        generated = spaces.statistics(extractor, images, np.arange(len(images)), source, "generated images")
         training = spaces.training_features(self.features, extractor, caches.ImageSet(self.data)).features
+        likelihood = self._likelihood(made, test)
+        if not artifact.leads:
+            return {}
+        generated.save(artifact.folder / common.SAMPLES)
         distances = (memorization.nearest_distance(x.features, training) for x in (generated, reference))
         tokens, before = files.load_array(self.samples / "tokens.npy"), common.trained_before(self.model)
         found = metrics.evaluate(extractor, reference, generated, self.kid_subset_size) | {
@@ -97,7 +101,7 @@ class EvalStage:
             "scorer": self.scorer.name if self.scorer else None,
             "token_blind": made["token_blind"],
             "training_tokens": before["training_tokens"],
-            **self._likelihood(made, test),
+            **likelihood,
             **memorization.closeness(*distances),
             "token_copies": memorization.copied_share(tokens, train.tokens),
             "token_copies_of_test": memorization.copied_share(test.tokens, train.tokens),
@@ -179,8 +183,8 @@ class EvalStage:
         """`image_nll` of test images without the `hidden` parts of their conditions, averaged."""
         scorer = load_any_order(self.scorer) if self.scorer else None
         cache = caches.OrderSet(self.orders) if self.orders else None
-        values: dict[str, list[torch.Tensor]] = {}
-        for some in tqdm(list(select.batches(rows, self.batch_size)), desc="likelihood", unit="batch"):
+
+        def work(some: np.ndarray) -> dict[str, torch.Tensor]:
             tokens, labels = test.batch(some)
             labels = test.without(labels, hidden)
             condition = common.as_condition(model, test, labels.to(device()))
@@ -191,11 +195,13 @@ class EvalStage:
                 model, tokens, order, streams, condition=condition, grid=test.grid, scorer=scorer
             )
             if policy.parallel and exact:
-                each = {"nll": -found.log_prob.double().mean(1)}
-            else:
-                steps: Any = {"sizes": policy.sizes(test.grid.n)} if policy.parallel else {}
-                inputs = (tokens, condition, found.order, test.grid)
-                each = image_nll(model, *inputs, location=not exact, **steps)
-            for name, value in each.items():
-                values.setdefault(name, []).append(value)
-        return {name: float(torch.cat(value).mean()) for name, value in values.items()}
+                return {"nll": -found.log_prob.double().mean(1).cpu()}
+            steps: Any = {"sizes": policy.sizes(test.grid.n)} if policy.parallel else {}
+            inputs = (tokens, condition, found.order, test.grid)
+            each = image_nll(model, *inputs, location=not exact, **steps)
+            return {name: value.cpu() for name, value in each.items()}
+
+        batches = list(select.batches(rows, self.batch_size))
+        made = list(processes.mapped(work, batches, "likelihood"))
+        names = made[0] if made else ()  # the leader's alone
+        return processes.told({name: float(torch.cat([x[name] for x in made]).mean()) for name in names})

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from anyorder.contracts import require
 from anyorder.files import read_manifest
+from anyorder.inference import processes
+from anyorder.inference.device import out_of_memory
 from anyorder.settings import read_stored
 from anyorder.stages.artifacts import Artifact, Completion, recorded_input
 
@@ -30,7 +34,8 @@ def execute(name: str, stage: Any, out: Path, *, overwrite: bool = False) -> boo
     """Run one stage unless its artifact is up to date.
 
     A stage may say which settings (dotted names) do not change what it writes, `aside`, and which continue
-    the work that is there when they become larger, `grows`.
+    the work that is there when they become larger, `grows`. Of several processes the leader runs it alone
+    unless it works `together`; then `run` returns what the manifest holds in the leader.
 
     Args:
         name: what its manifest calls the stage.
@@ -45,20 +50,47 @@ def execute(name: str, stage: Any, out: Path, *, overwrite: bool = False) -> boo
         ValueError, FileNotFoundError: bad configuration or inputs; `out` is as it was before.
         OSError: the disk is full; what was finished is kept.
     """
+    begun = processes.leader_does(lambda: _begin(name, stage, out, overwrite))
+    with begun[1] if begun else contextlib.nullcontext() as artifact:
+        stage = processes.told(begun[0] if begun else stage)
+        names = ("folder", "identity", "current")  # what processes without the artifact know of it
+        facts = {key: getattr(artifact, key, None) for key in names}
+        seen = processes.told(SimpleNamespace(**facts, leads=False))
+        if seen.current:
+            log.info("%s is up to date", out)
+            return False
+        log.info("%s -> %s", name, out)
+        if artifact or getattr(stage, "together", False):
+            with _explained(stage):
+                found = stage.run(artifact or seen)
+        if artifact:
+            artifact.finish(**found)
+        processes.barrier()
+    return True
+
+
+@contextlib.contextmanager
+def _explained(stage: Any) -> Iterator[None]:
+    """A ValueError that says what to change if memory is too small for what a stage does at once."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
+        size = getattr(stage, "batch_size", None)
+        half = f"batch_size={size // 2} needs about half" if size and size > 1 else "choose a smaller model"
+        raise ValueError(f"out of memory with batch_size={size}: {half}") from e
+
+
+def _begin(name: str, stage: Any, out: Path, overwrite: bool) -> tuple[Any, Artifact]:
+    """The stage with all its inputs, and its folder; the leader alone reads and locks."""
     stage = resolved(stage)
     made_from = split(stage)
     for role, folder in made_from[1].items():
         _require_stage(name, role, folder)
     if hasattr(stage, "explain"):
         stage.explain(out)
-    grows, shared = getattr(stage, "grows", ()), getattr(stage, "shards", 1) > 1
-    with Artifact(out, name, *made_from, grows=grows, shared=shared, overwrite=overwrite) as artifact:
-        if artifact.current:
-            log.info("%s is up to date", out)
-            return False
-        log.info("%s -> %s", name, out)
-        artifact.finish(**stage.run(artifact))
-    return True
+    return stage, Artifact(out, name, *made_from, grows=getattr(stage, "grows", ()), overwrite=overwrite)
 
 
 def _require_stage(name: str, role: str, folder: Path) -> None:

@@ -13,10 +13,10 @@ from torch import nn
 from anyorder import families
 from anyorder.contracts import require
 from anyorder.data.caches import ImageSet, splits
-from anyorder.data.images import uint8_batches
 from anyorder.data.rows import batches, evenly_spaced
 from anyorder.evaluation import features, metrics
 from anyorder.files import read_json, read_manifest, write_json
+from anyorder.inference import processes
 from anyorder.inference.device import device
 from anyorder.inference.weights import load_model, save_model
 from anyorder.stages.artifacts import Artifact
@@ -74,15 +74,22 @@ class FeaturesStage(TrainingStage):
         few = f"{self.data} has {len(test)} test images, features need at least 2: hold out more"
         require(len(test) >= 2, few)
         facts = self._train(artifact, images, test) if self.extractor == "classifier" else {}
-        write_json(artifact.folder / "extractor.json", {"extractor": self.extractor})
+        if artifact.leads:
+            write_json(artifact.folder / "extractor.json", {"extractor": self.extractor})
+            (artifact.folder / TRAINING).unlink(missing_ok=True)  # of an earlier configuration
+        processes.barrier()
         extractor = load_extractor(artifact.folder)
         for split in splits(self.data)[1:]:
-            pixels = uint8_batches(ImageSet(self.data, split).images)
-            found = metrics.statistics(extractor, pixels, test.fingerprint, f"{split} features")
-            found.save(artifact.folder / REFERENCES[split])
-        reference = found  # of the test split, the last
-        (artifact.folder / TRAINING).unlink(missing_ok=True)  # of an earlier configuration
+            held = ImageSet(self.data, split).images
+            rows, what = np.arange(len(held)), f"{split} features"
+            reference = statistics(
+                extractor, held, rows, test.fingerprint, what
+            )  # the last: of the test split
+            if artifact.leads:
+                reference.save(artifact.folder / REFERENCES[split])
         training = training_features(artifact.folder, extractor, images, self.max_train)
+        if not artifact.leads:
+            return {}
         floor = _floor(extractor, reference, training)
         return {"extractor": extractor.name, "metric_name": extractor.metric, "floor": floor, **facts}
 
@@ -110,7 +117,9 @@ class FeaturesStage(TrainingStage):
         result = train(
             model, loss, len(known), self.train, artifact.folder, device=device(), evaluate=evaluate
         )
-        save_model(artifact.folder, result.model, config, "classifier")
+        if artifact.leads:
+            save_model(artifact.folder, result.model, config, "classifier")
+        processes.barrier()
         return {"test": evaluate(result.model, result.steps), **training_facts(result)}
 
 
@@ -157,8 +166,25 @@ def training_features(
 ) -> metrics.FeatureStatistics:
     """Features of at most `limit` training images, computed once and kept in the features artifact."""
     path = folder / TRAINING
-    if not path.is_file():
-        rows = batches(evenly_spaced(limit, len(images)), 256)
-        pixels = (torch.from_numpy(np.array(images.images[some])).permute(0, 3, 1, 2) for some in rows)
-        metrics.statistics(extractor, pixels, images.fingerprint, "training features").save(path)
+    if not processes.told(path.is_file()):
+        rows = evenly_spaced(limit, len(images))
+        found = statistics(extractor, images.images, rows, images.fingerprint, "training features")
+        if processes.leads():
+            found.save(path)
+        processes.barrier()
     return metrics.FeatureStatistics.load(path, extractor.name, images.fingerprint)
+
+
+def statistics(
+    extractor: features.FeatureExtractor, images: np.ndarray, rows: np.ndarray, data: str, what: str
+) -> metrics.FeatureStatistics:
+    """`metrics.statistics` of rows of images (n, H, W, 3) uint8, by all processes; whole in the leader."""
+
+    def work(some: np.ndarray) -> tuple[torch.Tensor, ...]:
+        pixels = torch.from_numpy(np.array(images[some])).permute(0, 3, 1, 2)
+        return tuple(x.cpu() for x in extractor(pixels))
+
+    result = metrics.FeatureStatistics(extractor.name, data)
+    for found in processes.mapped(work, list(batches(rows, 256)), what):
+        result.update(*found)
+    return result

@@ -78,6 +78,8 @@ class IterateStage(TrainingStage):
             best = min(range(len(history)), key=lambda i: _watched(history[i]))
             if done - best >= self.patience:
                 break
+        if not artifact.leads:
+            return {}
         winner = artifact.folder / f"round-{best + 1}" / "model"
         for name in (CONFIG, WEIGHTS):
             with atomic(artifact.folder / name) as temporary:

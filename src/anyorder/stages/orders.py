@@ -16,14 +16,14 @@ from anyorder.contracts import AnyOrderNetwork, require
 from anyorder.data.caches import OrderSet, TokenSet, splits
 from anyorder.data.rows import evenly_spaced
 from anyorder.data.sunsets import sun_first
-from anyorder.inference import figures
-from anyorder.inference.device import device, fast_dtype
+from anyorder.inference import figures, processes
+from anyorder.inference.device import device, fast_dtype, images_at_once
 from anyorder.inference.weights import load_any_order
 from anyorder.method.decoding import extract_orders
 from anyorder.method.policy_config import INFERRED, PolicyConfig
 from anyorder.method.sampling import Streams
 from anyorder.models.compiled import compile_decoding
-from anyorder.stages import common, shards
+from anyorder.stages import common
 from anyorder.stages.artifacts import Artifact
 
 
@@ -31,8 +31,10 @@ from anyorder.stages.artifacts import Artifact
 class OrdersStage:
     """Extract the order in which the model itself would reveal each training image."""
 
+    together: ClassVar[bool] = True
     inputs: ClassVar[tuple[str, ...]] = ("model", "tokens", "data", "orders")
     aside: ClassVar[tuple[str, ...]] = ("batch_size",)
+    removed: ClassVar[dict[str, Any]] = {"shards": 1}
     model: Path
     """Model that scores: trained on random orders, or converted."""
     tokens: Path
@@ -58,9 +60,6 @@ class OrdersStage:
     is not for converted models."""
     seed: int = 0
     """Seed of the location temperature."""
-    shards: int = 1
-    """Parts that the images are split into, for as many processes: start the same command several times, here
-    or on other machines that see the folder, and each works on the parts that no other does."""
 
     def __post_init__(self) -> None:
         names = f"{', '.join(INFERRED)}, location or an own one that a model decides"
@@ -70,8 +69,7 @@ class OrdersStage:
         require(self.policy.by_class == (self.orders is not None), text)
         require(self.test_limit >= 1, f"test_limit must be >= 1, got {self.test_limit}")
         self.test_limit = min(self.test_limit, self.limit or self.test_limit)
-        got = f"got {self.shards} and {self.batch_size}"
-        require(min(self.shards, self.batch_size or 1) >= 1, f"shards and batch_size must be >= 1, {got}")
+        require((self.batch_size or 1) >= 1, f"batch_size must be >= 1, got {self.batch_size}")
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `SPLIT.{order,log_prob,seconds}.npy`, `class_order.npy` and statistics of orders."""
@@ -84,6 +82,8 @@ class OrdersStage:
         self._extract(artifact.folder, model, tokens, np.arange(n))
         for held in others:
             self._extract(artifact.folder, model, held, evenly_spaced(self.test_limit, len(held)))
+        if not artifact.leads:
+            return {}
         written = [files.load_array(artifact.folder / f"{name}.npy") for name in _arrays(tokens)]
         orders, labels, classes = written[0].astype(np.int64), tokens.labels[:n], tokens.classes or ["all"]
         by_class = class_orders(orders, labels, len(classes))
@@ -122,19 +122,11 @@ class OrdersStage:
         return found | {"sun_first": sun_first(orders.numpy(), causes, tokens.grid, (h, w))}
 
     def _extract(self, folder: Path, model: AnyOrderNetwork, tokens: TokenSet, images: np.ndarray) -> None:
-        """Extract the orders of some images, in parts if there are several."""
-        parts = np.array_split(images, self.shards)
-        shards.share_out(
-            folder, tokens.split, self.shards, list(_arrays(tokens)),
-            lambda i, part: self._rows(part, model, tokens, parts[i]),
-        )  # fmt: skip
-
-    def _rows(self, folder: Path, model: AnyOrderNetwork, tokens: TokenSet, images: np.ndarray) -> None:
-        """Extract the orders of some images into `folder`; a killed run resumes after its last batch."""
-        rows = files.RowWriter(folder, _arrays(tokens))
+        """Extract the orders of some images; a killed run resumes after its last batch."""
         by_class = OrderSet(self.orders) if self.orders else None
-        size = self.batch_size or shards.images_at_once(model, tokens.grid, self.shards)
-        for some in common.in_batches(rows, len(images), size, f"{tokens.split} orders"):
+        size = self.batch_size or processes.told(images_at_once(model, tokens.grid))
+        rows = common.Rows(folder, _arrays(tokens), len(images), size, f"{tokens.split} orders")
+        for some in rows:
             begin = time.perf_counter()
             batch, labels = (x.to(device()) for x in tokens.batch(images[some]))
             streams = Streams([self.seed + int(row) for row in images[some]], device())

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from anyorder.contracts import class_labels, require
 from anyorder.data.caches import TokenSet
-from anyorder.files import RowWriter, load_array
+from anyorder.files import load_array
 from anyorder.inference import figures
 from anyorder.inference.device import device
 from anyorder.stages.artifacts import Artifact
-from anyorder.stages.common import SHOWN, as_condition, in_batches
+from anyorder.stages.common import SHOWN, Rows, as_condition
 from anyorder.stages.generation import GeneratingStage
 
 
@@ -24,6 +24,7 @@ from anyorder.stages.generation import GeneratingStage
 class SampleStage(GeneratingStage):
     """Generate images for the classes, attributes and captions of the test split, or for prompts."""
 
+    together: ClassVar[bool] = True
     num_images: int = 1000
     """Number of images, at least 1; by default 1000."""
     prompts: tuple[str, ...] = ()
@@ -65,8 +66,9 @@ class SampleStage(GeneratingStage):
         pipe = self.load_pipeline(artifact, tokens, bf16=self.bf16, compiled=self.compile)
         conditions, per_prompt = self._conditions(tokens), self.num_images // max(1, len(self.prompts))
         given = tokens.without(conditions, self.hide)
-        rows = _writer(artifact.folder, tokens, pipe.tokenizer.factor, conditions)
-        for some in in_batches(rows, self.num_images, self.batch_size, f"samples, {self.policy.label}"):
+        arrays, what = _arrays(tokens, pipe.tokenizer.factor, conditions), f"samples, {self.policy.label}"
+        rows = Rows(artifact.folder, arrays, self.num_images, self.batch_size, what)
+        for some in rows:
             begin = time.perf_counter()
             made = pipe(
                 None, len(some), self.policy, self.guidance,
@@ -82,6 +84,8 @@ class SampleStage(GeneratingStage):
                 **arrays,
                 **({"condition": conditions[some].numpy()} if conditions.ndim > 1 else {}),
             )
+        if not artifact.leads:
+            return {}
         self._figures(artifact.folder, tokens)
         seconds = load_array(artifact.folder / "seconds.npy")
         return {
@@ -112,10 +116,10 @@ class SampleStage(GeneratingStage):
         figures.save_sample_figures(folder, np.array(images[:SHOWN]), orders, tokens.grid)
 
 
-def _writer(folder: Path, tokens: TokenSet, factor: int, conditions: Tensor) -> RowWriter:
+def _arrays(tokens: TokenSet, factor: int, conditions: Tensor) -> dict[str, Any]:
     n, size = (tokens.grid.n,), (tokens.grid.h * factor, tokens.grid.w * factor, 3)
     arrays: dict[str, Any] = {"images": (size, np.uint8), "tokens": (n, np.int32), "order": (n, np.uint16)}
     arrays |= {"log_prob": (n, np.float32), "labels": ((), np.int64), "seconds": ((), np.float32)}
     if conditions.ndim > 1:
         arrays["condition"] = (tuple(conditions.shape[1:]), np.int64)
-    return RowWriter(folder, arrays)
+    return arrays

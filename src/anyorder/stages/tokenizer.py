@@ -15,10 +15,10 @@ from anyorder.data.caches import ImageSet, splits
 from anyorder.data.images import to_uint8
 from anyorder.data.rows import batches, evenly_spaced
 from anyorder.evaluation import metrics
-from anyorder.inference import figures, folders, weights
+from anyorder.inference import figures, folders, processes, weights
 from anyorder.inference.device import device
+from anyorder.stages import common
 from anyorder.stages.artifacts import Artifact
-from anyorder.stages.common import SHOWN, TrainingStage, training_facts
 from anyorder.tokenizers.losses import LossConfig, TokenizerLoss, codebook_usage
 from anyorder.tokenizers.vq import VQConfig, VQModel
 from anyorder.training.config import TrainConfig
@@ -39,7 +39,7 @@ SMALL = VQConfig(
 
 
 @dataclass
-class TokenizerStage(TrainingStage):
+class TokenizerStage(common.TrainingStage):
     """Train the VQ tokenizer and measure it on the test split."""
 
     inputs: ClassVar[tuple[str, ...]] = ("data", "init")
@@ -59,6 +59,9 @@ class TokenizerStage(TrainingStage):
         require(not given, "init=... brings its architecture: remove the model.* settings")
         names = [f"{split}_{value}" for split in ("validation", "test") for value in ("psnr", "ssim")]
         self.train.require_watched(names)
+        learnt = self.model.codebook_update == "gradient" and self.model.revive_after
+        refused = "train.shard=true cannot revive codes that learn by gradients: give model.revive_after=0"
+        require(not (self.train.shard and learnt), refused)
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write the model, its log, and reconstructions of test images."""
@@ -70,9 +73,15 @@ class TokenizerStage(TrainingStage):
         require(isinstance(model, VQModel), trainable)
         assert isinstance(model, VQModel)
         objective = TokenizerLoss(self.loss).to(device())
+        frozen = [p for p in model.quantize.parameters() if not p.requires_grad]
 
         def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
             return objective(model, images.batch(rows)[0].to(device()), step)
+
+        def after(step: int) -> dict[str, torch.Tensor]:
+            parts = objective.update_codebook(model, step, processes.stacked)
+            processes.same([*model.quantize.buffers(), *frozen])  # GPUs sum in any sequence
+            return parts
 
         def evaluate(model: nn.Module, step: int) -> dict[str, float]:
             found = _measured(model, held_out, 1024)
@@ -80,11 +89,13 @@ class TokenizerStage(TrainingStage):
 
         result = train(
             model, loss, len(images), self.train, artifact.folder, device=device(), evaluate=evaluate,
-            extra=objective if any(True for _ in objective.parameters()) else None,
+            extra=objective if any(True for _ in objective.parameters()) else None, after=after,
         )  # fmt: skip
+        if not artifact.leads:
+            return {}
         weights.save_model(artifact.folder, result.model, model.config, "vq")
         _save_reconstructions(result.model, test if len(test) else images, artifact.folder)
-        return {"test": _measured(result.model, test, len(test)), **training_facts(result)}
+        return {"test": _measured(result.model, test, len(test)), **common.training_facts(result)}
 
 
 def _reconstructed(model: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,7 +122,7 @@ def _measured(model: nn.Module, images: ImageSet, limit: int) -> dict[str, float
 
 def _save_reconstructions(model: nn.Module, images: ImageSet, folder: Path) -> None:
     """The first images above their reconstructions."""
-    pixels = images.batch(np.arange(min(SHOWN, len(images))))[0].to(device())
+    pixels = images.batch(np.arange(min(common.SHOWN, len(images))))[0].to(device())
     both = np.concatenate((to_uint8(pixels), to_uint8(_reconstructed(model, pixels)[1])))
     shown = figures.image_grid(both, columns=len(pixels), scale=2)
     figures.save_image(shown, folder / "reconstructions.png")

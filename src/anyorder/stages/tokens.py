@@ -12,17 +12,19 @@ import torch
 from anyorder.contracts import Grid, TokenizerNetwork, require
 from anyorder.data.caches import TEXT, ImageSet, splits
 from anyorder.data.captions import CaptionTokenizer, TextConfig
-from anyorder.files import RowWriter, save_array, write_text
+from anyorder.files import save_array, write_text
+from anyorder.inference import processes
 from anyorder.inference.device import device
 from anyorder.inference.weights import load_tokenizer
 from anyorder.stages.artifacts import Artifact
-from anyorder.stages.common import in_batches
+from anyorder.stages.common import Rows
 
 
 @dataclass
 class TokensStage:
     """Encode every image as tokens, once."""
 
+    together: ClassVar[bool] = True
     inputs: ClassVar[tuple[str, ...]] = ("data", "tokenizer")
     data: Path
     """Images."""
@@ -39,7 +41,7 @@ class TokensStage:
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `SPLIT.{tokens,labels}.npy`, and what the data have of `SPLIT.{attributes,captions}.npy`."""
         sets = [ImageSet(self.data, split) for split in splits(self.data)]
-        further = self._conditions(sets, artifact)
+        further = processes.told(self._conditions(sets, artifact) if artifact.leads else {})
         model, images = load_tokenizer(self.tokenizer), sets[0]
         grid = Grid(*(side // model.factor for side in images.size))
         for each in sets:
@@ -85,8 +87,8 @@ class TokensStage:
         """Encode one split as n tokens each, going on where a killed run stopped."""
         split, numbers = images.split, self._with_copies(images, np.arange(len(images)))
         names = {f"{split}.tokens": ((n,), np.int32), f"{split}.labels": ((), np.int64)}
-        rows = RowWriter(artifact.folder, names)
-        for some in in_batches(rows, len(numbers), self.batch_size, f"{split} tokens"):
+        rows = Rows(artifact.folder, names, len(numbers), self.batch_size, f"{split} tokens")
+        for some in rows:
             pixels, labels = images.batch(numbers[some])
             copies = torch.from_numpy(some >= len(images))[:, None, None, None]
             pixels = torch.where(copies, pixels.flip(-1), pixels)

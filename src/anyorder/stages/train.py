@@ -184,8 +184,10 @@ class TrainStage(common.TrainingStage):
             device=device(), evaluate=evaluate, sample=self._preview(artifact.folder),
             ready=online.set_scorer if online else None,
         )  # fmt: skip
+        if not artifact.leads:
+            return {}
         lora.merge_low_rank(result.model)
-        weights.save_model(artifact.folder, result.model, model.config, families.kind_of(model))
+        weights.save_model(artifact.folder, result.model, model.config, families.kind_of(result.model))
         before = self._trained_before()
         return {
             **evaluate(result.model, result.steps, len(measured)),

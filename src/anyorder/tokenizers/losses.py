@@ -8,6 +8,7 @@ discriminator's term sees the reconstructions detached.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from anyorder.contracts import require
-from anyorder.tokenizers.vq import VQModel, VQOutput
+from anyorder.tokenizers.vq import VQModel
 
 
 @dataclass
@@ -72,20 +73,21 @@ class TokenizerLoss(nn.Module):
             self.perceptual = PerceptualLoss(config.vgg_path, config.lpips_path)
         if config.adversarial:
             self.discriminator = Discriminator(config.discriminator_channels, config.discriminator_layers)
+        self._passes: list[tuple[Tensor, Tensor]] = []
+        """Encoder outputs and tokens since the codebook was updated."""
 
     def forward(self, model: VQModel, images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one training batch; also updates the codebook, so call it once per step.
+        """Loss of one training batch, which is remembered for `update_codebook`.
 
         Args:
             model: the tokenizer in training.
             images: (B, 3, H, W) float in [-1, 1].
-            step: training step, from 0; decides whether the adversarial terms count, and seeds the codebook.
+            step: training step, from 0; decides whether the adversarial terms count.
 
         Returns:
             The sum to differentiate, a float32 scalar, and its detached parts before their weights:
             `l1`, `l2`, `commitment` (weighted), `codebook`; where they apply `lpips`, `generator`,
-            `discriminator`, `adaptive_weight`; and `codebook_usage` and `codebook_perplexity` of the latest
-            65,536 training tokens, see `codebook_usage`.
+            `discriminator`, `adaptive_weight`.
         """
         output = model(images)
         fake, real = output.reconstruction.float(), images.float()
@@ -99,7 +101,7 @@ class TokenizerLoss(nn.Module):
             discriminator = discriminator_loss(self.discriminator, real, fake)
             total = total + self.config.adversarial * weight * generator + discriminator
             parts |= {"generator": generator, "discriminator": discriminator, "adaptive_weight": weight}
-        parts |= self._update_codebook(model, output, step)
+        self._passes.append((output.latents.detach(), output.tokens))
         return total, {name: part.detach() for name, part in parts.items()}
 
     def _reconstruction(self, fake: Tensor, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -110,13 +112,30 @@ class TokenizerLoss(nn.Module):
             total = total + self.config.lpips * parts["lpips"]
         return total, parts
 
-    def _update_codebook(self, model: VQModel, output: VQOutput, step: int) -> dict[str, Tensor]:
+    def update_codebook(
+        self, model: VQModel, step: int, stacked: Callable[[Tensor], Tensor] = lambda x: x[None]
+    ) -> dict[str, Tensor]:
+        """Learn the codebook from the batches since the last call, in all processes; call it once per step.
+
+        Args:
+            model: the tokenizer in training.
+            step: training step, from 0; seeds the choice of encoder outputs that become codes.
+            stacked: of a tensor (...), those of all P processes (P, ...).
+
+        Returns:
+            `codebook_usage` and `codebook_perplexity` of the latest 65,536 training tokens, scalars, see
+            `codebook_usage`.
+        """
+        own = [torch.stack(x) for x in zip(*self._passes, strict=True)]
+        self._passes.clear()
+        # (P, passes, B, ...) to the sequence in which one process would have run the passes.
+        latents, tokens = (stacked(x).transpose(0, 1).flatten(0, 2) for x in own)
         # Hashed, because a CPU generator reads no more than the low 32 bits of its seed.
         seed = int(np.random.SeedSequence((self.config.seed, step)).generate_state(1)[0])
-        model.update_codebook(output, torch.Generator(output.latents.device).manual_seed(seed))
         recent = model.quantize.codebook_used
-        usage, perplexity = codebook_usage(recent[recent >= 0].long(), model.vocab_size)
-        return {"codebook_usage": torch.tensor(usage), "codebook_perplexity": torch.tensor(perplexity)}
+        model.update_codebook(latents, tokens, torch.Generator(recent.device).manual_seed(seed))
+        found = recent.new_tensor(codebook_usage(recent[recent >= 0].long(), model.vocab_size))
+        return dict(zip(("codebook_usage", "codebook_perplexity"), found, strict=True))
 
 
 def codebook_usage(tokens: Tensor, vocab_size: int) -> tuple[float, float]:

@@ -119,9 +119,9 @@ class VQModel(network.ConvTokenizer):
             codebook_loss=F.mse_loss(codes, latents.detach()) if learned else latents.new_zeros(()),
         )
 
-    def update_codebook(self, output: VQOutput, generator: torch.Generator) -> None:
-        """Learn the codebook from the output of one training batch; see `Quantizer.update`."""
-        self.quantize.update(output.latents.detach().flatten(0, 1), output.tokens.flatten(), generator)
+    def update_codebook(self, latents: Tensor, tokens: Tensor, generator: torch.Generator) -> None:
+        """Learn from the outputs (B, N, D) and (B, N) of a training step; see `Quantizer.update`."""
+        self.quantize.update(latents.detach().flatten(0, 1), tokens.flatten(), generator)
 
     def _latents(self, images: Tensor) -> Tensor:
         self.grid(images)

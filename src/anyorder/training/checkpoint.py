@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from anyorder.files import read_json, sha256, write_json
+from anyorder.inference import processes
 from anyorder.inference.weights import log, read_tensors, write_tensors
 
 STATE, FACTS = "state.safetensors", "facts.json"
+State = tuple[int, dict[str, Tensor], dict[str, Any]]
 
 
 class Checkpoints:
     """The training states of one run: `checkpoints/step-00001000/{state.safetensors, facts.json}`.
 
-    A state is written under a temporary name and renamed once it is whole, so a kill at any moment leaves
-    the earlier ones intact. One process at a time may write into a folder.
+    A sharded state has one `shard-*.safetensors` for each process in place of `state.safetensors`, and can be
+    read by any number of processes. A state is written under a temporary name and renamed once it is whole,
+    so a kill at any moment leaves the earlier ones intact. One run at a time may write into a folder.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2):
@@ -28,43 +33,52 @@ class Checkpoints:
         self.folder, self.keep = Path(folder) / "checkpoints", keep
         self._sweep()
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], sharded: bool = False
+    ) -> None:
         """Write the state after `step`, then prune older ones and any later ones (found damaged, or undone).
 
         `facts`, JSON-able, are what else the run needs to resume. After an OSError earlier states are intact.
+        Every process calls this; with `sharded` each writes what it holds, otherwise the leader writes all.
         """
         self._sweep()
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".{final.name}.tmp"
-        state = temporary / STATE
         try:
-            write_tensors(state, tensors)
-            check = {"bytes": state.stat().st_size, "sha256": sha256(state)}
-            write_json(temporary / FACTS, {"step": step, **check, "facts": dict(facts)})
-            _sync(temporary)
-            if final.exists():
-                shutil.rmtree(final)
-            os.rename(temporary, final)
-            _sync(self.folder)
+            if sharded:
+                written = {"files": _write_shards(temporary, tensors)}
+            elif processes.leads():
+                write_tensors(temporary / STATE, tensors)
+                written = _check(temporary / STATE)
+            if processes.leads():
+                write_json(temporary / FACTS, {"step": step, **written, "facts": dict(facts)})
+                _sync(temporary)
+                if final.exists():
+                    shutil.rmtree(final)
+                os.rename(temporary, final)
+                _sync(self.folder)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if processes.leads():
+                shutil.rmtree(temporary, ignore_errors=True)
         self.prune(step)
+        processes.barrier()
 
-    def load_latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+    def load_latest(self, layout: Mapping[str, Tensor] | None = None) -> State | None:
         """The newest intact state as (step, tensors, facts), or None if there never was one.
 
-        A damaged state is named in a warning of the logger `anyorder`, and the one before it is taken.
+        Tensors that are sharded in `layout` are read so. A state that any process finds damaged is named in a
+        warning of the logger `anyorder`, and all take the one before it.
 
         Raises:
             ValueError: there are states, but all of them are damaged.
         """
         damaged = []
-        for folder in reversed(self._folders()):
-            try:
-                return _load(folder)
-            except (OSError, ValueError, KeyError) as e:
-                damaged.append(f"{folder} ({e})")
-                log.warning("checkpoint %s is damaged: %s; trying the one before it", folder, e)
+        for folder in processes.told(self._folders()[::-1]):
+            problems = [*filter(None, processes.gathered(_problem(folder)))]
+            if not problems:
+                return _load(folder, layout or {})
+            damaged.append(f"{folder} ({problems[0]})")
+            log.warning("checkpoint %s is damaged: %s; trying the one before it", folder, problems[0])
         if damaged:
             listed = "; ".join(damaged)
             raise ValueError(f"no intact checkpoint: {listed}; delete {self.folder} to start anew")
@@ -75,6 +89,8 @@ class Checkpoints:
 
     def prune(self, step: int) -> None:
         """Keep the state after `step` and those before it, `keep` in all."""
+        if not processes.leads():
+            return
         folders = self._folders()
         end = folders.index(self.folder / f"step-{step:08d}") + 1
         for folder in set(folders) - set(folders[max(0, end - self.keep) : end]):
@@ -82,22 +98,80 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         """Remove what a killed process left unfinished."""
-        for folder in self.folder.glob(".step-*.tmp"):
+        for folder in self.folder.glob(".step-*.tmp") if processes.leads() else ():
             shutil.rmtree(folder)
+        processes.barrier()
 
 
-def _load(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
-    state, stored = folder / STATE, read_json(folder / FACTS)
-    if (size := state.stat().st_size) != stored["bytes"]:
-        raise ValueError(f"{STATE} has {size} bytes instead of {stored['bytes']}")
-    if sha256(state) != stored["sha256"]:
-        raise ValueError(f"{STATE} was altered, its SHA-256 is not the one in {FACTS}")
-    return stored["step"], read_tensors(state), stored["facts"]
+def _write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Write what each process holds; size and hash of every file."""
+    from torch.distributed import checkpoint as dcp  # takes as long to import as PyTorch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(dict(tensors), storage_writer=writer)
+    except dcp.CheckpointException as e:  # no Exception, and it hides which one it was
+        full = [error for error, _ in e.failures.values() if isinstance(error, OSError)]
+        raise full[0] if full else OSError(f"cannot write {folder}: {e}") from e
+    names = processes.told(sorted(path.name for path in folder.iterdir()))
+    mine = {name: _check(folder / name) for name in names[processes.rank() :: processes.size()]}
+    return {name: check for checks in processes.gathered(mine) for name, check in checks.items()}
 
 
-def _sync(folder: Path) -> None:
-    """Bring the names in a folder to disk (POSIX); a rename alone may be lost with the power."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _problem(folder: Path) -> str:
+    """What is wrong with this process's share of the files in a folder, or ""."""
+    try:
+        stored = read_json(folder / FACTS)
+        files = _files(stored)
+        for name in [*files][processes.rank() :: processes.size()]:
+            path, check = folder / name, files[name]
+            if (size := path.stat().st_size) != check["bytes"]:
+                return f"{name} has {size} bytes instead of {check['bytes']}"
+            if sha256(path) != check["sha256"]:
+                return f"{name} was altered, its SHA-256 is not the one in {FACTS}"
+        return "" if {"step", "facts"} <= {*stored} else f"{FACTS} is incomplete"
+    except (OSError, ValueError, KeyError) as e:
+        return str(e)
+
+
+def _files(stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Size and hash of each file by its name; of a state that is not sharded they stand alone."""
+    return stored.get("files", {STATE: dict(stored)})
+
+
+def _load(folder: Path, layout: Mapping[str, Tensor]) -> State:
+    stored = read_json(folder / FACTS)
+    whole = "files" not in stored and not layout
+    tensors = read_tensors(folder / STATE) if whole else _read_shards(folder, layout)
+    return stored["step"], tensors, stored["facts"]
+
+
+def _read_shards(folder: Path, layout: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of all files, whole or as they are sharded in `layout`."""
+    from torch.distributed import checkpoint as dcp
+
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    stored: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in stored.items()}
+    for name, like in layout.items():
+        if name in tensors and tensors[name].shape == like.shape:
+            tensors[name] = torch.empty_like(like, requires_grad=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # in one process it may be
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def _check(path: Path) -> dict[str, Any]:
+    """Size and hash of a file that is on disk."""
+    _sync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to disk (POSIX); a rename alone may be lost with the power."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -24,7 +24,11 @@ class TrainConfig:
     batch_size: int = 64
     """Examples per forward and backward pass."""
     accumulation: int = 1
-    """Passes whose gradients are averaged into one update, to train with batches larger than memory."""
+    """Passes whose gradients are averaged into one update, to train with batches larger than memory. Several
+    processes share them: take a multiple of their number."""
+    shard: bool = False
+    """Split weights, averages and AdamW's moments over the processes of torchrun (FSDP2): for models that one
+    GPU cannot hold. False keeps all in each process (DDP), which is faster. No effect in one process."""
     learning_rate: float = 3e-4
     """Largest learning rate, reached at the end of the warm-up."""
     warmup: int = 0
@@ -91,7 +95,7 @@ class TrainConfig:
     @property
     def log_settings(self) -> set[str]:
         """Names of the settings that do not change the trained weights; free to change on resuming."""
-        names = {"compile", "log_every", "save_every", "sample_every", "keep", "tensorboard"}
+        names = {"shard", "compile", "log_every", "save_every", "sample_every", "keep", "tensorboard"}
         return names if self.patience else names | {"eval_every"}
 
 

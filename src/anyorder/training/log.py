@@ -10,22 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from anyorder.files import write_text
+from anyorder.inference import processes
 
 
 class Log:
     """One JSON line per report in `metrics.jsonl`, and TensorBoard if asked for.
 
     Lines beyond `step`, and half lines that a kill left, are dropped when the log is opened. Values that are
-    not finite are written as null.
+    not finite are written as null. Of several processes the leader alone writes.
     """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool):
-        self.path = folder / "metrics.jsonl"
-        write_text(self.path, "".join(_lines_until(step, self.path)))
-        self.board = _summary_writer(folder, step) if tensorboard else None
+        self.path, self.board, self.writes = folder / "metrics.jsonl", None, processes.leads()
+        if self.writes:
+            write_text(self.path, "".join(_lines_until(step, self.path)))
+            self.board = _summary_writer(folder, step) if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append the values of a step."""
+        if not self.writes:
+            return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, **finite}) + "\n")

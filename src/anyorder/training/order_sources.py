@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from anyorder.contracts import Grid
 from anyorder.data.caches import TokenSet
 from anyorder.files import load_array, save_array
+from anyorder.inference import processes
 from anyorder.inference.device import device
 from anyorder.method.decoding import extract_orders
 from anyorder.method.policy_config import PolicyConfig
@@ -84,14 +85,17 @@ class OnlineOrders:
             return flagged(random_orders(len(rows), self.tokens.grid, generator), False)
         if current != self.round:
             path, shape = self.folder / f"round-{current:03d}.npy", (len(self.tokens), self.tokens.grid.n)
-            if not path.is_file():
+            if processes.leads() and not path.is_file():
                 save_array(path, np.full(shape, _UNKNOWN, np.uint16))
-            self.orders, self.round = np.load(path, mmap_mode="r+"), current
+            processes.barrier()
+            # The leader's changes reach the file, those of the others only their own memory.
+            self.orders, self.round = np.load(path, mmap_mode="r+" if processes.leads() else "c"), current
+            processes.barrier()
         missing = np.unique(rows[self.orders[rows, 0] == _UNKNOWN])
-        if len(missing):
-            found = self._extract(missing)
-            self.orders[missing, 1:] = found[:, 1:]
-            self.orders[missing, 0] = found[:, 0]  # last: a kill in between leaves them missing
+        for some, found in processes.gathered((missing, self._extract(missing) if len(missing) else missing)):
+            if len(some):
+                self.orders[some, 1:] = found[:, 1:]
+                self.orders[some, 0] = found[:, 0]  # last: a kill in between leaves them missing
         return flagged(torch.from_numpy(self.orders[rows].astype(np.int64)), True)
 
     def evaluations(self) -> int:

@@ -11,10 +11,8 @@ import contextlib
 import copy
 import dataclasses
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,12 +23,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from anyorder.files import write_json
-from anyorder.inference import weights
+from anyorder.inference import processes, weights
 from anyorder.inference.device import Threads, fast_dtype
-from anyorder.models.compiled import require_compiler
+from anyorder.training import distributed, memory
 from anyorder.training.checkpoint import Checkpoints
 from anyorder.training.config import TrainConfig, batch_indices, learning_rate, step_seeds
 from anyorder.training.log import Log
+from anyorder.training.signals import postponed_signals
 
 Loss = Callable[[nn.Module, np.ndarray, int, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 """(model, indices of the batch's examples (b,) int64, step, generator) -> (scalar loss, scalar parts to log).
@@ -38,7 +37,10 @@ Loss = Callable[[nn.Module, np.ndarray, int, torch.Generator], tuple[Tensor, dic
 Parts may be any scalars on the same device under names other than `loss`; they are not differentiated.
 """
 Hook = Callable[[nn.Module, int], Any]
-"""(model, step); called without gradients and autocast, in evaluation mode, with averaged weights if any."""
+"""(model, step); called in one process, without gradients and autocast, with averaged weights if any."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW remembers of each parameter."""
 
 
 class NonFiniteLoss(FloatingPointError, ValueError):
@@ -73,6 +75,7 @@ def train(
     sample: Hook | None = None,
     extra: nn.Module | None = None,
     ready: Callable[[nn.Module], None] | None = None,
+    after: Callable[[int], dict[str, Tensor]] | None = None,
 ) -> TrainResult:
     """Train `model`, or resume from the last checkpoint in `folder`; a finished run returns at once.
 
@@ -92,6 +95,7 @@ def train(
         extra: parameters of the loss, such as a discriminator: trained, clipped apart and checkpointed,
             but not averaged. `loss` holds it and keeps the two gradients apart.
         ready: called before the first step with the averaged model, which is updated in place.
+        after: called with the step after its passes, before the weights change; returns further parts.
 
     Raises:
         KeyboardInterrupt: stopped by a signal, after the checkpoint is written.
@@ -102,24 +106,27 @@ def train(
     """
     if examples < 1:
         raise ValueError(f"no examples to train on: got examples={examples}")
-    trainer = Trainer(model, loss, examples, config, Path(folder), torch.device(device), extra)
+    trainer = Trainer(model, loss, examples, config, Path(folder), torch.device(device), extra, after)
     trainer.resume()
     if ready:
-        ready(trainer.average)
+        ready(trainer.averaged())
     total, done = (steps * trainer.examples_per_step for steps in (config.steps, trainer.step_number))
     with (
         Log(trainer.folder, trainer.step_number, config.tensorboard) as log,
-        _postponed_signals() as stopped,
+        postponed_signals() as stopped,
         tqdm(total=total, initial=done, unit="example", unit_scale=True) as bar,
         trainer.threads,
     ):
-        while trainer.step_number < config.steps and not stopped and not trainer.out_of_patience:
-            trainer.step()
+        while not (trainer.finished or stopped()):
+            if ready:
+                trainer.averaged()
+            with memory.explained(trainer):
+                trainer.step()
             trainer.threads.step()
             bar.update(trainer.examples_per_step)
             if trainer.is_time(config.log_every):
                 log.write(trainer.step_number, trainer.summary())
-                bar.set_postfix(step=trainer.step_number, loss=trainer.metrics["loss"])
+                bar.set_postfix(trainer.shown())
             if evaluate and trainer.is_time(config.eval_every):
                 log.write(trainer.step_number, trainer.evaluate(evaluate))
             if sample and trainer.is_time(config.sample_every):
@@ -127,10 +134,11 @@ def train(
             if trainer.is_time(config.save_every):
                 trainer.save()
         trainer.save()
-        if stopped:
+        if stopped():
             raise KeyboardInterrupt(f"stopped after step {trainer.step_number} of {config.steps}")
     seen = trainer.step_number * trainer.examples_per_step
-    return TrainResult(trainer.best.eval(), trainer.seconds, trainer.step_number, seen, trainer.metrics)
+    best = trainer.unsharded(trainer.best).eval()
+    return TrainResult(best, trainer.seconds, trainer.step_number, seen, trainer.metrics)
 
 
 class Trainer:
@@ -148,21 +156,26 @@ class Trainer:
         folder: Path,
         device: torch.device,
         extra: nn.Module | None,
+        after: Callable[[int], dict[str, Tensor]] | None = None,
     ):
-        self.loss, self.examples, self.config = loss, examples, config
+        self.examples, self.config, self.after = examples, config, after
         self.folder, self.device = folder, device
+        self.passes = distributed.own_passes(config.accumulation)
+        """Which of the passes of a step are run in this process."""
         self.bf16 = fast_dtype(device, config.bf16) == torch.bfloat16
         self.model = model.to(device).train()
         self.average = copy.deepcopy(model).requires_grad_(False).eval() if config.ema else model
         self.best = copy.deepcopy(self.average) if config.patience else self.average
-        self.callable: Any = model
-        if config.compile:  # at the first call; it shares the weights, whose names stay those of `model`
-            require_compiler(device)
-            self.callable = torch.compile(model)
         self.trained = {"model": model} | ({"extra": extra.to(device).train()} if extra else {})
+        self.sharded = config.shard and processes.size() > 1
+        self.whole = copy.deepcopy(self.average) if self.sharded else self.average
+        """The averaged model as hooks see it."""
+        self.loss = distributed.objective(loss, self.trained, config.compile, self.sharded)
+        for each in {self.average, self.best} - {model} if self.sharded else ():
+            distributed.shard_parameters(each, like=model)
         self.modules = self.trained | ({"average": self.average} if config.ema else {})
         self.modules |= {"best": self.best} if config.patience else {}
-        self.optimizer = _adamw(self.trained.values(), config)
+        self.optimizer = _adamw(self.trained, config)
         self.generator = torch.Generator(device)
         self.checkpoints = Checkpoints(folder, config.keep)
         self.examples_per_step = config.batch_size * config.accumulation
@@ -184,23 +197,27 @@ class Trainer:
         self.step_number += 1
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step_number)
-        passes = []
-        for micro in range(self.config.accumulation):
+        found = []
+        for micro in self.passes:
             for_torch, for_loss = step_seeds(self.config.seed, self.step_number, micro)
             torch.manual_seed(for_torch)
             self.generator.manual_seed(for_loss)
             rows = self.indices(self.step_number, micro)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                total, parts = self.loss(self.callable, rows, self.step_number, self.generator)
-            (total / self.config.accumulation).backward()
+            with distributed.synchronised(self.loss, micro == self.passes[-1]):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                    total, parts = self.loss(rows, self.step_number, self.generator)
+                (total / len(self.passes)).backward()
             assert "loss" not in parts, "the name 'loss' is taken by the loss itself"
-            passes.append({name: x.detach().float() for name, x in {"loss": total, **parts}.items()})
-        self._update({name: torch.stack([x[name] for x in passes]).mean() for name in passes[0]})
+            found.append({name: x.detach().float() for name, x in {"loss": total, **parts}.items()})
+        values = torch.stack([torch.stack([x[name] for x in found]).mean() for name in found[0]])
+        means = processes.mean(values).unbind()
+        parts = self.after(self.step_number) if self.after else {}
+        self._update({**dict(zip(found[0], means, strict=True)), **parts})
 
     def _update(self, values: dict[str, Tensor]) -> None:
         """Clip the gradients, update weights and average; `values` are kept for the log."""
         limit = self.config.clip or math.inf
-        norms = [nn.utils.clip_grad_norm_(m.parameters(), limit) for m in self.trained.values()]
+        norms = [distributed.clip(module, limit) for module in self.trained.values()]
         # The norm of no gradient at all (a discriminator before its start) is made on the CPU.
         norms = [norm.to(self.device, non_blocking=True) for norm in norms]
         finite = torch.stack([values["loss"], *norms]).isfinite().all()
@@ -212,7 +229,7 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.config.ema:
             decay = min(self.config.ema, (1 + self.step_number) / (10 + self.step_number))
-            _lerp(self.average, self.model, decay)
+            distributed.lerp(self.average, self.model, decay)
         self.pending.append({**values, "grad_norm": norms[0], "_finite": finite.float()})
 
     def indices(self, step: int, micro: int) -> np.ndarray:
@@ -266,11 +283,20 @@ class Trainer:
         return line
 
     def call(self, hook: Hook) -> Any:
-        """Call a hook with the averaged model and the step."""
+        """What a hook, called in the leader with the averaged model and the step, returns."""
         with self._clock_stopped(), torch.no_grad():
-            found = hook(self.average.eval(), self.step_number)
+            average = self.averaged().eval()
+            found = processes.told(hook(average, self.step_number) if processes.leads() else None)
         self.model.train()
         return found
+
+    def averaged(self) -> nn.Module:
+        """The averaged model as it is now, whole in every process."""
+        return self.unsharded(self.average)
+
+    def unsharded(self, module: nn.Module) -> nn.Module:
+        """`module`, or a whole copy of it that the next call overwrites."""
+        return distributed.copy_whole(self.whole, module) if self.sharded else module
 
     def evaluate(self, evaluate: Callable[[nn.Module, int], Mapping[str, float]]) -> dict[str, float]:
         """Evaluate; with `patience` the weights are kept if they are the best so far."""
@@ -285,10 +311,16 @@ class Trainer:
         return line
 
     @property
-    def out_of_patience(self) -> bool:
-        """Whether the last `patience` evaluations brought no new best value."""
+    def finished(self) -> bool:
+        """Whether all steps are done, or the last `patience` evaluations brought no new best value."""
         since = len(self.watched) - 1 - self.watched.index(min(self.watched)) if self.watched else 0
-        return 0 < self.config.patience <= since
+        return self.step_number >= self.config.steps or 0 < self.config.patience <= since
+
+    def shown(self) -> dict[str, Any]:
+        """What stands behind the progress bar."""
+        each = self.metrics["examples_per_second"] / processes.size()
+        alone = {"per_process": f"{each:.1f}/s"} if processes.size() > 1 else {}
+        return {"step": self.step_number, "loss": self.metrics["loss"], **alone}
 
     # --- checkpoints ------------------------------------------------------------------------------------
 
@@ -301,19 +333,20 @@ class Trainer:
         if self.saved_step == self.step_number:
             return
         with self._clock_stopped():
-            if not _is_finite(self.modules.values()):
+            if not distributed.is_finite(self.modules.values()):
                 reason = "finite loss, but non-finite weights or buffers after the update"
                 self._dump_and_raise(self.step_number, reason)
             slots = self.optimizer.state_dict()["state"].items()
             tensors = {f"optimizer.{i}.{name}": t for i, slot in slots for name, t in slot.items()}
+            tensors |= self._weights()
             facts = {name: getattr(self, name) for name in self.RESUMED}
             facts |= {"config": self._lasting_config(), "threads": self.threads.best}
-            self.checkpoints.save(self.step_number, tensors | self._weights(), facts)
+            self.checkpoints.save(self.step_number, tensors, facts, self.sharded)
         self.saved_step = self.step_number
 
     def resume(self) -> None:
         """Load the latest checkpoint, if there is one."""
-        found = self.checkpoints.load_latest()
+        found = self.checkpoints.load_latest(self._layout() if self.sharded else {})
         if found is None:
             return
         self.step_number, tensors, facts = found
@@ -335,6 +368,12 @@ class Trainer:
 
     def _weights(self) -> dict[str, Tensor]:
         return {f"{name}.{k}": t for name, m in self.modules.items() for k, t in m.state_dict().items()}
+
+    def _layout(self) -> dict[str, Tensor]:
+        """A tensor that is sharded as each of a checkpoint is to be."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        names = ((i, p, f"optimizer.{i}.{name}") for i, p in enumerate(parameters) for name in MOMENTS)
+        return self._weights() | {name: p for _, p, name in names}
 
     def _lasting_config(self) -> dict[str, Any]:
         config = dataclasses.asdict(self.config) | {"examples": self.examples}
@@ -360,58 +399,25 @@ class Trainer:
     def _dump_and_raise(self, step: int, reason: str) -> None:
         """Write what is needed to reproduce the failure, and raise it."""
         path = self.folder / f"nonfinite-step-{step:08d}.safetensors"
-        weights.write_tensors(path, self._weights())
-        indices = [self.indices(step, micro).tolist() for micro in range(self.config.accumulation)]
-        write_json(path.with_suffix(".json"), {"step": step, "reason": reason, "indices": indices})
+        tensors = {name: distributed.full(t) for name, t in self._weights().items()}
+        if processes.leads():
+            weights.write_tensors(path, tensors)
+            indices = [self.indices(step, micro).tolist() for micro in range(self.config.accumulation)]
+            write_json(path.with_suffix(".json"), {"step": step, "reason": reason, "indices": indices})
+        processes.barrier()
         raise NonFiniteLoss(
             f"training broke down at step {step} ({reason}): its examples and the weights are in {path}; "
             "try a lower learning_rate, a longer warmup, clip=1 or bf16=false"
         )
 
 
-@contextlib.contextmanager
-def _postponed_signals() -> Iterator[list[int]]:
-    """Yield a list that the first SIGINT or SIGTERM is put on; the second one interrupts at once."""
-    stopped: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        if stopped:
-            raise KeyboardInterrupt
-        stopped.append(number)
-
-    allowed = threading.current_thread() is threading.main_thread()  # Python allows handlers only there
-    numbers = (signal.SIGINT, signal.SIGTERM) if allowed else ()
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _adamw(modules: Iterable[nn.Module], config: TrainConfig) -> torch.optim.AdamW:
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+def _adamw(modules: Mapping[str, nn.Module], config: TrainConfig) -> torch.optim.AdamW:
+    parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
-
-
-@torch.no_grad()
-def _lerp(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move averaged parameters towards the model's; buffers are averages or constants already: copied."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-    for averaged, current in zip(average.buffers(), model.buffers(), strict=True):
-        averaged.copy_(current)
-
-
-def _is_finite(modules: Iterable[nn.Module]) -> bool:
-    modules = list(modules)
-    checks = [p.isfinite().all() for module in modules for p in module.parameters()]
-    # A buffer may hold infinities on purpose, as attention masks do.
-    checks += [~b.isnan().any() for module in modules for b in module.buffers()]
-    return bool(torch.stack(checks).all())
 
 
 def _below(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

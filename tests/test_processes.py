@@ -1,0 +1,349 @@
+"""Several processes: what they train and write is what one process does.
+
+Run as a script, this file forks worlds of processes that run the command line as torchrun starts them: each
+has its rank in the environment. Forks share what one process imported, so a world starts at once.
+ANYORDER_KILLS says how many kills (6).
+"""
+
+import copy
+import importlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from test_kill import EXPERIMENT, TINY_VQ, photos
+
+KILLS = int(os.environ.get("ANYORDER_KILLS", "6"))
+DEEPER = {
+    "tokenizer": {"loss": {"adversarial": 0.1, "discriminator_start": 2, "discriminator_layers": 1,
+                           "discriminator_channels": 8}},
+    "any": {"model": {"depth": 2, "width": 32, "heads": 2, "dropout": 0.1, "token_dropout": 0.1}},
+    "ordered": {"model": {"location": True}},
+}  # fmt: skip
+"""Further settings of `test_kill.EXPERIMENT`: what draws random numbers, and what is trained apart."""
+
+
+# --- worlds of forks --------------------------------------------------------------------------------------
+
+
+def start(size, folder, arguments, arm=lambda rank: None):
+    """Process ids of a world that runs `anyorder ARGUMENTS`; what rank r says goes to folder/r.log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(size):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        code = 99
+        try:
+            log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+            known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **ranks}
+            os.environ.update({name: str(value) for name, value in known.items()})
+            arm(rank)
+            code = importlib.import_module("anyorder.cli.main").main([str(x) for x in arguments])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return pids
+
+
+def ended(pids):
+    """Exit codes; when one process fails the others are told to end, as by torchrun."""
+    codes = {}
+    while len(codes) < len(pids):
+        pid, status = os.wait()
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        for other in set(pids) - codes.keys() if codes[pid] else ():
+            os.kill(other, signal.SIGTERM)
+    return [codes[pid] for pid in pids]
+
+
+def run(size, folder, *arguments, **options):
+    """What the first of `size` processes says; all of them succeed."""
+    codes = ended(start(size, folder, arguments, **options))
+    said = [(folder / f"{rank}.log").read_text() for rank in range(size)]
+    assert codes == [0] * size, "\n".join(said)[-6000:]
+    return said
+
+
+def experiment(folder, **train):
+    """An experiment of every stage, in which a step has two passes."""
+    stages = copy.deepcopy(EXPERIMENT)
+    stages["photos"]["source"] = str(photos(folder / "photos"))
+    for name, stage in stages.items():
+        stage |= DEEPER.get(name, {})
+        if "train" in stage:
+            stage["train"] |= {"batch_size": 2, "accumulation": 2, **train}
+    (folder / "x.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+    return folder / "x.yaml"
+
+
+def differing(a, b):
+    """Names of the artifacts of two runs that are not the same bytes."""
+    from anyorder.files import read_manifest
+
+    return [x for x in EXPERIMENT if len({read_manifest(out / x)["fingerprint"] for out in (a, b)}) > 1]
+
+
+# --- the scenarios ----------------------------------------------------------------------------------------
+
+
+def every_stage(folder):
+    """One, two and three processes write the same bytes; two with sharded weights nearly the same weights."""
+    from anyorder.inference.weights import read_tensors
+
+    path = experiment(folder)
+    run(1, folder, "run", path, f"out={folder / 'one'}")
+    said = run(2, folder, "run", path, f"out={folder / 'two'}")
+    assert "->" in said[0]
+    assert "->" not in said[1]  # one process talks
+    found = {"two": differing(folder / "one", folder / "two")}
+    sharded = experiment(folder, shard=True)
+    run(2, folder, "run", sharded, f"out={folder / 'sharded'}")
+    for name in ("tokenizer", "features", "any", "ordered", "online"):
+        a, b = (read_tensors(folder / out / name / "model.safetensors") for out in ("one", "sharded"))
+        found[name] = max(float((a[key].double() - b[key].double()).abs().max()) for key in a)
+    return found
+
+
+SMALL = {"steps": 8, "batch_size": 2, "accumulation": 2, "save_every": 1, "log_every": 1, "eval_every": 4}
+
+
+def trained(folder, out, **train):
+    """Arguments of a small training on tokens in `folder`/tokens."""
+    values = {**SMALL, **train}
+    model = {"depth": 2, "width": 32, "heads": 2, "dropout": 0.1}
+    settings = [f"train.{k}={v}" for k, v in values.items()] + [f"model.{k}={v}" for k, v in model.items()]
+    return ["train", f"tokens={folder / 'tokens'}", f"out={out}", *settings]
+
+
+def tokens(folder):
+    """A small token cache, without a tokenizer's work."""
+    from anyorder.files import save_array
+    from anyorder.stages.artifacts import Artifact
+
+    rng = np.random.default_rng(0)
+    with Artifact(folder / "tokens", "tokens", {}, {}) as artifact:
+        for split, n in (("train", 24), ("test", 6)):
+            save_array(artifact.folder / f"{split}.tokens.npy", rng.integers(0, 16, (n, 16), np.int32))
+            save_array(artifact.folder / f"{split}.labels.npy", np.zeros(n, np.int64))
+        artifact.finish(
+            grid=[4, 4], vocab_size=16, classes=[], tokenizer="none", data="none", image_size=[16, 16]
+        )
+
+
+def distance(a, b):
+    """Largest difference of the weights of two models."""
+    from anyorder.inference.weights import read_tensors
+
+    a, b = (read_tensors(out / "model.safetensors") for out in (a, b))
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+def stopping_at(step, rank):
+    """Arms a world: one process is sent SIGTERM while that step is logged."""
+
+    def arm(mine):
+        from anyorder.training.trainer import Trainer
+
+        whole = Trainer.summary
+
+        def summary(self):
+            if self.step_number == step and mine == rank:
+                signal.raise_signal(signal.SIGTERM)
+            return whole(self)
+
+        Trainer.summary = summary
+
+    return arm
+
+
+def last_loss(out):
+    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows if "loss" in row][-1]
+
+
+def two_hundred_steps(folder):
+    """Relative differences of the last losses from those of one process."""
+    tokens(folder)
+    length = {"steps": 200, "save_every": 1000, "log_every": 10, "eval_every": 0, "ema": 0.9}
+    run(1, folder, "data", f"out={folder / 'data'}", "size=[16,16]", "max_train=64", "max_test=8")
+    model = [f"model.{key}={value}".replace(" ", "").lower() for key, value in TINY_VQ.items()]
+    settings = [f"train.{key}={value}" for key, value in {**SMALL, **length}.items()]
+    tokenizer = ["tokenizer", f"data={folder / 'data'}", *settings, *model]
+    found = {}
+    for name, size, further in (("one", 1, []), ("ddp", 2, []), ("fsdp", 2, ["train.shard=true"])):
+        run(size, folder, *trained(folder, folder / f"any-{name}", **length), *further)
+        run(size, folder, *tokenizer, f"out={folder / f'vq-{name}'}", *further)
+        for kind in ("any", "vq"):
+            one, here = (last_loss(folder / f"{kind}-{x}") for x in ("one", name))
+            found[f"{kind}-{name}"] = abs(here / one - 1)
+    command = trained(folder, folder / "any-parts", **length)
+    for size, stop, shard in ((2, 60, "true"), (1, 120, "false"), (2, 0, "true")):
+        arm = stopping_at(stop, size - 1) if stop else (lambda rank: None)
+        codes = ended(start(size, folder, [*command, f"train.shard={shard}"], arm))
+        assert codes == [130 if stop else 0] * size, (folder / "0.log").read_text()[-3000:]
+        said = (folder / "0.log").read_text()
+        assert "Traceback" not in said
+        assert not stop or (folder / f"any-parts/checkpoints/step-{stop:08d}").is_dir()
+    found["any-parts"] = abs(last_loss(folder / "any-parts") / last_loss(folder / "any-one") - 1)
+    return found
+
+
+def kills(folder):
+    """Kill one process or all, at random, some while they save; go on in another number of processes."""
+    tokens(folder)
+    run(1, folder, *trained(folder, folder / "quiet", steps=24))
+    found, rng, done = {}, random.Random(KILLS), 0
+    for shard in (False, True):
+        out = folder / f"shard-{shard}"
+        for attempt in range(1000):
+            size = 2 if attempt == 0 else rng.choice((1, 2, 2))
+            begun = time.perf_counter()
+            pids = start(size, folder, trained(folder, out, steps=24, shard=shard, ema=0))
+            if attempt < KILLS // 2:
+                saved = len([*out.glob("checkpoints/step-*")])
+                wait_for(lambda out=out, saved=saved: [*out.glob("checkpoints/.step*")] or saved, begun)
+                time.sleep(rng.uniform(0, 0.5))
+                for pid in pids if rng.random() < 0.3 else [rng.choice(pids)]:
+                    os.kill(pid, signal.SIGKILL)
+            codes = ended(pids)
+            said = (folder / "0.log").read_text()
+            done += -signal.SIGKILL in codes
+            if codes == [0] * size:
+                break
+            assert -signal.SIGKILL in codes, said[-3000:]
+            assert "Traceback" not in said, said[-3000:]
+        found[str(shard)] = distance(folder / "quiet", out)
+    return {"kills": done, **found}
+
+
+def wait_for(holds, begun):
+    """Wait until something holds, 20 seconds at most."""
+    while not holds() and time.perf_counter() < begun + 20:
+        time.sleep(0.01)
+
+
+def refusals(folder):
+    """What is refused, and damage that is noticed; returns nothing."""
+    from anyorder.training.checkpoint import Checkpoints
+
+    tokens(folder)
+    codes = ended(start(2, folder, trained(folder, folder / "odd", accumulation=3)))
+    assert 2 in codes
+    error = (folder / "0.log").read_text().splitlines()[-1]
+    assert re.search("error: train.accumulation=3 .* cannot be shared by 2 processes: give a multiple", error)
+    assert not [*(folder / "odd").iterdir()]
+
+    # Four states of sharded weights: the newest are damaged, each in another way.
+    out = folder / "damaged"
+    run(2, folder, *trained(folder, out, shard=True, keep=4))
+    states = [sorted(path.glob("shard-*")) for path in sorted(out.glob("checkpoints/step-*"))[1:]]
+    assert [len(files) for files in states] == [2, 2, 2]
+    states[0][0].unlink()
+    os.truncate(states[1][1], 99)
+    content = bytearray(states[2][0].read_bytes())
+    content[-5] ^= 1
+    states[2][0].write_bytes(content)
+    manifest = json.loads((out / "manifest.json").read_text())  # as a kill before the end would leave it
+    begun = {name: manifest[name] for name in ("stage", "config", "inputs")}
+    (out / ".identity.json").write_text(json.dumps(begun))
+    (out / "manifest.json").unlink()
+    shutil.move(out / "model.safetensors", folder)
+    said = run(2, folder, *trained(folder, out, shard=True, keep=4))[0]
+    for problem in ("was altered", "has 99 bytes instead of", "No such file"):
+        assert problem in said, said[-3000:]
+    assert Checkpoints(out).load_latest()[0] == 8
+    assert (folder / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    return {}
+
+
+def scenario(name, folder):
+    """What a scenario returns, in a process of its own, with one thread: threads do not survive a fork."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ANYORDER_BF16": "off"}
+    command = [sys.executable, __file__, name, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-8000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_stage_is_the_same_in_two_processes(tmp_path):
+    found = scenario("every_stage", tmp_path)
+    print(found)
+    assert found.pop("two") == []
+    assert max(found.values()) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_processes_go_on_in_any_number(tmp_path):
+    found = scenario("kills", tmp_path)
+    print(found)
+    assert found["kills"] >= KILLS // 2 * 2
+    assert found["False"] < 1e-6
+    assert found["True"] < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_two_hundred_steps_end_as_in_one_process(tmp_path):
+    found = scenario("two_hundred_steps", tmp_path)
+    print(found)
+    assert found["any-ddp"] == found["vq-ddp"] == 0
+    assert max(found.values()) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_torchrun_starts_stops_and_goes_on(tmp_path):
+    """SIGTERM to torchrun stops all after the same step; one process goes on to the end."""
+    subprocess.run([sys.executable, __file__, "tokens", tmp_path], check=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ANYORDER_BF16": "off"}
+    arguments = trained(tmp_path, tmp_path / "out", steps=2000, save_every=1000)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    with open(tmp_path / "log", "w") as log:
+        running = subprocess.Popen([*torchrun, "-m", "anyorder", *arguments], stderr=log, env=environment)
+        lines = tmp_path / "out" / "metrics.jsonl"
+        wait_for(lambda: lines.is_file() and lines.stat().st_size, time.perf_counter() + 300)
+        running.terminate()
+        running.wait(60)
+    said = (tmp_path / "log").read_text()
+    [state] = (tmp_path / "out" / "checkpoints").glob("step-*")
+    assert said.count("anyorder: interrupted") == 1, said[-3000:]
+    step = int(state.name.removeprefix("step-"))
+    assert 0 < step < 2000
+    assert json.loads((state / "facts.json").read_text())["step"] == step
+
+
+@pytest.mark.timeout(600)
+def test_what_several_processes_refuse(tmp_path):
+    scenario("refusals", tmp_path)
+
+
+if __name__ == "__main__":
+    heavy = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint")
+    for module in ("anyorder.cli.main", "anyorder.stages.experiment", *heavy):
+        importlib.import_module(module)
+    print(json.dumps(globals()[sys.argv[1]](Path(sys.argv[2]))))
