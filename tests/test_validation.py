@@ -26,7 +26,7 @@ EXPERIMENT = {
     "tokens": {"data": "data", "tokenizer": "tokenizer"},
     "features": {"data": "data", "extractor": "efficientnet-lite0", "max_train": 30},
     "any": {"stage": "train", "tokens": "tokens", "model": TINY, "train": WATCHED},
-    "orders": {"model": "any", "tokens": "tokens", "test_limit": 6, "shards": 2, **QUICK},
+    "orders": {"model": "any", "tokens": "tokens", "test_limit": 6, **QUICK},
     "ordered": {"stage": "train", "tokens": "tokens", "init": "any", "orders": "orders", "train": WATCHED},
     "iterate": {"model": "any", "tokens": "tokens", "rounds": 2, "patience": 2, "test_limit": 4,
                 "first": QUICK["policy"], "train": {**STEPS, "steps": 2},
