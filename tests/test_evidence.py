@@ -5,15 +5,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from anyorder.evaluation import bootstrap
 from anyorder.evaluation.bootstrap import (
     Difference,
     compare,
     frechet_of_counts,
     kernel_of_counts,
+    measures,
+    pooled,
     precision_recall_of_counts,
     resample_counts,
 )
-from anyorder.evaluation.classes import class_agreement
+from anyorder.evaluation.classes import class_agreement, matched_rows
 from anyorder.evaluation.memorization import closeness, copied_share, nearest_distance
 from anyorder.evaluation.metrics import FeatureStatistics, frechet_distance, kernel_distance, precision_recall
 
@@ -49,6 +52,14 @@ def test_the_same_classes_agree_in_full() -> None:
     assert found == {"class_coverage": 1, "class_agreement": 1, "class_distance": 0}
     with pytest.raises(ValueError, match="4 samples and 3 labels"):
         class_agreement(logits([0]), logits([0, 1, 2, 3]), torch.zeros(3, dtype=torch.int64))
+
+
+def test_matched_rows_have_the_labels_of_the_samples() -> None:
+    pool = np.array([0, 0, 0, 1, 1, 2, 3, 3])
+    rows = matched_rows(np.array([1, 0, 0, 1, 2, 2]), pool)
+    assert pool[rows].tolist() == [0, 0, 1, 1, 2]  # a class that is too small gives all it has
+    assert len(set(rows.tolist())) == 5
+    assert (rows == matched_rows(np.array([0, 0, 1, 1, 2, 2]), pool)).all()
 
 
 # --- copies ------------------------------------------------------------------------------------------------
@@ -123,6 +134,59 @@ def test_a_resample_of_the_kernel_distance_leaves_out_pairs_of_one_image() -> No
     between = (2 * kernel(fake[:1], real) + kernel(fake[1:2], real)).sum() / 15
     expected = (within.sum() - within.trace()) / 20 + kernel(fake[:1], fake[1:2]) - 2 * between
     assert float(kernel_of_counts(real, fake, counts)) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_resamples_of_the_reference_are_as_good_as_copies() -> None:
+    real, fake = features(normal(40, 3)), features(normal(30, 3, 1))
+    counts, reals = (resample_counts(n, 2, torch.Generator().manual_seed(s)) for n, s in ((30, 0), (40, 1)))
+    distances = bootstrap._frechet_of_resamples(real, fake, counts, reals)
+    for row, (c, r) in enumerate(zip(counts, reals, strict=True)):
+        copies = [features(x.features.repeat_interleave(w.long(), 0)) for x, w in ((real, r), (fake, c))]
+        expected = frechet_distance(*(x.gaussian for x in copies))
+        assert float(distances[row]) == pytest.approx(expected, rel=1e-6)
+    there = kernel_of_counts(real.features, fake.features, counts, real_counts=reals)
+    back = kernel_of_counts(fake.features, real.features, reals, real_counts=counts)
+    torch.testing.assert_close(there, back, rtol=1e-9, atol=1e-12)
+    precision, recall = precision_recall_of_counts(real.features, fake.features, counts, real_counts=reals)
+    swapped = precision_recall_of_counts(fake.features, real.features, reals, real_counts=counts)
+    torch.testing.assert_close(torch.stack(swapped), torch.stack((recall, precision)), atol=0.04, rtol=0)
+    once = measures(real, fake)
+    assert (once["precision"], once["recall"]) == (float(precision[0]), float(recall[0]))
+    assert once["distance"] == float(distances[0])
+
+
+def test_the_noise_of_many_dimensions_is_that_of_the_leading_ones(monkeypatch) -> None:
+    scale = torch.tensor([3.0, 2.0, 0.01, 0.01])
+    real, a, b = (features(normal(80, 4, s) * scale) for s in range(3))
+    exact = compare(real, a, b, 60)["distance"]
+    monkeypatch.setattr(bootstrap, "LEADING", 2)
+    found = compare(real, a, b, 60)["distance"]
+    assert (found.a, found.b, found.difference) == (exact.a, exact.b, exact.difference)
+    assert (found.low, found.high) == pytest.approx((exact.low, exact.high), rel=0.01)
+
+
+def seed_of(draws: list[float]) -> Difference:
+    return Difference(0, 0, float(np.mean(draws)), 0, 0, None, None, None, draws)
+
+
+def test_pooled_intervals_are_over_seeds_and_images() -> None:
+    noise = [x / 50 - 1 for x in range(101)]
+    alone = np.quantile(noise, [0.025, 0.975])
+    assert pooled([seed_of(noise)] * 3) == pytest.approx(tuple(alone), abs=0.06), "they share the reference"
+    low, high = pooled([seed_of([x, x]) for x in (-3.0, -2.0, -1.0)])
+    assert (low, high) == pytest.approx((-3.2, -0.8), abs=0.1)  # widened by sqrt(3 / 2)
+    wider = pooled([seed_of([x + y for y in noise]) for x in (-3.0, -2.0, -1.0)])
+    assert wider[0] < low < high < wider[1]
+
+
+def test_draws_that_are_not_finite_are_none_at_all() -> None:
+    """Four images of which a resample may hold one alone: its KID is no number, and JSON has null for it."""
+    real, fake = features(normal(9, 2)), features(normal(4, 2, 1))
+    found = compare(real, fake, features(normal(4, 2, 2)), 400)["kid"]
+    assert not np.isfinite(found.draws).all()
+    values = {**found._asdict(), "low": None, "draws": [x if np.isfinite(x) else None for x in found.draws]}
+    assert Difference.read(values).draws == ()
+    assert Difference.read({**values, "draws": [1.0, 2.0]}).reversed.draws == [-1, -2]
 
 
 def test_a_set_does_not_differ_from_itself() -> None:

@@ -31,7 +31,7 @@ TINY_VQ = {
 }  # fmt: skip
 SMALL = {"depth": 1, "width": 32, "heads": 2}
 STEPS = {"steps": 4, "batch_size": 4, "log_every": 1, "eval_every": 2, "save_every": 1}
-DATA = {"stage": "data", "max_train": 16, "max_test": 8}
+DATA = {"stage": "data", "max_train": 16, "max_validation": 4, "max_test": 8}
 QUICK = {"policy": {"order": "entropy", "per_step": 8}}
 EXPERIMENT = {
     "data": {**DATA, "size": [16, 16]},
@@ -44,7 +44,7 @@ EXPERIMENT = {
     "any": {"stage": "train", "tokens": "tokens", "model": SMALL, "train": {**STEPS, "sample_every": 2}},
     "orders": {"model": "any", "tokens": "tokens", "test_limit": 4, "batch_size": 6, **QUICK},
     "ordered": {"stage": "train", "tokens": "tokens", "init": "any", "orders": "orders",
-                "random_share": 0.2, "train": {**STEPS, "patience": 3, "watch": "test_nll"}},
+                "random_share": 0.2, "train": {**STEPS, "patience": 3, "watch": "validation_nll"}},
     "online": {"stage": "train", "tokens": "tokens", "init": "any", "online": {**QUICK["policy"]},
                "train": {**STEPS, "ema": 0.5}},
     "iterate": {"model": "any", "tokens": "tokens", "rounds": 2, "patience": 2, "limit": 8, "test_limit": 4,
@@ -52,8 +52,11 @@ EXPERIMENT = {
                 "policy": {"order": "token_likelihood", "location": 1.0, "per_step": 8}},
     "sample": {"model": "ordered", "num_images": 8, "batch_size": 3, **QUICK},
     "scored": {"stage": "sample", "model": "ordered", "scorer": "any", "num_images": 8, **QUICK},
-    "eval": {"samples": "sample", "features": "features", "nll_images": 4},
-    "eval-scored": {"stage": "eval", "samples": "scored", "features": "features", "nll_images": 4},
+    "tune": {"model": "any", "features": "features", "temperatures": [1.0], "scales": [1.0, 1.5],
+             "num_images": 4, **QUICK},
+    "eval": {"samples": "sample", "features": "features", "split": "test", "nll_images": 4},
+    "eval-scored": {"stage": "eval", "samples": "scored", "features": "features", "split": "test",
+                    "nll_images": 4},
     "compare": {"a": "eval-scored", "b": "eval", "resamples": 200},
     "completion": {"model": "ordered", "features": "features", "num_images": 4, "batch_size": 3,
                    "seeds": [0, 1]},

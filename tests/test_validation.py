@@ -1,16 +1,23 @@
 """A validation split: everything that is chosen is chosen on it, the test split is measured last."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 
 from anyorder.cli import main as cli
 from anyorder.data.caches import OrderSet, TokenSet, splits
+from anyorder.evaluation import bootstrap
 from anyorder.evaluation.metrics import FeatureStatistics
-from anyorder.files import read_manifest
+from anyorder.files import read_json, read_manifest
+from anyorder.settings import parse
 from anyorder.stages.artifacts import Artifact
+from anyorder.stages.features import reference_file
+from anyorder.stages.floors import reference_split
 from anyorder.stages.train import TrainStage
+from anyorder.stages.tune import TuneStage, best
 
 TINY_VQ = {
     "channels": 8, "multipliers": [1, 1, 2], "groups": 1, "res_blocks": 1, "attention": False,
@@ -31,6 +38,15 @@ EXPERIMENT = {
     "iterate": {"model": "any", "tokens": "tokens", "rounds": 2, "patience": 2, "test_limit": 4,
                 "first": QUICK["policy"], "train": {**STEPS, "steps": 2},
                 "policy": {"order": "token_likelihood", "location": 1.0, "per_step": 8}},
+    "tune": {"model": "any", "features": "features", "temperatures": [0.5, 1.0], "scales": [1.5],
+             "num_images": 8, **QUICK},
+    "chosen": {"stage": "sample", "model": "any", "settings": "tune", "classes": "validation",
+               "num_images": 10, **QUICK},
+    "eval-chosen": {"stage": "eval", "samples": "chosen", "features": "features", "split": "validation",
+                    "nll_images": 4},
+    "uniform": {"stage": "sample", "model": "any", "classes": "uniform", "num_images": 8, **QUICK},
+    "eval-uniform": {"stage": "eval", "samples": "uniform", "features": "features", "split": "test",
+                     "nll_images": 0},
 }  # fmt: skip
 
 
@@ -87,3 +103,123 @@ def test_rounds_are_chosen_on_the_validation_split(out):
     bounds = [round_["validation_bound"] for round_ in facts["rounds"]]
     assert facts["best_round"] == 1 + bounds.index(min(bounds))
     assert all(r["gap"] == pytest.approx(r["validation_bound"] - r["train_bound"]) for r in facts["rounds"])
+
+
+# --- the search ---------------------------------------------------------------------------------------------
+
+
+def test_samples_take_the_best_point_of_the_search(out):
+    rows = read_json(out / "tune" / "table.json")
+    assert [(row["temperature"], row["guidance_scale"]) for row in rows] == [(0.5, 1.5), (1.0, 1.5)]
+    made, chosen = read_manifest(out / "tune"), read_manifest(out / "chosen")
+    assert made["points"] == rows
+    assert made["best"] == best(rows)
+    assert (chosen["temperature"], chosen["guidance_scale"]) == (made["best"]["temperature"], 1.5)
+    assert {path.name for path in (out / "tune").iterdir()} == {"manifest.json", "table.json", "search.png"}
+
+
+def test_near_ties_are_decided_by_kid():
+    rows = [{"distance": d, "kid": k} for d, k in ((1.02, 0.0), (1.0, 0.3), (1.009, 0.2))]
+    assert best(rows) == rows[2]
+
+
+def test_a_killed_search_goes_on(out, tmp_path, monkeypatch):
+    command = [
+        "tune", f"model={out}/any", f"features={out}/features", "temperatures=0.5,1", "scales=1.5",
+        "num_images=8", "policy.order=entropy", "policy.per_step=8", f"out={tmp_path}/t",
+    ]  # fmt: skip
+    measure, calls = bootstrap.measures, []
+
+    def dying(*sets):
+        calls.append(len(calls))
+        if len(calls) == 2:
+            raise ValueError("killed")
+        return measure(*sets)
+
+    monkeypatch.setattr(bootstrap, "measures", dying)
+    assert cli.main(command) == 2
+    assert (tmp_path / "t" / "point-2" / "images.npy").is_file()
+    assert cli.main(command) == 0
+    assert len(calls) == 3
+    assert (tmp_path / "t" / "table.json").read_bytes() == (out / "tune" / "table.json").read_bytes()
+    assert read_manifest(tmp_path / "t")["fingerprint"] == read_manifest(out / "tune")["fingerprint"]
+
+
+def test_settings_are_those_of_the_same_policy(out, tmp_path, capsys):
+    command = ["sample", f"model={out}/any", f"settings={out}/tune", f"out={tmp_path}/s", "num_images=4"]
+    assert cli.main([*command, "policy.order=raster"]) == 2
+    assert "not for raster: run tune with this policy" in capsys.readouterr().err
+    assert cli.main([*command, "sampling.temperature=0.9"]) == 2
+    assert "leave sampling.temperature and guidance.scale out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperatures": [0.1, 0.2, 0.3, 0.4]}, "1 to 12 points, got 4 x 4"),
+        ({"temperatures": []}, "1 to 12 points, got 0 x 4"),
+        ({"guidance": {"scale": 2}}, "temperature and scale are searched"),
+        ({"num_images": 3}, "num_images must be >= 4, got 3"),
+    ],
+)
+def test_searches_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        parse(TuneStage, {"model": "m", "features": "f", **settings})
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------
+
+
+def test_evaluations_have_floors_with_the_classes_of_the_samples(out):
+    for name, split, n in (("chosen", "validation", 12), ("uniform", "test", 10)):
+        found = read_manifest(out / f"eval-{name}")["metrics"]
+        assert (found["split"], found["n_real"]) == (split, n)
+        real, through = found["floors"]["real images"], found["floors"]["reconstructions"]
+        assert 4 <= real["images"] == through["images"] <= found["n_fake"]
+        assert real["distance"] < through["distance"]  # the tokenizer is hardly trained
+    labels = np.load(out / "uniform" / "labels.npy")
+    assert np.bincount(labels).tolist() == [2, 2, 2, 2]
+    held = TokenSet(out / "tokens", "validation").labels
+    assert sorted(np.load(out / "chosen" / "labels.npy")) != sorted(TokenSet(out / "tokens", "test").labels)
+    assert set(np.load(out / "chosen" / "labels.npy").tolist()) <= set(held.tolist())
+
+
+def test_the_split_must_be_said(out, tmp_path, capsys):
+    command = ["eval", f"samples={out}/uniform", f"features={out}/features", f"out={tmp_path}/e"]
+    assert cli.main(command) == 2
+    assert "has a validation split: say split=validation while you choose" in capsys.readouterr().err
+    two = [f"a={out}/eval-chosen", f"b={out}/eval-uniform", f"out={tmp_path}/c"]
+    assert cli.main(["compare", *two]) == 2
+    assert "is about the validation split" in capsys.readouterr().err
+
+
+def test_a_reference_file_of_the_test_images_gives_the_same_distance(out, tmp_path, capsys):
+    np.savez(tmp_path / "r.npz", arr_0=np.load(out / "data" / "test.images.npy"))
+    command = ["eval", f"samples={out}/uniform", f"features={out}/features", "split=test", "nll_images=0"]
+    assert cli.main([*command, f"reference={tmp_path}/r.npz", f"out={tmp_path}/e"]) == 0
+    found = read_manifest(tmp_path / "e")["metrics"]
+    assert found["fd_of_reference"] == pytest.approx(found["fd"], rel=1e-6)
+    np.savez(tmp_path / "m.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    assert cli.main([*command, f"reference={tmp_path}/m.npz", f"out={tmp_path}/f"]) == 2
+    assert "holds mu, sigma, FD (efficientnet-lite0) needs arr_0" in capsys.readouterr().err
+
+
+def test_moments_of_a_reference_file_are_those_of_inception(tmp_path):
+    inception = SimpleNamespace(metric="FID", dim=2)
+    np.savez(tmp_path / "m.npz", mu=np.array([1.0, 2.0]), sigma=np.eye(2))
+    found = reference_file(tmp_path / "m.npz", inception)
+    assert (found.mean.tolist(), found.covariance.tolist()) == ([1, 2], [[1, 0], [0, 1]])
+    np.savez(tmp_path / "w.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(ValueError, match=r"mu and sigma of 2 features are needed, got \(\(3,\), \(3, 3\)\)"):
+        reference_file(tmp_path / "w.npz", inception)
+    np.save(tmp_path / "a.npy", np.zeros(3))
+    (tmp_path / "t.npz").write_bytes(b"text")
+    for name in ("a.npy", "t.npz", "missing.npz"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read .*: give an .npz with mu and sigma"):
+            reference_file(tmp_path / name, inception)
+
+
+def test_without_a_validation_split_there_is_none_to_compare_with(tmp_path):
+    with pytest.raises(ValueError, match="has no validation split: run data with max_validation"):
+        reference_split(tmp_path, "validation")
+    assert reference_split(tmp_path, None) == reference_split(tmp_path, "test") == "test"

@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -66,9 +68,9 @@ def evaluation(out: Path, name: str, distance: float, recall: float = 0.8, **mor
     )  # fmt: skip
 
 
-def comparison(run: Path, a: str, b: str, low: float, high: float) -> None:
+def comparison(run: Path, a: str, b: str, low: float, high: float, draws: tuple[float, ...] = ()) -> None:
     middle = (low + high) / 2
-    interval = {"difference": middle, "low": low, "high": high}
+    interval = {"difference": middle, "low": low, "high": high, "draws": draws}
     interval |= {"relative": middle / 2, "relative_low": low / 2, "relative_high": high / 2}
     artifact(
         run / f"compare-{a}-{b}",
@@ -137,6 +139,42 @@ def test_an_order_wins_if_every_measure_and_every_seed_says_so(tmp_path):
     assert table["ordered"]["FD against raster"] == "-47.6 %"
     assert table["random"]["verdict"] == "no intervals"
     assert table["raster"]["verdict"] == MISSING
+
+
+def test_resamples_of_all_seeds_make_one_interval(tmp_path):
+    runs = seeded(tmp_path, raster=[2.0, 2.2], ordered=[1.0, 1.2])
+    for run, (low, high) in zip(runs, (BELOW, (-2.1, 0.1)), strict=True):  # alone, one seed is within noise
+        comparison(run, "raster", "ordered", -high, -low, tuple(np.linspace(-high, -low, 21)))
+    text = markdown(*runs)
+    found = line(text, "ordered against raster: ordered wins")
+    low, high = map(float, re.search(r"interval over 2 seeds ([-+.\d]+) to ([-+.\d]+) %", found).groups())
+    assert -95 < low < -47.6 < high < 0
+    assert rows(text, "Results")["ordered"]["FD against raster"] == f"-47.6 % ({low:+.1f} to {high:+.1f})"
+    changed(runs[0], "ordered", kid=0.002)
+    assert "no winner, as FD is lower, but KID is higher" in markdown(*runs)
+
+
+def test_floors_of_the_samples_are_rows_and_spaces_have_tables_of_their_own(tmp_path):
+    floors = {
+        "real images": {"distance": 0.25, "kid": 0.0005, "recall": 0.875},
+        "reconstructions": {"distance": 0.5, "kid": 0.001, "recall": 0.75},
+    }
+    run = tmp_path / "run"
+    for name, distance in (("raster", 2.0), ("ordered", 0.75)):
+        evaluation(run, name, distance, floors=floors)
+        evaluation(run, f"{name}-validation", 9 * distance, split="validation")
+        evaluation(run, f"{name}-lite", 99 * distance, metric_name="FD (efficientnet-lite0)")
+    text = markdown(run)
+    table = rows(text, "Results: FD (classifier-0), test split")
+    assert [*table] == ["raster", "ordered", "real images", "reconstructions"]
+    assert (table["reconstructions"]["FD"], table["reconstructions"]["KID x 1000"]) == ("0.5000", "1.000")
+    assert [*rows(text, "Results: FD (classifier-0), validation split")][:2] == [
+        "raster-validation", "ordered-validation"
+    ]  # fmt: skip
+    assert [*rows(text, "Results: FD (efficientnet-lite0), test split")][:2] == [
+        "raster-lite",
+        "ordered-lite",
+    ]
 
 
 def test_a_comparison_that_was_made_the_other_way_round_counts(tmp_path):

@@ -70,6 +70,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "train": Command("train the any-order model, or fine-tune it on extracted orders"),
         "orders": Command("extract the order of every training image from the model's confidence"),
         "iterate": Command("rounds of extraction and fine-tuning with a location head"),
+        "tune": Command("search temperature and guidance scale on the validation split"),
         "sample": Command("generate images in a fixed, random or inferred order", commands.sample),
         "eval": Command("measure samples and the model's likelihood"),
         "compare": Command("two evaluations: differences with bootstrap intervals"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,3 +46,14 @@ def agreement(logits: Tensor, targets: Tensor) -> float:
             "give one for every image, and at least one that is not -1"
         )
     return float((logits.argmax(1) == targets)[known].double().mean())
+
+
+def matched_rows(labels: np.ndarray, pool: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Rows of the `pool` of labels (m,) with the classes of `labels` (n,), sorted; at most n, int64.
+
+    Of each class as many as it has in `labels`, drawn without replacement; all of a class that has fewer.
+    """
+    generator = np.random.default_rng(seed)
+    wanted = zip(*np.unique(labels, return_counts=True), strict=True)
+    rows = [generator.permutation(np.flatnonzero(pool == label))[:count] for label, count in wanted]
+    return np.sort(np.concatenate(rows))

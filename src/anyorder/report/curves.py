@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -125,6 +126,19 @@ def scaling_curves(sweeps: Mapping[str, Sequence[Mapping[str, Any]]], measures: 
         for axis, measure in zip(panels[:, 0], measures, strict=True):
             axis.set_ylabel(measure)
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper")
+        return figures.rendered(figure)
+
+
+def search_curves(rows: Sequence[Mapping[str, float]], metric: str) -> Image.Image:
+    """Distance and KID of the points of a search over the temperature, a line for each guidance scale."""
+    scales = dict.fromkeys(row["guidance_scale"] for row in rows)
+    with figures.styled_figure(7.2, 2.8) as figure:
+        for axis, key, label in zip(figure.subplots(1, 2), ("distance", "kid"), (metric, "KID"), strict=True):
+            for scale, colour in zip(scales, itertools.cycle(figures.COLOURS), strict=False):
+                points = sorted((r["temperature"], r[key]) for r in rows if r["guidance_scale"] == scale)
+                axis.plot(*zip(*points, strict=True), "o-", color=colour, label=f"scale {scale:g}")
+            axis.set(xlabel="temperature", ylabel=label)
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
         return figures.rendered(figure)
 
 

@@ -5,6 +5,7 @@ Several run folders of one experiment are its seeds: evaluations of equal name a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,6 +35,7 @@ QUALITY: Columns = {
     "consistency": ("consistency", "max"), "class coverage": ("class_coverage", "max"),
     "class agreement": ("class_agreement", "max"), "class distance": ("class_distance", "min"),
     "attribute agreement": ("attribute_agreement", "max"),
+    "FD of reference file": ("fd_of_reference", "min"),
 }
 LIKELIHOOD: Columns = {
     "nats/token (exact)": ("nll", "min"), "nats/token (bound)": ("bound", "min"),
@@ -51,7 +53,7 @@ COPIES: Columns = {
 }
 # fmt: on
 TABLES = {
-    "{metric}: of generated images to the test split.": QUALITY,
+    "{metric}: of generated images to the {split} split.": QUALITY,
     "Training tokens and seconds of all models used; extraction is counted apart.": LIKELIHOOD | COST,
     "Ratio: median distance to the nearest training image over that of test images (1: as far). Nearer: "
     "share of samples nearer to one than 99 % of the test images are (by chance 0.01). Equal tokens: share "
@@ -64,18 +66,19 @@ TABLES = {
 class Evaluation:
     """One evaluated set of samples: an `eval` artifact, whose parent folder is the run.
 
-    `extraction` counts the position evaluations spent on the orders of the model, where known; `floor` holds
-    the columns of the row `FLOOR` in the same feature space; `distance` is that to the test split.
+    `extraction` counts the position evaluations spent on the orders of the model, where known; `floors` are
+    further rows by name, what real images score in the same feature space; `distance` is that to the `split`.
     """
 
     path: Path
     manifest: dict[str, Any]
     extraction: int | None
-    floor: Mapping[str, float]
+    floors: Mapping[str, Mapping[str, float]]
 
     def __post_init__(self) -> None:
         self.name, self.run, self.metrics = short_name(self.path), self.path.parent, self.manifest["metrics"]
         self.distance: float = self.metrics["fid"] if "fid" in self.metrics else self.metrics["fd"]
+        self.split: str = self.metrics.get("split", "test")
 
     def row(self) -> dict[str, Any]:
         """Every column of the tables; None where there is no value."""
@@ -151,20 +154,32 @@ def read_evaluations(artifacts: Found) -> list[Evaluation]:
     """The evaluations among the artifacts, with extraction costs and floors; a copy of one is left out."""
     made = {manifest["fingerprint"]: manifest for _, manifest in artifacts}
     found = {(p.name, m["fingerprint"]): (p, m) for p, m in reversed(artifacts) if m["stage"] == "eval"}
-    return [Evaluation(p, m, _extraction(m, made), _floor(p, m, made)) for p, m in reversed(found.values())]
+    return [Evaluation(p, m, _extraction(m, made), _floors(p, m, made)) for p, m in reversed(found.values())]
 
 
-def _floor(path: Path, evaluation: dict[str, Any], made: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Scores of real training images, from the manifest of the features, which may be of another run."""
+def _floors(
+    path: Path, evaluation: dict[str, Any], made: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """What real training images score: with the classes of the samples, or as the features record it."""
+    names = {"distance": "FID" if "fid" in evaluation["metrics"] else "FD", "kid": "KID x 1000"}
+    found = evaluation["metrics"].get("floors") or _recorded_floor(path, evaluation, made)
+    return {
+        row: {names.get(key, key): 1000 * x if key == "kid" else x for key, x in values.items()}
+        for row, values in found.items()
+    }
+
+
+def _recorded_floor(
+    path: Path, evaluation: dict[str, Any], made: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """From the manifest of the features, which may be of another run."""
     features = made.get(evaluation["inputs"].get("features", ""), {})
     elsewhere = path / evaluation.get("input_folders", {}).get("features", "")
     if not features and elsewhere != path and (elsewhere / MANIFEST).is_file():
         features = read_manifest(elsewhere)
     measured = {"fd": features.get("distance_of_training_images"), **features.get("floor", {})}
-    if "kid" in measured:
-        measured["kid"] *= 1000
-    names = {"fd": "FID" if "fid" in evaluation["metrics"] else "FD", "kid": "KID x 1000"}
-    return {names.get(key, key): value for key, value in measured.items() if value is not None}
+    measured["distance"] = measured.pop("fd")
+    return {FLOOR: measured} if measured["distance"] is not None else {}
 
 
 def _extraction(evaluation: dict[str, Any], made: dict[str, dict[str, Any]]) -> int | None:
@@ -182,6 +197,12 @@ def _extraction(evaluation: dict[str, Any], made: dict[str, dict[str, Any]]) -> 
     return sum(counts) if (counts := [count for count in known if count is not None]) else None
 
 
+def spaces(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]:
+    """Evaluations in one feature space against one split: numbers of two are never compared."""
+    keys = [(re.sub(r"-[0-9a-f]{8}\)$", ")", e.metrics["metric_name"]), e.split) for e in evaluations]
+    return [[e for e, k in zip(evaluations, keys, strict=True) if k == key] for key in dict.fromkeys(keys)]
+
+
 def group(evaluations: Sequence[Evaluation]) -> list[Variant]:
     """Evaluations of equal name as one variant, in the sequence of their first."""
     names = dict.fromkeys(evaluation.name for evaluation in evaluations)
@@ -193,7 +214,7 @@ def metric_names(evaluations: Sequence[Evaluation]) -> str:
     return ", ".join(sorted({evaluation.metrics["metric_name"] for evaluation in evaluations}))
 
 
-def tables(rows: Sequence[dict[str, Any]], metric_name: str) -> list[Table]:
+def tables(rows: Sequence[dict[str, Any]], metric_name: str, split: str = "test") -> list[Table]:
     """Quality; likelihood and cost; closeness to training images: of evaluations, or of variants.
 
     A column stays if any row has a number there, a table if any column stays.
@@ -204,7 +225,9 @@ def tables(rows: Sequence[dict[str, Any]], metric_name: str) -> list[Table]:
         if measured:
             shown = [{name: row[name] for name in (*first, *measured)} for row in rows]
             best = best_of(rows, measured)
-            made.append(Table([*first, *measured], shown, caption.format(metric=metric_name), best))
+            made.append(
+                Table([*first, *measured], shown, caption.format(metric=metric_name, split=split), best)
+            )
     return made
 
 
@@ -250,7 +273,9 @@ def difference_table(artifacts: Found) -> Table | None:
     if not rows:
         return None
     confidence = " and ".join(f"{100 * c:g} %" for c in sorted({m["config"]["confidence"] for m in compared}))
-    caption = f"Intervals of {confidence} from resampled samples; models and test split stay as they are."
+    caption = (
+        f"Intervals of {confidence} from resampled samples and reference images; models stay as they are."
+    )
     return Table(list(rows[0]), rows, caption)
 
 

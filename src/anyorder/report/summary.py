@@ -35,9 +35,12 @@ def report(folders: Sequence[Path], out: Path, *, data_images: bool = True) -> T
         return [(path, manifest) for path, manifest in artifacts if manifest["stage"] == stage]
 
     evaluated, compared = evaluations.read_evaluations(artifacts), evaluations.difference_table(artifacts)
-    opening = [_opening(evaluated, artifacts)] if evaluated else []
+    spaces = evaluations.spaces(evaluated)
+    opening = [_opening(space, artifacts, images=i == 0) for i, space in enumerate(spaces)]
+    for section, space in zip(opening if len(spaces) > 1 else [], spaces, strict=False):
+        section.title = f"Results: {evaluations.metric_names(space)}, {space[0].split} split"
     folded = [
-        *(_measures(evaluated) if evaluated else []),
+        *(section for space in spaces for section in _measures(space)),
         *([Section("Differences", "", [compared])] if compared else []),
         *_samples(of("sample")),
         *(kind.section(found, data_images) for kind in KINDS if (found := _rounds(of(kind.stage)))),
@@ -52,32 +55,33 @@ def report(folders: Sequence[Path], out: Path, *, data_images: bool = True) -> T
     return opening[0].tables[0] if opening else None
 
 
-def _opening(evaluated: Sequence[evaluations.Evaluation], artifacts: Found) -> Section:
+def _opening(evaluated: Sequence[evaluations.Evaluation], artifacts: Found, *, images: bool) -> Section:
     """The main table, the verdict, and the first run's images of the baselines and the best other variant."""
     variants, differences = evaluations.group(evaluated), evaluations.read_differences(artifacts)
     best = verdict.best_comparison(variants, differences)
     shown = [v for v in variants if v.policy in verdict.BASELINES or (best and v is best.variant)]
     folders = {manifest["fingerprint"]: (path, manifest) for path, manifest in artifacts}
     inputs = [variant.evaluations[0].manifest["inputs"].get("samples") for variant in shown or variants[:3]]
-    images = _images([folders[i] for i in inputs if i in folders], "grid.png", "samples")
+    gallery = _images([folders[i] for i in inputs if i in folders], "grid.png", "samples") if images else []
     results = verdict.main_table(variants, differences), verdict.verdict(variants, differences)
-    return Section("Results", "", [*results, *images])
+    return Section("Results", "", [*results, *gallery])
 
 
 def _measures(evaluated: Sequence[evaluations.Evaluation]) -> list[Section]:
     """Every measure, over seeds where there are seeds, and of every run."""
     variants, name = evaluations.group(evaluated), evaluations.metric_names(evaluated)
+    split = evaluated[0].split
     text = (
-        "nats/token (exact) is the negative log-likelihood of test images under the order of the samples. "
+        "nats/token (exact) is the negative log-likelihood of held-out images in the order of the samples. "
         "nats/token (bound) is an upper bound for random orders and for orders that the model samples. "
         "A policy that looks at the sampled token before it chooses the position has neither."
     )
     notes = sorted({note for evaluation in evaluated for note in evaluation.metrics.get("notes", [])})
-    single = evaluations.tables([evaluation.row() for evaluation in evaluated], name)
+    single = evaluations.tables([evaluation.row() for evaluation in evaluated], name, split)
     if len(variants) == len(evaluated):
         return [Section("All measures", " ".join([text, *notes]), single)]
     text = " ".join(["Mean ± standard deviation over seeds.", text, *notes])
-    averaged = evaluations.tables([variant.row() for variant in variants], name)
+    averaged = evaluations.tables([variant.row() for variant in variants], name, split)
     return [Section("All measures, over seeds", text, averaged), Section("All measures, by run", "", single)]
 
 
@@ -190,6 +194,15 @@ KINDS = (
         "run", {"round": "round", "E-step": "policy", "random share": "random_share",
          "train bound": "train_bound", "test bound": "test_bound", "gap": "gap",
          "training tokens": "training_tokens", "extraction evaluations": "extraction_evaluations"},
+    ),
+    Kind(
+        "tune", "Search of temperature and guidance",
+        "On the validation split, the same points for every method: least distance, of near ties least KID.",
+        "search", {"policy": "policy", "distance": "metric_name", "temperature": "best.temperature",
+         "guidance scale": "best.guidance_scale", "FD or FID": "best.distance",
+         "KID x 1000": lambda m: 1000 * m["best"]["kid"], "recall": "best.recall",
+         "points": lambda m: len(m["points"])},
+        "search.png", "distance and KID of every point",
     ),
     Kind(
         "tokenizer", "Tokenizer", "Measured on the test split.",

@@ -1,7 +1,8 @@
 """Which order wins: one table and one sentence, written from manifests.
 
-A variant wins against a baseline (samples in raster or random order) only if its Fréchet distance is lower in
-every seed with a bootstrap interval below zero, its mean KID is not higher, and its mean recall is not lower.
+A variant wins against a baseline (samples in raster or random order) only if its Fréchet distance is lower,
+with an interval over seeds and resampled images below zero, its mean KID is not higher, and its mean recall
+is not lower. Comparisons of older versions hold no resamples: there every seed's interval must be below zero.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from anyorder.evaluation.bootstrap import Difference
+from anyorder.evaluation.bootstrap import Difference, pooled
 from anyorder.report import evaluations
 from anyorder.report.evaluations import Differences, Evaluation, Variant
 from anyorder.report.tables import Table
@@ -38,6 +39,23 @@ class Comparison:
         return mean(a.metrics[key] for a, _ in self.pairs) - mean(b.metrics[key] for _, b in self.pairs)
 
     @property
+    def interval(self) -> tuple[float, float] | None:
+        """Of the mean difference, in percent of the baseline's mean; None without resamples of every seed."""
+        lengths = {len(interval.draws) for interval in self.intervals}
+        if len(self.intervals) < max(2, len(self.pairs)) or len(lengths) > 1 or 0 in lengths:
+            return None
+        low, high = pooled(self.intervals)
+        scale = 100 / mean(b.distance for _, b in self.pairs)
+        return scale * low, scale * high
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether the distances may be equal."""
+        if self.interval is None:
+            return len(self.pairs) not in self.outside
+        return self.interval[0] <= 0 <= self.interval[1]
+
+    @property
     def outside(self) -> tuple[int, int]:
         """Seeds whose interval lies below zero, and above."""
         return sum(i.high < 0 for i in self.intervals), sum(i.low > 0 for i in self.intervals)
@@ -58,7 +76,7 @@ class Comparison:
             return "one seed"
         if len(self.intervals) < n:
             return "no intervals"
-        if n not in self.outside:
+        if self.within_noise:
             return "within noise"
         if self.disagree:
             return f"FD is {side}, but {' and '.join(self.disagree)}"
@@ -74,6 +92,8 @@ class Comparison:
         if n == 1:
             return f"One seed: no verdict ({name} against {self.baseline.name}: {numbers})."
         counts = f"intervals of FD below zero in {below} and above zero in {above} of {n} seeds"
+        if self.interval:
+            counts = "interval over {} seeds {:+.1f} to {:+.1f} %".format(n, *self.interval)
         verdict = {
             "no intervals": "no verdict, as intervals (stage compare) are missing",
             "within noise": "the difference is within noise",
@@ -121,13 +141,17 @@ def main_table(variants: Sequence[Variant], differences: Differences) -> Table:
     rows = [_row(variant, baseline, differences) for variant in variants]
     columns = [c for c in rows[0] if any(row[c] is not None for row in rows)]
     measures = [c for c in columns if c in evaluations.QUALITY]
-    real = next((evaluation.floor for evaluation in members if evaluation.floor), {})
-    floor = {c: real.get(c, evaluations.NOT_MEASURED) for c in measures}
+    floors = next((evaluation.floors for evaluation in members if evaluation.floors), {evaluations.FLOOR: {}})
+    last = [
+        {"samples": name, **{c: floor.get(c, evaluations.NOT_MEASURED) for c in measures}}
+        for name, floor in floors.items()
+    ]
     seeds = " and ".join(map(str, sorted({len(v.evaluations) for v in variants})))
     spread = f"Mean ± standard deviation over {seeds} seeds. " if seeds != "1" else ""
-    caption = f"{spread}{evaluations.metric_names(members)}; last row: training against test images."
-    shown = [{c: row[c] for c in columns} for row in rows] + [{"samples": evaluations.FLOOR, **floor}]
-    return Table(columns, shown, caption, evaluations.best_of(rows, measures), unranked=1)
+    against = f"against the {members[0].split} split"
+    caption = f"{spread}{evaluations.metric_names(members)} {against}; {evaluations.FLOOR}: of training."
+    shown = [{c: row[c] for c in columns} for row in rows] + last
+    return Table(columns, shown, caption, evaluations.best_of(rows, measures), unranked=len(last))
 
 
 def _row(variant: Variant, baseline: Variant | None, differences: Differences) -> dict[str, Any]:
@@ -137,7 +161,9 @@ def _row(variant: Variant, baseline: Variant | None, differences: Differences) -
         return cells
     found = compare_with(variant, baseline, differences) if variant is not baseline else None
     change = f"{100 * found.relative:+.1f} %" if found else None
-    if found and len(found.pairs) == 1 and found.intervals:
+    if found and found.interval:
+        change = "{} ({:+.1f} to {:+.1f})".format(change, *found.interval)
+    elif found and len(found.pairs) == 1 and found.intervals:
         interval = evaluations.percent_interval(found.intervals[0])
         change = f"{change} ({interval})" if interval else change
     return {**cells, f"FD against {baseline.name}": change, "verdict": found.outcome if found else None}

@@ -26,7 +26,7 @@ from anyorder import files
 
 log = logging.getLogger("anyorder")
 IDENTITY, REPLACED = ".identity.json", ".replaced"
-FOLDERS = re.compile(r"checkpoints|samples|online|model|tokenizer|scorer|round-\d+")
+FOLDERS = re.compile(r"checkpoints|samples|online|model|tokenizer|scorer|round-\d+|point-\d+")
 """Names of the folders that stages make inside an artifact; all others are the user's and never touched."""
 CONTENT = (".npy", ".safetensors", ".json")
 """Files of these kinds get a hash, except checkpoints and times."""
@@ -349,7 +349,7 @@ def _walk(folder: Path, below: str = "") -> Iterator[str]:
         elif below or FOLDERS.fullmatch(name):
             if entry.is_symlink():
                 yield name
-            elif name.startswith("round-") or not any(
+            elif name.startswith(("round-", "point-")) or not any(
                 (folder / name / own).is_file() for own in (files.MANIFEST, IDENTITY)
             ):
                 yield from _walk(folder, f"{name}/")

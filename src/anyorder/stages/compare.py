@@ -46,8 +46,11 @@ class CompareStage:
         for folder in (self.a, self.b):
             require_made_from(folder, "features", self.features)
         made = read_manifest(self.features)
+        one, other = (read_manifest(f)["metrics"].get("split", "test") for f in (self.a, self.b))
+        require(one == other, f"{self.a} is about the {one} split, {self.b} about {other}: compare one split")
         a, b = (_samples(folder, made["extractor"]) for folder in (self.a, self.b))
-        found = compare(load_reference(self.features), a, b, self.resamples, self.confidence, self.seed)
+        reference = load_reference(self.features, one)
+        found = compare(reference, a, b, self.resamples, self.confidence, self.seed)
         differences = {name: difference._asdict() for name, difference in found.items()}
         write_json(artifact.folder / "comparison.json", differences)
         facts = {"paired": a.n == b.n, "metric_name": made["metric_name"], "metrics": differences}

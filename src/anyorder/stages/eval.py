@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 
-from anyorder import files
+from anyorder import files, settings
 from anyorder.contracts import AnyOrderNetwork, require
 from anyorder.data import caches
 from anyorder.data import rows as select
@@ -17,7 +17,6 @@ from anyorder.data.captions import index_of
 from anyorder.data.images import uint8_batches
 from anyorder.data.sunsets import causes_of
 from anyorder.evaluation import classes, memorization, metrics
-from anyorder.evaluation.features import ClassifierFeatures
 from anyorder.inference import processes
 from anyorder.inference.device import device
 from anyorder.inference.weights import load_any_order
@@ -25,8 +24,7 @@ from anyorder.method.decoding import extract_orders
 from anyorder.method.loss import image_nll
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Streams
-from anyorder.settings import parse, read_stored
-from anyorder.stages import common
+from anyorder.stages import common, floors
 from anyorder.stages import features as spaces
 from anyorder.stages.artifacts import Artifact
 
@@ -36,7 +34,7 @@ BY_EXTRACTION = PolicyConfig("token_likelihood", location=1.0)
 
 @dataclass
 class EvalStage:
-    """Measure samples against the test split, and the model's likelihood under the same order policy.
+    """Measure samples against held-out images, and the model's likelihood under the same order policy.
 
     The manifests of `samples` and `features` say which model, data and orders these were made with.
     """
@@ -50,6 +48,8 @@ class EvalStage:
     }
     required: ClassVar[tuple[str, ...]] = ("model", "data", "tokens")
     together: ClassVar[bool] = True
+    references: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    aside: ClassVar[tuple[str, ...]] = ("tokenizer",)
     samples: Path
     """Artifact of the sample stage."""
     features: Path
@@ -66,12 +66,23 @@ class EvalStage:
     """Where the order cache of the samples is, if it was moved."""
     attribute_features: Path | None = None
     """Features of an attribute (features label=...): measures whether samples have the value asked for."""
+    tokenizer: Path | None = None
+    """Where the tokenizer of the tokens is, if it was moved; for the floor of reconstructions."""
+    split: Literal["test", "validation"] | None = None
+    """Images to compare with: validation while something is chosen, test once, at the end. Must be given
+    where the data have a validation split; test elsewhere."""
+    reference: Path | None = None
+    """A reference .npz as ADM publishes them (mu and sigma, or images arr_0): measures FD to it, too."""
     nll_images: int = 1000
-    """Test images for the likelihood; 0 leaves it out."""
+    """Held-out images for the likelihood; 0 leaves it out."""
     batch_size: int = 64
-    """Test images whose orders are inferred at once."""
+    """Held-out images whose orders are inferred at once."""
     kid_subset_size: int = 1000
     """Images in each of KID's subsets."""
+
+    def observed(self) -> dict[str, str]:
+        """What the reference file holds now, as part of what identifies the artifact."""
+        return {"reference_sha256": files.sha256(self.reference)} if self.reference else {}
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `metrics.json`, and `samples.safetensors`: features and logits of the samples."""
@@ -85,18 +96,26 @@ class EvalStage:
         made = files.read_manifest(self.samples)
         prompts = f"{self.samples} was made for prompts: evaluate samples without prompts="
         require(not made["config"].get("prompts"), prompts)
-        train, test = (caches.TokenSet(self.tokens, split) for split in ("train", "test"))
-        extractor, reference = spaces.load_extractor(self.features), spaces.load_reference(self.features)
+        split = floors.reference_split(self.data, self.split)
+        train, test = (caches.TokenSet(self.tokens, name) for name in ("train", split))
+        extractor, reference = (
+            spaces.load_extractor(self.features),
+            spaces.load_reference(self.features, split),
+        )
         images, source = files.load_array(self.samples / "images.npy"), artifact.identity["inputs"]["samples"]
         generated = spaces.statistics(extractor, images, np.arange(len(images)), source, "generated images")
-        training = spaces.training_features(self.features, extractor, caches.ImageSet(self.data)).features
+        training = spaces.training_features(self.features, extractor, caches.ImageSet(self.data))
         likelihood = self._likelihood(made, test)
         if not artifact.leads:
             return {}
         generated.save(artifact.folder / common.SAMPLES)
-        distances = (memorization.nearest_distance(x.features, training) for x in (generated, reference))
+        distances = (
+            memorization.nearest_distance(x.features, training.features) for x in (generated, reference)
+        )
         tokens, before = files.load_array(self.samples / "tokens.npy"), common.trained_before(self.model)
         found = metrics.evaluate(extractor, reference, generated, self.kid_subset_size) | {
+            "split": split,
+            "floors": floors.floors(self.samples, self.tokenizer, extractor, reference, training, train),
             "policy": made["policy"],
             "scorer": self.scorer.name if self.scorer else None,
             "token_blind": made["token_blind"],
@@ -107,7 +126,10 @@ class EvalStage:
             "token_copies_of_test": memorization.copied_share(test.tokens, train.tokens),
             **self._attribute_agreement(images, test),
         }
-        if isinstance(extractor, ClassifierFeatures):
+        if self.reference is not None:
+            moments = spaces.reference_file(self.reference, extractor)
+            found["fd_of_reference"] = metrics.frechet_distance(moments, generated.gaussian)
+        if isinstance(extractor, spaces.features.ClassifierFeatures):
             labels = torch.from_numpy(np.array(files.load_array(self.samples / "labels.npy")))
             found |= classes.class_agreement(reference.logits, generated.logits, labels)
         if files.read_manifest(self.data)["config"]["source"] == "sunsets":
@@ -131,7 +153,7 @@ class EvalStage:
         name = files.read_manifest(self.attribute_features)["config"].get("label") or "of the class"
         column = index_of(name, list(test.attributes), "attribute")
         extractor = spaces.load_extractor(self.attribute_features)
-        reference = spaces.load_reference(self.attribute_features)
+        reference = spaces.load_reference(self.attribute_features, test.split)
         logits = torch.cat([extractor(batch)[1].cpu() for batch in uint8_batches(images)])
         asked = torch.from_numpy(np.array(files.load_array(self.samples / "condition.npy")[:, 1 + column]))
         true = torch.from_numpy(test.further[:, column].astype(np.int64))
@@ -151,7 +173,7 @@ class EvalStage:
         -log q(order, x) of the greedily most likely order bounds -log p(x). None where another model or
         temperature samples the locations.
         """
-        policy = parse(PolicyConfig, read_stored(PolicyConfig, made["config"]["policy"]))
+        policy = settings.parse(PolicyConfig, settings.read_stored(PolicyConfig, made["config"]["policy"]))
         exact = policy.token_blind and (policy.deterministic or policy.order == "random")
         located = policy.order == "location" and policy.temperature in (None, 1) and self.scorer is None
         if not self.nll_images or not (exact or located):

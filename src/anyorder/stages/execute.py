@@ -24,6 +24,7 @@ MADE_BY = {
     "data": ("data",), "tokenizer": _TOKENIZERS, "tokens": ("tokens",), "model": _MODELS, "scorer": _MODELS,
     "features": ("features",), "attribute_features": ("features",), "orders": ("orders",),
     "samples": ("sample",), "a": ("eval",), "b": ("eval",), "other": ("tokens",),
+    "settings": ("tune",),
 }  # fmt: skip
 """Role of an input -> stages that make such a thing."""
 INITIAL = {"train": _MODELS, "tokenizer": _TOKENIZERS, "features": ("features",)}

@@ -1,7 +1,7 @@
 """Experiment files: stages in the paper's order; every stage reads artifacts and writes one.
 
     data -> tokenizer -> tokens -> train (random orders) -> orders -> train (extracted orders)
-         -> features                                     -> sample -> eval -> compare
+         -> features                                     -> (tune) -> sample -> eval -> compare
 
 A stage is a dataclass: its fields are its configuration, `inputs` names those that are artifacts, and
 `run` does the work. `execute` skips a stage whose artifact is up to date and resumes one that was killed.
@@ -26,8 +26,8 @@ from anyorder.stages.artifacts import Artifact
 from anyorder.stages.execute import execute, resolved, split
 
 NAMES = (
-    "data", "tokenizer", "features", "tokens", "train", "orders", "iterate", "sample", "eval", "compare",
-    "completion", "grid", "pipeline",
+    "data", "tokenizer", "features", "tokens", "train", "orders", "iterate", "tune", "sample", "eval",
+    "compare", "completion", "grid", "pipeline",
 )  # fmt: skip
 STAGES: dict[str, Any] = {
     name: getattr(import_module(f"anyorder.stages.{name}"), f"{name.capitalize()}Stage") for name in NAMES
@@ -126,7 +126,7 @@ def _reseeded(kind: str, stage: Any, seed: int) -> Any:
     if kind in ("train", "iterate"):
         training = dataclasses.replace(stage.train, seed=stage.train.seed + seed)
         return dataclasses.replace(stage, train=training)
-    if kind in ("orders", "sample"):
+    if kind in ("orders", "sample", "tune"):
         return dataclasses.replace(stage, seed=stage.seed + SAMPLES_PER_SEED * seed)
     return stage
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from anyorder import families
 from anyorder.contracts import require
 from anyorder.data.caches import ImageSet, splits
+from anyorder.data.images import uint8_batches
 from anyorder.data.rows import batches, evenly_spaced
 from anyorder.evaluation import features, metrics
 from anyorder.files import read_json, read_manifest, write_json
@@ -188,3 +190,31 @@ def statistics(
     for found in processes.mapped(work, list(batches(rows, 256)), what):
         result.update(*found)
     return result
+
+
+def reference_file(path: Path, extractor: features.FeatureExtractor) -> metrics.Gaussian:
+    """Moments of a reference `.npz` as ADM publishes them (arXiv 2105.05233): `mu`, `sigma`, or `arr_0`.
+
+    `mu` (2048,) and `sigma` (2048, 2048) are those of Inception-2015 and serve it alone; any extractor takes
+    the images, `arr_0` (n, H, W, 3) uint8.
+
+    Raises:
+        ValueError: not an `.npz`, or one without what the extractor needs.
+    """
+    try:
+        file = np.load(path, allow_pickle=False)
+        found = {name: file[name] for name in ("mu", "sigma", "arr_0") if name in file.files}
+    except (ValueError, OSError, EOFError, BadZipFile, AttributeError) as e:
+        raise ValueError(
+            f"reference={path} cannot be read ({e}): give an .npz with mu and sigma, or arr_0"
+        ) from e
+    if extractor.metric == "FID" and {"mu", "sigma"} <= found.keys():
+        moments = [torch.from_numpy(found[name].astype(np.float64)) for name in ("mu", "sigma")]
+        shapes = tuple(tuple(x.shape) for x in moments)
+        fits = shapes == ((extractor.dim,), (extractor.dim, extractor.dim))
+        require(fits, f"reference={path}: mu and sigma of {extractor.dim} features are needed, got {shapes}")
+        return metrics.Gaussian(*moments)
+    held = ", ".join(found) or "neither"
+    mend = "give one with images, or use extractor=inception for mu and sigma"
+    require("arr_0" in found, f"reference={path} holds {held}, {extractor.metric} needs arr_0: {mend}")
+    return metrics.statistics(extractor, uint8_batches(found["arr_0"]), description="reference").gaussian

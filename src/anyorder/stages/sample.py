@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import Tensor
 
 from anyorder.contracts import class_labels, require
 from anyorder.data.caches import TokenSet
-from anyorder.files import load_array
+from anyorder.files import load_array, read_manifest
 from anyorder.inference import figures
 from anyorder.inference.device import device
+from anyorder.method.guidance import GuidanceConfig
+from anyorder.method.sampling import Sampling
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import SHOWN, Rows, as_condition
 from anyorder.stages.generation import GeneratingStage
@@ -25,10 +27,16 @@ class SampleStage(GeneratingStage):
     """Generate images for the classes, attributes and captions of the test split, or for prompts."""
 
     together: ClassVar[bool] = True
+    inputs: ClassVar[tuple[str, ...]] = (*GeneratingStage.inputs, "settings")
+    settings: Path | None = None
+    """Tune artifact whose best temperature and guidance scale are taken, of the same policy."""
     num_images: int = 1000
     """Number of images, at least 1; by default 1000."""
     prompts: tuple[str, ...] = ()
     """Generate for these texts alone, num_images / len(prompts) images for each, all from the same seeds."""
+    classes: Literal["test", "validation", "uniform"] = "test"
+    """Generate for the classes, attributes and captions of test or validation images, or for every class
+    equally often, without attributes and captions."""
     hide: tuple[str, ...] = ()
     """What the model is not given of the test images: class, captions, or attributes by name."""
     batch_size: int = 64
@@ -49,10 +57,15 @@ class SampleStage(GeneratingStage):
         text = f"num_images and batch_size must be >= 1, got {self.num_images} and {self.batch_size}"
         require(min(self.num_images, self.batch_size) >= 1, text)
         super().__post_init__()
-        if self.prompts and (self.hide or self.num_images % len(self.prompts)):
+        kept = self.sampling.temperature == self.guidance.scale == 1
+        found = "settings brings temperature and scale: leave sampling.temperature and guidance.scale out"
+        require(self.settings is None or kept, found)
+        hidden = self.hide or self.classes != "test"
+        if self.prompts and (hidden or self.num_images % len(self.prompts)):
             raise ValueError(
                 f"num_images must be a multiple of the {len(self.prompts)} prompts, and they leave nothing "
-                f"to hide: got num_images={self.num_images}, hide={list(self.hide)}"
+                f"to hide and no classes: got num_images={self.num_images}, hide={list(self.hide)}, "
+                f"classes={self.classes}"
             )
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
@@ -62,8 +75,9 @@ class SampleStage(GeneratingStage):
         batch by batch; a killed run goes on after its last batch.
         """
         assert self.tokens
-        tokens = TokenSet(self.tokens, "test")
+        tokens = TokenSet(self.tokens, "test" if self.classes == "uniform" else self.classes)
         pipe = self.load_pipeline(artifact, tokens, bf16=self.bf16, compiled=self.compile)
+        sampling, guidance = self._tuned()
         conditions, per_prompt = self._conditions(tokens), self.num_images // max(1, len(self.prompts))
         given = tokens.without(conditions, self.hide)
         arrays, what = _arrays(tokens, pipe.tokenizer.factor, conditions), f"samples, {self.policy.label}"
@@ -71,9 +85,9 @@ class SampleStage(GeneratingStage):
         for some in rows:
             begin = time.perf_counter()
             made = pipe(
-                None, len(some), self.policy, self.guidance,
+                None, len(some), self.policy, guidance,
                 [self.seed + int(row) % per_prompt for row in some],
-                sampling=self.sampling, grid=tokens.grid,
+                sampling=sampling, grid=tokens.grid,
                 condition=as_condition(pipe.model, tokens, given[some]),
             )  # fmt: skip
             arrays = {name: getattr(made, name).cpu().numpy() for name in ("tokens", "order", "log_prob")}
@@ -94,14 +108,35 @@ class SampleStage(GeneratingStage):
             "seconds_per_image": float(np.median(seconds)),
             "policy": self.policy.label,
             "token_blind": self.policy.token_blind,
+            "temperature": sampling.temperature,
+            "guidance_scale": guidance.scale,
             "device": str(device()),
         }
+
+    def _tuned(self) -> tuple[Sampling, GuidanceConfig]:
+        """Sampling and guidance, with the best values of a search if `settings` gives one."""
+        if self.settings is None:
+            return self.sampling, self.guidance
+        made = read_manifest(self.settings)
+        other = f"{self.settings} is a search for {made.get('policy')}, not for {self.policy.label}"
+        require(made.get("policy") == self.policy.label, f"{other}: run tune with this policy")
+        best = made["best"]
+        return (
+            replace(self.sampling, temperature=best["temperature"]),
+            replace(self.guidance, scale=best["guidance_scale"]),
+        )
 
     def _conditions(self, tokens: TokenSet) -> Tensor:
         """The condition of each image, (n,) or (n, 1 + A + L) int64."""
         if self.prompts:
             each = [prompt for prompt in self.prompts for _ in range(self.num_images // len(self.prompts))]
             return tokens.vocabulary.condition(self.num_images, prompts=each)
+        if self.classes == "uniform":
+            labels = np.random.default_rng(self.seed).permutation(self.num_images) % max(
+                1, len(tokens.classes)
+            )
+            every = tokens.vocabulary.condition(self.num_images, labels.tolist())
+            return every if tokens.further.shape[1] else every[:, 0]
         shuffled = np.random.default_rng(self.seed).permutation(len(tokens))
         return tokens.batch(np.resize(shuffled, self.num_images))[1]
 

@@ -1,0 +1,62 @@
+"""What an evaluation is measured with: the split of the real images, and what real images score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from anyorder import files
+from anyorder.contracts import require
+from anyorder.data import caches
+from anyorder.data.images import to_uint8
+from anyorder.data.rows import batches, evenly_spaced
+from anyorder.evaluation import bootstrap, classes, metrics
+from anyorder.evaluation.features import FeatureExtractor
+from anyorder.inference.device import device
+from anyorder.inference.weights import load_tokenizer
+from anyorder.report.evaluations import FLOOR
+from anyorder.stages.artifacts import recorded_input
+from anyorder.stages.common import require_made_from
+
+
+def reference_split(data: Path, split: str | None) -> str:
+    """The split to compare with; a ValueError where there are two and none is named, or none of that name."""
+    cut = "validation" in caches.splits(data)
+    mend = "split=validation while you choose, split=test once, at the end"
+    require(not cut or split is not None, f"{data} has a validation split: say {mend}")
+    fits = cut or split != "validation"
+    require(fits, f"{data} has no validation split: run data with max_validation, or use split=test")
+    return split or "test"
+
+
+def floors(
+    samples: Path,
+    tokenizer: Path | None,
+    extractor: FeatureExtractor,
+    reference: metrics.FeatureStatistics,
+    training: metrics.FeatureStatistics,
+    train: caches.TokenSet,
+) -> dict[str, dict[str, float]]:
+    """What real images score: training images with the labels of the samples, as many of each.
+
+    Beside them the same images through the tokenizer (rFD, rKID): no model of its tokens does better. Nothing
+    where that leaves 3 images or fewer.
+    """
+    kept = evenly_spaced(training.n, len(train))
+    labels = np.array(files.load_array(samples / "labels.npy"))
+    chosen = classes.matched_rows(labels, np.array(train.labels[kept]))
+    if min(len(chosen), reference.n) <= 3:
+        return {}
+    tokenizer = tokenizer or recorded_input(train.folder, "tokenizer")
+    require_made_from(train.folder, "tokenizer", tokenizer)
+    assert tokenizer
+    real, decoder = metrics.FeatureStatistics(extractor.name), load_tokenizer(tokenizer)
+    real.update(training.features[chosen], training.logits[chosen])
+    tokens = (train.batch(rows)[0].to(device()) for rows in batches(kept[chosen], 256))
+    pixels = (torch.from_numpy(to_uint8(decoder.decode(some, train.grid))) for some in tokens)
+    through = (images.permute(0, 3, 1, 2) for images in pixels)
+    made = metrics.statistics(extractor, through, description="reconstructions")
+    rows = {FLOOR: real, "reconstructions": made}
+    return {name: {**bootstrap.measures(reference, x), "images": x.n} for name, x in rows.items()}
