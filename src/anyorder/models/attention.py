@@ -108,6 +108,13 @@ class Cache:
         """Free slots."""
         return self.keys.shape[3] - self.length
 
+    def reserve(self, m: int) -> None:
+        """Make room for `m` more inputs; where it lacks, twice as much as before."""
+        if self.room < m:
+            self.keys, self.values = (
+                torch.cat((x, torch.empty_like(x)), 3) for x in (self.keys, self.values)
+            )
+
     def extend(self, joint: bool = False) -> list[Attend]:
         """One attention per layer for new inputs, which are written behind the valid ones.
 

@@ -266,8 +266,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         layers.pack(self if self.compiled is None else self.head, batch_size)
         start, prefix = self._condition(batch_size, condition, check=True)
         weight, length = self.head.weight, prefix.shape[1]
-        room = length + grid.n * (2 if self.grouped else 1)
-        size = (config.depth, batch_size, config.heads, room, config.width)
+        size = (config.depth, batch_size, config.heads, length + grid.n, config.width)
         state = State(
             cache=attention.Cache.empty(weight, *size),
             tables=self._tables(grid),
@@ -290,6 +289,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
     def _extend(self, state: State, x: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """Run inputs (B, T, D) as one causal block into the cache."""
         rotation = state.tables.rotation(before, after)
+        state.cache.reserve(x.shape[1])
         for block, attend in zip(self.blocks, state.cache.extend(), strict=True):
             x = block(x, rotation, attend)
         state.cache.length += x.shape[1]
@@ -360,6 +360,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         at, last = groups.padded(positions, m), groups.padded(state.last, m)
         x = self._inputs(state, at, groups.padded(state.pending, m), last)
         rotation = state.tables.rotation(last, at)
+        state.cache.reserve(m)  # steps that shrink have more inputs than positions
         for block, attend in zip(self.blocks, state.cache.extend(joint=True), strict=True):
             x = block(x, rotation, attend)
         x = self.norm(x[:, : positions.shape[1]])
