@@ -204,6 +204,9 @@ def test_the_plan_says_why_and_warns():
     assert "preset small: enough time" in text
     assert "warning: 486 images are few" in text
     assert f"{sum(expected.values()) / 60:.1f} min" in lines[-1]
+    assert "64 pixels, used at 64x64" in lines[0]
+    other = fit.put(values, {"data.size": "48"})
+    assert "used at 48" in command.describe(other, expected, PHOTOS, ("small", ""))[0]
     rare, times = dataclasses.replace(PHOTOS, classes=40), dict.fromkeys(values["stages"], 1.0)
     assert "12 images a class" in "\n".join(command.describe(values, times, rare, ("small", "")))
 

@@ -212,7 +212,7 @@ def fit(call: Call) -> str:
     from anyorder.cli.fit import fit_folder
 
     source = str(Path(call.paths.pop()).expanduser())
-    out, overwrite = call.out(f"runs/{Path(source).stem}"), call.flag("overwrite")
+    out, overwrite = call.out(f"runs/{Path(source).resolve().stem}"), call.flag("overwrite")
     overrides = [text for text in call.settings if "." in text.partition("=")[0]]
     call.settings = [text for text in call.settings if text not in overrides]
     fit_folder(call.parse(source=source), out, overrides, dry_run=call.dry_run, overwrite=overwrite)

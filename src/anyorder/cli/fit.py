@@ -74,10 +74,11 @@ def describe(
     stages, n, total = values["stages"], facts.train, sum(times.values())
     classes = f"{facts.classes} classes" if facts.classes > 1 else "one class"
     classes += ", captions" * ("captions" in stages["data"])
-    width = stages["data"]["size"][1]
+    size = stages["data"]["size"]
+    size = size if isinstance(size, str) else "x".join(map(str, size))
     lines = [
         f"images: {n:,} to train, {facts.validation} to stop early, {facts.test:,} held out; {classes}; "
-        f"about {facts.side} pixels, used at {width}",
+        f"about {facts.side} pixels, used at {size}",
         f"machine: {f'GPU of {facts.gpu} GiB' if facts.gpu else f'CPU, {facts.cores} threads'}, "
         f"{'bfloat16' if facts.bf16 else 'float32'}",
         f"preset {preset[0]}: {preset[1]}",

@@ -29,7 +29,7 @@ def overview(runs: Sequence[Path]) -> str:
             stage = (_manifest(path) or {"stage": "?"})["stage"]
             size = sum(file.stat().st_size for file in _files(path))
             rows.append(
-                {"folder": str(path), "stage": stage, "MB": round(size / 1e6, 1), "state": state(path)}
+                {"folder": str(path), "stage": stage, "MB": f"{size / 1e6:.1f}", "state": state(path)}
             )
     return Table(list(rows[0]), rows).text()
 

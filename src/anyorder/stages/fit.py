@@ -30,7 +30,7 @@ from anyorder.inference.device import device, native_bf16
 from anyorder.stages.experiment import load_experiment, refuse_unknown
 
 Values = dict[str, Any]
-SHARES = {"tokenizer": 20, "features": 5, "any-order": 28, "ordered": 9, "raster": 37}
+SHARES = {"tokenizer": 16, "features": 4, "any-order": 30, "ordered": 10, "raster": 40}
 """How trainings share the time that the rest leaves; raster order gets as much as any-order and ordered."""
 GENERATORS = ("raster", "any-order", "ordered")
 EPOCHS = 400
