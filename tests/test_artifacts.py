@@ -72,6 +72,20 @@ def test_a_crash_leaves_the_old_file(tmp_path):
     assert names(path.parent) == ["notes.txt"]
 
 
+def test_what_a_kill_left_is_removed_and_what_others_write_is_not(tmp_path):
+    path = tmp_path / "report.html"
+    left = tmp_path / ".report.html.01234567.tmp"
+    left.write_text("half")
+    (tmp_path / ".other.html.01234567.tmp").write_text("of another file")
+    with artifacts.atomic(path) as theirs:
+        theirs.write_text("theirs")
+        artifacts.write_text(path, "ours")
+        assert theirs.read_text() == "theirs"
+        assert not left.exists()
+    assert path.read_text() == "theirs"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.html.01234567.tmp", "report.html"]
+
+
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     write_json(tmp_path / "facts.json", {"a": 1})
     save_array(tmp_path / "x.npy", np.arange(3))

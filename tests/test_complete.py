@@ -278,6 +278,36 @@ def test_the_command_writes_images(files, capsys):
     assert cli.main([*command, "keep=0.5", "class_labels=2", "guidance_scale=1.5", f"out={files}/d"]) == 0
 
 
+def test_images_are_replaced_only_where_that_is_meant(files, capsys):
+    out = files / "out"
+    command = ["complete", f"pipeline={files}/pipe", f"image={files}/in.png", "keep=0.5", f"out={out}"]
+    assert cli.main([*command, "num_images=2"]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert cli.main([*command, "num_images=2"]) == 0  # up to date
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert cli.main([*command, "seed=7"]) == 2
+    assert "add overwrite=true" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert cli.main([*command, "seed=7", "overwrite=true"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["0000.png", "manifest.json"]
+    Image.fromarray(images_of(1)[0][::-1]).save(files / "in.png")  # the same settings, another image
+    assert cli.main([*command, "seed=7"]) == 2
+    sampled = ["sample", f"pipeline={files}/pipe", "num_images=2", f"out={out}"]
+    assert cli.main(sampled) == 2
+    assert "holds the artifact of stage 'complete'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sample", "complete"])
+def test_images_of_others_are_not_written_over(files, command, capsys):
+    out = files / "mine"
+    out.mkdir()
+    (out / "0000.png").write_bytes(b"mine")
+    settings = ["num_images=1"] if command == "sample" else [f"image={files}/in.png", "keep=0.5"]
+    assert cli.main([command, f"pipeline={files}/pipe", f"out={out}", *settings]) == 2
+    assert "files that no manifest vouches for (0000.png)" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {"0000.png": b"mine"}
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

@@ -234,7 +234,7 @@ def test_home_folders_are_expanded(tmp_path, monkeypatch):
     assert experiment.out == tmp_path / "runs"
     assert experiment.stages["tokens"][1].data == tmp_path / "data"
     assert load_experiment("~/x.yaml", ["out=~/other"]).out == tmp_path / "other"
-    assert parse(LossConfig, {}, ["vgg_path=~/vgg.pth"]).vgg_path == tmp_path / "vgg.pth"
+    assert parse(LossConfig, {}, ["lpips=1", "vgg_path=~/vgg.pth"]).vgg_path == tmp_path / "vgg.pth"
     (tmp_path / "p").mkdir()
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/p"):
         Pipeline.from_pretrained("~/p")

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from anyorder.method.decoding import extract_orders, sample
+from anyorder.bench.memory import _peak_of_cpu
+from anyorder.method import decoding
+from anyorder.method.decoding import extract_orders, generate, sample
 from anyorder.method.guidance import GuidanceConfig, Guided
 from anyorder.method.sampling import Streams
 from anyorder.orders import random_orders
@@ -67,13 +69,14 @@ def test_guided_samples():
 
 
 @given(
-    scale=st.floats(1, 20),
+    scale=st.floats(1, 20, exclude_min=True),
     schedule=st.sampled_from(SCHEDULES),
     power=st.floats(0.1, 10),
     fractions=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )
 def test_schedules_grow_from_one_to_the_scale(scale, schedule, power, fractions):
-    config = GuidanceConfig(scale, schedule, power)
+    exponent = {"power": power} if schedule == "power-cosine" else {}
+    config = GuidanceConfig(scale, schedule, **exponent)
     assert config.at(0.0) == (scale if schedule == "constant" else 1)
     assert config.at(1.0) == pytest.approx(scale)
     early, late = sorted(fractions)
@@ -142,11 +145,43 @@ def test_unguided_locations_leave_content_guided():
         ({"interval": (0.5, 0.2)}, "two rising shares in .0, 1., got 0.5 and 0.2"),
         ({"interval": (0.0, 1.5)}, "interval"),
         ({"locations": "both"}, "guided or unguided, got 'both'"),
+        ({"scale": 2.0, "power": 2.0}, "is the exponent of schedule=power-cosine"),
+        ({"scale": 2.0, "schedule": "linear", "power": 2.0}, "is the exponent of schedule=power-cosine"),
     ],
 )
 def test_guidance_config_refuses(settings, message):
     with pytest.raises(ValueError, match=message):
         GuidanceConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": "linear"}, "schedule has no effect at scale=1"),
+        ({"schedule": "linear", "interval": (0.0, 0.5)}, "schedule and interval has no effect at scale=1"),
+        ({"scale": 2.0, "locations": "guided"}, "is about inferred orders"),
+    ],
+)
+def test_settings_without_effect_are_refused(settings, message):
+    config = GuidanceConfig(**settings)
+    with pytest.raises(ValueError, match=message):
+        config.require_effect(rated=False, scored=False, scaled=config.scale != 1)
+
+
+def test_guided_scoring_takes_the_memory_of_plain_scoring(monkeypatch):
+    """Twice the rows: half as many candidates at once, and no further copies of the logits."""
+    monkeypatch.setattr(decoding, "LOGITS", 2**16)
+    model = transformer(num_classes=3, vocab_size=512, grid=(8, 8))
+    plain, guided = (
+        _peak_of_cpu(
+            lambda m=m: next(generate(m, "entropy", Streams(range(4)), condition=torch.zeros(4).long()))
+        )
+        for m in (model, Guided(model, GuidanceConfig(2.0)))
+    )
+    logits = 4 * decoding.LOGITS
+    assert plain > 2 * logits
+    assert guided < 1.3 * plain
+    assert guided < 4 * logits
 
 
 def test_guidance_needs_labels():

@@ -1,12 +1,14 @@
 """The location head: q(order, x) is a normalised model of order and content, sampled ancestrally."""
 
-from itertools import permutations, product
+from functools import partial
+from itertools import islice, permutations, product
 
 import pytest
 import torch
 from conftest import GRID, Watched, seeded, transformer
 from torch.testing import assert_close
 
+from anyorder.bench.memory import _peak_of_cpu
 from anyorder.contracts import Grid, LocatingModel
 from anyorder.method.decoding import extract_orders, generate, sample
 from anyorder.method.guidance import GuidanceConfig, Guided
@@ -14,7 +16,8 @@ from anyorder.method.loss import joint_nll, token_nll
 from anyorder.method.policies import InferredOrder, LocatedOrder
 from anyorder.method.policy_config import PolicyConfig, make_policy
 from anyorder.method.sampling import Streams
-from anyorder.models.location import neighbourhood, revealed_before
+from anyorder.models import location as head_module
+from anyorder.models.location import LocationHead, around, revealed_before
 from anyorder.orders import inverse, random_orders
 
 TOY = Grid(2, 2)
@@ -219,12 +222,57 @@ def test_models_without_a_head_say_so():
     assert isinstance(located(), LocatingModel)
 
 
-def test_neighbourhood_is_the_window_around_each_position():
-    revealed = torch.zeros(1, 6, dtype=torch.bool)
-    revealed[0, 0] = True  # the top left corner of 2 x 3
-    around = neighbourhood(revealed, GRID).reshape(6, 3, 3)
-    assert around.sum() == 4, "the corner is in the windows of four positions"
-    assert all(around[p, r, c] == 1 for p, r, c in ((0, 1, 1), (1, 1, 0), (3, 0, 1), (4, 0, 0)))
+def test_weights_are_those_of_the_revealed_cells_around_each_position():
+    revealed = torch.zeros(1, 1, 6, dtype=torch.bool)
+    revealed[0, 0, 0] = True  # the top left corner of 2 x 3
+    each = torch.stack([around(revealed, cell[None, None], GRID)[0, 0] for cell in torch.eye(9)], dim=-1)
+    window = each.reshape(6, 3, 3)
+    assert window.sum() == 4, "the corner is in the windows of four positions"
+    assert all(window[p, r, c] == 1 for p, r, c in ((0, 1, 1), (1, 1, 0), (3, 0, 1), (4, 0, 0)))
+
+
+def head_inputs(b, grid, width=16):
+    """Inputs of a head in training, all steps of b images."""
+    n = grid.n
+    hidden, content = (torch.randn(b, n, width, generator=seeded(i), requires_grad=True) for i in (0, 1))
+    condition, order = torch.randn(b, width, generator=seeded(2)), random_orders(b, grid, seeded(3))
+    last = torch.cat((torch.full((b, 1), n), order[:, :-1]), dim=1)
+    return hidden, content, condition, last, revealed_before(inverse(order))
+
+
+def head_gradients(head, inputs, grid):
+    found = head(*inputs, head.tables(grid))
+    found.masked_fill(inputs[-1], 0).sum().backward()
+    return found.detach(), inputs[0].grad
+
+
+@torch.enable_grad()
+def test_the_head_computes_a_few_maps_at_a_time(monkeypatch):
+    """Parts of the steps give the scores and gradients of all steps, in a fraction of the memory."""
+    head, grid = LocationHead(16), Grid(24, 24)
+    whole, grad = head_gradients(head, head_inputs(2, grid), grid)
+    peaks = []
+    for part in (2**30, 2**17):
+        monkeypatch.setattr(head_module, "MAPS", part)
+        inputs = head_inputs(2, grid)
+        peaks.append(_peak_of_cpu(partial(head_gradients, head, inputs, grid)) / whole.nbytes)
+        again, its_grad = head_gradients(head, head_inputs(2, grid), grid)
+        assert_close(again, whole, **CLOSE)
+        assert_close(its_grad, grad, rtol=1e-3, atol=1e-4)
+    assert peaks[1] < 0.5 * peaks[0]
+    assert peaks[1] < 7, "times the map that is returned"
+
+
+def test_deciding_where_takes_no_maps_of_all_steps():
+    """Sampling by the head takes hardly more memory than sampling in a given order."""
+    model, grid = located(vocab_size=8), Grid(16, 16)
+    peaks = [
+        _peak_of_cpu(
+            lambda order=order: list(islice(generate(model, order, Streams(range(4)), grid=grid), 3))
+        )
+        for order in ("raster", "raster", "location")  # the first one allocates what stays
+    ]
+    assert peaks[2] - peaks[1] < 4 * grid.n**2 * 4, "less than one map (B, N, N)"
 
 
 def test_names_and_settings():

@@ -46,7 +46,8 @@ def model(**changes: Any) -> VQModel:
 
 def loss(**changes: Any) -> TokenizerLoss:
     torch.manual_seed(1)
-    return TokenizerLoss(LossConfig(discriminator_channels=8, discriminator_layers=1, **changes))
+    small = {"discriminator_channels": 8, "discriminator_layers": 1} if "adversarial" in changes else {}
+    return TokenizerLoss(LossConfig(**small, **changes))
 
 
 def pictures(b: int = 4, side: int = 16, seed: int = 0) -> Tensor:
@@ -82,8 +83,13 @@ def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"adversarial": -1.0}, "adversarial"),
         ({"discriminator_start": -1}, "discriminator_start"),
         ({"lpips": 1.0}, "needs vgg_path"),
-        ({"discriminator_channels": 12}, "multiple of 8, got 12"),
-        ({"discriminator_layers": 0}, "discriminator_layers"),
+        ({"adversarial": 0.5, "discriminator_channels": 12}, "multiple of 8, got 12"),
+        ({"adversarial": 0.5, "discriminator_layers": 0}, "discriminator_layers must be at least 1"),
+        ({"discriminator_layers": 2}, "discriminator_layers has no effect at adversarial=0"),
+        (
+            {"vgg_path": Path("x"), "lpips_path": Path("y")},
+            "vgg_path and lpips_path has no effect at lpips=0",
+        ),
     ],
 )
 def test_config_refuses(change: dict[str, Any], message: str) -> None:

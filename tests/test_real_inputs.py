@@ -24,6 +24,8 @@ from anyorder.data.sources import Columns, FolderSource, open_source
 from anyorder.data.tables import HubSource, ParquetSource
 from anyorder.files import read_json, write_text
 from anyorder.inference.figures import mean_rank_per_class, prompt_grid
+from anyorder.stages.data import DataStage
+from anyorder.stages.execute import split
 
 SIZE = (8, 8)
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
@@ -278,6 +280,10 @@ LAYOUTS = {
     "train alone": (["train/cat/1.png", "train/dog/1.png"], ALL),
     "around the splits": (["d/v1/train/cat/1.png", "d/v1/train/dog/1.png", "d/v1/val/cat/1.png"], PAIR),
     "around train alone": (["data/train/cat/1.png", "data/train/dog/1.png"], ALL),
+    "around classes": (["animals/cat/1.png", "animals/dog/1.png"], ALL),
+    "twice around classes": (["a/v1/cat/1.png", "a/v1/dog/x/1.png"], ALL),
+    "one class": (["cat/1.png", "cat/2.png"], {("train", "cat"): 2}),
+    "one class with folders": (["cat/1.png", "cat/a/2.png", "cat/b/3.png"], {("train", "cat"): 3}),
     "splits twice": (["train/train/cat/1.png", "train/train/dog/1.png", "test/test/cat/1.png"], PAIR),
     "splits in classes": (["cat/train/1.png", "dog/train/1.png", "cat/test/1.png"], PAIR),
     "a class named train": (["train/train/1.png", "train/car/1.png", "val/car/1.png"], {
@@ -550,6 +556,38 @@ def test_hub_data_sets_with_two_images_and_files_elsewhere(tmp_path, monkeypatch
     assert isinstance(bad.image, BadImage)
     assert source.ignored() == {"beside the splits": ["extra"]}
     assert source.stats() == {}
+
+
+def test_changes_of_hub_data_sets_are_seen(monkeypatch):
+    """Addresses of downloaded files hold the revision; a hub out of reach leaves the data up to date."""
+
+    class Table:
+        column_names, features = ("image",), types.MappingProxyType({"image": type("Image", (), {})()})
+
+        def __init__(self, revision):
+            sums = {f"hf://datasets/u/x@{revision}/0.parquet": {"num_bytes": 7, "checksum": "ff" * 32}}
+            self.info = types.SimpleNamespace(download_checksums=sums)
+
+        def cast_column(self, name, feature):
+            return self
+
+    module = types.ModuleType("datasets")
+    module.Image = lambda decode: None
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    digests = []
+    for revision in ("a1", "a1", "b2"):
+        module.load_dataset = lambda name, revision=revision: {"train": Table(revision)}
+        digests.append(DataStage("u/x").observed()["listing"])
+    assert digests[0] == digests[1] != digests[2]
+
+    def unreachable(name):
+        raise ConnectionError("no network")
+
+    module.load_dataset = unreachable
+    settings, _, compared = split(DataStage("u/x"))
+    assert "listing" not in settings
+    then = {**settings, "listing": digests[0]}
+    assert compared(then) == compared(settings)
 
 
 # --- classes ---

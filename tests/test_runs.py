@@ -18,7 +18,7 @@ from anyorder.cli import main as cli
 from anyorder.contracts import Grid
 from anyorder.data.caches import TokenSet
 from anyorder.evaluation.metrics import FeatureStatistics, frechet_distance
-from anyorder.files import fingerprint, load_array, read_json, read_manifest
+from anyorder.files import RowWriter, fingerprint, load_array, read_json, read_manifest
 from anyorder.inference import device, pipeline
 from anyorder.inference.weights import load_model
 from anyorder.method.decoding import extract_orders
@@ -461,7 +461,9 @@ def test_another_seed_repeats_what_is_random_in_models_and_samples(experiment):
     for name in ("data", "tokenizer", "features", "compare"):
         assert dataclasses.replace(first[name][1], **inputs_of(second[name][1])) == second[name][1], name
     assert (second["any"][1].train.seed, second["iterate"][1].train.seed) == (2, 2)
-    assert (second["drawn"][1].seed, second["orders"][1].seed) == (200_000, 200_000)
+    assert (second["drawn"][1].seed, second["orders"][1].seed) == (200_000, 0), "these orders have no noise"
+    noisy = load_experiment(path, ["seed=2", "orders.policy.temperature=1"]).stages["orders"][1]
+    assert noisy.seed == 200_000
     assert second["ordered"][1].init == Path("x/any")
     for wrong in ("seed=-1", "seed=1.5", "seed=x"):
         with pytest.raises(ValueError, match="seed must be an integer >= 0"):
@@ -940,6 +942,37 @@ def test_the_batch_size_makes_no_orders_stale(experiment):
     for size in (None, 5):
         settings, inputs, completion = split(dataclasses.replace(stage, batch_size=size))
         assert Artifact.is_current(out / "orders", "orders", settings, inputs, completion)
+
+
+def test_a_run_goes_on_with_the_batch_size_it_began_with(experiment, tmp_path, monkeypatch):
+    """However much memory is free by then; what it was made with is recorded."""
+    path, out = experiment
+    stage = dataclasses.replace(load_experiment(path).stages["orders"][1], batch_size=None)
+    monkeypatch.setattr(extract, "images_at_once", lambda *_: 8)
+    append = RowWriter.append
+
+    def killed(self, **arrays):
+        if self.rows:
+            raise KeyboardInterrupt
+        append(self, **arrays)
+
+    monkeypatch.setattr(RowWriter, "append", killed)
+    with pytest.raises(KeyboardInterrupt):
+        execute("orders", stage, tmp_path / "orders")
+    part = tmp_path / "orders/train.order.npy.partial"
+    part.write_bytes(part.read_bytes()[:-3])  # a torn row: the whole batch is computed again
+    monkeypatch.setattr(extract, "images_at_once", lambda *_: 3)
+    seen = []
+    monkeypatch.setattr(
+        RowWriter, "append", lambda self, **a: seen.append(len(a[min(a)])) or append(self, **a)
+    )
+    assert execute("orders", stage, tmp_path / "orders")
+    assert seen[:3] == [8, 8, 4]
+    manifest = read_manifest(tmp_path / "orders")
+    assert manifest["batch_sizes"] == [8]
+    assert manifest["fingerprint"] == fingerprint(out / "orders")
+    other = dataclasses.replace(stage, batch_size=5)
+    assert other._batch_sizes(tmp_path / "orders/batch_size.txt", None, None) == [8, 5]
 
 
 def test_images_at_once_follow_the_free_memory(monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -30,19 +32,40 @@ LARGEST_JSON = 1 << 28
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its place only if the block succeeds.
 
+    What a killed process left of an earlier attempt is removed.
+
     Raises:
         OSError: the disk is full or the folder cannot be written; the old file is left as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError), _locked(left, os.O_WRONLY):  # who writes it now holds the lock
+            left.unlink()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # processes may share the folder
+    with _locked(temporary, os.O_WRONLY | os.O_CREAT):
+        try:
+            yield temporary
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, flags: int) -> Iterator[None]:
+    """Open and lock a file; an OSError where another process holds it, or locks are unknown."""
+    descriptor = os.open(path, flags, 0o666)
     try:
-        yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        if not flags & os.O_CREAT:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def write_text(path: str | Path, text: str) -> None:

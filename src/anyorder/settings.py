@@ -61,6 +61,7 @@ def read_stored(config_class: type, values: Mapping[str, Any]) -> dict[str, Any]
     nothing:
 
         renamed: ClassVar[dict[str, str]] = {"spread": "min_distance", "order=own": "order=per_image"}
+                                                # "order=own": "order=" for null
         removed: ClassVar[dict[str, Any]] = {"full_every": 0}
 
     Raises:
@@ -71,10 +72,10 @@ def read_stored(config_class: type, values: Mapping[str, Any]) -> dict[str, Any]
         if (got := found.pop(name, neutral)) != neutral:
             raise ValueError(f"{name}={got!r} cannot be read: the setting no longer exists")
     for old, new in getattr(config_class, "renamed", {}).items():
-        (name, _, value), (new_name, _, new_value) = old.partition("="), new.partition("=")
+        (name, _, value), (new_name, equals, new_value) = old.partition("="), new.partition("=")
         if name in found and (not value or found[name] == value):
             stored = found.pop(name)
-            found[new_name] = new_value or stored
+            found[new_name] = (new_value or None) if equals else stored
     for field in _fields(config_class):
         if field.group and isinstance(found.get(field.name), Mapping):
             found[field.name] = read_stored(field.group, found[field.name])

@@ -148,9 +148,9 @@ def sample(call: Call) -> str:
     """
     from anyorder.cli.images import sample_files
 
-    out, config = call.out(), call.parse("sample pipeline")
+    out, overwrite, config = call.out(), call.flag("overwrite"), call.parse("sample pipeline")
     if not call.show(config, out):
-        sample_files(config, out)
+        sample_files(config, out, overwrite=overwrite)
     n, grid = config.num_images, out / "grid.png"
     return f"{n} images, orders.png and generation.webp in {out}; next: look at {grid}"
 
@@ -159,8 +159,8 @@ def complete(call: Call) -> str:
     """pipeline=FOLDER image=FILE out=FOLDER [key=value ...]"""
     from anyorder.cli.images import complete_file
 
-    out, config = call.out(), call.parse()
-    paths = [] if call.show(config, out) else complete_file(config, out)
+    out, overwrite, config = call.out(), call.flag("overwrite"), call.parse()
+    paths = [] if call.show(config, out) else complete_file(config, out, overwrite=overwrite)
     return f"{', '.join(map(str, paths))}; next: another seed= for other images"
 
 

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from PIL import Image
 
 from anyorder.contracts import require
 from anyorder.data.images import load_image
+from anyorder.files import MANIFEST, sha256
 from anyorder.inference import figures, masks
+from anyorder.inference.folders import BUNDLED
 from anyorder.inference.pipeline import Pipeline
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Sampling
+from anyorder.stages.artifacts import IDENTITY, Artifact
+
+log = logging.getLogger("anyorder")
+
+
+SAMPLE_FIGURES = ("grid.png", "orders.png", "generation.webp")
+"""What `figures.save_sample_figures` writes."""
 
 
 @dataclass(kw_only=True)
@@ -97,8 +109,17 @@ class CompleteConfig(_ImageConfig):
         require(self.mask is None or self.box is None, "give either mask=... or box=..., not both")
 
 
-def sample_files(config: SampleConfig, out: Path) -> None:
-    """Generate images and write the files; errors as of `Pipeline`."""
+def sample_files(config: SampleConfig, out: Path, *, overwrite: bool = False) -> None:
+    """Generate images and write the files, unless they are up to date; errors as of `Pipeline`."""
+    artifact = _open("images", config, out, overwrite, [*_numbered(config.num_images), *SAMPLE_FIGURES])
+    if artifact.current:
+        return
+    with artifact:
+        _sample_into(config, out)
+        artifact.finish(config.num_images)
+
+
+def _sample_into(config: SampleConfig, out: Path) -> None:
     pipe = Pipeline.from_pretrained(config.pipeline)
     if config.compile:
         pipe.compile_decoding()
@@ -116,21 +137,55 @@ def sample_files(config: SampleConfig, out: Path) -> None:
     figures.save_sample_figures(out, images, orders, pipe.model.grid, min(8, config.num_images), config.scale)
 
 
-def complete_file(config: CompleteConfig, out: Path) -> list[Path]:
-    """Complete one image and write the results; returns their paths. Errors as of `Pipeline`."""
+def complete_file(config: CompleteConfig, out: Path, *, overwrite: bool = False) -> list[Path]:
+    """Complete one image and write the results, unless they are up to date; returns their paths.
+
+    Errors as of `Pipeline`.
+    """
+    names = _numbered(config.num_images)
+    artifact = _open("complete", config, out, overwrite, names)
+    if not artifact.current:
+        with artifact:
+            _save(_completed(config), out)
+            artifact.finish(config.num_images)
+    return [out / name for name in names]
+
+
+def _completed(config: CompleteConfig) -> list[Image.Image]:
     image = load_image(config.image)
     mask = config.mask if config.box is None else masks.box_mask(config.box, image.shape[:2])
     pipe = Pipeline.from_pretrained(config.pipeline)
     labels = [pipe.typed(label) for label in config.class_labels] or None
-    made = pipe.complete(
+    return pipe.complete(
         image, mask, labels, config.num_images, config.policy, config.guidance_scale, config.seed,
         pad=config.pad, keep=config.keep, feather=config.feather, margin=config.margin, prompt=config.prompt,
-    )  # fmt: skip
-    return _save(made.images, out)
+    ).images  # fmt: skip
 
 
-def _save(images: Sequence[Any], out: Path) -> list[Path]:
-    paths = [out / f"{i:04d}.png" for i in range(len(images))]
-    for image, path in zip(images, paths, strict=True):
-        figures.save_image(image, path)
-    return paths
+def _open(stage: str, config: Any, out: Path, overwrite: bool, names: Sequence[str]) -> Artifact:
+    """The folder, locked, unless it holds these very images; what is not ours is not written over.
+
+    The files that the settings name count by their contents.
+    """
+    folders = (Path(config.pipeline).expanduser(), BUNDLED / config.pipeline)
+    paths = [getattr(config, role, None) for role in ("image", "mask")]
+    paths += sorted(next(filter(Path.is_dir, folders), BUNDLED).rglob("*.*"))
+    hashes = [sha256(path) for path in paths if path is not None and path.is_file()]
+    identity = {**dataclasses.asdict(config), "sha256": hashes}
+    foreign = [name for name in names if (out / name).exists()]
+    known = any((out / name).is_file() for name in (MANIFEST, IDENTITY))
+    text = f"{out} holds files that no manifest vouches for ({', '.join(foreign[:3])}): move them away, or "
+    require(known or not foreign, f"{text}choose another out=")
+    artifact = Artifact(out, stage, identity, {}, overwrite=overwrite)
+    if artifact.current:
+        log.info("%s is up to date", out)
+    return artifact
+
+
+def _numbered(n: int) -> list[str]:
+    return [f"{i:04d}.png" for i in range(n)]
+
+
+def _save(images: Sequence[Any], out: Path) -> None:
+    for image, name in zip(images, _numbered(len(images)), strict=True):
+        figures.save_image(image, out / name)

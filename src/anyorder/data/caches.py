@@ -164,8 +164,9 @@ class TokenSet(_Split):
             ValueError: the condition has no such part; the message suggests one.
         """
         width = 1 + self.further.shape[1]
-        columns = {"class": [0], **{name: [1 + i] for i, name in enumerate(self.attributes)}}
-        columns |= {"captions": list(range(len(columns), width))} if self.text_length else {}
+        columns = {"class": [0]} if self.classes else {}
+        columns |= {name: [1 + i] for i, name in enumerate(self.attributes)}
+        columns |= {"captions": list(range(1 + len(self.attributes), width))} if self.text_length else {}
         left = condition.clone().reshape(len(condition), -1)
         for part in parts:
             index_of(part, list(columns), "part of the condition")

@@ -98,8 +98,9 @@ def split_of_file(name: str) -> str | None:
 def split_and_class(names: Sequence[str]) -> list[tuple[str | None, str | None]]:
     """The split and the class of every image of a folder, from its path relative to the folder, with "/".
 
-    Understood are `cat/1.png`, `train/cat/1.png`, `cat/train/1.png`, and folders around these. The split is
-    "train" everywhere if nothing names one, None for an image beside the splits.
+    Understood are `cat/1.png`, `train/cat/1.png`, `cat/train/1.png`, and folders around these: a single
+    folder is a class only if it has no folders of images alone. The split is "train" everywhere if nothing
+    names one, None for an image beside the splits.
 
     Raises:
         ValueError: a folder may be a split or a class, or there is a test split but no training split.
@@ -118,7 +119,7 @@ def split_and_class(names: Sequence[str]) -> list[tuple[str | None, str | None]]
     if level is None and not all(kinds(1)):
         if "train" in kinds(1) and len({*kinds(1)} - {None}) > 1:
             raise _unclear(at(1), kinds(1))
-        return [("train", label) for label in at(0)]
+        return [("train", label) for label in at(0 if None in at(shared) else shared)]
     found = 1 if level is None else level  # 1: cat/train/1.png
     splits, named = kinds(found), _listed(at(found))
     mend = "none names the training split: call its folder train"

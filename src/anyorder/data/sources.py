@@ -78,7 +78,7 @@ class Source:
         return None
 
     def stats(self) -> listing.Stats:
-        """Sizes and times of the files that are read; empty for a data set that has no files here."""
+        """Sizes and times (or hashes) of the files that are read; empty if nothing is known of them."""
         return {}
 
     @cached_property
@@ -105,6 +105,11 @@ class Source:
     def _texts(self) -> dict[str, list[Item]]:
         """The items without their images."""
         return {split: list(self.items(split, with_images=False)) for split in ("train", "test")}
+
+    @property
+    def has_test_split(self) -> bool:
+        """Whether the source itself says which images are for testing."""
+        return "all" not in self._splits
 
     def count(self, split: str) -> int:
         """How many items the split has."""

@@ -112,6 +112,20 @@ class HubSource(sources.Source):
         others = [name for name in self._tables if name not in (train, test)]
         return {"train": [train], "test": [test] if test else [], None: others}
 
+    def stats(self) -> listing.Stats:
+        """See `Source`: of the downloaded files, whose addresses hold the revision; {} if it is not known."""
+        try:
+            tables = self._tables.values()
+        except (OSError, ValueError):  # the hub is out of reach: reading the images will say so
+            return {}
+        found = [getattr(table, "info", None) for table in tables]
+        sums = [(info and info.download_checksums) or {} for info in found]
+        return {
+            name: (facts.get("num_bytes") or -1, int((facts.get("checksum") or "0")[:12], 16))
+            for each in sums
+            for name, facts in each.items()
+        }
+
     @property
     def _root(self) -> Path:
         import datasets

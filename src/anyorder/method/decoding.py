@@ -202,9 +202,9 @@ def expected_information(
 
 
 def _chunk(model: AnyOrderModel, positions: Tensor) -> int:
-    """Candidates per image and call: B * chunk within `ROWS`, B * chunk * V within `LOGITS`."""
+    """Candidates per image and call: rows of the model within `ROWS`, its logits within `LOGITS`."""
     rows = min(ROWS.get(positions.device.type, 2**12), LOGITS // model.vocab_size)
-    return max(1, rows // len(positions))
+    return max(1, rows // (len(positions) * getattr(model, "copies", 1)))
 
 
 def trace(steps: Iterable[Step], known: tuple[Tensor, Tensor] | None = None) -> Trace:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,8 +28,12 @@ class GuidanceConfig:
     """Exponent of the power-cosine schedule; larger waits longer."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Shares of the image, 0 to 1, between which guidance acts, both included; elsewhere the scale is 1."""
-    locations: Literal["guided", "unguided"] = "guided"
-    """Inferred orders rate positions by the guided distribution, or by the conditional one alone."""
+    locations: Literal["guided", "unguided"] | None = None
+    """Inferred orders rate positions by the guided distribution, or by the conditional one alone; by default
+    guided where the generator rates, and unguided where a scoring model does."""
+
+    renamed: ClassVar[dict[str, str]] = {"locations=guided": "locations="}
+    """Versions before this default guided no scoring model; see `settings.read_stored`."""
 
     def __post_init__(self) -> None:
         require(math.isfinite(self.scale), f"scale must be a number, got {self.scale}")
@@ -37,10 +41,26 @@ class GuidanceConfig:
         text = f"interval must be two rising shares in [0, 1], got {begin:g} and {end:g}"
         require(0 <= begin <= end <= 1, text)
         text = f"locations must be guided or unguided, got '{self.locations}'"
-        require(self.locations in ("guided", "unguided"), text)
+        require(self.locations in (None, "guided", "unguided"), text)
         text = f"schedule must be constant, linear or power-cosine, got '{self.schedule}'"
         require(self.schedule in get_args(Schedule), text)
         require(self.power > 0, f"power must be > 0, got {self.power}")
+        text = f"power={self.power} is the exponent of schedule=power-cosine: choose that, or leave power out"
+        require(self.power == GuidanceConfig.power or self.schedule == "power-cosine", text)
+
+    def require_effect(self, *, rated: bool, scored: bool, scaled: bool) -> None:
+        """A ValueError for settings that have no effect.
+
+        `rated`: the order rates positions by a model's distributions; `scored`: by those of a scoring model;
+        `scaled`: some images are guided at all.
+        """
+        unused = [f.name for f in fields(self)[1:] if getattr(self, f.name) != f.default]
+        text = f"{' and '.join(unused)} has no effect at scale=1: give a scale, say 2, or leave it out"
+        require(scaled or not unused, text)
+        text = f"locations={self.locations} is about inferred orders, which rate positions: leave it out"
+        require(self.locations is None or rated, text)
+        text = "locations=unguided has no effect: a scoring model is unguided by default; leave it out"
+        require(self.locations != "unguided" or not scored, text)
 
     def at(self, fraction: float) -> float:
         """The scale when this share (0 to 1) of the image is revealed."""
@@ -69,6 +89,8 @@ def rating_log_probs(state: Any, log_p: Tensor) -> Tensor:
 
 class Guided:
     """Logits u + s (c - u) from conditional c and unconditional u, both computed in one batch."""
+
+    copies = 2  #: Rows of the model for each image.
 
     def __init__(self, model: AnyOrderModel, config: GuidanceConfig):
         """Wrap `model`; it is not copied."""
@@ -148,4 +170,4 @@ def _both(condition: Tensor | None) -> Tensor:
 
 def _mix(logits: Tensor, scale: float | Tensor) -> Tensor:
     conditional, unconditional = logits.float().chunk(2)
-    return unconditional + scale * (conditional - unconditional)
+    return (conditional - unconditional).mul_(scale).add_(unconditional)  # in place: V numbers a candidate

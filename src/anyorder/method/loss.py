@@ -81,7 +81,8 @@ def image_nll(
     Returns:
         nll, and with `location` bound, which adds that of the location head; (n,) float64, nats per token.
     """
-    size = max(1, LOGITS // (tokens.shape[1] * model.vocab_size))
+    n = tokens.shape[1]
+    size = max(1, LOGITS // (n * max(model.vocab_size, n * location)))
     found: list[Tensor] = []
     for begin in range(0, len(tokens), size):
         some = slice(begin, begin + size)

@@ -33,6 +33,9 @@ class Sampling:
         require(whole, f"top_k must be >= 0 (0 keeps all), got {self.top_k}")
         require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
         require(0 <= self.min_p < 1, f"min_p must lie in [0, 1), got {self.min_p}")
+        filters = (self.top_k, self.top_p, self.min_p) != (0, 1, 0)
+        text = "temperature=0 takes the most likely token: leave out top_k, top_p and min_p"
+        require(self.temperature > 0 or not filters, text)
 
 
 def truncate(logits: Tensor, sampling: Sampling) -> Tensor:

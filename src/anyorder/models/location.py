@@ -7,18 +7,22 @@ position) is an autoregressive model, and -log q(order, x) of any one order is a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from anyorder.contracts import Grid
 from anyorder.models.layers import Linear
 from anyorder.models.positions import CoordinateEncoding, displacement_index, displacements
 
-NEIGHBOURS = 9
-"""Cells of a 3 x 3 window: the candidate itself, which is always open, and its eight neighbours."""
+WINDOW = 3
+"""Side of the window of cells around a candidate: itself, which is always open, and its eight neighbours."""
+MAPS = 2**22
+"""Numbers in a map of scores (B, T, N) that are computed at once: fewer steps where B and N are large."""
 
 
 class LocationTables(NamedTuple):
@@ -44,7 +48,7 @@ class LocationHead(nn.Module):
         self.query = nn.Sequential(Linear(3 * width, width), nn.SiLU(), Linear(width, key_width))
         self.absolute = CoordinateEncoding(key_width)
         self.relative = CoordinateEncoding(key_width)
-        self.context = Linear(NEIGHBOURS, key_width, bias=False)
+        self.context = Linear(WINDOW**2, key_width, bias=False)
 
     def tables(self, grid: Grid) -> LocationTables:
         """Evaluate K and R on a grid: O(N) small-network evaluations."""
@@ -73,15 +77,35 @@ class LocationHead(nn.Module):
             tables: of the grid of the positions.
             closed: (B, T, N) bool, what cannot be next where that is more than `revealed`.
         """
+        every = (hidden, content, condition[:, None].expand_as(hidden))
+        steps = max(1, MAPS // (len(revealed) * revealed.shape[2]))
+        maps = (revealed, revealed if closed is None else closed)
+        parts = zip(*(x.split(steps, dim=1) for x in (*every, last, *maps)), strict=True)
+        if revealed.shape[1] <= steps or not torch.is_grad_enabled():
+            return torch.cat([self._log_probs(tables, *part) for part in parts], dim=1)
+        # Computed again in the backward pass: each part holds several maps of scores.
+        again = partial(checkpoint, self._log_probs, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([again(tables, *part) for part in parts], dim=1)
+
+    def _log_probs(
+        self,
+        tables: LocationTables,
+        hidden: Tensor,
+        content: Tensor,
+        condition: Tensor,
+        last: Tensor,
+        revealed: Tensor,
+        closed: Tensor,
+    ) -> Tensor:
+        """As of `forward` for some steps, with the condition (B, T, D) of each."""
         # The condition and embeddings are small beside hidden states: without a norm the head would ignore
         # the class, and begin in the order of another one.
-        every = (hidden, content, condition[:, None].expand_as(hidden))
+        every = (hidden, content, condition)
         query = self.query(torch.cat([F.rms_norm(x, x.shape[-1:]) for x in every], dim=-1))
         score = query @ tables.absolute.T + self._from_last(query, last, tables)
-        around = neighbourhood(revealed, tables.grid).to(query.dtype)
-        score = score + (around @ (query @ self.context.weight)[..., None]).squeeze(-1)
+        score = score + around(revealed, query @ self.context.weight, tables.grid)
         score = score.float() * query.shape[-1] ** -0.5
-        return score.masked_fill(revealed if closed is None else closed, -torch.inf).log_softmax(-1)
+        return score.masked_fill(closed, -torch.inf).log_softmax(-1)
 
     @staticmethod
     def _from_last(query: Tensor, last: Tensor, tables: LocationTables) -> Tensor:
@@ -92,13 +116,17 @@ class LocationHead(nn.Module):
         return table.gather(-1, index).masked_fill((last == grid.n)[..., None], 0)
 
 
-def neighbourhood(revealed: Tensor, grid: Grid) -> Tensor:
-    """Which cells of the 3 x 3 window around each position are revealed: (..., N) bool to (..., N, 9) float.
+def around(revealed: Tensor, weights: Tensor, grid: Grid) -> Tensor:
+    """Sum of the weights (B, T, 9) of the revealed cells around each position, (B, T, N).
 
-    Cells beyond the border count as open.
+    Takes revealed (B, T, N) bool; cells beyond the border count as open.
     """
-    maps = revealed.reshape(-1, 1, grid.h, grid.w).float()
-    return F.unfold(maps, 3, padding=1).mT.reshape(*revealed.shape, NEIGHBOURS)
+    maps = F.pad(revealed.unflatten(-1, (grid.h, grid.w)).to(weights.dtype), (1, 1, 1, 1))
+    cells = [(row, column) for row in range(WINDOW) for column in range(WINDOW)]
+    total = torch.zeros((), dtype=weights.dtype, device=weights.device)
+    for (row, column), weight in zip(cells, weights.unbind(-1), strict=True):  # not all nine copies at once
+        total = total + maps[..., row : row + grid.h, column : column + grid.w] * weight[..., None, None]
+    return total.flatten(-2)
 
 
 def revealed_before(rank: Tensor) -> Tensor:

@@ -114,8 +114,18 @@ def is_converted(folder: Path) -> bool:
 
 def known_classes(folder: Path, tokens: TokenSet, count: int) -> list[int | None]:
     """Which of the `count` classes of a converted model each class of the tokens is; see `map_classes`."""
+    return map_classes(tokens.classes, _own_names(folder), count)
+
+
+def class_names(folder: Path, model: AnyOrderNetwork, tokens: TokenSet) -> list[str]:
+    """Names of the model's classes: those of the tokens if they are as many, else those it came with."""
+    return tokens.classes if model.num_classes == len(tokens.classes) else _own_names(folder)
+
+
+def _own_names(folder: Path) -> list[str]:
+    """Class names that a converted model came with; none if they are not known."""
     index = folder / INDEX
-    return map_classes(tokens.classes, read_json(index)["classes"] if index.is_file() else [], count)
+    return read_json(index)["classes"] if index.is_file() else []
 
 
 def require_trained_on(folder: Path, tokens: TokenSet, *, adapted: bool = False) -> None:
@@ -146,7 +156,9 @@ def require_trained_on(folder: Path, tokens: TokenSet, *, adapted: bool = False)
 
 
 def as_condition(model: AnyOrderNetwork, tokens: TokenSet, condition: Tensor) -> Tensor | None:
-    """The condition as the model takes it: of a published model the class; None of other classes."""
+    """The condition as the model takes it: of a published model the class; None of other or no classes."""
     if getattr(model, "prefix", None) is None:
+        if not model.num_classes:
+            return None  # guidance then says that it needs a condition
         condition = class_labels(condition)
     return condition if model.num_classes in (0, len(tokens.classes)) else None

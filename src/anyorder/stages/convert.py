@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -60,8 +61,8 @@ def convert(config: ConvertConfig, out: Path, *, overwrite: bool = False) -> Non
         return
     model = model or build(config.source, config.kind, config.grid, config.heads, config.joint_steps)
     any_order = isinstance(model, AnyOrderNetwork)
+    _require_effect(config, model)
     if config.extrapolated is not None:
-        require(any_order, "extrapolated is a setting of any-order models: a tokenizer has no positions")
         model.config = dataclasses.replace(model.config, extrapolated=config.extrapolated)
     parts = None
     if config.tokenizer is not None:
@@ -75,6 +76,21 @@ def convert(config: ConvertConfig, out: Path, *, overwrite: bool = False) -> Non
     parameters = sum(p.numel() for p in model.parameters())
     artifact.finish(kind=families.kind_of(model), parameters=parameters)
     log.info("%s: %s, %.1f million parameters", out, type(model).__name__, parameters / 1e6)
+
+
+def _require_effect(config: ConvertConfig, model: Any) -> None:
+    """A ValueError for settings that the model does not use."""
+    changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
+    if families.is_own("networks", str(config.source)):
+        unused, what = changed & {"kind", "grid", "heads", "joint_steps"}, "the function decides it"
+    elif not isinstance(model, AnyOrderNetwork):
+        unused = changed & {"grid", "heads", "joint_steps", "extrapolated", "policy"}
+        what = "a tokenizer has no positions"
+    else:
+        unused = changed & ({"policy"} if config.tokenizer is None else set())
+        unused |= changed & ({"joint_steps"} if families.kind_of(model) == "llamagen" else set())
+        what = "policy needs tokenizer=..., joint_steps a model of more than raster order"
+    require(not unused, f"{', '.join(sorted(unused))} has no effect ({what}): leave it out")
 
 
 def _hashes(config: ConvertConfig, own: nn.Module | None) -> dict[str, str]:

@@ -29,6 +29,7 @@ class DataStage:
 
     inputs: ClassVar[tuple[str, ...]] = ()
     aside: ClassVar[tuple[str, ...]] = ("max_skipped",)
+    observes: ClassVar[tuple[str, ...]] = ("listing",)
     source: str = "sunsets"
     """sunsets (made by seed), a folder of images, a parquet file or folder, a Hugging Face data set id, or an
     own data set, package.module:Name."""
@@ -70,11 +71,19 @@ class DataStage:
         require(colors, f"fill must be three numbers from 0 to 255, got {self.fill}")
         fits = 1 <= self.max_pixels <= most
         require(fits, f"max_pixels must be from 1 to {most:,}, got {self.max_pixels:,}")
-        columns = [name for name in ("image", "label", "captions", "attributes") if getattr(self, name)]
+        columns = self._changed("image", "label", "captions", "attributes")
         if self.source == "sunsets":
             require(not columns, f"sunsets have no columns: leave {' and '.join(columns)} out")
+            unused = self._changed("fit", "fill", "max_pixels", "max_skipped", "test_fraction")
+            require(not unused, f"{' and '.join(unused)} has no effect on sunsets: leave it out")
             large = min(self.size) >= 16
             require(large, f"a sunset needs at least 16 x 16 pixels, got size={self.size}")
+        else:
+            require(not self.seed, f"seed={self.seed} is for source=sunsets: leave it out")
+
+    def _changed(self, *names: str) -> list[str]:
+        """Those of the settings that are not at their defaults."""
+        return [name for name in names if getattr(self, name) != getattr(DataStage, name)]
 
     @cached_property
     def _opened(self) -> Source:
@@ -103,6 +112,8 @@ class DataStage:
             n_test = 2_000 if self.max_test is None else self.max_test
             facts = write_sunsets(artifact.folder, self.size, n_train, n_test, self.seed, self.max_validation)
         else:
+            text = f"{self.source} has a test split of its own: leave test_fraction out"
+            require(not (self._changed("test_fraction") and self._opened.has_test_split), text)
             facts = ingest(
                 self._opened, artifact.folder, self.size, self.fit, self.fill, self.max_pixels,
                 self.max_train, self.max_test, self.max_skipped, self.max_validation,

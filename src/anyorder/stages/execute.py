@@ -109,15 +109,19 @@ def split(stage: Any) -> tuple[dict[str, Any], dict[str, Path], Completion]:
 
     The folders of artifacts are no settings: moving them leaves what was made of them up to date. Settings
     that a stage puts `aside` are recorded, but not compared. What a stage has `observed` of files that are no
-    artifacts counts as settings; an older artifact does not record it.
+    artifacts counts as settings; an older artifact does not record it, and what cannot be observed any more
+    (of all that the stage `observes`) is not compared.
     """
     settings = dataclasses.asdict(stage)
     given = {role: settings.pop(role) for role in stage.inputs}
     inputs = {role: path for role, path in given.items() if path is not None}
     observed = stage.observed() if hasattr(stage, "observed") else {}
 
+    unknown = {*getattr(stage, "observes", ())} - observed.keys()
+
     def compared(then: dict[str, Any]) -> dict[str, Any]:
-        return observed | _without(completed(then, stage, stage.inputs), getattr(stage, "aside", ()))
+        aside = {*getattr(stage, "aside", ()), *unknown}
+        return observed | _without(completed(then, stage, stage.inputs), aside)
 
     return settings | observed, inputs, compared
 

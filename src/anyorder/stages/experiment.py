@@ -126,7 +126,7 @@ def _reseeded(kind: str, stage: Any, seed: int) -> Any:
     if kind in ("train", "iterate"):
         training = dataclasses.replace(stage.train, seed=stage.train.seed + seed)
         return dataclasses.replace(stage, train=training)
-    if kind in ("orders", "sample", "tune"):
+    if kind in ("sample", "tune") or (kind == "orders" and not stage.policy.deterministic):
         return dataclasses.replace(stage, seed=stage.seed + SAMPLES_PER_SEED * seed)
     return stage
 

@@ -68,7 +68,10 @@ class FeaturesStage(TrainingStage):
         for name in ("label", "init"):
             allowed = getattr(self, name) is None or self.extractor == "classifier"
             require(allowed, f"{name}={getattr(self, name)} is for a classifier: set extractor=classifier")
-        self.train.require_watched(("test_accuracy",))
+        default = self.train == TrainConfig() and self.channels == FeaturesStage.channels
+        text = "channels and train.* are for a classifier: set extractor=classifier, or leave them out"
+        require(self.extractor == "classifier" or default, text)
+        self.train.require_watched(("test_accuracy",), samples=False)
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write the classifier, `{reference,validation,train}.safetensors`, and real against real."""
@@ -105,9 +108,10 @@ class FeaturesStage(TrainingStage):
             model.load_state_dict(load_model(self.init, "classifier").state_dict())
 
         def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
-            assert isinstance(model, features.Classifier)
             targets = torch.from_numpy(labels[known[rows]])
-            return model.loss(images.batch(known[rows])[0].to(device()), targets.to(device()))
+            pixels = images.batch(known[rows])[0].to(device())
+            # Not as a method, which a compiled model would take from the one that is not.
+            return features.Classifier.loss(model, pixels, targets.to(device()))  # type: ignore[arg-type]
 
         def evaluate(model: nn.Module, step: int) -> dict[str, float]:
             hits = 0

@@ -52,6 +52,13 @@ class GeneratingStage:
         unused = f"has no effect on policy.order={order}: leave it out"
         require(self.policy.by_class or self.orders is None, f"orders {unused}")
         require(self.scorer is None or (self.policy.token_blind and self.policy.decided), f"scorer {unused}")
+        scored = self.scorer is not None
+        self.guidance.require_effect(rated=self.policy.inferred, scored=scored, scaled=self._scaled)
+
+    @property
+    def _scaled(self) -> bool:
+        """Whether images are guided."""
+        return self.guidance.scale != 1
 
     def load_pipeline(
         self, artifact: Artifact, tokens: TokenSet, *, bf16: bool = False, compiled: bool = False

@@ -67,6 +67,11 @@ class IterateStage(TrainingStage):
         shares = f"got {self.random_floor} and {self.random_share}"
         ordered = 0 <= self.random_floor <= self.random_share <= 1
         require(ordered, f"random_floor <= random_share must lie in [0, 1], {shares}")
+        text = "random_floor is the share of the last round of several: leave it out, or give rounds > 1"
+        require(self.rounds > 1 or self.random_floor == IterateStage.random_floor, text)
+        for policy in (self.first, self.policy):  # bad settings of later rounds are refused before the first
+            self._extraction(self.model, policy)
+        self._training(self.model, self.tokens, 0)
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `round-N/{orders,model}`, and the model of the best round."""
@@ -96,19 +101,35 @@ class IterateStage(TrainingStage):
     def _round(self, folder: Path, model: Path, done: int) -> Path:
         """One E-step and one M-step; either is skipped if it is finished."""
         located = getattr(load_any_order(model).config, "location", False)
-        extraction = OrdersStage(
-            model, self.tokens, policy=self.policy if located else self.first, limit=self.limit,
-            test_limit=self.test_limit, seed=self.train.seed,
-        )  # fmt: skip
+        if done == 0:
+            self._require_effect(located)
+        extraction = self._extraction(model, self.policy if located else self.first)
         execute("orders", extraction, folder / "orders")
+        execute("train", self._training(model, folder / "orders", done), folder / "model")
+        return folder / "model"
+
+    def _extraction(self, model: Path, policy: PolicyConfig) -> OrdersStage:
+        return OrdersStage(
+            model, self.tokens, policy=policy, limit=self.limit, test_limit=self.test_limit,
+            seed=0 if policy.deterministic else self.train.seed,
+        )  # fmt: skip
+
+    def _training(self, model: Path, orders: Path, done: int) -> TrainStage:
         above = (self.random_share - self.random_floor) * (1 - done / max(1, self.rounds - 1))
-        training = TrainStage(
-            self.tokens, orders=folder / "orders", init=model, jitter=self.jitter,
+        return TrainStage(
+            self.tokens, orders=orders, init=model, jitter=self.jitter,
             random_share=self.random_floor + above, model=Architecture(location=True),
             train=dataclasses.replace(self.train, seed=self.train.seed + done),
         )  # fmt: skip
-        execute("train", training, folder / "model")
-        return folder / "model"
+
+    def _require_effect(self, located: bool) -> None:
+        """A ValueError for an order policy that no round would use."""
+        changed = self.first != PolicyConfig()
+        text = f"first is for a model without a location head, {self.model} has one: leave it out"
+        require(not (located and changed), text)
+        changed = self.policy != type(self)(self.model, self.tokens).policy
+        text = "policy is for models with a location head, of the second round on: give first, or rounds > 1"
+        require(located or self.rounds > 1 or not changed, text)
 
 
 def _watched(facts: dict[str, Any]) -> float:

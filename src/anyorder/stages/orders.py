@@ -33,7 +33,6 @@ class OrdersStage:
 
     together: ClassVar[bool] = True
     inputs: ClassVar[tuple[str, ...]] = ("model", "tokens", "data", "orders")
-    aside: ClassVar[tuple[str, ...]] = ("batch_size",)
     removed: ClassVar[dict[str, Any]] = {"shards": 1}
     model: Path
     """Model that scores: trained on random orders, or converted."""
@@ -51,7 +50,8 @@ class OrdersStage:
     """Test images, and validation images, whose orders are extracted, too, for likelihoods under the same
     policy; at least 1."""
     batch_size: int | None = None
-    """Images at once; null takes what fits into half of the free memory, at most 64 (CPU) or 1024 (GPU)."""
+    """Images at once; null takes what fits into half of the free memory, at most 64 (CPU) or 1024 (GPU), and
+    keeps to it when the work goes on. Orders depend on it up to rounding: the manifest records it."""
     bf16: bool = False
     """Score in bfloat16 where the hardware has it: faster, but it gives other orders (Kendall's tau with
     those of float32: 0.72 for margin, 0.91 for max_prob, 0.96 for entropy)."""
@@ -59,7 +59,7 @@ class OrdersStage:
     """Score through compiled code (CUDA graphs on a GPU): takes minutes at first, does not pay on a CPU, and
     is not for converted models."""
     seed: int = 0
-    """Seed of the location temperature."""
+    """Seed of the noise of policy.temperature, image by image."""
 
     def __post_init__(self) -> None:
         names = f"{', '.join(INFERRED)}, location or an own one that a model decides"
@@ -71,6 +71,14 @@ class OrdersStage:
         self.test_limit = min(self.test_limit, self.limit or self.test_limit)
         require((self.batch_size or 1) >= 1, f"batch_size must be >= 1, got {self.batch_size}")
 
+        text = f"seed={self.seed} is for orders with noise: give policy.temperature, or leave it out"
+        require(self.seed == 0 or not self.policy.deterministic, text)
+
+    @property
+    def aside(self) -> tuple[str, ...]:
+        """Settings that do not change what the stage writes."""
+        return ("batch_size", "seed") if self.policy.deterministic else ("batch_size",)
+
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `SPLIT.{order,log_prob,seconds}.npy`, `class_order.npy` and statistics of orders."""
         tokens, *others = (TokenSet(self.tokens, split) for split in splits(self.tokens))
@@ -79,9 +87,11 @@ class OrdersStage:
         model = load_any_order(self.model).to(fast_dtype(device(), self.bf16))
         if self.compile:
             compile_decoding(model)
-        self._extract(artifact.folder, model, tokens, np.arange(n))
+        sizes = self._batch_sizes(artifact.folder / "batch_size.txt", model, tokens)
+        self._extract(artifact.folder, model, tokens, np.arange(n), sizes[-1])
         for held in others:
-            self._extract(artifact.folder, model, held, evenly_spaced(self.test_limit, len(held)))
+            images = evenly_spaced(self.test_limit, len(held))
+            self._extract(artifact.folder, model, held, images, sizes[-1])
         if not artifact.leads:
             return {}
         written = [files.load_array(artifact.folder / f"{name}.npy") for name in _arrays(tokens)]
@@ -93,6 +103,7 @@ class OrdersStage:
         return {
             "rows": n,
             "examples": n,
+            "batch_sizes": sizes,
             "seconds": float(written[2].sum()),
             "tokens": artifact.identity["inputs"]["tokens"],
             "scorer": common.trained_before(self.model),
@@ -121,10 +132,25 @@ class OrdersStage:
         h, w = files.read_manifest(self.tokens)["image_size"]
         return found | {"sun_first": sun_first(orders.numpy(), causes, tokens.grid, (h, w))}
 
-    def _extract(self, folder: Path, model: AnyOrderNetwork, tokens: TokenSet, images: np.ndarray) -> None:
-        """Extract the orders of some images; a killed run resumes after its last batch."""
+    def _batch_sizes(self, note: Path, model: AnyOrderNetwork, tokens: TokenSet) -> list[int]:
+        """All batch sizes that the work was done with, the one to go on with last; kept in the file `note`.
+
+        A run goes on with the size it began with, whatever memory is free by then, unless another one is
+        asked for: the last bits of ratings, and with them ties between positions, depend on it.
+        """
+        before = [int(size) for size in note.read_text().split()] if note.is_file() else []
+        last = before[-1] if before else 0
+        size = processes.told(self.batch_size or last or images_at_once(model, tokens.grid))
+        sizes = before if before[-1:] == [size] else [*before, size]
+        if processes.leads():
+            files.write_text(note, "\n".join(map(str, sizes)))
+        return sizes
+
+    def _extract(
+        self, folder: Path, model: AnyOrderNetwork, tokens: TokenSet, images: np.ndarray, size: int
+    ) -> None:
+        """Extract the orders of some images, `size` at once; a killed run resumes after its last batch."""
         by_class = OrderSet(self.orders) if self.orders else None
-        size = self.batch_size or processes.told(images_at_once(model, tokens.grid))
         rows = common.Rows(folder, _arrays(tokens), len(images), size, f"{tokens.split} orders")
         for some in rows:
             begin = time.perf_counter()

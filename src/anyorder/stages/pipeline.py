@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from anyorder.inference.weights import load_any_order, load_tokenizer
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.settings import parse, read_stored
 from anyorder.stages.artifacts import Artifact
-from anyorder.stages.common import require_made_from, require_trained_on
+from anyorder.stages.common import class_names, require_made_from, require_trained_on
 from anyorder.stages.generation import GeneratingStage
 
 
@@ -72,6 +73,8 @@ class PipelineStage:
         if self.samples and not self.policy:
             stored = read_manifest(self.samples)["config"]["policy"]
             policy = parse(PolicyConfig, read_stored(PolicyConfig, stored))
-        parts = Parts(model, tokenizer, tokens.classes, policy, scorer, orders, tokens.vocabulary)
+        classes = class_names(self.model, model, tokens)
+        vocabulary = dataclasses.replace(tokens.vocabulary, classes=classes)
+        parts = Parts(model, tokenizer, classes, policy, scorer, orders, vocabulary)
         save_parts(artifact.folder, parts)
         return {"parameters": read_manifest(self.model)["parameters"]}

@@ -58,10 +58,16 @@ class TokenizerStage(common.TrainingStage):
         given = self.init is not None and self.model != SMALL
         require(not given, "init=... brings its architecture: remove the model.* settings")
         names = [f"{split}_{value}" for split in ("validation", "test") for value in ("psnr", "ssim")]
-        self.train.require_watched(names)
+        self.train.require_watched(names, samples=False)
         learnt = self.model.codebook_update == "gradient" and self.model.revive_after
         refused = "train.shard=true cannot revive codes that learn by gradients: give model.revive_after=0"
         require(not (self.train.shard and learnt), refused)
+        if self.init is None and self.model.codebook_update == "gradient":
+            decay = self.model.ema_decay == VQConfig.ema_decay
+            text = "model.ema_decay is for model.codebook_update=ema: choose that, or leave it out"
+            require(decay, text)
+            text = "loss.seed is for re-seeding unused codes: give model.revive_after, or leave it out"
+            require(self.model.revive_after > 0 or self.loss.seed == 0, text)
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write the model, its log, and reconstructions of test images."""

@@ -112,6 +112,8 @@ class TrainStage(common.TrainingStage):
             require(not mixed, text)
             text = "model.location needs orders to learn: give orders=... or a static order"
             require(not self.model.location, text)
+        text = "model.location_gradient is about a location head: give model.location=true, or leave it out"
+        require(self.model.location or self.model.location_gradient, text)
         compiled = self.train.compile and (self.model.location or self.groups)
         text = "train.compile covers models without a location head and without groups: leave one of them out"
         require(not compiled, text)
@@ -215,6 +217,7 @@ class TrainStage(common.TrainingStage):
         if self.network:
             return self._own_network(tokens, sizes)
         if self.init is None:
+            self._require_conditions(tokens)
             config = transformer.TransformerConfig(
                 **vars(self.model),
                 **sizes,
@@ -238,6 +241,8 @@ class TrainStage(common.TrainingStage):
             larger = transformer.AnyOrderTransformer(dataclasses.replace(model.config, **head)).to(device())
             larger.load_state_dict(model.state_dict(), strict=False)
             model = larger
+        elif not self.model.location_gradient:
+            raise ValueError(f"{self.init} brings location_gradient with its head: leave the setting out")
         if self.groups:
             if not isinstance(model, transformer.AnyOrderTransformer):
                 raise ValueError("a published model predicts no groups: remove groups")
@@ -253,6 +258,15 @@ class TrainStage(common.TrainingStage):
         if not isinstance(model, AnyOrderNetwork):
             raise ValueError(f"{self.network} must be a contracts.AnyOrderNetwork")
         return model
+
+    def _require_conditions(self, tokens: caches.TokenSet) -> None:
+        """A ValueError for dropout of conditions that the tokens do not have."""
+        parts = tokens.further.shape[1]
+        for name, some in (("label_dropout", len(tokens.classes) + parts), ("part_dropout", parts)):
+            default = getattr(self.model, name) == getattr(transformer.Architecture, name)
+            text = f"model.{name} has nothing to hide: {tokens.folder} has no "
+            text += f"{'classes' if name == 'label_dropout' else 'attributes or captions'}; leave it out"
+            require(bool(some) or default, text)
 
     # --- the orders to train on -------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from anyorder.contracts import require
 from anyorder.data.caches import splits
 from anyorder.evaluation import bootstrap
 from anyorder.inference import figures, processes
+from anyorder.method.guidance import GuidanceConfig
 from anyorder.report import curves
 from anyorder.stages import features as spaces
 from anyorder.stages.artifacts import Artifact, recorded_input
@@ -66,6 +67,10 @@ class TuneStage(GeneratingStage):
         searched = self.sampling.temperature == self.guidance.scale == 1
         require(searched, "temperature and scale are searched: set temperatures and scales instead")
 
+    @property
+    def _scaled(self) -> bool:
+        return self.scales != (1,)
+
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `table.json` and `search.png`; a killed search goes on with its last point."""
         data = recorded_input(self.features, "data")
@@ -106,7 +111,7 @@ class TuneStage(GeneratingStage):
         shared = {field.name: getattr(self, field.name) for field in fields(GeneratingStage)}
         shared |= {name: getattr(self, name) for name in ("num_images", "batch_size", "bf16", "seed")}
         shared["sampling"] = replace(self.sampling, temperature=temperature)
-        shared["guidance"] = replace(self.guidance, scale=scale)
+        shared["guidance"] = replace(self.guidance, scale=scale) if scale != 1 else GuidanceConfig()
         return SampleStage(**shared, classes="validation")
 
 

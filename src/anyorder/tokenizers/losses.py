@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,12 @@ class LossConfig:
             f"lpips={self.lpips} needs vgg_path, a file with torchvision's VGG16 weights "
             "(vgg16-397923af.pth or its .safetensors); give one or set lpips=0",
         )
+        for what in ("lpips", "adversarial"):
+            prefix = "discriminator_" if what == "adversarial" else ("vgg_path", "lpips_path")
+            unused = [f.name for f in fields(self) if f.name.startswith(prefix)]
+            unused = [name for name in unused if getattr(self, name) != getattr(LossConfig, name)]
+            text = f"{' and '.join(unused)} has no effect at {what}=0: give {what} a weight, or leave it out"
+            require(getattr(self, what) > 0 or not unused, text)
         channels, layers = self.discriminator_channels, self.discriminator_layers
         fits = channels > 0 and channels % 8 == 0
         require(fits, f"discriminator_channels must be a positive multiple of 8, got {channels}")

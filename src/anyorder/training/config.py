@@ -14,6 +14,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from anyorder.contracts import require
+
 
 @dataclass
 class TrainConfig:
@@ -87,8 +89,10 @@ class TrainConfig:
         if not holds:
             raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
 
-    def require_watched(self, evaluated: Collection[str]) -> None:
-        """A ValueError if `patience` watches what is not `evaluated`."""
+    def require_watched(self, evaluated: Collection[str], *, samples: bool = True) -> None:
+        """A ValueError if `patience` watches what is not `evaluated`, or there are no `samples` to show."""
+        text = f"sample_every={self.sample_every} is for models that generate images: leave it out"
+        require(samples or not self.sample_every, text)
         if self.patience and self.watch not in evaluated:
             raise ValueError(f"watch={self.watch} is not evaluated: choose one of {', '.join(evaluated)}")
 
