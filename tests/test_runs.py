@@ -654,7 +654,7 @@ def test_artifacts_that_do_not_belong_together_are_refused(experiment, tmp_path)
         (TokenizerStage, {"data": "d", "train": {"patience": 1}}, "one of validation_psnr, validation_ssim"),
         (FeaturesStage, {"data": "d", "train": {"patience": 1}}, "choose one of test_accuracy"),
         (FeaturesStage, {"data": "d", "init": "f", "extractor": "inception"}, "for a classifier"),
-        (FeaturesStage, {"data": "d", "extractor": "resnet"}, "efficientnet-lite0, inception or timm:NAME"),
+        (FeaturesStage, {"data": "d", "extractor": "resnet"}, "efficientnet-lite0, inception, timm:NAME or"),
         (FeaturesStage, {"data": "d", "max_train": 3}, "max_train must be at least 4, got 3"),
         (TokenizerStage, {"data": "d", "init": "t", "model": {"channels": 16}}, "its architecture"),
         (TrainStage, {"tokens": "t", "model": {"width": 10}}, "multiple"),

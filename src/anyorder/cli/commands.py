@@ -114,6 +114,7 @@ EXAMPLES = {
     "train": "tokens=runs/mine/tokens train.steps=5000 model.depth=4 out=runs/mine/any-order",
     "orders": "model=runs/mine/any-order tokens=runs/mine/tokens policy.order=margin out=runs/mine/orders",
     "iterate": "model=runs/mine/any-order tokens=runs/mine/tokens rounds=2 out=runs/mine/iterate",
+    "tune": "model=runs/mine/ordered features=runs/mine/features out=runs/mine/tune",
     "sample": "pipeline=fashion32 class_labels=Shoes,Bags out=images",
     "eval": "samples=runs/mine/samples features=runs/mine/features out=runs/mine/eval",
     "compare": "a=runs/mine/eval b=runs/mine/eval-raster out=runs/mine/compare",
