@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from anyorder.cli.main import main
 from anyorder.inference import device as module
 from anyorder.inference.device import BF16, Threads, fast_dtype, native_bf16
 from anyorder.training.config import TrainConfig
@@ -34,6 +35,37 @@ def test_another_choice_is_refused(monkeypatch):
     monkeypatch.setenv(BF16, "yes")
     with pytest.raises(ValueError, match="ANYORDER_BF16 must be auto, on or off, got 'yes'"):
         native_bf16(CPU)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "gpus", "expected"),
+    [("", 0, "cpu"), ("", 2, "cuda"), ("cpu", 2, "cpu"), ("cuda", 1, "cuda"), ("cuda:1", 2, "cuda:1")],
+)
+def test_device_is_the_chosen_one_or_the_first_gpu(monkeypatch, chosen, gpus, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("ANYORDER_DEVICE", chosen)
+    assert module.device() == torch.device(expected)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "error"),
+    [
+        ("gpu", "device must be cpu, cuda, cuda:NUMBER or mps, got 'gpu'"),
+        ("cuda:x", "device must be"),
+        ("cuda:2", r"device=cuda:2 is not there: PyTorch .* finds 2 of kind cuda here"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(monkeypatch, chosen, error):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("ANYORDER_DEVICE", chosen)
+    with pytest.raises(ValueError, match=error):
+        module.device()
+
+
+def test_the_command_line_chooses_the_device(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("ANYORDER_DEVICE", "")
+    assert main(["sample", "pipeline=fashion32", f"out={tmp_path}", "device=tpu"]) == 2
+    assert "device must be cpu, cuda, cuda:NUMBER or mps, got 'tpu'" in capsys.readouterr().err
 
 
 def spin_count(**variables: str) -> str:

@@ -18,12 +18,21 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from test_kill import EXPERIMENT, TINY_VQ, photos
+
+from anyorder.files import RowWriter, load_array
+from anyorder.inference import processes
+from anyorder.stages.common import Rows
+from anyorder.stages.execute import execute
+from anyorder.training import distributed
 
 KILLS = int(os.environ.get("ANYORDER_KILLS", "6"))
 DEEPER = {
@@ -285,6 +294,46 @@ def scenario(name, folder):
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-8000:]
     return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("rank", "passes"), [(0, [0, 3]), (1, [1, 4]), (2, [2, 5])])
+def test_processes_take_the_passes_of_a_step_in_turn(monkeypatch, rank, passes):
+    monkeypatch.setattr(processes, "size", lambda: 3)
+    monkeypatch.setattr(processes, "rank", lambda: rank)
+    assert list(distributed.own_passes(6)) == passes
+    with pytest.raises(
+        ValueError, match=r"train.accumulation=4 .* shared by 3 processes: give a multiple of 3"
+    ):
+        distributed.own_passes(4)
+
+
+@dataclass
+class Hungry:
+    inputs: ClassVar[tuple[str, ...]] = ()
+    batch_size: int = 8
+
+    def run(self, artifact):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_stage_without_enough_memory_says_what_to_change(tmp_path):
+    with pytest.raises(ValueError, match="out of memory with batch_size=8: batch_size=4 needs about half"):
+        execute("stage", Hungry(), tmp_path)
+    with pytest.raises(ValueError, match="out of memory with batch_size=1: choose a smaller model"):
+        execute("stage", Hungry(1), tmp_path)
+
+
+def test_batches_keep_their_bounds_when_a_kill_tore_one(tmp_path):
+    """11 rows of 3 arrays, 4 at a time; of the second batch two rows and a half are on disk."""
+    arrays = {"a": ((2,), np.int64), "b": ((), np.float32)}
+    begun = RowWriter(tmp_path, arrays, 4)
+    begun.append(a=np.zeros((6, 2)), b=np.zeros(6))
+    seen, rows = [], Rows(tmp_path, arrays, 11, 4, "rows")
+    for some in rows:
+        seen.append(some.tolist())
+        rows.append(a=np.stack([some, some], 1), b=some)
+    assert seen == [[4, 5, 6, 7], [8, 9, 10]]
+    assert load_array(tmp_path / "b.npy").tolist() == [0] * 4 + list(range(4, 11))
 
 
 @pytest.mark.slow

@@ -42,9 +42,9 @@ def fast_dtype(device: torch.device, bf16: bool) -> torch.dtype:
 
 
 @cache
-def _named(name: str) -> torch.device:
+def _named(name: str, gpus: int) -> torch.device:
     """A device that is there; "" is the first GPU if there is one (not an Apple GPU), else the CPU."""
-    found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    found = {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}
     kind, _, number = (name or ("cuda" if found["cuda"] else "cpu")).partition(":")
     known = kind in found and (number or "0").isdecimal()
     require(known, f"device must be cpu, cuda, cuda:NUMBER or mps, got '{name}'")
@@ -61,7 +61,7 @@ def device() -> torch.device:
     Raises:
         ValueError: an unknown device, or one that is not there.
     """
-    return _named(os.environ.get(DEVICE, ""))
+    return _named(os.environ.get(DEVICE, ""), torch.cuda.device_count())
 
 
 def out_of_memory(error: BaseException) -> bool:
