@@ -207,16 +207,23 @@ def two_hundred_steps(folder):
         for kind in ("any", "vq"):
             one, here = (last_loss(folder / f"{kind}-{x}") for x in ("one", name))
             found[f"{kind}-{name}"] = abs(here / one - 1)
-    command = trained(folder, folder / "any-parts", **length)
-    for size, stop, shard in ((2, 60, "true"), (1, 120, "false"), (2, 0, "true")):
+    return found
+
+
+def resharded(folder):
+    """Difference of the weights of a run in 2, 1 and 2 processes, sharded or not, stopped by SIGTERM to one."""
+    tokens(folder)
+    length = {"steps": 30, "save_every": 1000, "log_every": 1, "eval_every": 0, "ema": 0.9}
+    run(1, folder, *trained(folder, folder / "one", **length))
+    command = trained(folder, folder / "parts", **length)
+    for size, stop, shard in ((2, 10, "true"), (1, 20, "false"), (2, 0, "true")):
         arm = stopping_at(stop, size - 1) if stop else (lambda rank: None)
         codes = ended(start(size, folder, [*command, f"train.shard={shard}"], arm))
         assert codes == [130 if stop else 0] * size, (folder / "0.log").read_text()[-3000:]
         said = (folder / "0.log").read_text()
         assert "Traceback" not in said
-        assert not stop or (folder / f"any-parts/checkpoints/step-{stop:08d}").is_dir()
-    found["any-parts"] = abs(last_loss(folder / "any-parts") / last_loss(folder / "any-one") - 1)
-    return found
+        assert not stop or (folder / f"parts/checkpoints/step-{stop:08d}").is_dir()
+    return distance(folder / "one", folder / "parts")
 
 
 def kills(folder):
@@ -362,6 +369,12 @@ def test_two_hundred_steps_end_as_in_one_process(tmp_path):
     print(found)
     assert found["any-ddp"] == found["vq-ddp"] == 0
     assert max(found.values()) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
+    assert scenario("resharded", tmp_path) < 1e-6
 
 
 @pytest.mark.slow
