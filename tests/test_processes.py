@@ -211,7 +211,7 @@ def two_hundred_steps(folder):
 
 
 def resharded(folder):
-    """Difference of the weights of a run in 2, 1 and 2 processes, sharded or not, stopped by SIGTERM to one."""
+    """Difference of the weights of a run in 2, 1 and 2 processes; SIGTERM to one of them stops all."""
     tokens(folder)
     length = {"steps": 30, "save_every": 1000, "log_every": 1, "eval_every": 0, "ema": 0.9}
     run(1, folder, *trained(folder, folder / "one", **length))
