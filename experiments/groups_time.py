@@ -1,4 +1,4 @@
-"""CPU time of sampling in fewer steps, with and without groups, and of a training step.
+"""CPU time of sampling in fewer steps, with and without groups, of a training step, and of inferred orders.
 
     python experiments/groups_time.py
 
@@ -37,19 +37,34 @@ def least(run: Callable[[], Any], times: int) -> float:
     return 1000 * min(taken)
 
 
-def sampling(grouped: bool) -> dict[int, float]:
-    """Milliseconds per image in random order, by steps."""
-    model, labels = (
-        AnyOrderTransformer(TransformerConfig(**SIZE, grouped=grouped)).eval(),
-        torch.arange(IMAGES) % 5,
-    )
-    runs = {
-        steps: lambda steps=steps: sample(
-            model, PolicyConfig("random", steps=steps), Streams(range(IMAGES)), condition=labels
-        )
-        for steps in STEPS
-    }
-    return {steps: round(least(run, 3) / IMAGES, 2) for steps, run in runs.items()}
+POLICIES = {
+    "raster": {"order": "raster"},
+    "location head": {"order": "location"},
+    "location head, groups, 16 steps": {"order": "location", "steps": 16},
+    "entropy, rate_every 32": {"order": "entropy", "rate_every": 32},
+    "entropy, rate_every 16": {"order": "entropy", "rate_every": 16},
+    "entropy, rate_every 8": {"order": "entropy", "rate_every": 8},
+    "entropy, rescore 0.1": {"order": "entropy", "rescore": 0.1},
+    "entropy": {"order": "entropy"},
+}
+
+
+def sampling(policy: PolicyConfig, grouped: bool, times: int = 3) -> float:
+    """Milliseconds per image."""
+    model = AnyOrderTransformer(TransformerConfig(**SIZE, grouped=grouped, location=True)).eval()
+    labels = torch.arange(IMAGES) % SIZE["num_classes"]
+    run = lambda: sample(model, policy, Streams(range(IMAGES)), condition=labels)  # noqa: E731
+    return round(least(run, times) / IMAGES, 2)
+
+
+def by_steps(grouped: bool) -> dict[int, float]:
+    """Milliseconds per image in random order."""
+    return {steps: sampling(PolicyConfig("random", steps=steps), grouped) for steps in STEPS}
+
+
+def by_policy() -> dict[str, float]:
+    """Milliseconds per image; the model itself decides where."""
+    return {name: sampling(PolicyConfig(**p), "groups" in name, 2) for name, p in POLICIES.items()}  # type: ignore[arg-type]
 
 
 def training() -> dict[int, float]:
@@ -70,6 +85,6 @@ def training() -> dict[int, float]:
 if __name__ == "__main__":
     torch.manual_seed(0)
     facts = {"model": SIZE, "images": IMAGES, "batch": BATCH, "threads": torch.get_num_threads()}
-    sampling(False)  # warms up
-    made = {"groups_ms_per_image": sampling(True), "candidates_ms_per_image": sampling(False)}
-    print(json.dumps({**facts, **made, "training_ms": training()}))
+    sampling(PolicyConfig("raster"), False)  # warms up
+    made = {"groups_ms_per_image": by_steps(True), "candidates_ms_per_image": by_steps(False)}
+    print(json.dumps({**facts, **made, "training_ms": training(), "policies_ms_per_image": by_policy()}))

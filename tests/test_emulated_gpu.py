@@ -9,6 +9,7 @@ from emulated_gpu import CUDA, EmulatedGPU
 from anyorder.contracts import Grid
 from anyorder.method.decoding import complete, extract_orders, sample
 from anyorder.method.loss import token_nll
+from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Streams
 from anyorder.orders import random_orders
 from anyorder.training.config import TrainConfig
@@ -106,3 +107,10 @@ def test_more_positions_are_no_more_waiting(name, rotary):
     assert {line.split(":")[0] for line in more} <= {"attention.py"}
     one_candidate = name in ("fixed", "random", "location")
     assert sum(more.values()) <= (0 if one_candidate else Grid(3, 4).n - GRID.n)
+
+
+@pytest.mark.parametrize("order", ["random", "location"])
+def test_groups_never_wait(order):
+    run = in_order(PolicyConfig(order, steps=2))
+    few, many = (reads_of(run, grid, grouped=True) for grid in (GRID, Grid(3, 4)))
+    assert sum(many.values()) <= sum(few.values())
