@@ -19,6 +19,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "mathml",  # docs/mathml.py: formulas without scripts
+    "notebooks",  # docs/notebooks.py: tutorials as files for Jupyter
     "commands",  # docs/commands.py: the settings of every command
 ]
 html_theme = "furo"

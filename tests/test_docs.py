@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,10 +62,29 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
+@pytest.fixture
+def at_page(tmp_path, monkeypatch):
+    """Enters an empty folder, with the files that code blocks of a page begin with the names of."""
+
+    def enter(page: Path) -> list[str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        code = []
+        for block in blocks(page, "python"):
+            if found := re.match(r"# (\w+)\.py\n", block):
+                monkeypatch.delitem(sys.modules, found[1], raising=False)
+                with open(tmp_path / f"{found[1]}.py", "a") as file:
+                    file.write(block)
+            else:
+                code.append(block)
+        return code
+
+    return enter
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
-def test_python_snippets_run(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    exec("\n".join(blocks(page, "python")), {})
+def test_python_snippets_run(page, at_page):
+    exec("\n".join(at_page(page)), {})
 
 
 def commands(page: Path) -> list[str]:
@@ -73,11 +93,29 @@ def commands(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "command", sorted({command for page in PAGES for command in commands(page)}), ids=lambda c: c[9:60]
+    ("command", "page"),
+    sorted({command: page for page in PAGES for command in commands(page)}.items()),
+    ids=lambda c: c[9:60] if isinstance(c, str) else "",
 )
-def test_commands_have_known_settings(command, capsys):
+def test_commands_have_known_settings(command, page, at_page, capsys):
     """`--dry-run` reads every setting of a command and runs nothing."""
+    at_page(page)
     arguments = shlex.split(command, comments=True)[1:]
     if arguments[0] in ("report", "run", "fit") or "--dry-run" in arguments:
         pytest.skip("needs images or finished runs")
     assert main([*arguments, "--dry-run"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/tutorials").glob("*.md")), ids=name_of)
+def test_a_tutorial_is_a_notebook(page, monkeypatch):
+    """Its code cells are the snippets that run above, its commands begin with an exclamation mark."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    made = importlib.import_module("notebooks").notebook(page.read_text())
+    cells = [cell["source"] for cell in made["cells"] if cell["cell_type"] == "code"]
+    python = [block.strip() for block in blocks(page, "python")]
+    assert [cell for cell in cells if not cell.startswith("!")] == python
+    assert [cell.split("#")[0] for cell in cells if cell.startswith("!")] == [
+        f"!{line.split('#')[0]}" for line in commands(page)
+    ]
+    assert len({cell["id"] for cell in made["cells"]}) == len(made["cells"])
+    assert not any("```" in cell["source"] or "{download}" in cell["source"] for cell in made["cells"])

@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from anyorder.report import summary
 from anyorder.report.page import (
     Details,
     Figure,
     Gallery,
     Section,
+    write_latex,
     write_markdown,
     write_records,
     write_report,
 )
-from anyorder.report.tables import Table, format_value
+from anyorder.report.tables import Spread, Table, format_value
 
 DASH = "\u2013"
 VOID = {"meta", "img"}
@@ -274,3 +276,26 @@ def test_markdown_holds_tables_and_texts(tmp_path) -> None:
         "| name | a\\|b |\n| --- | ---: |\n| x | 1.500 |\n| y | \u2013 |\n\nWhat it is.\n\n"
         "| name | n |\n| --- | ---: |\n| x | 1 |\n| y | **2** |\n"
     )
+
+
+def test_tables_for_papers_escape_what_latex_reads(tmp_path) -> None:
+    spread = Spread.of([1.0, 3.0])
+    rows = [{"a_b": "50 % & {x}", "FD": spread}, {"a_b": "~^\\\\", "FD": None}, {"a_b": "c", "FD": 9.0}]
+    table = Table(["a_b", "FD"], rows, "Caption #1", best={"FD": "min"})
+    write_latex(tmp_path / "r.tex", "Title", [Section("S", "", ["text", table])])
+    text = (tmp_path / "r.tex").read_text()
+    assert text.startswith("% Title\n\n\\begin{table}")
+    for line in (
+        "\\begin{tabular}{lr}",
+        "a\\_b & FD \\\\",
+        "50 \\% \\& \\{x\\} & \\textbf{2.000 $\\pm$ 1.414} \\\\",
+        "\\textasciitilde{}\\textasciicircum{}\\textbackslash{}\\textbackslash{} & -- \\\\",
+        "\\caption{Caption \\#1}",
+    ):
+        assert line in text.splitlines(), (line, text)
+
+
+def test_numbers_for_papers_are_not_rounded(tmp_path) -> None:
+    rows = [{"samples": "a, b", "FD": 1 / 3, "none": None}, {"samples": "c", "FD": None, "none": None}]
+    summary._write_csv(tmp_path / "r.csv", rows)
+    assert (tmp_path / "r.csv").read_text() == f'samples,FD\n"a, b",{1 / 3!r}\nc,\n'

@@ -1,5 +1,6 @@
 """The stages on a tiny experiment: what they write, skip, resume and refuse."""
 
+import csv
 import dataclasses
 import json
 import shutil
@@ -596,7 +597,10 @@ def test_report_is_one_page_with_the_comparison(experiment, tmp_path):
     without = (tmp_path / "r.html").read_text()
     assert "what the tokens keep" in page
     assert "what the tokens keep" not in without
-    assert cli.main(["report", str(out), f"out={tmp_path}/r.md"]) == 0
+    assert cli.main(["report", str(out), f"out={tmp_path}/r.md", "--csv", "--latex"]) == 0
+    rows = list(csv.DictReader((tmp_path / "r.csv").open()))
+    assert {row["samples"] for row in rows} >= {"drawn", "peeking"}
+    assert (tmp_path / "r.tex").read_text().count("\\toprule") >= 2
     assert "| token_likelihood |" in (tmp_path / "r.md").read_text()
     with pytest.raises(FileNotFoundError, match="no finished artifact"):
         report([tmp_path / "nothing"], tmp_path / "r.html")

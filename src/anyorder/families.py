@@ -118,8 +118,8 @@ def _check_origin(name: str) -> None:
     if refused:
         raise ValueError(f"{refused}: {name}")
     top = name.partition(":")[0].partition(".")[0]
-    beside = (path for at in (folder, folder.parent) for path in at.iterdir()) if folder else ()
-    same = [path for path in beside if path.name.partition(".")[0] == top]
+    inside = folder.rglob("*") if folder else ()
+    same = [path for path in inside if path.name.partition(".")[0] == top]
     if any(path.is_file() or any(path.rglob("*.[ps][yo]*")) for path in same):
         raise ValueError(f"{folder} brings '{top}' itself: code of a model folder is not run, install it")
 

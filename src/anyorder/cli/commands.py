@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -227,31 +228,35 @@ def quickstart(call: Call) -> str:
 
 
 def report(call: Call) -> str:
-    """RUN... [out=RUN/report.html] [data_images=true]
+    """RUN... [out=RUN/report.html] [--csv] [--latex] [data_images=true]
 
     run folders of one experiment are its seeds: stages of equal names are one variant
     out=FILE.md writes the tables alone as Markdown, out=FILE.json as JSON; manifests are enough
+    --csv and --latex write the numbers and the tables beside the page, or alone: out=FILE.csv, out=FILE.tex
     data_images=false leaves out figures that contain images of the data set
     """
     if not call.paths:
         raise ValueError("give one or more run folders, for example runs/quickstart")
     folders = [Path(path).expanduser() for path in call.paths]
     out, images = call.out(f"{folders[0]}/report.html"), call.flag("data_images", "true")
+    beside = [out.with_suffix(end) for key, end in (("csv", ".csv"), ("latex", ".tex")) if call.flag(key)]
     if call.settings:
         raise ValueError(f"report takes out=FILE and data_images=true|false, got {call.settings[0]}")
     if call.dry_run:
         print(f"report of {', '.join(map(str, folders))} -> {out}")
         return ""
-    return _write_report(folders, out, images)
+    return _write_report(folders, out, images, beside)
 
 
-def _write_report(folders: list[Path], out: Path, data_images: bool) -> str:
+def _write_report(folders: list[Path], out: Path, data_images: bool, beside: Sequence[Path] = ()) -> str:
     from anyorder.report.summary import report
 
     table = report(folders, out, data_images=data_images)
+    for path in beside:
+        report(folders, path)
     if table is not None:
         print(table.text())
-    return f"{out}; next: open it in a browser"
+    return f"{', '.join(map(str, [out, *beside]))}; next: open it in a browser"
 
 
 def bench(call: Call) -> str:

@@ -141,6 +141,7 @@ def _understand(arguments: list[str]) -> commands.Call:
     Raises:
         ValueError: unknown command or option, with the nearest known one.
     """
+    arguments = [f"{text[2:]}=true" if text in ("--csv", "--latex") else text for text in arguments]
     rest = settings.as_overrides(arguments, FLAGS)
     words = [text for text in rest if text not in FLAGS]
     name, *words = words or [""]

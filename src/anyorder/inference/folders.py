@@ -83,7 +83,11 @@ def save_parts(folder: str | Path, parts: Parts) -> None:
 
 def load_parts(folder: str | Path) -> Parts:
     """Read what `save_parts` wrote; a FileNotFoundError or ValueError says what is wrong with the folder."""
-    folder = Path(folder)
+    with families.loading(Path(folder)):
+        return _load_parts(Path(folder))
+
+
+def _load_parts(folder: Path) -> Parts:
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(
             f"{folder} is no pipeline folder (no {INDEX}); make one with stage 'pipeline', "
@@ -94,8 +98,7 @@ def load_parts(folder: str | Path) -> Parts:
     require(found == 1, f"{folder / INDEX} has format {found}, this version reads 1: update anyorder")
     try:
         classes, length = [str(name) for name in index["classes"]], int(index.get("text_length", 0))
-        with families.loading(folder):
-            policy = parse(PolicyConfig, read_stored(PolicyConfig, index["policy"]))
+        policy = parse(PolicyConfig, read_stored(PolicyConfig, index["policy"]))
         captions = CaptionTokenizer((folder / TEXT).read_text("utf-8")) if length else None
         vocabulary = Vocabulary(classes, dict(index.get("attributes", {})), captions, length)
     except (AttributeError, KeyError, TypeError) as e:

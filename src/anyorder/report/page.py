@@ -113,6 +113,12 @@ def write_markdown(path: str | Path, title: str, sections: Sequence[Section]) ->
     files.write_text(path, "\n\n".join(blocks) + "\n")
 
 
+def write_latex(path: str | Path, title: str, sections: Sequence[Section]) -> None:
+    """Write the same tables for LaTeX (package booktabs), to be read by a paper's `\\input`."""
+    tables = [item.latex() for section in sections for item in section.tables]
+    files.write_text(path, "\n\n".join([f"% {title}", *tables]) + "\n")
+
+
 def write_records(path: str | Path, title: str, sections: Sequence[Section]) -> None:
     """Write the same tables as JSON, with the versions of the packages: a small file to keep with a study."""
     tables = [

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anyorder import files
+from anyorder.contracts import require
 from anyorder.report import curves, evaluations, page, verdict
 from anyorder.report.evaluations import Found
 from anyorder.report.page import Section
@@ -20,7 +24,8 @@ Columns = Mapping[str, str | Callable[[dict[str, Any]], Any]]
 def report(folders: Sequence[Path], out: Path, *, data_images: bool = True) -> Table | None:
     """Write one self-contained page about runs (`.html`); the tables alone as `.md` or `.json`.
 
-    Stages of equal name in several run folders are one variant with several seeds. Missing images are
+    A `.csv` has a row for each evaluation, with every measure; `.tex` takes the package booktabs. Stages of
+    equal name in several run folders are one variant with several seeds. Missing images are
     left out, and without `data_images` those that contain images of the data set.
 
     Returns:
@@ -50,9 +55,23 @@ def report(folders: Sequence[Path], out: Path, *, data_images: bool = True) -> T
     ]
     for section in folded:
         section.folded = True
-    write = {".md": page.write_markdown, ".json": page.write_records}.get(out.suffix, page.write_report)
+    if out.suffix == ".csv":
+        require(bool(evaluated), "no samples were evaluated: run the stage eval first")
+        _write_csv(out, [evaluation.row() for evaluation in evaluated])
+        return None
+    kinds = {".md": page.write_markdown, ".tex": page.write_latex, ".json": page.write_records}
+    write = kinds.get(out.suffix, page.write_report)
     write(out, f"anyorder: {', '.join(Path(f).name for f in folders)}", [*opening, *folded])
     return opening[0].tables[0] if opening else None
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Unrounded values, a column for each measure that one of the rows has."""
+    shown = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    writer = csv.DictWriter(buffer := io.StringIO(), shown, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    files.write_text(path, buffer.getvalue())
 
 
 def _opening(evaluated: Sequence[evaluations.Evaluation], artifacts: Found, *, images: bool) -> Section:

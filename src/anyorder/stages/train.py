@@ -340,13 +340,16 @@ class TrainStage(common.TrainingStage):
         assert tokenizer is not None, "every token cache has a tokenizer"
         common.require_made_from(self.tokens, "tokenizer", tokenizer)
 
-        def preview(model: torch.nn.Module, step: int) -> None:
+        def preview(model: torch.nn.Module, step: int) -> dict[str, Any]:
             assert isinstance(model, AnyOrderNetwork)
             streams = Streams(range(common.SHOWN), device())
             labels = torch.arange(common.SHOWN, device=device()) % max(1, model.num_classes)
             made = sample(model, self.order, streams, condition=labels)
             images = to_uint8(weights.load_tokenizer(tokenizer).decode(made.tokens, model.grid))
-            figures.save_image(figures.image_grid(images), folder / f"samples/step-{step:08d}.png")
+            shown = figures.image_grid(images)
+            figures.save_image(shown, folder / f"samples/step-{step:08d}.png")
+            orders = made.order[:8].cpu().numpy()
+            return {"samples": shown, "orders": figures.order_panel(images[:8], orders, model.grid)}
 
         return preview
 

@@ -68,7 +68,11 @@ class TrainConfig:
     keep: int = 2
     """Number of newest checkpoints kept."""
     tensorboard: bool = False
-    """Log to TensorBoard, too (pip install 'anyorder[log]')."""
+    """Log to TensorBoard, too (pip install 'anyorder[log]'); with sample_every also images."""
+    wandb: bool = False
+    """Log to Weights & Biases, too (the same extra), to the project WANDB_PROJECT, by default anyorder."""
+    logger: str = ""
+    """Own logger, package.module:Class, see `training.log.Logger`."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep"):
@@ -99,7 +103,8 @@ class TrainConfig:
     @property
     def log_settings(self) -> set[str]:
         """Names of the settings that do not change the trained weights; free to change on resuming."""
-        names = {"shard", "compile", "log_every", "save_every", "sample_every", "keep", "tensorboard"}
+        names = {"shard", "compile", "log_every", "save_every", "sample_every", "keep"}
+        names |= {"tensorboard", "wandb", "logger"}
         return names if self.patience else names | {"eval_every"}
 
 

@@ -91,7 +91,7 @@ def train(
         folder: takes `checkpoints/`, `metrics.jsonl` and TensorBoard's `events.*`.
         device: where to compute.
         evaluate: a `Hook` that returns values to log, named `test_...` by convention.
-        sample: a `Hook` for its side effects.
+        sample: a `Hook` that returns figures by name for the loggers, or None.
         extra: parameters of the loss, such as a discriminator: trained, clipped apart and checkpointed,
             but not averaged. `loss` holds it and keeps the two gradients apart.
         ready: called before the first step with the averaged model, which is updated in place.
@@ -112,7 +112,7 @@ def train(
         ready(trainer.averaged())
     total, done = (steps * trainer.examples_per_step for steps in (config.steps, trainer.step_number))
     with (
-        Log(trainer.folder, trainer.step_number, config.tensorboard) as log,
+        Log(trainer.folder, trainer.step_number, config) as log,
         postponed_signals() as stopped,
         tqdm(total=total, initial=done, unit="example", unit_scale=True) as bar,
         trainer.threads,
@@ -130,7 +130,7 @@ def train(
             if evaluate and trainer.is_time(config.eval_every):
                 log.write(trainer.step_number, trainer.evaluate(evaluate))
             if sample and trainer.is_time(config.sample_every):
-                trainer.call(sample)
+                log.images(trainer.step_number, trainer.call(sample))
             if trainer.is_time(config.save_every):
                 trainer.save()
         trainer.save()
