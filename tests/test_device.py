@@ -119,6 +119,23 @@ def test_the_fastest_number_of_threads_is_taken(monkeypatch):
     assert machine.threads == 4
 
 
+def test_a_trial_ends_where_it_is_clear(monkeypatch):
+    """Two steps on fewer threads are enough if both are slow; one slow step may be chance."""
+    machine = Machine(monkeypatch, 2)
+    threads = Threads(CPU)
+    machine.seconds = {2: 50.0, 1: 1.8}  # the first step allocates
+    machine.run(threads, 1)
+    machine.seconds = {2: 1.0, 1: 1.8}
+    assert machine.run(threads, 59) == [2, 1, 1, *[2] * 56]
+    assert threads.usual == 1.0
+    threads = Threads(CPU)
+    machine.run(threads, 2)
+    machine.seconds = {2: 1.0, 1: 9.0}
+    machine.run(threads, 1)
+    machine.seconds = {2: 1.0, 1: 1.1}
+    assert machine.run(threads, 8) == [1, 2, 2, 1, 1, 2, 2, 2]
+
+
 def test_steps_that_become_faster_favour_no_number(monkeypatch):
     machine = Machine(monkeypatch, 2)
     threads = Threads(CPU)

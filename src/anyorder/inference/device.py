@@ -123,7 +123,8 @@ class Threads:
     As a context manager it restores the number at the end.
     """
 
-    ROUNDS = 4  # timed steps of each number in a trial
+    ROUNDS = 4  # timed steps of each number in a trial, fewer where the result is clear
+    CLEAR = 1.4  # a number is given up if its first two steps both take this many times those of all threads
     WINDOW = 8  # steps whose mean time is compared with that of the trial
     REST = 50  # trials are at least this many times their duration apart
 
@@ -171,8 +172,10 @@ class Threads:
 
     def _try(self, seconds: float, now: float) -> None:
         done = self._plan.pop(0)
-        if len(self._plan) < self.ROUNDS * len(self.choices):
+        timed = len(self._plan) < self.ROUNDS * len(self.choices)
+        if timed:
             self._times[done].append(seconds)
+        self._plan = [] if self._clear() else self._plan
         if self._plan:
             torch.set_num_threads(self._plan[0])
             return
@@ -180,6 +183,11 @@ class Threads:
         self._rest_until = now + self.REST * (now - self._begun)
         self._use(min(means, key=means.__getitem__))
         self.usual = means[self.best]
+
+    def _clear(self) -> bool:
+        """Whether all threads are the fastest by far: a short command cannot afford more steps on fewer."""
+        alone, *fewer = (self._times[n] for n in self.choices)
+        return all(len(times) >= 2 and min(times) > self.CLEAR * fmean(alone) for times in fewer)
 
     def _use(self, threads: int) -> None:
         self.best = threads
