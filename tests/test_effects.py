@@ -257,5 +257,6 @@ def test_nothing_but_the_setting_makes_the_difference(config):
 
 def test_every_field_of_shared_classes_is_in_the_table():
     for config, (_, _, pairs) in EFFECTS.items():
-        several = {"shard"} if config is TrainConfig else set()  # of processes: in test_processes.py
-        assert {*pairs} == {f.name for f in dataclasses.fields(config)} - several, config
+        # Several processes and other loggers are tested in test_processes.py and test_log.py.
+        elsewhere = {"shard", "logger", "wandb"} if config is TrainConfig else set()
+        assert {*pairs} == {f.name for f in dataclasses.fields(config)} - elsewhere, config
