@@ -116,8 +116,9 @@ class CompletionStage(GeneratingStage):
                 "generator": [seeds[i] for i in some],
             }
             made = pipe.complete(
-                true[some], hole, order=self.policy, sampling=self.sampling, **settings, **vars(self.filling)
-            )
+                true[some], hole, order=self.policy, sampling=self.sampling, batch_size=len(some),
+                **settings, **vars(self.filling),
+            )  # fmt: skip
             values = [np.stack([np.asarray(image) for image in made.images]), made.order.cpu().numpy()]
             if self._exact():
                 order = made.order if self.policy.order == "random" else self.policy

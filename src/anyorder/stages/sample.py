@@ -88,7 +88,7 @@ class SampleStage(GeneratingStage):
                 None, len(some), self.policy, guidance,
                 [self.seed + int(row) % per_prompt for row in some],
                 sampling=sampling, grid=tokens.grid,
-                condition=as_condition(pipe.model, tokens, given[some]),
+                condition=as_condition(pipe.model, tokens, given[some]), batch_size=len(some),
             )  # fmt: skip
             arrays = {name: getattr(made, name).cpu().numpy() for name in ("tokens", "order", "log_prob")}
             rows.append(
