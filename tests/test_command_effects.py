@@ -404,6 +404,7 @@ def ran(command: str, settings: Settings, out: Path) -> Any:
     return written(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "name"), [(command, name) for command, (_, cases) in COMMANDS.items() for name in cases]
 )

@@ -307,7 +307,7 @@ def test_a_tokenizer_is_no_any_order_model(tmp_path):
     save_model(tmp_path, vq(), vq().config, "vq")
     with pytest.raises(ValueError, match="holds a VQModel, expected an any-order model"):
         load_any_order(tmp_path)
-    with pytest.raises(ValueError, match="Linear cannot be saved: allowed are vq"):
+    with pytest.raises(ValueError, match="Linear must be a class made by Class"):
         kind_of(torch.nn.Linear(1, 1))
 
 

@@ -116,7 +116,7 @@ def of_vq(config: VQConfig) -> Any:
     model, images = VQModel(config).train(), torch.rand(2, 3, 8, 8) * 2 - 1
     for step in range(3):
         found = model(images)
-        model.update_codebook(found, torch.Generator().manual_seed(step))
+        model.update_codebook(found.latents, found.tokens, torch.Generator().manual_seed(step))
     losses = found.commitment_loss.item(), found.codebook_loss.item()
     return sorted(model.state_dict()), numbers(found.reconstruction, found.tokens), losses
 
@@ -126,7 +126,10 @@ def of_loss(config: LossConfig) -> Any:
     tokenizer = VQModel(VQConfig(8, (1, 2), 1, 8, 64, 4, groups=2, revive_after=1)).train()
     loss, images = TokenizerLoss(config), torch.rand(2, 3, 32, 32) * 2 - 1
     steps = 1 if config.lpips else 3  # of a large network
-    totals = [loss(tokenizer, images, step)[0].item() for step in range(steps)]
+    totals = []
+    for step in range(steps):
+        totals.append(loss(tokenizer, images, step)[0].item())
+        loss.update_codebook(tokenizer, step)
     return totals, len(list(loss.parameters())), sum(p.numel() for p in loss.parameters())
 
 

@@ -46,7 +46,7 @@ def model(**changes: Any) -> VQModel:
 
 def loss(**changes: Any) -> TokenizerLoss:
     torch.manual_seed(1)
-    small = {"discriminator_channels": 8, "discriminator_layers": 1} if "adversarial" in changes else {}
+    small = {"discriminator_channels": 8, "discriminator_layers": 1} if changes.get("adversarial") else {}
     return TokenizerLoss(LossConfig(**small, **changes))
 
 

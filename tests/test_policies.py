@@ -427,7 +427,7 @@ def test_orders_of_any_integer_type_are_taken(kind):
 def test_orders_that_do_not_fit_the_images_are_refused():
     with pytest.raises(ValueError, match="got 3 orders for 2 images"):
         make_policy(random_orders(3, GRID, seeded(0)), GRID, Streams(range(2)))
-    with pytest.raises(ValueError, match="an order holds integers"):
+    with pytest.raises(ValueError, match="an order holds whole numbers"):
         make_policy([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], GRID, Streams(range(2)))
 
 

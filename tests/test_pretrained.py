@@ -74,10 +74,11 @@ def test_the_command_writes_images_and_an_animation(tmp_path, capsys):
     command = ["sample", "pipeline=fashion32", "class_labels=Shoes,Bags", "num_images=3", f"out={tmp_path}"]
     assert cli.main(command) == 0
     files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"0000.png", "0001.png", "0002.png", "grid.png", "orders.png", "generation.webp"}
+    figures = {"grid.png", "orders.png", "generation.webp"}
+    assert files == {"0000.png", "0001.png", "0002.png", *figures, "manifest.json"}
     assert "generation.webp" in capsys.readouterr().out
     assert cli.main([*command, "--dry-run"]) == 0
-    assert cli.main(["sample", "pipeline=fashion32", "class_labels=Shoos", f"out={tmp_path}"]) == 2
+    assert cli.main(["sample", "pipeline=fashion32", "class_labels=Shoos", f"out={tmp_path}/new"]) == 2
     assert "did you mean 'Shoes'" in capsys.readouterr().err
     assert cli.main(["sample", "pipeline=fashion32", "num_images=0", f"out={tmp_path}"]) == 2
 
