@@ -109,6 +109,7 @@ class InferredOrder(_Policy):
     class_weight: float = 0.0
     class_orders: Tensor | None = field(default=None, compare=False, repr=False)
     """(B, N) int64, the order of each image's class, for `class_weight`."""
+    class_rank: Tensor | None = field(init=False, default=None, compare=False, repr=False)
     look_ahead: int = 0
 
     rated = True
@@ -116,6 +117,8 @@ class InferredOrder(_Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         score_of(self.score)  # refuses an unknown one
+        if self.class_orders is not None:  # once, not at every step
+            object.__setattr__(self, "class_rank", inverse(self.class_orders))
         require(self.sign in (1, -1), f"sign must be 1 (most certain first) or -1, got {self.sign}")
         for name in ("temperature", "location", "class_weight"):
             require(0 <= getattr(self, name) < math.inf, f"{name} must be >= 0, got {getattr(self, name)}")
@@ -198,9 +201,8 @@ class InferredOrder(_Policy):
         if self.temperature:
             assert progress.noise is not None
             ratings = ratings + self.temperature * progress.noise(positions)
-        if self.class_orders is not None:
-            rank = inverse(self.class_orders).to(ratings.device).gather(1, positions)
-            ratings = ratings - self.class_weight * rank / progress.grid.n
+        if self.class_rank is not None:
+            ratings = ratings - self.class_weight * self.class_rank.gather(1, positions) / progress.grid.n
         if self.distance:
             ratings = ratings - self.distance * _distance(progress, positions, self.distance_to)
         return ratings

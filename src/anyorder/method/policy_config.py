@@ -225,7 +225,8 @@ class PolicyConfig(ParallelSchedule):
         require(orders is not None or not self.by_class, lacking)
         policy = self._inferred_policy()
         if isinstance(policy, policies.InferredOrder) and self.class_weight:
-            return replace(policy, class_orders=orders)
+            assert orders is not None
+            return replace(policy, class_orders=orders.to(streams.device))
         if policy is not None:
             return policy
         if isinstance(own := _own(self.order), type):
