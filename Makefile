@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-SMOKE := data.max_train=300 data.max_test=120 orders.limit=64 \
+SMOKE := data.max_train=300 data.max_validation=60 data.max_test=120 orders.limit=64 completion.num_images=16 \
 	$(foreach stage,tokenizer features raster any-order random ordered,$(stage).train.steps=20 $(stage).train.warmup=5) \
 	$(foreach order,raster random ordered,samples-$(order).num_images=64 eval-$(order).nll_images=32)
 

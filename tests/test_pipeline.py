@@ -18,6 +18,7 @@ from anyorder.cli import main as cli
 from anyorder.contracts import Grid
 from anyorder.data.images import BadImage
 from anyorder.inference.request import ImageRequest
+from anyorder.inference.weights import default_dtype
 from anyorder.method.decoding import extract_orders
 from anyorder.method.guidance import GuidanceConfig, Guided
 from anyorder.method.loss import token_nll
@@ -178,12 +179,18 @@ def test_the_default_dtype_changes_nothing(order):
         lambda: PIPE.coarse_to_fine("cat", 1, order).tokens,
     )
     expected = [call() for call in calls]
-    torch.set_default_dtype(torch.float64)
-    try:
+    with default_dtype(torch.float64):
         found = [call() for call in calls]
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_pipeline_is_loaded_in_float32_whatever_the_default(dtype):
+    expected = Pipeline.from_pretrained("fashion32")("Shoes", generator=0).tokens
+    with default_dtype(dtype):
+        pipe = Pipeline.from_pretrained("fashion32")
+        assert torch.equal(pipe("Shoes", generator=0).tokens, expected)
+    assert {x.dtype for x in pipe.tokenizer.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("extra", [{"margin": 1}, {"feather": 0}, {"margin": 0, "feather": 2}])

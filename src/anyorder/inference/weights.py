@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +116,21 @@ def build_model(
     for name, tensor in tensors.items():
         finite = not tensor.is_floating_point() or bool(tensor.isfinite().all())
         require(finite, f"{source} is of no use: {name} holds NaN or infinity; train again")
-    model = declared.model_class(config)
+    with default_dtype(torch.float32):  # weights are kept in it, whatever the caller's default is
+        model = declared.model_class(config)
     load_state(model, tensors, source)
     return model.eval()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """PyTorch's default dtype within the block; the caller's own afterwards."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
