@@ -189,6 +189,7 @@ EFFECTS: dict[type, tuple[Callable[[Any], Any], Settings, dict[str, Pair]]] = {
         "rate_every": Pair(1, 4), "class_weight": Pair(1.0, 90.0), "per_step": Pair(1, 4),
         "steps": Pair(0, 3),
         "schedule": Pair("constant", "cosine", {"steps": 3}), "min_distance": Pair(0.0, 2.0, {"per_step": 4}),
+        "entropy_limit": Pair(None, 0.5, {"per_step": 4}),
     }),
     Filling: (of_filling, {}, {"margin": Pair(0, 1), "feather": Pair(0, 2)}),
     TextConfig: (of_text, {}, {"vocab_size": Pair(512, 12), "length": Pair(16, 1)}),

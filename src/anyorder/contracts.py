@@ -135,6 +135,17 @@ class GroupingModel(AnyOrderModel, Protocol):
         """Reveal tokens (B, K) at the positions that `score_group` scored last; the old state is used up."""
 
 
+class AdaptiveModel(AnyOrderModel, Protocol):
+    """A model whose images may reveal different numbers of positions at a step."""
+
+    def append_some(self, state: Any, positions: Tensor, tokens: Tensor, counts: Tensor) -> Any:
+        """`append` the first `counts` (B,) int64 columns of each image, 0 for images that are finished.
+
+        Columns behind them repeat the last one; the largest count is K. From then on, `score` is also given
+        closed positions of images with fewer open ones than others; its logits of these are not used.
+        """
+
+
 class TokenizerNetwork(nn.Module, Tokenizer):
     """A tokenizer with weights, as folders and pipelines hold it."""
 
@@ -157,7 +168,7 @@ class Progress:
     last: Tensor  #: (B,) int64, the position revealed last, -1 before the first.
     step: int  #: How many reveals the loop has made.
     total: int  #: Positions of each image that are to be revealed in all.
-    open: int  #: Positions of each image that are still open.
+    open: int  #: Positions of each image that are still open; the most of any, where they differ.
     ratings: Tensor  #: (B, N) float32, the last rating of each position; 0 before.
     rated_at: Tensor  #: (B, N) int64, the step at which each position was scored last, -1 before.
     revealed_at: Tensor  #: (B, N) int64, the step at which each was revealed, -1 for open and known ones.
@@ -179,12 +190,18 @@ class Progress:
         self.last = positions[:, -1]
         self.open = self.total = self.open - positions.shape[1]
 
-    def reveal(self, positions: Tensor) -> None:
-        """Mark positions (B, K) as revealed at this step, and go to the next step."""
+    def reveal(self, positions: Tensor, counts: Tensor | None = None) -> None:
+        """Mark positions (B, K) as revealed at this step, and go to the next step.
+
+        `counts` (B,) says how many are different, where that is not K.
+        """
         self.revealed.scatter_(1, positions, True)
         self.revealed_at.scatter_(1, positions, self.step)
         self.last = positions[:, -1]
-        self.open -= positions.shape[1]
+        if counts is None:
+            self.open -= positions.shape[1]
+        else:  # a GPU waits here for the number
+            self.open = int((~self.revealed).sum(1).max())
         self.step += 1
 
 
@@ -226,13 +243,15 @@ class OrderPolicy(Protocol):
 
 @dataclass
 class Step:
-    """One turn of the loop: K positions were revealed in each of B images."""
+    """One turn of the loop: K positions were revealed in each of B images, or up to K where they differ."""
 
     index: int
     total: int  #: Positions of each image that are to be revealed in all.
     positions: Tensor  #: (B, K) int64.
     tokens: Tensor  #: (B, K) int64.
     log_prob: Tensor  #: (B, K) float32, nats: of each token under the model when it was scored.
+    #: (B, K) bool, False where a column repeats what was revealed before it; None: images are alike.
+    valid: Tensor | None = None
 
 
 @dataclass
@@ -242,3 +261,4 @@ class Trace:
     tokens: Tensor  #: (B, N) int64 in raster order.
     order: Tensor  #: (B, N) int64; given positions (completion) come first, in raster order.
     log_prob: Tensor  #: (B, N) float32 in order steps, nats; zero for given positions.
+    steps: Tensor  #: (B,) int64, how many steps revealed something.

@@ -220,18 +220,18 @@ def _events_of_order(pipe: Pipeline, steps: Iterator[Step], order: int, n: int) 
     grid = pipe.model.grid
     tokens = torch.zeros(n, grid.n, dtype=torch.int64)
     revealed = torch.zeros(n, grid.n, dtype=torch.bool)
-    done, seconds, begin = 0, 0.0, time.perf_counter()
+    seconds, begin = 0.0, time.perf_counter()
     for step in steps:
         positions, sampled, log_prob = step.positions.cpu(), step.tokens.cpu(), step.log_prob.cpu()
         seconds += time.perf_counter() - begin
-        done += positions.shape[1]
+        tokens.scatter_(1, positions, sampled)
+        revealed.scatter_(1, positions, True)
+        done = int(revealed.sum(1).min())  # images may reveal different numbers at a step
         event = {
             "order": order, "done": done, "total": step.total,
             "positions": positions.tolist(), "tokens": sampled.tolist(), "log_prob": log_prob.tolist(),
             "seconds": round(seconds, 4),
         }  # fmt: skip
-        tokens.scatter_(1, positions, sampled)
-        revealed.scatter_(1, positions, True)
         if done == step.total or step.index % -(-step.total // FRAMES) == 0:
             event["png"] = base64.b64encode(paint(pipe, tokens, revealed)).decode()
         yield event

@@ -25,6 +25,7 @@ class PipelineOutput:
     tokens: Tensor  #: (B, N) int64, raster order.
     log_prob: Tensor  #: (B, N) float32 nats, in order steps: under the (guided) model when sampled.
     grid: Grid  #: Rows and columns of patches, N in all.
+    steps: Tensor  #: (B,) int64, steps that each image took; they differ with `entropy_limit`.
     known: Tensor | None = None  #: (B, N) bool, of `complete`: tokens that were kept, first in `order`.
 
     def save_animation(self, path: str | Path, *, columns: int = 8, scale: int | None = None) -> None:
@@ -58,6 +59,6 @@ class PipelineOutput:
     @classmethod
     def joined(cls, parts: Sequence[PipelineOutput]) -> PipelineOutput:
         """The outputs of one or more batches as one."""
-        names = ("order", "tokens", "log_prob") + (("known",) if parts[0].known is not None else ())
+        names = ("order", "tokens", "log_prob", "steps") + (("known",) if parts[0].known is not None else ())
         columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
         return cls([image for part in parts for image in part.images], grid=parts[0].grid, **columns)

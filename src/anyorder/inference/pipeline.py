@@ -207,7 +207,9 @@ class Pipeline(folders.Parts):
                     model, self.tokenizer, pixels[rows], gap, policy, streams, how, **options
                 )
             shown = [Image.fromarray(one) for one in found.permute(0, 2, 3, 1).cpu().numpy()]
-            made.append(PipelineOutput(shown, trace.order, trace.tokens, trace.log_prob, grid, known))
+            made.append(
+                PipelineOutput(shown, trace.order, trace.tokens, trace.log_prob, grid, trace.steps, known)
+            )
         return PipelineOutput.joined(made)
 
     @takes_request
@@ -281,7 +283,8 @@ class Pipeline(folders.Parts):
 
     def _output(self, made: contracts.Trace, grid: Grid | None) -> PipelineOutput:
         grid = grid or self.model.grid
-        return PipelineOutput(self.decode(made.tokens, grid), made.order, made.tokens, made.log_prob, grid)
+        images = self.decode(made.tokens, grid)
+        return PipelineOutput(images, made.order, made.tokens, made.log_prob, grid, made.steps)
 
     def decode(self, tokens: Tensor, grid: Grid | tuple[int, int] | None = None) -> list[Image.Image]:
         """Tokens (B, N) to Pillow images; `grid` by default that of training."""

@@ -7,11 +7,12 @@ Sampling in a given order, sampling with inferred locations, order extraction an
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypedDict, Unpack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anyorder.contracts import AnyOrderModel, Grid, Progress, Step, Trace, require
@@ -19,6 +20,7 @@ from anyorder.method import sampling as sampler
 from anyorder.method.guidance import rating_log_probs
 from anyorder.method.policy_config import Order, make_policy
 from anyorder.method.sampling import Sampling, Streams
+from anyorder.method.schedules import descending
 
 Content = Callable[[Tensor, Tensor], Tensor]
 """(positions (B, M), log-probabilities (B, M, V)) -> tokens (B, M)."""
@@ -62,6 +64,7 @@ def generate(
     Candidates evaluated per image of N positions: N for a fixed order and for the location head; for an
     inferred order N (N + 1) / 2, about the share `rescore` of it if that is below 1, and another N by the
     generator if it is token-blind; expected information (1 + `look_ahead`) times that.
+    With `entropy_limit` the batch takes as many steps as its slowest image; a GPU waits thrice a step.
     Memory: the model's cache, O(depth * B * N * D), plus O(B * chunk * (D + V)).
 
     Args:
@@ -83,26 +86,35 @@ def generate(
     require(scorer is None or policy.token_blind, f"{peeks}, or choose a token-blind order")
     headless = f"'{policy.name}' asks a location head: this model has none, choose another order"
     require(not policy.located or hasattr(scorer or model, "locate"), headless)
+    adaptive = getattr(policy, "adaptive", False)
     # The last of the models decides where; it needs a state only if the policy asks it anything.
     models = [model, scorer] if scorer is not None and (policy.rated or policy.located) else [model]
+
+    for each in models if adaptive else ():
+        text = f"entropy_limit is not for a {type(each).__name__}, whose images keep in step: leave it out"
+        require(hasattr(each, "append_some"), text)
+
+    # Steps are told apart by what is known before: a completion never meets numbers used for its prefix.
+    def behind() -> int | Tensor:
+        return progress.revealed.sum(1) if adaptive else grid.n - progress.open
 
     def content(positions: Tensor, log_p: Tensor) -> Tensor:
         if targets is not None:
             return targets.gather(1, positions)
-        uniform = streams.uniform(grid.n - progress.open, positions)
+        uniform = streams.uniform(behind(), positions)
         return sampler.sample_tokens(sampler.truncate(log_p, sampling), uniform)
 
     condition = None if condition is None else condition.to(streams.device, torch.int64)
-    together = policy.token_blind and getattr(model, "grouped", False)
+    together = policy.token_blind and getattr(model, "grouped", False) and not adaptive
     states = [each.start(len(streams), condition, grid) for each in models]
     progress = Progress.start(grid, len(streams), streams.device)
     finite = torch.ones((), dtype=torch.bool, device=streams.device)
     if known is not None and known[0].shape[1]:
         states = [each.append(state, *known) for each, state in zip(models, states, strict=True)]
         progress.give(known[0])
+    counts = valid = last = None
     while progress.open:
-        # Steps are told apart by what is known before: a completion never meets numbers used for its prefix.
-        progress.noise = partial(streams.gumbel, grid.n - progress.open)
+        progress.noise = partial(streams.gumbel, behind())
         scoring_model, scoring_state = models[-1], states[-1]
         if policy.located:
             progress.location = scoring_model.locate(scoring_state, progress.revealed)  # type: ignore[attr-defined]
@@ -125,27 +137,52 @@ def generate(
         if policy.token_blind:
             # The generator scores the chosen positions alone: no token is sampled in vain, and `append`
             # continues from what was scored last instead of computing it again.
-            part = positions.shape[1] if together else chunk
-            tokens, log_prob, _ = score_candidates(model, states[0], positions, content, None, part, together)
+            part, rate = positions.shape[1] if together else chunk, sampler.entropy if adaptive else None
+            tokens, log_prob, certainty = score_candidates(
+                model, states[0], positions, content, rate, part, together
+            )
         else:
             # These very tokens decided where to go: to sample again would change the distribution.
             tokens, log_prob = tokens.gather(1, chosen), log_prob.gather(1, chosen)
         finite &= ~(log_prob.isnan().any() | ratings.isnan().any())
-        progress.reveal(positions)
+        if adaptive:
+            counts = policy.within_limit(progress, -certainty)  # type: ignore[attr-defined]
+            valid, *last = _first(counts, (positions, tokens, log_prob), last)
+            positions, tokens, log_prob = last
+        progress.reveal(positions, counts)
         # Reading the flag makes a GPU wait, so it is read there at the end only.
         if (finite.device.type == "cpu" or not progress.open) and not finite:
             raise ValueError(f"the model's logits are not finite, seen at step {progress.step - 1}")
         if progress.open:  # after the last reveal nothing is scored any more
             following = [
-                e.append(s, positions, tokens)
+                _append(e, s, positions, tokens, counts)
                 for e, s in zip(models[together:], states[together:], strict=True)
             ]
             first = [model.append_group(states[0], tokens)] if together else []  # type: ignore[attr-defined]
             states = first + following
-        made = Step(progress.step - 1, progress.total, positions, tokens, log_prob)
+        made = Step(progress.step - 1, progress.total, positions, tokens, log_prob, valid)
         if on_step is not None:
             on_step(made)
         yield made
+
+
+def _append(model: Any, state: Any, positions: Tensor, tokens: Tensor, counts: Tensor | None) -> Any:
+    if counts is None:
+        return model.append(state, positions, tokens)
+    return model.append_some(state, positions, tokens, counts)
+
+
+def _first(counts: Tensor, columns: Sequence[Tensor], last: Sequence[Tensor] | None) -> list[Tensor]:
+    """Which are valid (B, K), and the first `counts` (B,) of each of some (B, K) columns, the last repeated.
+
+    Finished images repeat what they had `last`.
+    """
+    steps = torch.arange(int(counts.max()), device=counts.device)  # a GPU waits here for the number
+    index = steps.minimum(counts[:, None] - 1).clamp_min(0)
+    found = [x.gather(1, index) for x in columns]
+    if last is not None:
+        found = [x.where(counts[:, None] > 0, old[:, -1:]) for x, old in zip(found, last, strict=True)]
+    return [steps < counts[:, None], *found]
 
 
 def score_candidates(
@@ -209,11 +246,19 @@ def _chunk(model: AnyOrderModel, positions: Tensor) -> int:
 
 def trace(steps: Iterable[Step], known: tuple[Tensor, Tensor] | None = None) -> Trace:
     """The images, their orders and log-probabilities, from all steps of the loop and what was given."""
-    parts = [(step.positions, step.tokens, step.log_prob) for step in steps]
+    made = list(steps)
+    parts = [(step.positions, step.tokens, step.log_prob) for step in made]
     if known is not None:
         parts.insert(0, (*known, torch.zeros_like(known[0], dtype=torch.float32)))
     order, tokens, log_prob = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
-    return Trace(tokens=torch.zeros_like(tokens).scatter(1, order, tokens), order=order, log_prob=log_prob)
+    count = torch.full_like(order[:, 0], len(made))
+    some = [step.valid for step in made if step.valid is not None]
+    if some:  # images took different numbers of steps
+        count, valid = torch.stack([one[:, 0] for one in some]).sum(0), torch.cat(some, dim=1)
+        given = order.shape[1] - valid.shape[1]
+        packed = descending(F.pad(valid.byte(), (given, 0), value=1))[:, : given + made[0].total]
+        order, tokens, log_prob = (x.gather(1, packed) for x in (order, tokens, log_prob))
+    return Trace(torch.zeros_like(tokens).scatter(1, order, tokens), order, log_prob, count)
 
 
 def sample(
@@ -260,7 +305,8 @@ def complete(
     tokens, known = _checked(tokens, grid, streams), known.to(streams.device)
     # One policy for the whole batch, since orders of images belong to rows; its subsets follow below.
     policy, condition = make_policy(order, grid, streams), options.pop("condition", None)
-    result = Trace(tokens.clone(), torch.empty_like(tokens), torch.zeros_like(tokens, dtype=torch.float32))
+    none = torch.zeros_like(tokens, dtype=torch.float32)
+    result = Trace(tokens.clone(), torch.empty_like(tokens), none, torch.zeros_like(tokens[:, 0]))
     counts = known.sum(1)
     # A batch advances all rows by equally many positions, so rows run together only if equally many are open.
     # Random numbers belong to rows: the grouping does not change the result.

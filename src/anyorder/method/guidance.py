@@ -73,10 +73,13 @@ class GuidanceConfig:
 
 @dataclass
 class GuidedState:
-    """The wrapped model's state of 2B rows, conditional then unconditional, and how many are revealed."""
+    """The wrapped model's state of 2B rows, conditional then unconditional, and how many are revealed.
+
+    `revealed` is (B,) int64 once images differ.
+    """
 
     inner: Any
-    revealed: int
+    revealed: int | Tensor
     n: int
     unguided: Tensor | None = None  #: (B, M, V), the last conditional logits, for unguided locations.
 
@@ -127,12 +130,26 @@ class Guided:
     def _guided(self, state: GuidedState, logits: Tensor) -> Tensor:
         if self.config.locations == "unguided":
             state.unguided = logits.chunk(2)[0]
-        return _mix(logits, self.config.at(state.revealed / state.n))
+        if isinstance(state.revealed, int):
+            return _mix(logits, self.config.at(state.revealed / state.n))
+        scales = [self.config.at(revealed / state.n) for revealed in state.revealed.tolist()]
+        return _mix(logits, torch.tensor(scales, device=logits.device)[:, None, None])
 
     def append(self, state: GuidedState, positions: Tensor, tokens: Tensor) -> GuidedState:
         """Both halves see the same tokens."""
         inner = self.model.append(state.inner, positions.repeat(2, 1), tokens.repeat(2, 1))
         return GuidedState(inner, state.revealed + positions.shape[1], state.n)
+
+    def append_some(
+        self, state: GuidedState, positions: Tensor, tokens: Tensor, counts: Tensor
+    ) -> GuidedState:
+        """Both halves see the same tokens; then images may differ in how much is revealed, and in scale."""
+        kind = type(self.model).__name__
+        text = f"entropy_limit is not for a {kind}, whose images keep in step: leave it out"
+        require(hasattr(self.model, "append_some"), text)
+        both = (x.repeat(2, *[1] * (x.ndim - 1)) for x in (positions, tokens, counts))
+        inner = self.model.append_some(state.inner, *both)  # type: ignore[attr-defined]
+        return GuidedState(inner, state.revealed + counts, state.n)
 
     @property
     def grouped(self) -> bool:

@@ -16,7 +16,7 @@ from anyorder.orders import inverse, validate
 
 
 def open_positions(progress: Progress) -> Tensor:
-    """All open positions (B, M) int64, in raster order."""
+    """All open positions (B, M) int64, in raster order; closed ones behind, where other images have more."""
     # Not by `nonzero`: on a GPU the host would wait at every step for the number, which it knows.
     return progress.revealed.byte().argsort(dim=1, stable=True)[:, : progress.open]
 
@@ -132,6 +132,9 @@ class InferredOrder(_Policy):
         require(self.rate_every >= 1, f"rate_every must be >= 1 step, got {self.rate_every}")
         parallel = (self.rescore, self.per_step, self.steps)
         changing = (self.temperature, self.distance, self.location)  # from step to step, unlike a rating
+        text = "entropy_limit takes a score that does not look at the token, and no rescore: leave one out"
+        rated = self.token_blind and self.rescore == 1
+        require(self.entropy_limit is None or rated, text)
         text = "rate_every takes no rescore, per_step, steps, temperature, distance or head: leave them out"
         require(self.rate_every == 1 or (parallel, changing) == ((1, 1, 0), (0, 0, 0)), text)
         plain = (self.score, *parallel, self.distance, self.location, self.rate_every, self.class_weight)

@@ -189,11 +189,6 @@ class PolicyConfig(ParallelSchedule):
         return n * (n + 1) // 2 if self.inferred else 0
 
     @property
-    def parallel(self) -> bool:
-        """Whether several positions are sampled at once, blind to one another."""
-        return self.per_step > 1 or self.steps > 0
-
-    @property
     def deterministic(self) -> bool:
         """Whether an image determines its order: with `token_blind`, p(x) is an exact density."""
         if (own := self._trait("deterministic")) is not None:

@@ -71,6 +71,9 @@ class ParallelSchedule:
     """How `steps` share the positions: cosine few first, arccos many last, one_minus_cos many first."""
     min_distance: float = 0.0
     """Smallest distance in patches between positions of one step, kept while there are such positions."""
+    entropy_limit: float | None = None
+    """With `per_step`, then the most positions of a step: each image reveals as many as keep the sum of their
+    entropies, the largest left out, below this many nats. 0 is one by one; by default there is no limit."""
 
     def __post_init__(self) -> None:
         require(self.per_step >= 1, f"per_step must be >= 1, got {self.per_step}")
@@ -83,31 +86,62 @@ class ParallelSchedule:
         require(self.min_distance >= 0, f"min_distance must be >= 0, got {self.min_distance}")
         alone = "min_distance is kept between positions of one step: give per_step or steps, too"
         require(not self.min_distance or self.per_step > 1 or self.steps > 0, alone)
+        if self.entropy_limit is not None:
+            text = f"entropy_limit must be >= 0 nats, got {self.entropy_limit}"
+            require(0 <= self.entropy_limit < math.inf, text)
+            text = "entropy_limit needs the most positions of a step: give per_step=8, say, and not steps"
+            require(self.per_step > 1, text)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether images may reveal different numbers of positions at a step."""
+        return bool(self.entropy_limit)
+
+    @property
+    def most(self) -> int:
+        """The most positions of a step where `steps` does not decide."""
+        return 1 if self.entropy_limit == 0 else self.per_step
+
+    @property
+    def parallel(self) -> bool:
+        """Whether several positions are sampled at once, blind to one another."""
+        return self.most > 1 or self.steps > 0
 
     def sizes(self, n: int) -> list[int]:
-        """Positions revealed at each step, out of n open ones."""
+        """Positions revealed at each step, out of n open ones; at most, with `entropy_limit`."""
         if self.steps:
             return reveals(n, self.steps, self.schedule)
-        return [min(self.per_step, n - done) for done in range(0, n, self.per_step)]
+        return [min(self.most, n - done) for done in range(0, n, self.most)]
 
     def take(self, progress: Progress) -> int:
-        """How many open positions of each image are revealed now."""
+        """How many open positions of each image are revealed now; at most, with `entropy_limit`."""
         if self.steps:
             return self.sizes(progress.total)[progress.step]
-        return min(self.per_step, progress.open)
+        return min(self.most, progress.open)
+
+    def within_limit(self, progress: Progress, entropies: Tensor) -> Tensor:
+        """How many of the first positions, with entropies (B, K) in nats, each image reveals, (B,) int64.
+
+        The sum of the entropies without the largest bounds what the positions tell of one another: their
+        joint entropy is at least the largest (EB-Sampler, arXiv 2505.24857, Sec. 3). 0 where none is open.
+        """
+        assert self.entropy_limit is not None
+        dependence = entropies.cumsum(1) - entropies.cummax(1).values
+        return (dependence <= self.entropy_limit).sum(1).minimum((~progress.revealed).sum(1))
 
     def first(self, progress: Progress, positions: Tensor, priority: Tensor) -> Tensor:
         """Columns (B, K) of the `positions` (B, M) to reveal now, the highest `priority` (B, M) first.
 
         Greedy: the first of those that keep `min_distance` to all before, or of all if none does.
         """
-        k = self.take(progress)
-        by_priority = descending(priority)
+        k, closed = self.take(progress), progress.revealed.gather(1, positions)
+        by_priority = descending(priority.float().masked_fill(closed, -torch.inf))
         if k == 1 or not self.min_distance:
             return by_priority[:, :k]
         at = progress.grid.coordinates(positions.device)
         near = torch.cdist(at, at) < self.min_distance - 1e-4
-        m, chosen, rank = positions.shape[1], [], by_priority.argsort(1)
+        m, chosen = positions.shape[1], []
+        rank = by_priority.argsort(1).masked_fill(closed, 2 * m)
         for _ in range(k):
             column = rank.argmin(1, keepdim=True)
             chosen.append(column)

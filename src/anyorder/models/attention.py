@@ -47,12 +47,18 @@ def causal_behind(length: int, q: Tensor, keys: Tensor, values: Tensor) -> Tenso
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
 
-def attend_with_total(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention (B, H, M, D / H) to L visible keys, and log-sum-exp (B, H, M, 1) float32 of its scores."""
-    fused = None if q.requires_grad else _fused(q, k, v)  # the kernels' log-sum-exp has no gradient
+def attend_with_total(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention (B, H, M, D / H) to L keys, and log-sum-exp (B, H, M, 1) float32 of its scores.
+
+    All keys are visible, or those that are `seen` (B, 1, 1, L) bool.
+    """
+    plain = q.requires_grad or seen is not None  # the kernels' log-sum-exp has no gradient
+    fused = None if plain else _fused(q, k, v)
     if fused is not None:
         return fused[0], fused[1][..., None]
     scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
     total = scores.logsumexp(-1, keepdim=True)
     return (scores - total).exp().to(v.dtype) @ v, total
 
@@ -92,6 +98,8 @@ class Cache:
     """(depth, B, H, L, D / H); the first `length` inputs are valid."""
     values: Tensor
     length: int = 0
+    lengths: Tensor | None = None
+    """(B,) int64 where images differ: how many inputs of each are valid; `length` is then the largest."""
 
     @classmethod
     def empty(cls, weight: Tensor, depth: int, batch_size: int, heads: int, length: int, width: int) -> Cache:
@@ -109,8 +117,11 @@ class Cache:
         return self.keys.shape[3] - self.length
 
     def reserve(self, m: int) -> None:
-        """Make room for `m` more inputs; where it lacks, twice as much as before."""
-        if self.room < m:
+        """Make room for `m` more inputs; where it lacks, twice as much as before.
+
+        Images that differ need none: they pad, and what does not fit is never read.
+        """
+        if self.room < m and self.lengths is None:
             self.keys, self.values = (
                 torch.cat((x, torch.empty_like(x)), 3) for x in (self.keys, self.values)
             )
@@ -121,13 +132,27 @@ class Cache:
         They attend to the cache and, causally or with `joint` all, to one another. The caller raises `length`
         after the last layer.
         """
+        if self.lengths is not None:
+            return [partial(_extend_each, *layer, self.length, self.lengths) for layer in self._layers()]
         return [partial(_extend, *layer, self.length, joint) for layer in self._layers()]
 
     def candidates(
         self, free: slice | None, pending: int = 0, joint: bool = False, size: int = 1
     ) -> list[Candidates]:
         """One attention per layer for candidates; see `Candidates`."""
-        return [Candidates(*layer, self.length, free, pending, joint, size) for layer in self._layers()]
+        seen = None
+        if self.lengths is not None:
+            slots = torch.arange(self.length, device=self.lengths.device)
+            seen = slots < self.lengths[:, None, None, None]
+        return [Candidates(*layer, self.length, free, pending, joint, size, seen) for layer in self._layers()]
+
+    def let_differ(self) -> Tensor:
+        """From now on, images may have different numbers of inputs; returns `lengths`."""
+        if self.lengths is None:
+            self.lengths = torch.full((self.keys.shape[1],), self.length, device=self.keys.device)
+            for x in (self.keys, self.values):  # hidden slots are read, with weight 0: no NaN may lie there
+                x[:, :, :, self.length :] = 0
+        return self.lengths
 
     def _layers(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each layer; indexed, since views of an iteration cannot be written in place."""
@@ -152,6 +177,20 @@ def _extend(keys: Tensor, values: Tensor, begin: int, joint: bool, q: Tensor, k:
     return F.scaled_dot_product_attention(q, keys, values) if joint else causal_behind(begin, q, keys, values)
 
 
+def _extend_each(
+    keys: Tensor, values: Tensor, longest: int, lengths: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """The same, causally, behind `lengths` (B,) inputs of each image; what does not fit only pads."""
+    end = min(longest + k.shape[2], keys.shape[2])
+    keys, values = keys[:, :, :end], values[:, :, :end]
+    slots = lengths[:, None] + torch.arange(k.shape[2], device=lengths.device)
+    index = slots.clamp(max=end - 1)[:, None, :, None].expand_as(k)
+    for cache, new in ((keys, k), (values, v)):
+        cache.scatter_(2, index, new.to(cache.dtype))
+    seen = torch.arange(end, device=lengths.device) <= slots[:, None, :, None]
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
+
+
 @dataclass
 class Candidates:
     """One layer's attention of candidates that see the cache and themselves, but not one another.
@@ -173,6 +212,8 @@ class Candidates:
     """Candidates also see the earlier candidates."""
     size: int = 1
     """How many inputs a candidate has; more than 1 goes without pending ones, and keeps nothing."""
+    seen: Tensor | None = None
+    """(B, 1, 1, length) bool, which inputs of the cache are valid; None: all."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H, pending + M, D / H) each."""
@@ -206,7 +247,7 @@ class Candidates:
         end = self.length + self.pending
         if end == 0:
             return v, v.new_full((*v.shape[:3], 1), -torch.inf, dtype=torch.float32)
-        return attend_with_total(q, self.keys[:, :, :end], self.values[:, :, :end])
+        return attend_with_total(q, self.keys[:, :, :end], self.values[:, :, :end], self.seen)
 
     def _write(self, k: Tensor, v: Tensor) -> None:
         if self.free is not None:

@@ -241,10 +241,8 @@ class AnyOrderTransformer(AnyOrderNetwork):
             seen = torch.where(hidden, self.vocab_size, seen)
         x = self._content(tables, seen, current, start) + tables.next(current, following)
         x = torch.cat((prefix, self._start(tables, start, first), x), dim=1)
-        before, after = (
-            F.pad(current, (ahead + plan.first, 0), value=grid.n),
-            F.pad(asked, (ahead, 0), value=grid.n),
-        )
+        before = F.pad(current, (ahead + plan.first, 0), value=grid.n)
+        after = F.pad(asked, (ahead, 0), value=grid.n)
         rotation, attend = tables.rotation(before, after), attention.causal
         if plan.group is not None:
             ids = torch.cat((torch.arange(-ahead, 0, device=order.device), plan.group))
@@ -317,8 +315,10 @@ class AnyOrderTransformer(AnyOrderNetwork):
         state.together = None
         if state.last.shape[1] > 1:
             return self.head(self._run_alone(state, positions))
-        columns = state.scored.columns(positions.shape[1], state.cache.room)
-        x = self._run(state, positions, columns)
+        differ = state.cache.lengths is not None  # hidden states are kept, keys and values are not
+        room = state.scored.positions.shape[1] if differ else state.cache.room
+        columns = state.scored.columns(positions.shape[1], room)
+        x = self._run(state, positions, None if differ else columns)
         if columns is not None:
             state.scored.add(columns, positions, x)
         return self.head(x)
@@ -381,6 +381,9 @@ class AnyOrderTransformer(AnyOrderNetwork):
         The input that leads to the first position is taken from `score`; the others run as one causal block.
         """
         state.require_current()
+        if state.cache.lengths is not None:
+            every = torch.full_like(positions[:, 0], positions.shape[1])
+            return self.append_some(state, positions, tokens, every)
         if state.last.shape[1] > 1:  # the first position becomes a step of its own
             self.score_group(state, positions[:, :1])
             following = self.append_group(state, tokens[:, :1])
@@ -396,11 +399,30 @@ class AnyOrderTransformer(AnyOrderNetwork):
         else:
             inputs.append(self._inputs(state, positions[:, :1], state.pending, state.last))
         if positions.shape[1] > 1:
-            rest = self._content(state.tables, tokens[:, :-1], positions[:, :-1], state.start)
-            inputs.append(rest + state.tables.next(positions[:, :-1], positions[:, 1:]))
+            inputs.append(self._rest(state, positions, tokens))
         if inputs:
             hidden = self.norm(self._extend(state, torch.cat(inputs, dim=1), before, after)[:, -1])
         return self._advance(state, positions[:, -1:], tokens[:, -1:], hidden)
+
+    def _rest(self, state: State, positions: Tensor, tokens: Tensor) -> Tensor:
+        """Inputs (B, K - 1, D) that lead from each of the positions (B, K) to the next."""
+        x = self._content(state.tables, tokens[:, :-1], positions[:, :-1], state.start)
+        return x + state.tables.next(positions[:, :-1], positions[:, 1:])
+
+    def append_some(self, state: State, positions: Tensor, tokens: Tensor, counts: Tensor) -> State:
+        """As of `append`, the first `counts` (B,) of them in each image; see `contracts.AdaptiveModel`.
+
+        All K inputs run, also the one to the first position. The cache of each image stays packed.
+        """
+        state.require_current()
+        lengths, cache = state.cache.let_differ(), state.cache
+        first = self._inputs(state, positions[:, :1], state.pending, state.last)
+        x = torch.cat((first, self._rest(state, positions, tokens)), dim=1)
+        hidden = self._extend(state, x, torch.cat((state.last, positions[:, :-1]), dim=1), positions)
+        cache.lengths = lengths + counts
+        cache.length = int(cache.lengths.max())
+        last = hidden[torch.arange(len(x), device=x.device), (counts - 1).clamp_min(0)]
+        return self._advance(state, positions[:, -1:], tokens[:, -1:], self.norm(last))
 
     def append_group(self, state: State, tokens: Tensor) -> State:
         """Reveal tokens (B, K) at the positions that `score_group` scored last; the old state is used up."""

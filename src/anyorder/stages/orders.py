@@ -65,6 +65,8 @@ class OrdersStage:
         names = f"{', '.join(INFERRED)}, location or an own one that a model decides"
         listed = f"policy.order must be one of {names} to extract, got '{self.policy.order}'"
         require(self.policy.decided, listed)
+        unknown = "policy.entropy_limit is for generating: extraction counts its evaluations; leave it out"
+        require(not self.policy.adaptive, unknown)
         text = "orders=FOLDER goes with policy.class_weight > 0: give both or neither"
         require(self.policy.by_class == (self.orders is not None), text)
         require(self.test_limit >= 1, f"test_limit must be >= 1, got {self.test_limit}")

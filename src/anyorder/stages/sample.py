@@ -69,7 +69,7 @@ class SampleStage(GeneratingStage):
             )
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
-        """Write `{images,tokens,order,log_prob,labels,seconds}.npy` and figures of the first samples.
+        """Write `{images,tokens,order,log_prob,labels,seconds,steps}.npy` and figures of the first samples.
 
         Where the model takes more than classes, `condition.npy` (n, 1 + A + L) int64 is the condition. Works
         batch by batch; a killed run goes on after its last batch.
@@ -90,7 +90,9 @@ class SampleStage(GeneratingStage):
                 sampling=sampling, grid=tokens.grid,
                 condition=as_condition(pipe.model, tokens, given[some]), batch_size=len(some),
             )  # fmt: skip
-            arrays = {name: getattr(made, name).cpu().numpy() for name in ("tokens", "order", "log_prob")}
+            arrays = {
+                name: getattr(made, name).cpu().numpy() for name in ("tokens", "order", "log_prob", "steps")
+            }
             rows.append(
                 images=np.stack([np.asarray(image) for image in made.images]),
                 labels=class_labels(conditions[some]).numpy(),
@@ -106,6 +108,7 @@ class SampleStage(GeneratingStage):
             "examples": self.num_images,
             "seconds": float(seconds.sum()),
             "seconds_per_image": float(np.median(seconds)),
+            "steps_per_image": float(load_array(artifact.folder / "steps.npy").mean()),
             "policy": self.policy.label,
             "token_blind": self.policy.token_blind,
             "temperature": sampling.temperature,
@@ -155,6 +158,7 @@ def _arrays(tokens: TokenSet, factor: int, conditions: Tensor) -> dict[str, Any]
     n, size = (tokens.grid.n,), (tokens.grid.h * factor, tokens.grid.w * factor, 3)
     arrays: dict[str, Any] = {"images": (size, np.uint8), "tokens": (n, np.int32), "order": (n, np.uint16)}
     arrays |= {"log_prob": (n, np.float32), "labels": ((), np.int64), "seconds": ((), np.float32)}
+    arrays |= {"steps": ((), np.uint16)}
     if conditions.ndim > 1:
         arrays["condition"] = (tuple(conditions.shape[1:]), np.int64)
     return arrays

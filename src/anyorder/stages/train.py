@@ -139,8 +139,8 @@ class TrainStage(common.TrainingStage):
         alone = self.orders is None and self.order == "random"
         require(alone, "online extracts the orders itself: give it, or orders=..., or order=...")
         require(policy.decided, f"online.order must be an inferred order, got '{policy.order}'")
-        text = "online extracts no class orders: leave policy.class_weight out"
-        require(not policy.by_class, text)
+        text = "online extracts no class orders and counts evaluations: leave class_weight, entropy_limit out"
+        require(not (policy.by_class or policy.adaptive), text)
         ema = "online extracts with the averaged weights: give train.ema, say 0.999"
         require(self.train.ema > 0, ema)
 
