@@ -171,8 +171,12 @@ def test_searches_that_cannot_be_are_refused(settings, message):
 
 
 def test_evaluations_have_floors_with_the_classes_of_the_samples(out):
-    for name, split, n in (("chosen", "validation", 12), ("uniform", "test", 10)):
+    for name, split, n, pool in (
+        ("chosen", "validation", 12, "train"),
+        ("uniform", "test", 10, "validation"),
+    ):
         found = read_manifest(out / f"eval-{name}")["metrics"]
+        assert found["floor_split"] == pool
         assert (found["split"], found["n_real"]) == (split, n)
         real, through = found["floors"]["real images"], found["floors"]["reconstructions"]
         assert 4 <= real["images"] == through["images"] <= found["n_fake"]

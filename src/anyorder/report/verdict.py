@@ -134,8 +134,12 @@ def verdict(variants: Sequence[Variant], differences: Differences) -> str:
     return best.sentence() if best else "No other samples share a run with the baseline: no verdict."
 
 
+SHOWN = ("samples", "FD", "FID", "KID x 1000", "recall", "consistency")
+"""Columns of the first table, as far as they were measured."""
+
+
 def main_table(variants: Sequence[Variant], differences: Differences) -> Table:
-    """FD, KID and recall of every variant, its comparison with the strongest baseline, and the floor."""
+    """Measures of every variant, its comparison with the strongest baseline, and the floor."""
     baseline = strongest_baseline(variants)
     members = [evaluation for variant in variants for evaluation in variant.evaluations]
     rows = [_row(variant, baseline, differences) for variant in variants]
@@ -149,14 +153,17 @@ def main_table(variants: Sequence[Variant], differences: Differences) -> Table:
     seeds = " and ".join(map(str, sorted({len(v.evaluations) for v in variants})))
     spread = f"Mean ± standard deviation over {seeds} seeds. " if seeds != "1" else ""
     against = f"against the {members[0].split} split"
-    caption = f"{spread}{evaluations.metric_names(members)} {against}; {evaluations.FLOOR}: of training."
+    of = {"train": "training", "validation": "the validation split"}[
+        members[0].metrics.get("floor_split", "train")
+    ]
+    caption = f"{spread}{evaluations.metric_names(members)} {against}; {evaluations.FLOOR}: of {of}."
     shown = [{c: row[c] for c in columns} for row in rows] + last
     return Table(columns, shown, caption, evaluations.best_of(rows, measures), unranked=len(last))
 
 
 def _row(variant: Variant, baseline: Variant | None, differences: Differences) -> dict[str, Any]:
     row = variant.row()
-    cells = {column: row[column] for column in ("samples", "FD", "FID", "KID x 1000", "recall")}
+    cells = {column: row[column] for column in SHOWN}
     if baseline is None:
         return cells
     found = compare_with(variant, baseline, differences) if variant is not baseline else None

@@ -105,6 +105,9 @@ class EvalStage:
         images, source = files.load_array(self.samples / "images.npy"), artifact.identity["inputs"]["samples"]
         generated = spaces.statistics(extractor, images, np.arange(len(images)), source, "generated images")
         training = spaces.training_features(self.features, extractor, caches.ImageSet(self.data))
+        pool = floors.floor_split(self.data, split)
+        others = training if pool == "train" else spaces.load_reference(self.features, pool)
+        real = caches.TokenSet(self.tokens, pool)
         likelihood = self._likelihood(made, test)
         if not artifact.leads:
             return {}
@@ -115,7 +118,8 @@ class EvalStage:
         tokens, before = files.load_array(self.samples / "tokens.npy"), common.trained_before(self.model)
         found = metrics.evaluate(extractor, reference, generated, self.kid_subset_size) | {
             "split": split,
-            "floors": floors.floors(self.samples, self.tokenizer, extractor, reference, training, train),
+            "floors": floors.floors(self.samples, self.tokenizer, extractor, reference, others, real),
+            "floor_split": pool,
             "policy": made["policy"],
             "scorer": self.scorer.name if self.scorer else None,
             "token_blind": made["token_blind"],

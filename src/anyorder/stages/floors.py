@@ -31,31 +31,40 @@ def reference_split(data: Path, split: str | None) -> str:
     return split or "test"
 
 
+def floor_split(data: Path, split: str) -> str:
+    """The split of the real images that are compared with `split`.
+
+    Validation images for the test split, if there are any: features of images a classifier was trained on
+    differ from those of others. Training images elsewhere.
+    """
+    return "validation" if split == "test" and "validation" in caches.splits(data) else "train"
+
+
 def floors(
     samples: Path,
     tokenizer: Path | None,
     extractor: FeatureExtractor,
     reference: metrics.FeatureStatistics,
-    training: metrics.FeatureStatistics,
-    train: caches.TokenSet,
+    others: metrics.FeatureStatistics,
+    pool: caches.TokenSet,
 ) -> dict[str, dict[str, float]]:
-    """What real images score: training images with the labels of the samples, as many of each.
+    """What real images score: images of `pool` with the labels of the samples, as many of each.
 
     Beside them the same images through the tokenizer (rFD, rKID): no model of its tokens does better. Nothing
-    where that leaves 3 images or fewer.
+    where that leaves 3 images or fewer. `others` holds the features of evenly spaced images of `pool`.
     """
-    kept = evenly_spaced(training.n, len(train))
+    kept = evenly_spaced(others.n, len(pool))
     labels = np.array(files.load_array(samples / "labels.npy"))
-    chosen = classes.matched_rows(labels, np.array(train.labels[kept]))
+    chosen = classes.matched_rows(labels, np.array(pool.labels[kept]))
     if min(len(chosen), reference.n) <= 3:
         return {}
-    tokenizer = tokenizer or recorded_input(train.folder, "tokenizer")
-    require_made_from(train.folder, "tokenizer", tokenizer)
+    tokenizer = tokenizer or recorded_input(pool.folder, "tokenizer")
+    require_made_from(pool.folder, "tokenizer", tokenizer)
     assert tokenizer
     real, decoder = metrics.FeatureStatistics(extractor.name), load_tokenizer(tokenizer)
-    real.update(training.features[chosen], training.logits[chosen])
-    tokens = (train.batch(rows)[0].to(device()) for rows in batches(kept[chosen], 256))
-    pixels = (torch.from_numpy(to_uint8(decoder.decode(some, train.grid))) for some in tokens)
+    real.update(others.features[chosen], others.logits[chosen])
+    tokens = (pool.batch(rows)[0].to(device()) for rows in batches(kept[chosen], 256))
+    pixels = (torch.from_numpy(to_uint8(decoder.decode(some, pool.grid))) for some in tokens)
     through = (images.permute(0, 3, 1, 2) for images in pixels)
     made = metrics.statistics(extractor, through, description="reconstructions")
     rows = {FLOOR: real, "reconstructions": made}
