@@ -90,6 +90,7 @@ MOVED = "was made with|were made by"
 CHAIN: dict[str, tuple[str, Settings]] = {
     "data": ("data", {"size": (16, 16), "max_train": 16, "max_test": 8}),
     "wide": ("data", {"size": (16, 24), "max_train": 8, "max_test": 8}),
+    "streamed": ("data", {"source": "pictures", "size": (16, 16), "cache": False}),
     "vq": ("tokenizer", {"data": "data", **VQ, **FEW}),
     "vq2": ("tokenizer", {"data": "data", **VQ, **FEW, "train.seed": 1}),
     "tokens": ("tokens", {"data": "data", "tokenizer": "vq"}),
@@ -126,7 +127,7 @@ COMMANDS: dict[str, Command] = {
         **change("fill", (1, 2, 3), fit="letterbox"), **change("max_pixels", 250),
         **refused("max_skipped", 0.0, "more than max_skipped", max_pixels=240),
         **change("max_train", 2), **change("max_test", 1, test_fraction=0.5), **change("max_validation", 2),
-        **change("test_fraction", 0.5),
+        **change("test_fraction", 0.5), **change("cache", False),
         **change("seed", 1, source="sunsets", size=(16, 16), max_train=2, max_test=1),
         **change("image", "b", source="table.parquet", image="a"),
         **change("label", "kind", source="single.parquet"),
@@ -134,7 +135,8 @@ COMMANDS: dict[str, Command] = {
         **change("attributes", ("kind",), source="single.parquet"),
     }),
     "tokenizer": Command({"data": "data", **VQ, **FEW}, {
-        **change("data", "wide"), **{"init": Case({"init": "vq"}, {})},
+        **change("data", "wide"), **{"init": Case({"init": "vq"}, {})}, **change("mirror", True),
+        **change("crops", True, data="streamed"),
         **group("model", "channels", 16), **group("loss", "l1", 3), **TRAINED,
     }),
     "features": Command({"data": "data", "channels": (8,), **FEW}, {
@@ -145,7 +147,8 @@ COMMANDS: dict[str, Command] = {
     }),
     "tokens": Command({"data": "data", "tokenizer": "vq"}, {
         **change("data", "wide"), **change("tokenizer", "vq2"), **change("batch_size", 3),
-        **change("mirror", True), "text.": Case({"text.length": 3}, {}, "has no captions"),
+        **change("mirror", True), **change("crops", True, data="streamed"),
+        "text.": Case({"text.length": 3}, {}, "has no captions"),
     }),
     "train": Command({"tokens": "tokens", "model.depth": 1, "model.width": 16, "model.heads": 2, **FEW}, {
         **change("tokens", "tokens2"), **change("order", "raster"), **change("orders", "orders"),
@@ -295,9 +298,9 @@ def toy(seed: int) -> Pipeline:
 def made(tmp_path_factory):
     """The folder with everything that the cases name."""
     folder = tmp_path_factory.mktemp("effects")
+    pictures(folder / "pictures")
     for name, (kind, settings) in CHAIN.items():
         execute(kind, parse(STAGES[kind], named(settings, folder)), folder / name)
-    pictures(folder / "pictures")
     pictures(folder / "other", 5)
     table(folder / "table.parquet", "a", "b")
     table(folder / "single.parquet", "a")

@@ -22,7 +22,7 @@ from test_losses import vgg_weights
 from torch import nn
 
 from anyorder.contracts import Grid
-from anyorder.data.captions import CaptionTokenizer, TextConfig
+from anyorder.data.captions import CaptionTokenizer, TextConfig, several
 from anyorder.inference.inpainting import Filling, complete_images
 from anyorder.method.decoding import extract_orders, sample
 from anyorder.method.guidance import GuidanceConfig, Guided
@@ -86,7 +86,8 @@ def of_filling(config: Filling) -> Any:
 
 
 def of_text(config: TextConfig) -> Any:
-    captions = [f"a {color} shoe" for color in ("red", "green", "blue")]
+    texts = [f"a {color} shoe\na {color} boot" for color in ("red", "green", "blue")]
+    captions = several(texts, min(2, config.captions))
     return CaptionTokenizer.train(captions, config.vocab_size).encode(captions, config.length).tolist()
 
 
@@ -192,7 +193,7 @@ EFFECTS: dict[type, tuple[Callable[[Any], Any], Settings, dict[str, Pair]]] = {
         "entropy_limit": Pair(None, 0.5, {"per_step": 4}),
     }),
     Filling: (of_filling, {}, {"margin": Pair(0, 1), "feather": Pair(0, 2)}),
-    TextConfig: (of_text, {}, {"vocab_size": Pair(512, 12), "length": Pair(16, 1)}),
+    TextConfig: (of_text, {}, {"vocab_size": Pair(512, 12), "length": Pair(16, 1), "captions": Pair(10, 1)}),
     Architecture: (of_architecture, SMALL, {
         "depth": Pair(1, 2), "width": Pair(16, 32), "heads": Pair(1, 2),
         "next_position": Pair("relative", "absolute"), "current_position": Pair("absolute", "none"),

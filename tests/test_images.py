@@ -598,10 +598,12 @@ class FakeTable:
     def __len__(self):
         return len(self.rows)
 
+    def __getitem__(self, i):
+        assert all(type(f).__name__ != "Image" or not f.decode for f in self.features.values())
+        return dict(self.rows[i])
+
     def __iter__(self):
-        for row in self.rows:
-            assert all(type(f).__name__ != "Image" or not f.decode for f in self.features.values())
-            yield dict(row)
+        return map(self.__getitem__, range(len(self)))
 
     def cast_column(self, name, feature):
         return FakeTable(self.rows, {**self.features, name: feature})
@@ -641,6 +643,9 @@ def test_hub_source(hub, tmp_path):
     assert facts["skipped"]["train"]["reasons"] == {"no label": 1}
     assert np.load(tmp_path / "out/train.labels.npy").tolist() == [0, 1]
     assert np.load(tmp_path / "out/train.images.npy")[:, 0, 0].tolist() == [list(RED), list(GREEN)]
+    ingest(open_source("user/both", Columns("label")), tmp_path / "names", SIZE, cache=False)
+    assert np.load(tmp_path / "names/train.names.npy").tolist() == [b"train#0", b"train#1"]
+    assert not (tmp_path / "names/train.images.npy").exists()
 
 
 def test_hub_columns_as_attributes_and_captions(hub):

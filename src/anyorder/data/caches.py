@@ -7,17 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from anyorder import files
 from anyorder.contracts import Grid, class_labels, require
+from anyorder.data import decoding
 from anyorder.data.captions import CaptionTokenizer, Vocabulary, index_of
 from anyorder.data.rows import evenly_spaced
 from anyorder.orders import of_classes
 
-Indices = Sequence[int] | np.ndarray | Tensor
+Indices = Sequence[int] | np.ndarray | torch.Tensor
 TEXT = "text.json"
 """Definition of the caption tokenizer in a token cache."""
+_CAPTION = 2  # last word of the seeds by which captions are drawn, so that no other random numbers are alike
 _SAMPLE = 256  # rows looked at when a cache is opened
 
 
@@ -53,10 +54,13 @@ class _Split:
 
     def attribute_values(self) -> np.ndarray:
         """(n, A) int64, index into the values of each attribute, -1 for none."""
+        return self._attribute_values(len(self))
+
+    def _attribute_values(self, n: int) -> np.ndarray:
         if not self.attributes:
-            return np.empty((len(self), 0), np.int64)
+            return np.empty((n, 0), np.int64)
         path = self._path("attributes")
-        columns = np.array(_read(path, (len(self), len(self.attributes)), "int64"))
+        columns = np.array(_read(path, (n, len(self.attributes)), "int64"))
         for column, (name, known) in zip(columns.T, self.attributes.items(), strict=True):
             _check_range(
                 path, column, f"values of the attribute {name}", len(known), f"it has {len(known)}", -1
@@ -67,11 +71,40 @@ class _Split:
 class ImageSet(_Split):
     """One split of a data artifact: `images` (n, H, W, 3) uint8, and their labels."""
 
-    def __init__(self, folder: str | Path, split: str = "train"):
-        """Open `{split}.images.npy` and `{split}.labels.npy`; errors as for `TokenSet`."""
+    images: np.ndarray | decoding.Decoded  # of Decoded the rows (B,) of an index are read when it is used
+
+    def __init__(self, folder: str | Path, split: str = "train", crops: bool = False, mirror: bool = False):
+        """Open `{split}.images.npy`, or what finds the images again, and `{split}.labels.npy`.
+
+        With `crops` there are five rows for each of n images, with `mirror` twice as many: row k * n + i is
+        copy k of image i, the mirrored ones last. Errors are those of `TokenSet`.
+
+        Raises:
+            ValueError: crops of images of which the data hold the pixels.
+        """
         super().__init__(folder, split)
-        self.images = _read(self._path("images"), ("n", "H", "W", 3), "uint8")
-        self.labels = self._read_labels(len(self.images))
+        self.images = self._images(crops)
+        self.copies = (decoding.CROPS if crops else 1) * (2 if mirror else 1)
+        n = len(self.images) * (2 if mirror else 1) // self.copies
+        self.labels = self._copied(self._read_labels(n))
+
+    def _images(self, crops: bool) -> np.ndarray | decoding.Decoded:
+        if (facts := self._manifest.get("decoding")) is None:
+            text = f"{self.folder} holds pixels, crops are cut from larger images: run data with cache=false"
+            require(not crops, text)
+            return _read(self._path("images"), ("n", "H", "W", 3), "uint8")
+        names = files.load_array(self._path("names"))
+        checksums = _read(self._path("checksums"), (len(names),), "int64")
+        found = decoding.opened(facts, names, checksums)
+        return found.cropped() if crops else found
+
+    def _copied(self, values: np.ndarray) -> np.ndarray:
+        """Values (n, ...) of all copies."""
+        return np.concatenate([values] * self.copies) if self.copies > 1 else values
+
+    def attribute_values(self) -> np.ndarray:
+        """See `_Split`."""
+        return self._copied(self._attribute_values(len(self) // self.copies))
 
     def labels_of(self, attribute: str | None) -> tuple[np.ndarray, list[str]]:
         """Labels (n,) int64, -1 for none, and their names: of the class (None) or of an attribute.
@@ -93,20 +126,27 @@ class ImageSet(_Split):
         path = self.folder / f"{self.split}.captions.json"
         if not path.is_file():
             return None
-        texts = files.read_json(path)
-        _check(len(texts) == len(self), path, f"got {len(texts)} captions, there are {len(self)} images")
-        return texts
+        texts, n = files.read_json(path), len(self) // self.copies
+        _check(len(texts) == n, path, f"got {len(texts)} captions, there are {n} images")
+        return texts * self.copies
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return self.images.shape[1], self.images.shape[2]
 
-    def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Indices) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, 3, H, W) float32 in [-1, 1] and labels (B,) int64 of the given rows."""
-        rows = np.asarray(indices)
-        pixels = torch.from_numpy(np.array(self.images[rows])).permute(0, 3, 1, 2)
-        return pixels.float().div_(127.5).sub_(1).contiguous(), torch.from_numpy(np.array(self.labels[rows]))
+        rows, n = np.asarray(indices), len(self.images)
+        pixels = torch.from_numpy(np.array(self.images[rows % n])).permute(0, 3, 1, 2)
+        pixels = pixels.float().div_(127.5).sub_(1).contiguous()
+        mirrored = torch.from_numpy(rows >= n)[:, None, None, None]
+        pixels = torch.where(mirrored, pixels.flip(-1), pixels) if mirrored.any() else pixels
+        return pixels, torch.from_numpy(np.array(self.labels[rows]))
+
+    def ahead(self, batches: decoding.Batches) -> decoding.Ahead:
+        """Have the rows of these calls of `batch` read before they are asked for; see `decoding.ahead`."""
+        return decoding.ahead(self.images, (rows % len(self.images) for rows in batches))
 
 
 class TokenSet(_Split):
@@ -130,13 +170,16 @@ class TokenSet(_Split):
         _check_range(path, _sample(self.tokens), "tokens", self.vocab_size, limit)
         text = self._manifest.get("text") or {"vocab_size": 0, "length": 0}
         self.text_vocab, self.text_length = text["vocab_size"], text["length"]  # 0 without captions
-        captions = np.empty((len(self), 0))
+        several = text.get("captions", 1)
+        # (n, C, L): the captions of each image
+        self.captions = np.empty((len(self), several, 0), np.int32)
         if self.text_length:
             path, limit = self._path("captions"), f"the vocabulary has {self.text_vocab}"
-            captions = _read(path, (len(self), self.text_length))
-            _check_range(path, captions, "tokens", self.text_vocab, limit, -1)
-        # (n, A + L): value of each attribute, then caption tokens; -1 for none
-        self.further = np.concatenate((self.attribute_values(), captions), axis=1).astype(np.int32)
+            shape = (several, self.text_length) if several > 1 else (self.text_length,)
+            self.captions = _read(path, (len(self), *shape)).reshape(len(self), several, self.text_length)
+            _check_range(path, self.captions, "tokens", self.text_vocab, limit, -1)
+        # (n, A + L): value of each attribute, then tokens of the first caption; -1 for none
+        self.further = np.concatenate((self.attribute_values(), self.captions[:, 0]), axis=1).astype(np.int32)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -146,18 +189,24 @@ class TokenSet(_Split):
             captions = CaptionTokenizer((self.folder / TEXT).read_text(encoding="utf-8"))
         return Vocabulary(self.classes, self.attributes, captions, self.text_length)
 
-    def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, indices: Indices, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B, N) int64 and the condition of the given rows.
 
-        The condition is labels (B,) int64, or (B, 1 + A + L) if there are attributes or captions.
+        The condition is labels (B,) int64, or (B, 1 + A + L) if there are attributes or captions. Of several
+        captions it has one by the seed of `generator`, which is left as it is, or the first.
         """
         rows = np.asarray(indices)
         labels, further = np.array(self.labels[rows]), self.further[rows]
+        if generator is not None and (several := self.captions.shape[1]) > 1:
+            draw = np.random.default_rng((generator.initial_seed(), _CAPTION))
+            further[:, -self.text_length :] = self.captions[rows, draw.integers(several, size=len(rows))]
         if further.shape[1]:
             labels = np.concatenate((labels[:, None], further), axis=1)
         return _int64(self.tokens[rows]), torch.from_numpy(labels)
 
-    def without(self, condition: Tensor, parts: Sequence[str]) -> Tensor:
+    def without(self, condition: torch.Tensor, parts: Sequence[str]) -> torch.Tensor:
         """A condition (see `batch`) with some parts hidden: "class", "captions", or attributes by name.
 
         Raises:
@@ -201,11 +250,11 @@ class OrderSet:
         permuted = orders.shape[1:] == (n,) and (np.sort(orders) == np.arange(n)).all()
         _check(permuted, path, f"a row is no permutation of {n} positions")
 
-    def held_out(self, split: str) -> Tensor:
+    def held_out(self, split: str) -> torch.Tensor:
         """Orders of images spread evenly over the test or the validation split."""
         return self._table(f"{split}.order.npy")
 
-    def _table(self, name: str) -> Tensor:
+    def _table(self, name: str) -> torch.Tensor:
         table = files.load_array(self.folder / name)
         self._check_orders(self.folder / name, table)
         return _int64(table)
@@ -213,11 +262,11 @@ class OrderSet:
     def __len__(self) -> int:
         return len(self.orders)
 
-    def batch(self, indices: Indices) -> Tensor:
+    def batch(self, indices: Indices) -> torch.Tensor:
         """Orders (B, N) int64 of the given rows."""
         return _int64(self.orders[np.asarray(indices)])
 
-    def of_classes(self, condition: Tensor) -> Tensor:
+    def of_classes(self, condition: torch.Tensor) -> torch.Tensor:
         """The mean order of the class of each condition, (B, N) int64; of all classes where there is none."""
         return of_classes(self.class_orders, class_labels(condition).cpu())
 
@@ -277,5 +326,5 @@ def _sample(rows: np.ndarray) -> np.ndarray:
     return rows[evenly_spaced(_SAMPLE, len(rows))]
 
 
-def _int64(rows: np.ndarray) -> Tensor:
+def _int64(rows: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(rows, np.int64))

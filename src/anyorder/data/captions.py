@@ -25,11 +25,14 @@ class TextConfig:
     """Largest number of different caption tokens, at least 2."""
     length: int = 16
     """Largest number of tokens in a caption; longer captions are cut."""
+    captions: int = 10
+    """Where images have several captions, keep at most so many of each: training takes one at random at each
+    step, all else the first."""
 
     def __post_init__(self) -> None:
-        got = f"{self.vocab_size} and {self.length}"
-        fits = self.vocab_size >= 2 and self.length >= 1
-        require(fits, f"vocab_size must be >= 2 and length >= 1, got {got}")
+        got = f"{self.vocab_size}, {self.length} and {self.captions}"
+        fits = self.vocab_size >= 2 and self.length >= 1 and self.captions >= 1
+        require(fits, f"vocab_size must be >= 2, length and captions >= 1, got {got}")
 
 
 class CaptionTokenizer:
@@ -74,6 +77,12 @@ class CaptionTokenizer:
             ids = found.ids[:length]
             row[: len(ids)] = ids
         return tokens
+
+
+def several(captions: Sequence[str], count: int) -> list[str]:
+    """`count` captions of each text with one in each line; of fewer lines each again, in turn."""
+    split = (text.split("\n") for text in captions)
+    return [lines[i % len(lines)] for lines in split for i in range(count)]
 
 
 def _library() -> Any:

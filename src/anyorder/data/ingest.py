@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
-from itertools import islice
-from multiprocessing.pool import ThreadPool
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,11 @@ from tqdm import tqdm
 from anyorder import files
 from anyorder.contracts import require
 from anyorder.data import images
+from anyorder.data.decoding import Found, Reader
+from anyorder.data.rows import slices
 from anyorder.data.sources import UNKNOWN, Item, Source
 
-_BLOCK = 256  # images in memory at a time
+_BLOCK = 64  # images that a worker reads at a time
 _LISTED = 1000  # skipped images named in the manifest
 log = logging.getLogger("anyorder")
 
@@ -45,14 +46,17 @@ def ingest(
     max_test: int | None = None,
     max_skipped: float = 0.5,
     max_validation: int = 0,
+    cache: bool = True,
 ) -> dict[str, Any]:
-    """Decode a source into the arrays of a data artifact.
+    """Decode a source into the arrays of a data artifact, by worker processes.
 
     Writes `{split}.images.npy` (n, H, W, 3) uint8 and `{split}.labels.npy` (n,) int64 (index into `classes`,
     0 where there are none) for train, test and, if asked for, validation; where the source has them, also
     `{split}.attributes.npy` (n, A) int64 (index into the values, -1 for none or a value that the train split
     does not have) and `{split}.captions.json`, a list of n texts. After a kill, a finished split is
-    not decoded a second time.
+    not decoded a second time. Without `cache`, there are `{split}.names.npy` (n,) bytes and
+    `{split}.checksums.npy` (n,) int64 (CRC-32 of the pixels) instead of images, all of which are decoded once
+    even so: what cannot be read is skipped, and rows are the same with and without a cache.
 
     Args:
         source: where the images come from.
@@ -63,6 +67,7 @@ def ingest(
             unknown suffix.
         max_validation: how many images of the train split become the validation split instead: of each class
             its share, chosen by their names, whatever `max_train` is.
+        cache: keep the pixels.
 
     Returns:
         Facts for the manifest: `classes`, `attributes` (name to values) if there are any, `counts` by split,
@@ -78,14 +83,15 @@ def ingest(
     chosen = _rows(source, max_train, max_validation, max_test)
     decoding = {"size": size, "fit": fit, "fill": fill, "max_pixels": max_pixels}
     classes, attributes = source.classes(), source.attributes()
+    codes = _Codes(classes, attributes)
     ignored = [(name, reason, "") for reason, names in source.ignored().items() for name in names]
     facts: dict[str, Any] = {"classes": classes, "counts": {}, "skipped": {}, "ignored": _facts(ignored)}
     facts |= {"attributes": attributes} if attributes else {}
     for split, rows in chosen.items():
         done = Path(folder) / f"{split}.partial"  # the suffix makes Artifact drop it with other old work
-        settings = repr((source, decoding, hashlib.sha256(rows.tobytes()).hexdigest()))
+        settings = repr((source, decoding, cache, hashlib.sha256(rows.tobytes()).hexdigest()))
         if not (done.is_file() and files.read_json(done)["settings"] == settings):
-            count, skipped = _ingest_split(source, Path(folder), split, rows, classes, attributes, decoding)
+            count, skipped = _ingest_split(source, Path(folder), split, rows, codes, decoding, cache)
             files.write_json(done, {"settings": settings, "count": count, "skipped": skipped})
         result = files.read_json(done)
         facts["counts"][split], facts["skipped"][split] = result["count"], result["skipped"]
@@ -143,52 +149,30 @@ def _report(facts: Mapping[str, Any], max_skipped: float) -> None:
 
 
 def _ingest_split(
-    source: Source,
-    folder: Path,
-    split: str,
-    rows: np.ndarray,
-    classes: list[str],
-    attributes: dict[str, list[str]],
-    decoding: dict[str, Any],
-) -> tuple[int, dict[str, Any]]:
-    arrays: dict[str, Any] = {"images": ((*decoding["size"], 3), np.uint8), "labels": ((), np.int64)}
-    arrays |= {"attributes": ((len(attributes),), np.int64)} if attributes else {}
-    for name in arrays:
-        for ending in ("npy", "npy.partial"):  # of a killed run; nothing else, it may be the user's
-            (folder / f"{split}.{name}.{ending}").unlink(missing_ok=True)
-    writer = files.RowWriter(folder, {f"{split}.{name}": kind for name, kind in arrays.items()})
-    index = {name: i for i, name in enumerate(classes)}
-    codes = [{value: i for i, value in enumerate(values)} for values in attributes.values()]
+    source: Source, folder: Path, split: str, rows: np.ndarray, codes: _Codes, decoding: dict[str, Any],
+    cache: bool,
+) -> tuple[int, dict[str, Any]]:  # fmt: skip
+    texts = source.texts["test" if split == "test" else "train"]
+    items = [texts[i] for i in rows]
+    names = np.array([os.fsencode(item.name) for item in items], np.bytes_)
+    writer = _writer(folder, split, codes, names.dtype, decoding["size"] if cache else None)
     skipped: Skipped = []
     captions: list[str] = []
-
-    def read(item: Item) -> dict[str, Any] | images.BadImage:
-        if isinstance(item.image, images.BadImage):
-            return item.image
-        try:
-            found = {"images": images.load_image(item.image, **decoding), "labels": _label(item.label, index)}
-        except images.BadImage as e:
-            return e
-        values = zip(codes, item.attributes, strict=True)
-        return found | {"attributes": [code.get(value, -1) if value else -1 for code, value in values]}
-
-    taken, wanted = len(rows), set(rows.tolist())
-    numbered = enumerate(source.items("test" if split == "test" else "train"))
-    items = (item for i, item in numbered if i in wanted)
-    with ThreadPool(os.cpu_count()) as pool, tqdm(total=taken, desc=f"{split} images", unit="image") as bar:
-        while block := list(islice(items, _BLOCK)):
-            results = pool.map(read, block, chunksize=8)
-            good = [r for r in results if not isinstance(r, images.BadImage)]
-            for item, result in zip(block, results, strict=True):
-                if isinstance(result, images.BadImage):
-                    skipped.append((item.name, result.kind, result.detail))
-                else:
-                    captions.append(item.caption or "")
-            if good:
-                writer.append(**{f"{split}.{name}": np.array([r[name] for r in good]) for name in arrays})
+    blocks = list(slices(len(items), _BLOCK))
+    with (
+        contextlib.closing(Reader(source, names, decoding).stream(blocks)) as stream,
+        tqdm(total=len(items), desc=f"{split} images", unit="image") as bar,
+    ):
+        for block, found in zip(blocks, stream, strict=True):
+            kept, lost = _sorted(items[block[0] : block[-1] + 1], found, codes)
+            skipped += lost
+            captions += [row["caption"] for row in kept]
+            if kept:
+                arrays = {name: [row[name.rpartition(".")[2]] for row in kept] for name in writer.specs}
+                writer.append(**{name: np.array(found) for name, found in arrays.items()})
             bar.update(len(block))
     listed = "; ".join(f"{name}: {kind}: {detail}" for name, kind, detail in skipped[:5]) or "there are none"
-    unused = f"none of {taken} {split} images could be used: {listed}"
+    unused = f"none of {len(items)} {split} images could be used: {listed}"
     require(writer.rows > 0 or (split == "test" and not skipped), unused)
     writer.close()
     if source.columns.caption:
@@ -196,11 +180,57 @@ def _ingest_split(
     return writer.rows, _facts(skipped)
 
 
-def _label(label: str | None, index: dict[str, int]) -> int:
-    if not index:
-        return 0
-    if label is None:
-        raise images.BadImage("no label", "the other images have one")
-    if label not in index:
-        raise images.BadImage("unknown label", f"{label!r} does not occur in the train split")
-    return index[label]
+def _writer(
+    folder: Path, split: str, codes: _Codes, name: np.dtype, size: images.Size | None
+) -> files.RowWriter:
+    """Of pixels, or without a `size` of what finds them again, and of labels and attributes."""
+    arrays: dict[str, Any] = {"images": ((*size, 3), np.uint8)} if size else {}
+    arrays |= {} if size else {"names": ((), name), "checksums": ((), np.int64)}
+    arrays |= {"labels": ((), np.int64)}
+    arrays |= {"attributes": ((len(codes.attributes),), np.int64)} if codes.attributes else {}
+    for array in ("images", "names", "checksums", "labels", "attributes"):
+        for ending in ("npy", "npy.partial"):  # of a killed run; nothing else, it may be the user's
+            (folder / f"{split}.{array}.{ending}").unlink(missing_ok=True)
+    return files.RowWriter(folder, {f"{split}.{array}": kind for array, kind in arrays.items()})
+
+
+def _sorted(items: Sequence[Item], found: Found, codes: _Codes) -> tuple[list[dict[str, Any]], Skipped]:
+    """The values of what is kept of a block, and what is skipped."""
+    kept: list[dict[str, Any]] = []
+    skipped: Skipped = []
+    decoded = zip(found.pixels, found.checksums, strict=True)
+    for place, item in enumerate(items):
+        if place in found.failures:
+            skipped.append((item.name, *found.failures[place]))
+            continue
+        pixels, checksum = next(decoded)
+        row = {"images": pixels, "checksums": checksum, "names": os.fsencode(item.name)}
+        row |= {"caption": item.caption or "", "attributes": codes.values(item)}
+        try:
+            kept.append(row | {"labels": codes.label(item.label)})
+        except images.BadImage as e:
+            skipped.append((item.name, e.kind, e.detail))
+    return kept, skipped
+
+
+class _Codes:
+    """Numbers of classes and of the values of attributes."""
+
+    def __init__(self, classes: list[str], attributes: dict[str, list[str]]):
+        self.classes = {name: i for i, name in enumerate(classes)}
+        self.attributes = [{value: i for i, value in enumerate(values)} for values in attributes.values()]
+
+    def label(self, label: str | None) -> int:
+        """Number of a class; `BadImage` if there are classes, and this is none of them."""
+        if not self.classes:
+            return 0
+        if label is None:
+            raise images.BadImage("no label", "the other images have one")
+        if label not in self.classes:
+            raise images.BadImage("unknown label", f"{label!r} does not occur in the train split")
+        return self.classes[label]
+
+    def values(self, item: Item) -> list[int]:
+        """Numbers of the values of the attributes, -1 for none or an unknown one."""
+        pairs = zip(self.attributes, item.attributes, strict=True)
+        return [code.get(value, -1) if value else -1 for code, value in pairs]

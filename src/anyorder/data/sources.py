@@ -1,7 +1,9 @@
-"""Where images come from: a folder, parquet files, or a Hugging Face data set."""
+"""Where images come from: a folder, parquet files, tar shards, or a Hugging Face data set."""
 
 from __future__ import annotations
 
+import json
+import posixpath
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,8 +22,10 @@ from anyorder.data.images import suffixes
 SIDECARS = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".md", ".yaml", ".yml", ".html", ".log", ".py"}
 """Files that are expected beside images; other unknown files may be images that cannot be read."""
 UNKNOWN, BESIDE = "unknown suffix", "text beside the images"
-SIDECAR = "txt"
-"""Ending of the files that hold captions, one beside each image of a folder."""
+SIDECAR, LINES, JSONL = "txt", "lines", ".jsonl"
+"""Captions of a folder's images: a text beside each image, every line of it, or a file of JSON lines."""
+NAME, TEXTS = "file_name", ("text", "caption", "captions")
+"""Keys of such a file: the image, relative to the file, and its caption or captions."""
 Parts = dict[str | None, list[str]]
 """One of train, test and validation, or None for no split -> names of the files or tables of images."""
 
@@ -33,7 +37,12 @@ class Item(NamedTuple):
     label: str | None
     name: str  # unique in the source; also decides the split where there is none
     attributes: tuple[str | None, ...] = ()  # value of each of the source's attributes
-    caption: str | None = None
+    caption: str | None = None  # of several captions, one in each line
+
+
+def joined(captions: Iterable[str]) -> str:
+    """Captions of one image as one text, one in each line."""
+    return "\n".join(filter(None, (" ".join(caption.split()) for caption in captions)))
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,10 @@ class Source:
         """Every item of a part; images are empty if not asked for."""
         raise NotImplementedError
 
+    def image(self, name: str) -> Any:
+        """The image of the item of this name, in any sequence and process; as `Item.image`."""
+        raise NotImplementedError
+
     def _names(self, part: str, column: str) -> list[str] | None:
         """The class names that the part's description gives to the numbers in a column."""
         return None
@@ -102,8 +115,8 @@ class Source:
                     yield item
 
     @cached_property
-    def _texts(self) -> dict[str, list[Item]]:
-        """The items without their images."""
+    def texts(self) -> dict[str, list[Item]]:
+        """The items of train and test without their images."""
         return {split: list(self.items(split, with_images=False)) for split in ("train", "test")}
 
     @property
@@ -113,15 +126,15 @@ class Source:
 
     def count(self, split: str) -> int:
         """How many items the split has."""
-        return len(self._texts[split])
+        return len(self.texts[split])
 
     def classes(self) -> list[str]:
         """Class names, in the source's sequence if it has one; empty if the images have no classes."""
-        return self._values(self.columns.label, (item.label for item in self._texts["train"]))
+        return self._values(self.columns.label, (item.label for item in self.texts["train"]))
 
     def attributes(self) -> dict[str, list[str]]:
         """Names of further attributes, and the values of each in the train split or in the source's list."""
-        items, named = self._texts["train"], enumerate(self.columns.attributes)
+        items, named = self.texts["train"], enumerate(self.columns.attributes)
         return {column: self._values(column, (item.attributes[i] for item in items)) for i, column in named}
 
     def _values(self, column: str | None, found: Iterable[str | None]) -> list[str]:
@@ -141,11 +154,12 @@ class Source:
 
 
 def open_source(where: str | Path, columns: Columns = NO_COLUMNS, test_fraction: float = 0.1) -> Source:
-    """The source at `where`: a folder of images, parquet file(s), a Hugging Face data set, or an own one.
+    """The source at `where`: a folder of images, parquet file(s), tar shard(s), or a Hugging Face or own set.
 
     Args:
-        where: a path, an id such as "user/name", or of an own data set package.module:Name.
-        columns: what is read from parquet files and Hugging Face data sets.
+        where: a path, an id such as "user/name", an address of parquet files such as
+            "hf://datasets/user/name", or of an own data set package.module:Name.
+        columns: what is read from parquet files, tar shards and Hugging Face data sets.
         test_fraction: share in [0, 1) of the images that become the test split where the source has none, at
             least one image.
 
@@ -154,27 +168,36 @@ def open_source(where: str | Path, columns: Columns = NO_COLUMNS, test_fraction:
         ValueError: `test_fraction` is out of range, a column was named for an image folder, or `where` is
             not what it has to be.
     """
-    from anyorder.data.tables import HubSource, ParquetSource
+    from anyorder.data.tables import HubSource, ParquetSource, RemoteSource
+    from anyorder.data.tars import TarSource
 
     require(0 <= test_fraction < 1, f"test_fraction must be at least 0 and below 1, got {test_fraction}")
     if families.is_own("data", str(where)):
         mend = "leave out image, label, captions and attributes"
         require(columns == NO_COLUMNS, f"{where} has no columns: {mend}")
         return OwnSource(str(where), test_fraction)
+    if "://" in str(where):
+        return RemoteSource(str(where), columns, test_fraction)
     path = Path(where).expanduser()
     if path.is_file():
-        return ParquetSource(path, columns, test_fraction)
+        kind = TarSource if path.suffix == ".tar" else ParquetSource
+        return kind(path, columns, test_fraction)
     if not path.is_dir():
         if path.exists() or str(where).count("/") > 1 or str(where).startswith((".", "/", "~")):
             raise FileNotFoundError(f"{where}: no such file or folder")
         return HubSource(str(where), columns, test_fraction)
-    if any(name.endswith(".parquet") for name in listing.list_files(path).files):
+    endings = {Path(name).suffix.lower() for name in listing.list_files(path).files}
+    if ".parquet" in endings:
         return ParquetSource(path, columns, test_fraction)
+    if ".tar" in endings and not endings & suffixes():
+        return TarSource(path, columns, test_fraction)
+    known = columns.caption in (None, SIDECAR, LINES) or str(columns.caption).endswith(JSONL)
     require(
-        columns in (NO_COLUMNS, Columns(caption=SIDECAR)),
+        known and columns == Columns(caption=columns.caption),
         f"{where} is an image folder: it has no columns, and its classes are its subfolders; leave out "
         f"image, label and attributes, or put the images into parquet files; captions={SIDECAR} reads the "
-        f"text of a.{SIDECAR} beside a.jpg",
+        f"text of a.{SIDECAR} beside a.jpg, captions={LINES} a caption from each of its lines, and "
+        f"captions=NAME{JSONL} files of JSON lines",
     )
     return FolderSource(path, test_fraction, columns)
 
@@ -216,26 +239,75 @@ class FolderSource(Source):
         return parts
 
     def _read(self, part: str, with_images: bool) -> Iterator[Item]:
-        caption = None
-        if self.columns.caption and part in self.captions:
-            caption = " ".join(self.captions[part].read_text(encoding="utf-8", errors="replace").split())
-        yield Item(self.path / part, self._found[0][part][1], part, caption=caption)
+        yield Item(self.image(part), self._found[0][part][1], part, caption=self._caption(part))
+
+    def _caption(self, name: str) -> str | None:
+        asked = self.columns.caption
+        if asked and asked.endswith(JSONL):
+            return joined(self._described[name]) if name in self._described else None
+        if asked is None or name not in self.captions:
+            return None
+        text = self.captions[name].read_text(encoding="utf-8", errors="replace")
+        return joined(text.splitlines() if asked == LINES else [text])
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        """Names of the files that hold the captions."""
+        asked = self.columns.caption
+        if not asked or asked.endswith(JSONL):
+            return [name for name in self._found[1][BESIDE] if asked and f"/{name}".endswith(f"/{asked}")]
+        return [file.relative_to(self.path).as_posix() for file in self.captions.values()]
+
+    @cached_property
+    def _described(self) -> dict[str, list[str]]:
+        """Name of each image of the files of JSON lines -> its captions.
+
+        Raises:
+            ValueError: there is no such file, or a line is not what it has to be.
+        """
+        require(bool(self._texts), f"{self.path} has no file {self.columns.caption}: name one that is there")
+        found: dict[str, list[str]] = defaultdict(list)
+        for file in self._texts:
+            lines = (self.path / file).read_text(encoding="utf-8", errors="replace").splitlines()
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    name, captions = _described(line, f"{self.path / file}, line {number}")
+                    found[posixpath.normpath(f"{posixpath.dirname(file) or '.'}/{name}")] += captions
+        return found
+
+    def image(self, name: str) -> Path:
+        """See `Source`."""
+        return self.path / name
 
     def ignored(self) -> dict[str, list[str]]:
         """See `Source`."""
         ignored = self._found[1] | super().ignored()
         if self.columns.caption:
-            read = {text.relative_to(self.path).as_posix() for text in self.captions.values()}
+            read = {*self._texts}
             ignored[BESIDE] = [name for name in ignored.get(BESIDE, ()) if name not in read]
+        if str(self.columns.caption).endswith(JSONL):
+            ignored["caption of no image"] = [name for name in self._described if name not in self._found[0]]
         return ignored
 
     def stats(self) -> listing.Stats:
         """See `Source`."""
-        names = [item.name for items in self._texts.values() for item in items]
-        texts = self.captions.items() if self.columns.caption else ()
-        known = {*names}
-        names += [text.relative_to(self.path).as_posix() for name, text in texts if name in known]
-        return listing.stats(self.path, names)
+        names = [item.name for items in self.texts.values() for item in items]
+        return listing.stats(self.path, names + self._texts)
+
+
+def _described(line: str, where: str) -> tuple[str, list[str]]:
+    """Image and captions of a JSON line; a ValueError says what it has to be."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        found = None
+    found = found if isinstance(found, dict) else {}
+    name, text = found.get(NAME), next((found[key] for key in TEXTS if key in found), None)
+    texts = text if isinstance(text, list) else [text]
+    shape = f'{{"{NAME}": "a.jpg", "{TEXTS[0]}": "..."}}, or a list "{TEXTS[-1]}"'
+    fits = all(isinstance(each, str) for each in (name, *texts))
+    require(fits, f"{where} is {line[:60]!r}, and not such as {shape}")
+    return str(name), [str(each) for each in texts]
 
 
 @dataclass(frozen=True)
@@ -277,14 +349,21 @@ class OwnSource(Source):
     def _read(self, part: str, with_images: bool) -> Iterator[Item]:
         return self._items(part) if with_images else iter(self._texts_of[part])
 
+    def image(self, name: str) -> Any:
+        """See `Source`."""
+        part, _, number = name.rpartition(" ")
+        return self._item(part, int(number)).image
+
     def _items(self, part: str) -> Iterator[Item]:
-        data, classes = self._sets[part], self._names(part, "label")
-        for i in range(len(data)):
-            found: Any = data[i]
-            given = [*found, None, None] if isinstance(found, (tuple, list)) else [found, None, None]
-            image, label, caption = given[:3]
-            if isinstance(image, Tensor):
-                image = image.movedim(0, -1).cpu().numpy()
-            if label is not None:
-                label = classes[int(label)] if classes and not isinstance(label, str) else str(label)
-            yield Item(image, label, f"{part} {i}", caption=caption)
+        return (self._item(part, i) for i in range(len(self._sets[part])))
+
+    def _item(self, part: str, i: int) -> Item:
+        found, classes = self._sets[part][i], self._names(part, "label")
+        given = [*found, None, None] if isinstance(found, (tuple, list)) else [found, None, None]
+        image, label, caption = given[:3]
+        if isinstance(image, Tensor):
+            image = image.movedim(0, -1).cpu().numpy()
+        if label is not None:
+            label = classes[int(label)] if classes and not isinstance(label, str) else str(label)
+        caption = joined([caption] if isinstance(caption, str) else caption) if caption is not None else None
+        return Item(image, label, f"{part} {i}", caption=caption)

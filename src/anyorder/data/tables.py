@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import math
+import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
 
+import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -21,44 +26,57 @@ from anyorder.data.images import BadImage
 
 
 @dataclass(frozen=True)
-class ParquetSource(sources.Source):
-    """Parquet files with a Hugging Face `Image` column (a struct of `bytes` and `path`).
+class Shards(sources.Source):
+    """Files of one ending; those named like splits, or in such folders (`train*`, `val*`), are the splits."""
 
-    Files or their folders named like splits (`train*`, `test*`, `val*`, `dev*`, ...) are the splits.
-    """
-
-    path: Path
+    path: Any  # a file, or a folder of them
     columns: sources.Columns = sources.NO_COLUMNS
     test_fraction: float = 0.1
+    ending: ClassVar[str]
 
     @property
-    def _root(self) -> Path:
-        return self.path.parent if self.path.is_file() else self.path
+    def _single(self) -> bool:
+        return self.path.is_file()
+
+    @property
+    def _root(self) -> Any:
+        return self.path.parent if self._single else self.path
+
+    def _listed(self) -> list[str]:
+        """Names of all files below the folder, or of the single one."""
+        return [self.path.name] if self._single else listing.list_files(self.path).files
 
     @cached_property
     def _parts(self) -> sources.Parts:
-        if self.path.is_file():
-            return {"train": [self.path.name]}
         splits: sources.Parts = defaultdict(list)
-        for name in listing.list_files(self.path).files:
-            if name.endswith(".parquet"):
-                splits[listing.split_of_file(name)].append(name)
+        names = [name for name in self._listed() if name.endswith(self.ending)]
+        if self._single:
+            return {"train": names}
+        for name in names:
+            splits[listing.split_of_file(name)].append(name)
         if "train" not in splits:
             for test in splits["test"] + splits["validation"]:
                 raise ValueError(
                     f"{self.path} holds a test split ({test}) and no training split: name its files train*"
                 )
-            splits["train"] = splits.pop(None)
+            splits["train"] = splits.pop(None, [])
         return splits
 
     def stats(self) -> listing.Stats:
         """See `Source`."""
         return listing.stats(self._root, [part for parts in self._parts.values() for part in parts])
 
+
+@dataclass(frozen=True)
+class ParquetSource(Shards):
+    """Parquet files with a Hugging Face `Image` column (a struct of `bytes` and `path`)."""
+
+    ending = ".parquet"
+
     @contextlib.contextmanager
     def _open(self, part: str) -> Iterator[pq.ParquetFile]:
         try:
-            with pq.ParquetFile(self._root / part) as file:
+            with pq.ParquetFile(self._file(part)) as file:
                 yield file
         except (pa.ArrowException, OSError) as e:
             raise ValueError(f"{self._root / part} is not a sound parquet file ({e})") from e
@@ -76,6 +94,86 @@ class ParquetSource(sources.Source):
             batches = file.iter_batches(batch_size=256, columns=[image] * with_images + columns.texts)
             rows = (row for batch in batches for row in batch.to_pylist())
             yield from _items(rows, image, columns, names, part, path, self._root)
+
+    def _file(self, part: str) -> Any:
+        """What pyarrow reads a part from."""
+        return self._root / part
+
+    def image(self, name: str) -> Any:
+        """See `Source`; reads a whole row group, which is kept for the next call."""
+        part, _, row = name.rpartition("#")
+        first, images = _row_group(self, part, int(row), os.getpid())
+        return _image(images[int(row) - first].as_py(), part, self._root)
+
+    def _starts(self, part: str) -> np.ndarray:
+        """First row of each row group of a part, and the number of rows."""
+        with self._open(part) as file:
+            groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        return np.cumsum([0, *groups])
+
+    def _read_group(self, part: str, group: int) -> pa.ChunkedArray:
+        with self._open(part) as file:
+            image = _image_column(file.schema_arrow, self.columns.image, self._root / part)
+            return file.read_row_group(group, columns=[image]).column(0)
+
+
+@dataclass(frozen=True)
+class RemoteSource(ParquetSource):
+    """Parquet files at an address that fsspec knows, such as hf://datasets/USER/NAME, read where they are."""
+
+    path: str
+
+    @property
+    def _single(self) -> bool:
+        return self.path.endswith(self.ending)
+
+    @cached_property
+    def _root(self) -> PurePosixPath:
+        root = PurePosixPath(fsspec.core.url_to_fs(self.path)[1])
+        return root.parent if self._single else root
+
+    def _listed(self) -> list[str]:
+        system, root = fsspec.core.url_to_fs(self.path)
+        try:
+            found = [str(PurePosixPath(name).relative_to(self._root)) for name in system.find(root)]
+        except (OSError, ValueError) as e:
+            raise ValueError(f"{self.path} cannot be listed ({e}): check the address and the network") from e
+        named = any(name.endswith(self.ending) for name in found)
+        require(named, f"{self.path} holds no parquet files: give the address of some, or download the data")
+        return sorted(found)
+
+    def _file(self, part: str) -> Any:
+        return fsspec.core.url_to_fs(self.path)[0].open(str(self._root / part))
+
+    def stats(self) -> listing.Stats:
+        """See `Source`: sizes, and hashes of what the file system knows of a file's version."""
+        system, _ = fsspec.core.url_to_fs(self.path)
+        parts = [part for parts in self._parts.values() for part in parts]
+        found = {part: system.info(str(self._root / part)) for part in parts}
+        return {part: (facts["size"], _version(facts)) for part, facts in found.items()}
+
+
+def _version(facts: dict[str, Any]) -> int:
+    known = [str(facts.get(key)) for key in ("blob_id", "ETag", "etag", "mtime", "last_modified", "created")]
+    return int(hashlib.sha256(" ".join(known).encode()).hexdigest()[:12], 16)
+
+
+@functools.lru_cache(maxsize=64)
+def _starts(source: ParquetSource, part: str) -> np.ndarray:
+    return source._starts(part)
+
+
+@functools.lru_cache(maxsize=1)
+def _group(source: ParquetSource, part: str, group: int, process: int) -> pa.ChunkedArray:
+    return source._read_group(part, group)
+
+
+def _row_group(source: ParquetSource, part: str, row: int, process: int) -> tuple[int, pa.ChunkedArray]:
+    """First row, and the images, of the row group that holds a row."""
+    starts = _starts(source, part)
+    group = int(np.searchsorted(starts, row, side="right")) - 1
+    require(row < starts[-1], f"{source._root / part} has {starts[-1]} rows, no row {row}: run data again")
+    return int(starts[group]), _group(source, part, group, process)
 
 
 @dataclass(frozen=True)
@@ -149,6 +247,12 @@ class HubSource(sources.Source):
         rows = table.select_columns(read) if read else [{}] * len(table)
         yield from _items(rows, image, columns, names, part, self.name, self._root)
 
+    def image(self, name: str) -> Any:
+        """See `Source`."""
+        part, _, row = name.rpartition("#")
+        table = self._tables[part]
+        return _image(table[int(row)].get(self._image_of(table)), part, self._root)
+
 
 def _items(
     rows: Iterable[dict[str, Any]],
@@ -161,12 +265,26 @@ def _items(
 ) -> Iterator[sources.Item]:
     """The items of a part of a data set; paths of images must not leave `root`."""
     for i, row in enumerate(rows):
-        texts = {column: _text(row[column], names[column], column, where) for column in columns.texts}
-        label, caption = texts.get(columns.label or ""), texts.get(columns.caption or "")
-        attributes = tuple(texts[column] or None for column in columns.attributes)
-        yield sources.Item(
-            _image(row.get(image), part, root), label or None, f"{part}#{i}", attributes, caption
-        )
+        yield item_of(columns, row, names, where, f"{part}#{i}", _image(row.get(image), part, root))
+
+
+def item_of(
+    columns: sources.Columns,
+    row: Mapping[str, Any],
+    names: Mapping[str, list[str] | None],
+    where: str | Path,
+    name: str,
+    image: Any,
+) -> sources.Item:
+    """The item of a row of texts, class numbers (see `names`), and captions, which may be lists."""
+    captions = row.get(columns.caption or "")
+    several = isinstance(captions, list | tuple) and all(isinstance(text, str) for text in captions)
+    row = {**row, str(columns.caption): sources.joined(captions or ())} if several else row
+    texts = {c: _text(row.get(c), names.get(c), c, where) for c in columns.texts}
+    caption = texts.get(columns.caption or "")
+    caption = " ".join(caption.splitlines()) if caption and not several else caption
+    attributes = tuple(texts[column] or None for column in columns.attributes)
+    return sources.Item(image, texts.get(columns.label or "") or None, name, attributes, caption)
 
 
 def _image(value: Any, part: str, root: Path) -> bytes | Path | BadImage:
@@ -176,7 +294,8 @@ def _image(value: Any, part: str, root: Path) -> bytes | Path | BadImage:
         data, path = None, data
     if data is not None or not path:
         return data or b""
-    with contextlib.suppress(ValueError, OSError):  # no path at all, such as one with a zero byte
+    # No path at all, such as one with a zero byte, or a root that is no folder of this machine.
+    with contextlib.suppress(ValueError, OSError, AttributeError):
         file = ((root / part).parent / path).resolve()
         if file.is_relative_to(root.resolve()):
             return file

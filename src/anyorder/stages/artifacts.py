@@ -17,6 +17,7 @@ import re
 import shutil
 import socket
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +32,9 @@ FOLDERS = re.compile(r"checkpoints|samples|online|model|tokenizer|scorer|round-\
 CONTENT = (".npy", ".safetensors", ".json")
 """Files of these kinds get a hash, except checkpoints and times."""
 Completion = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+_open_artifacts: weakref.WeakSet[Artifact] = weakref.WeakSet()
 
 
 class Artifact:
@@ -74,6 +78,7 @@ class Artifact:
         self._inputs, self._completed, self._grows = dict(inputs), completed, grows
         self.identity = _identity(stage, config, inputs)
         self._begin = time.perf_counter()
+        _open_artifacts.add(self)
         for role, path in inputs.items():
             if self.folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
                 raise ValueError(f"out={folder} is or holds the input {role}={path}: choose another out=")
@@ -247,6 +252,15 @@ class Artifact:
             return  # work in progress
         shutil.rmtree(replaced, ignore_errors=True)
         (self.folder / IDENTITY).unlink(missing_ok=True)
+
+
+def _unlock_all() -> None:
+    """In a fork: a worker that outlives its killed parent by seconds must not keep folders locked."""
+    for artifact in _open_artifacts:
+        artifact._unlock()
+
+
+os.register_at_fork(after_in_child=_unlock_all)
 
 
 def recorded_input(folder: str | Path, role: str) -> Path | None:

@@ -56,6 +56,10 @@ class Rows:
         self.specs, self.n, self.size, self.what = arrays, n, size, what
         self._writer = RowWriter(folder, arrays, size) if processes.leads() else None
         self._made: dict[str, np.ndarray] = {}
+        self._done = processes.told(self._writer.rows if self._writer else 0)
+        self._todo = list(slices(n, size, self._done))
+        self.own = self._todo[processes.rank() :: processes.size()]
+        """Row numbers of the batches that are this process's, in sequence."""
 
     def append(self, **arrays: np.ndarray) -> None:
         """The rows of the batch."""
@@ -63,10 +67,9 @@ class Rows:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Row numbers (B,) of the batches that are this process's."""
-        done = processes.told(self._writer.rows if self._writer else 0)
-        todo = list(slices(self.n, self.size, done))
+        todo = self._todo
         with (
-            tqdm(total=self.n, initial=done, desc=self.what, unit="image") as bar,
+            tqdm(total=self.n, initial=self._done, desc=self.what, unit="image") as bar,
             Threads(device()) as threads,
         ):
             while todo:

@@ -13,7 +13,7 @@ from torch import nn
 
 from anyorder import families
 from anyorder.contracts import require
-from anyorder.data.caches import ImageSet, splits
+from anyorder.data import caches, decoding
 from anyorder.data.images import uint8_batches
 from anyorder.data.rows import batches, evenly_spaced
 from anyorder.evaluation import features, metrics
@@ -75,7 +75,7 @@ class FeaturesStage(TrainingStage):
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write the classifier, `{reference,validation,train}.safetensors`, and real against real."""
-        images, test = ImageSet(self.data), ImageSet(self.data, "test")
+        images, test = caches.ImageSet(self.data), caches.ImageSet(self.data, "test")
         few = f"{self.data} has {len(test)} test images, features need at least 2: hold out more"
         require(len(test) >= 2, few)
         facts = self._train(artifact, images, test) if self.extractor == "classifier" else {}
@@ -84,8 +84,8 @@ class FeaturesStage(TrainingStage):
             (artifact.folder / TRAINING).unlink(missing_ok=True)  # of an earlier configuration
         processes.barrier()
         extractor = load_extractor(artifact.folder)
-        for split in splits(self.data)[1:]:
-            held = ImageSet(self.data, split).images
+        for split in caches.splits(self.data)[1:]:
+            held = caches.ImageSet(self.data, split).images
             rows, what = np.arange(len(held)), f"{split} features"
             reference = statistics(
                 extractor, held, rows, test.fingerprint, what
@@ -98,7 +98,7 @@ class FeaturesStage(TrainingStage):
         floor = _floor(extractor, reference, training)
         return {"extractor": extractor.name, "metric_name": extractor.metric, "floor": floor, **facts}
 
-    def _train(self, artifact: Artifact, images: ImageSet, test: ImageSet) -> dict[str, Any]:
+    def _train(self, artifact: Artifact, images: caches.ImageSet, test: caches.ImageSet) -> dict[str, Any]:
         (labels, names), (test_labels, _) = (some.labels_of(self.label) for some in (images, test))
         known, test_known = (np.flatnonzero(some >= 0) for some in (labels, test_labels))
         config = features.ClassifierConfig(len(names), min(images.size), self.channels)
@@ -115,14 +115,16 @@ class FeaturesStage(TrainingStage):
 
         def evaluate(model: nn.Module, step: int) -> dict[str, float]:
             hits = 0
-            for rows in batches(test_known, 512):
-                found = model(test.batch(rows)[0].to(device()))[1].argmax(1).cpu().numpy()
-                hits += int((found == test_labels[rows]).sum())
+            with test.ahead(batches(test_known, 512)):
+                for rows in batches(test_known, 512):
+                    found = model(test.batch(rows)[0].to(device()))[1].argmax(1).cpu().numpy()
+                    hits += int((found == test_labels[rows]).sum())
             return {"test_accuracy": hits / max(1, len(test_known))}
 
         result = train(
-            model, loss, len(known), self.train, artifact.folder, device=device(), evaluate=evaluate
-        )
+            model, loss, len(known), self.train, artifact.folder, device=device(), evaluate=evaluate,
+            ahead=lambda upcoming: images.ahead(known[rows] for rows in upcoming),
+        )  # fmt: skip
         if artifact.leads:
             save_model(artifact.folder, result.model, config, "classifier")
         processes.barrier()
@@ -168,7 +170,7 @@ def load_reference(folder: Path, split: str = "test") -> metrics.FeatureStatisti
 
 
 def training_features(
-    folder: Path, extractor: features.FeatureExtractor, images: ImageSet, limit: int = NEIGHBOURS
+    folder: Path, extractor: features.FeatureExtractor, images: caches.ImageSet, limit: int = NEIGHBOURS
 ) -> metrics.FeatureStatistics:
     """Features of at most `limit` training images, computed once and kept in the features artifact."""
     path = folder / TRAINING
@@ -182,7 +184,11 @@ def training_features(
 
 
 def statistics(
-    extractor: features.FeatureExtractor, images: np.ndarray, rows: np.ndarray, data: str, what: str
+    extractor: features.FeatureExtractor,
+    images: np.ndarray | decoding.Decoded,
+    rows: np.ndarray,
+    data: str,
+    what: str,
 ) -> metrics.FeatureStatistics:
     """`metrics.statistics` of rows of images (n, H, W, 3) uint8, by all processes; whole in the leader."""
 
@@ -190,9 +196,10 @@ def statistics(
         pixels = torch.from_numpy(np.array(images[some])).permute(0, 3, 1, 2)
         return tuple(x.cpu() for x in extractor(pixels))
 
-    result = metrics.FeatureStatistics(extractor.name, data)
-    for found in processes.mapped(work, list(batches(rows, 256)), what):
-        result.update(*found)
+    result, todo = metrics.FeatureStatistics(extractor.name, data), list(batches(rows, 256))
+    with decoding.ahead(images, todo[processes.rank() :: processes.size()]):
+        for found in processes.mapped(work, todo, what):
+            result.update(*found)
     return result
 
 

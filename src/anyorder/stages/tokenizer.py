@@ -48,6 +48,10 @@ class TokenizerStage(common.TrainingStage):
     init: Path | None = None
     """VQ tokenizer to start from, a folder or "fashion32" (comes with the package); it brings its
     architecture."""
+    mirror: bool = False
+    """Train on mirrored images, too."""
+    crops: bool = False
+    """Train on five crops of every image instead of the whole, for data with cache=false; see tokens."""
     model: VQConfig = field(default_factory=lambda: SMALL)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -71,7 +75,8 @@ class TokenizerStage(common.TrainingStage):
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write the model, its log, and reconstructions of test images."""
-        images, test = ImageSet(self.data), ImageSet(self.data, "test")
+        images = ImageSet(self.data, crops=self.crops, mirror=self.mirror)
+        test = ImageSet(self.data, "test")
         held_out = ImageSet(self.data, splits(self.data)[1])
         torch.manual_seed(self.train.seed)
         model = VQModel(self.model) if self.init is None else weights.load_tokenizer(self.init).train()
@@ -96,6 +101,7 @@ class TokenizerStage(common.TrainingStage):
         result = train(
             model, loss, len(images), self.train, artifact.folder, device=device(), evaluate=evaluate,
             extra=objective if any(True for _ in objective.parameters()) else None, after=after,
+            ahead=images.ahead,
         )  # fmt: skip
         if not artifact.leads:
             return {}
@@ -116,12 +122,13 @@ def _measured(model: nn.Module, images: ImageSet, limit: int) -> dict[str, float
     tokens, psnr, ssim, some = [], 0.0, 0.0, evenly_spaced(limit, len(images))
     if not (n := len(some)):
         return {}
-    for rows in batches(some, 256):
-        pixels = images.batch(rows)[0].to(device())
-        found, decoded = _reconstructed(model, pixels)
-        psnr += float(metrics.psnr(decoded, pixels).sum())
-        ssim += float(metrics.ssim(decoded, pixels).sum())
-        tokens.append(found.cpu())
+    with images.ahead(batches(some, 256)):
+        for rows in batches(some, 256):
+            pixels = images.batch(rows)[0].to(device())
+            found, decoded = _reconstructed(model, pixels)
+            psnr += float(metrics.psnr(decoded, pixels).sum())
+            ssim += float(metrics.ssim(decoded, pixels).sum())
+            tokens.append(found.cpu())
     usage, perplexity = codebook_usage(torch.cat(tokens), model.vocab_size)  # type: ignore[arg-type]
     return {"psnr": psnr / n, "ssim": ssim / n, "codebook_usage": usage, "codebook_perplexity": perplexity}
 

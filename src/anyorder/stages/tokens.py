@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from anyorder.contracts import Grid, TokenizerNetwork, require
 from anyorder.data.caches import TEXT, ImageSet, splits
-from anyorder.data.captions import CaptionTokenizer, TextConfig
+from anyorder.data.captions import CaptionTokenizer, TextConfig, several
 from anyorder.files import save_array, write_text
 from anyorder.inference import processes
 from anyorder.inference.device import device
@@ -35,12 +34,19 @@ class TokensStage:
     mirror: bool = False
     """Encode every training image a second time, left and right exchanged: for few images; not for images
     with writing."""
+    crops: bool = False
+    """Encode five crops of every training image, corners and middle, instead of the whole: with mirror the
+    ten crops of LlamaGen. For data with cache=false, as crops are cut from images of 1.1 times the size."""
     text: TextConfig = field(default_factory=TextConfig)
     """How captions become tokens, where the data have captions."""
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `SPLIT.{tokens,labels}.npy`, and what the data have of `SPLIT.{attributes,captions}.npy`."""
-        sets = [ImageSet(self.data, split) for split in splits(self.data)]
+        names = splits(self.data)
+        sets = [
+            ImageSet(self.data, names[0], self.crops, self.mirror),
+            *(ImageSet(self.data, n) for n in names[1:]),
+        ]
         further = processes.told(self._conditions(sets, artifact) if artifact.leads else {})
         model, images = load_tokenizer(self.tokenizer), sets[0]
         grid = Grid(*(side // model.factor for side in images.size))
@@ -64,8 +70,7 @@ class TokensStage:
         if sets[0].attributes:
             facts["attributes"] = sets[0].attributes
             for images in sets:
-                values = self._with_copies(images, images.attribute_values())
-                save_array(artifact.folder / f"{images.split}.attributes.npy", values)
+                save_array(artifact.folder / f"{images.split}.attributes.npy", images.attribute_values())
         captions = [images.captions() for images in sets]
         if captions[0] is None:
             mend = "leave out text.*, or run data with captions="
@@ -73,24 +78,22 @@ class TokensStage:
             return facts
         tokenizer = CaptionTokenizer.train(captions[0], self.text.vocab_size)
         write_text(artifact.folder / TEXT, tokenizer.definition)
+        most = 1 + max((text.count("\n") for some in captions for text in some or ()), default=0)
+        count = min(most, self.text.captions)
+        shape = [count] * (count > 1) + [self.text.length]
         for images, some in zip(sets, captions, strict=True):
-            tokens = tokenizer.encode(some or [], self.text.length).astype(np.int32)
-            tokens = self._with_copies(images, tokens)
-            save_array(artifact.folder / f"{images.split}.captions.npy", tokens)
-        return facts | {"text": {"vocab_size": tokenizer.vocab_size, "length": self.text.length}}
-
-    def _with_copies(self, images: ImageSet, rows: np.ndarray) -> np.ndarray:
-        """Rows (n, ...) of a split, of the training split a second time where it is mirrored."""
-        return np.concatenate((rows, rows)) if self.mirror and images.split == "train" else rows
+            tokens = tokenizer.encode(several(some or [], count), self.text.length).astype(np.int32)
+            save_array(artifact.folder / f"{images.split}.captions.npy", tokens.reshape(-1, *shape))
+        text = {"vocab_size": tokenizer.vocab_size, "length": self.text.length}
+        return facts | {"text": text | ({"captions": count} if count > 1 else {})}
 
     def _encode(self, model: TokenizerNetwork, images: ImageSet, n: int, artifact: Artifact) -> None:
         """Encode one split as n tokens each, going on where a killed run stopped."""
-        split, numbers = images.split, self._with_copies(images, np.arange(len(images)))
+        split = images.split
         names = {f"{split}.tokens": ((n,), np.int32), f"{split}.labels": ((), np.int64)}
-        rows = Rows(artifact.folder, names, len(numbers), self.batch_size, f"{split} tokens")
-        for some in rows:
-            pixels, labels = images.batch(numbers[some])
-            copies = torch.from_numpy(some >= len(images))[:, None, None, None]
-            pixels = torch.where(copies, pixels.flip(-1), pixels)
-            tokens = model.encode(pixels.to(device())).cpu().numpy()
-            rows.append(**{f"{split}.tokens": tokens, f"{split}.labels": labels.numpy()})
+        rows = Rows(artifact.folder, names, len(images), self.batch_size, f"{split} tokens")
+        with images.ahead(rows.own):
+            for some in rows:
+                pixels, labels = images.batch(some)
+                tokens = model.encode(pixels.to(device())).cpu().numpy()
+                rows.append(**{f"{split}.tokens": tokens, f"{split}.labels": labels.numpy()})

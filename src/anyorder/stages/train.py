@@ -163,7 +163,7 @@ class TrainStage(common.TrainingStage):
         orders = order_sources.mixed_orders(source, tokens.grid, self._random_share, self.jitter)
 
         def loss(model: torch.nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
-            batch, labels = map(_without_waiting, tokens.batch(rows))
+            batch, labels = map(_without_waiting, tokens.batch(rows, generator=generator))
             order, learnt = map(_without_waiting, orders(rows, step, generator))
             steps = self._steps(tokens.grid.n, generator)
             if not _has_location(model):

@@ -76,6 +76,7 @@ def train(
     extra: nn.Module | None = None,
     ready: Callable[[nn.Module], None] | None = None,
     after: Callable[[int], dict[str, Tensor]] | None = None,
+    ahead: Callable[[Iterator[np.ndarray]], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> TrainResult:
     """Train `model`, or resume from the last checkpoint in `folder`; a finished run returns at once.
 
@@ -96,6 +97,7 @@ def train(
             but not averaged. `loss` holds it and keeps the two gradients apart.
         ready: called before the first step with the averaged model, which is updated in place.
         after: called with the step after its passes, before the weights change; returns further parts.
+        ahead: called with the examples of all passes to come, to have them read before `loss` is called.
 
     Raises:
         KeyboardInterrupt: stopped by a signal, after the checkpoint is written.
@@ -114,6 +116,7 @@ def train(
     with (
         Log(trainer.folder, trainer.step_number, config) as log,
         postponed_signals() as stopped,
+        ahead(trainer.upcoming()),
         tqdm(total=total, initial=done, unit="example", unit_scale=True) as bar,
         trainer.threads,
     ):
@@ -236,6 +239,11 @@ class Trainer:
         """Examples of one pass of a step, (batch_size,) int64."""
         batch = (step - 1) * self.config.accumulation + micro
         return batch_indices(self.config.seed, batch, self.config.batch_size, self.examples)
+
+    def upcoming(self) -> Iterator[np.ndarray]:
+        """Examples of each pass that is still to be run in this process."""
+        for step in range(self.step_number + 1, self.config.steps + 1):
+            yield from (self.indices(step, micro) for micro in self.passes)
 
     def is_time(self, every: int) -> bool:
         """Whether what happens `every` so many steps (0: never) happens now; the last step always counts."""

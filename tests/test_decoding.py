@@ -1,0 +1,444 @@
+"""Images that are decoded when they are asked for: the rows, pixels, tokens and models of a cache."""
+
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from anyorder.data import decoding
+from anyorder.data.caches import ImageSet, TokenSet
+from anyorder.data.images import load_image
+from anyorder.data.ingest import ingest
+from anyorder.data.sources import Columns, FolderSource, open_source
+from anyorder.files import fingerprint, load_array, read_manifest
+from anyorder.settings import parse
+from anyorder.stages.artifacts import Artifact
+from anyorder.stages.execute import execute
+from anyorder.stages.experiment import STAGES
+from anyorder.stages.features import load_reference
+from anyorder.training.trainer import Trainer
+
+VQ = {
+    "model.channels": 8, "model.multipliers": (1, 1, 2), "model.groups": 1, "model.res_blocks": 1,
+    "model.z_channels": 8, "model.vocab_size": 16, "model.code_dim": 4,
+}  # fmt: skip
+STEPS = {
+    "train.steps": 6,
+    "train.batch_size": 4,
+    "train.log_every": 1,
+    "train.eval_every": 3,
+    "train.save_every": 1,
+}
+
+
+def picture(seed, size=(20, 24)):
+    """A smooth image, as bytes of a PNG file."""
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).resize(size[::-1], Image.Resampling.BICUBIC).save(file, "PNG")
+    return file.getvalue()
+
+
+PICTURES = [picture(i) for i in range(30)]
+PICTURES[7] = b"no image"
+
+
+def folder(root):
+    for i, data in enumerate(PICTURES):
+        path = root / "ab"[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
+
+
+def table(root):
+    root.mkdir()
+    rows = [{"bytes": data, "path": None} for data in PICTURES]
+    found = pa.table({"picture": rows, "kind": ["ab"[i % 2] for i in range(30)]})
+    pq.write_table(found.slice(0, 20), root / "train-0.parquet", row_group_size=7)
+    pq.write_table(found.slice(20), root / "train-1.parquet", row_group_size=7)
+    return root
+
+
+def add(tar, name, data):
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def shards(root):
+    root.mkdir()
+    for shard in range(2):
+        with tarfile.open(root / f"shard-{shard}.tar", "w") as tar:
+            for i in range(15 * shard, 15 * shard + 15):
+                add(tar, f"x/{i:04d}.png", PICTURES[i])
+                add(tar, f"x/{i:04d}.cls", b"ab"[i % 2 : i % 2 + 1] + b"\n")
+                add(tar, f"x/{i:04d}.json", json.dumps({"text": f"image {i}", "hue": "red"}).encode())
+    return root
+
+
+def stage(name, out, **settings):
+    execute(name, parse(STAGES[name], settings), out)
+    return out
+
+
+def data(out, source, **settings):
+    return stage(
+        "data", out, source=str(source), size=(16, 16), max_validation=4, test_fraction=0.3, **settings
+    )
+
+
+@pytest.fixture(params=["0", "2"])
+def workers(request, monkeypatch):
+    monkeypatch.setenv(decoding.WORKERS, request.param)
+    monkeypatch.setattr("anyorder.data.ingest._BLOCK", 4)
+    return request.param
+
+
+@pytest.mark.parametrize("kind", [folder, table, shards])
+def test_rows_and_pixels_are_those_of_a_cache(kind, tmp_path, workers):
+    source = kind(tmp_path / "in")
+    label = {} if kind is folder else {"label": "kind" if kind is table else "cls"}
+    cached, streamed = (data(tmp_path / f"{c}", source, cache=c, **label) for c in (True, False))
+    assert not [*streamed.glob("*.images.npy")]
+    facts = [read_manifest(out) for out in (cached, streamed)]
+    for key in ("counts", "classes", "skipped", "ignored"):
+        assert facts[0][key] == facts[1][key]
+    assert sum(facts[0]["counts"].values()) == 29
+    assert sum(part["reasons"].get("not an image", 0) for part in facts[1]["skipped"].values()) == 1
+    for split in ("train", "validation", "test"):
+        a, b = ImageSet(cached, split), ImageSet(streamed, split)
+        rows = np.random.default_rng(0).permutation(len(a))
+        assert a.size == b.size
+        assert len(a) == len(b) == len(b.images)
+        with b.ahead([rows, rows[:2], rows[:3]]):
+            for some in (rows, rows[1:], rows[:2], rows[:3], rows[:1]):  # two come unannounced
+                for x, y in zip(a.batch(some), b.batch(some), strict=True):
+                    assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("name", ["own_parts:Squares", "own_parts:split_squares"])
+def test_own_data_sets_are_read_again(name, tmp_path, workers):
+    cached, streamed = (
+        stage("data", tmp_path / f"{c}", source=name, size=(8, 8), cache=c) for c in (True, False)
+    )
+    a, b = ImageSet(cached), ImageSet(streamed)
+    assert np.array_equal(a.images[np.arange(len(a))], b.images[np.arange(len(a))])
+
+
+def test_parquet_at_an_address_is_read_where_it_is(tmp_path, workers):
+    local = table(tmp_path / "in")
+    cached = data(tmp_path / "cached", local, label="kind")
+    streamed = data(tmp_path / "streamed", f"file://{local}", label="kind", cache=False)
+    assert read_manifest(streamed)["decoding"]["kind"] == "RemoteSource"
+    a, b = ImageSet(cached), ImageSet(streamed)
+    assert np.array_equal(a.images[np.arange(len(a))], b.images[np.arange(len(a))])
+    one = open_source(f"file://{local}/train-1.parquet", Columns("kind"))
+    assert one.count("train") + one.count("test") == 10
+    before = one.stats()
+    os.utime(local / "train-1.parquet", (1, 1))
+    assert open_source(one.path).stats() != before
+    with pytest.raises(ValueError, match="holds no parquet files: give the address of some"):
+        open_source(f"file://{tmp_path}/cached").count("train")
+
+
+def test_tokens_and_trainings_are_those_of_a_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(decoding.WORKERS, "2")
+    source, found = folder(tmp_path / "in"), {}
+    for cache in (True, False):
+        out = tmp_path / f"{cache}"
+        data(out / "data", source, cache=cache)
+        made = {"data": out / "data"}
+        stage("tokenizer", out / "vq", **made, mirror=True, **VQ, **STEPS)
+        stage("features", out / "features", **made, channels=(8,), **STEPS)
+        stage("tokens", out / "tokens", **made, tokenizer=out / "vq", mirror=True, batch_size=5)
+        names = [f"{name}/model.safetensors" for name in ("vq", "features")]
+        names += [f"tokens/{split}.tokens.npy" for split in ("train", "validation", "test")]
+        reference = load_reference(out / "features").features
+        found[cache] = [*((out / name).read_bytes() for name in names), reference.numpy().tobytes()]
+    assert found[True] == found[False]
+
+
+def stopped(step, monkeypatch):
+    """Send SIGTERM to this process and its workers while that step is logged."""
+    whole = Trainer.summary
+
+    def summary(self):
+        if self.step_number == step:
+            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            assert children
+            for pid in map(int, children):
+                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+        return whole(self)
+
+    monkeypatch.setattr(Trainer, "summary", summary)
+
+
+def test_a_stopped_training_goes_on_exactly(tmp_path, monkeypatch):
+    monkeypatch.setenv(decoding.WORKERS, "2")
+    made = {"data": data(tmp_path / "data", folder(tmp_path / "in"), cache=False)}
+    whole = stage("tokenizer", tmp_path / "whole", **made, **VQ, **STEPS)
+    with monkeypatch.context() as patch:
+        stopped(3, patch)
+        with pytest.raises(KeyboardInterrupt, match="after step 3"):
+            stage("tokenizer", tmp_path / "parts", **made, **VQ, **STEPS)
+    assert fingerprint(stage("tokenizer", tmp_path / "parts", **made, **VQ, **STEPS)) == fingerprint(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_training_goes_on_at_once_and_exactly(tmp_path):
+    """The workers of a killed process do not keep its folder locked."""
+    made = data(tmp_path / "data", folder(tmp_path / "in"), cache=False)
+    settings = {**VQ, **STEPS, "train.steps": 40}
+    typed = [f"{k}={v}".replace(" ", "").replace("(", "[").replace(")", "]") for k, v in settings.items()]
+    command = [sys.executable, "-m", "anyorder", "tokenizer", f"data={made}", *typed]
+    environment = {**os.environ, decoding.WORKERS: "2", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, f"out={tmp_path}/whole"], check=True, env=environment)
+    for state in (5, 20, 30):
+        running = subprocess.Popen([*command, f"out={tmp_path}/parts"], env=environment)
+        wanted = tmp_path / f"parts/checkpoints/step-{state:08d}"
+        while not wanted.is_dir():
+            assert running.poll() is None
+            time.sleep(0.01)
+        running.kill()
+        running.wait()
+    subprocess.run([*command, f"out={tmp_path}/parts"], check=True, env=environment)
+    assert fingerprint(tmp_path / "parts") == fingerprint(tmp_path / "whole")
+
+
+def test_a_fork_does_not_keep_a_folder_locked(tmp_path):
+    with Artifact(tmp_path / "a", "stage", {}, {}) as artifact:
+        read, write = os.pipe()
+        if not (child := os.fork()):
+            os.close(write)
+            os.read(read, 1)
+            os._exit(0)
+        artifact.close()
+        Artifact(tmp_path / "a", "stage", {}, {}).close()
+    os.close(write)
+    os.waitpid(child, 0)
+
+
+# --- crops ---
+
+
+def test_crops_are_corners_and_middle_of_a_larger_image(tmp_path, workers):
+    streamed = data(tmp_path / "out", folder(tmp_path / "in"), cache=False)
+    plain, images = ImageSet(streamed), ImageSet(streamed, crops=True, mirror=True)
+    n, names = len(plain), load_array(streamed / "train.names.npy")
+    assert len(images) == len(images.labels) == 10 * n
+    with images.ahead(np.arange(10 * n).reshape(10, n)):
+        found = [images.batch(np.arange(k * n, k * n + n)) for k in range(10)]
+    large = np.stack([load_image(tmp_path / "in" / os.fsdecode(name), (17, 17)) for name in names])
+    for k, (y, x) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1), (0, 0))):
+        expected = torch.from_numpy(large[:, y : y + 16, x : x + 16]).permute(0, 3, 1, 2) / 127.5 - 1
+        torch.testing.assert_close(found[k][0], expected)
+        torch.testing.assert_close(found[k + 5][0], expected.flip(-1))
+    assert all(np.array_equal(labels, plain.labels) for _, labels in found)
+
+
+def test_tokens_of_crops(tmp_path):
+    streamed = data(tmp_path / "data", folder(tmp_path / "in"), cache=False)
+    tokenizer = stage("tokenizer", tmp_path / "vq", data=streamed, crops=True, **VQ, **STEPS)
+    made = {"data": streamed, "tokenizer": tokenizer}
+    crops = stage("tokens", tmp_path / "crops", **made, crops=True, mirror=True, batch_size=7)
+    plain = stage("tokens", tmp_path / "plain", **made)
+    many, few = (load_array(out / "train.tokens.npy") for out in (crops, plain))
+    assert len(many) == 10 * len(few)
+    assert (load_array(crops / "test.tokens.npy") == load_array(plain / "test.tokens.npy")).all()
+    labels = load_array(plain / "train.labels.npy")
+    assert load_array(crops / "train.labels.npy").tolist() == labels.tolist() * 10
+
+
+def test_crops_need_larger_images(tmp_path):
+    source = folder(tmp_path / "in")
+    with pytest.raises(
+        ValueError, match="holds pixels, crops are cut from larger images: run data with cache=false"
+    ):
+        ImageSet(data(tmp_path / "cached", source), crops=True)
+    small = stage("data", tmp_path / "small", source=str(source), size=(8, 9), cache=False)
+    with pytest.raises(ValueError, match=r"at least 10 x 10 pixels, got size=\(8, 9\)"):
+        ImageSet(small, crops=True)
+
+
+# --- what has changed since ---
+
+
+def test_images_that_are_gone_or_others_are_named(tmp_path, workers):
+    source = folder(tmp_path / "in")
+    images = ImageSet(data(tmp_path / "out", source, cache=False))
+    rows = np.arange(len(images))
+    first, second = (source / os.fsdecode(name) for name in load_array(tmp_path / "out/train.names.npy")[:2])
+    second.write_bytes(PICTURES[3])
+    with pytest.raises(ValueError, match=rf"{second.name} has other pixels than .* run data again"):
+        images.images[rows[1:]]
+    first.unlink()
+    with (
+        images.ahead([rows[:1], rows[2:]]),
+        pytest.raises(
+            ValueError, match=rf"{first.name} can no longer be read \(unreadable file: .*put it back"
+        ),
+    ):
+        images.batch(rows[:1])
+
+
+def test_numbers_of_workers_are_checked(monkeypatch, tmp_path):
+    monkeypatch.setenv(decoding.WORKERS, "many")
+    with pytest.raises(ValueError, match="ANYORDER_WORKERS must be a number from 0 on, got 'many'"):
+        ingest(FolderSource(folder(tmp_path / "in")), tmp_path / "out", (8, 8))
+    monkeypatch.delenv(decoding.WORKERS)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    assert decoding._workers() == 1
+
+
+def test_sunsets_are_always_kept():
+    with pytest.raises(ValueError, match="cache has no effect on sunsets"):
+        parse(STAGES["data"], {"cache": False})
+
+
+# --- tar shards ---
+
+
+def test_tar_shards_have_columns(tmp_path):
+    source = open_source(shards(tmp_path / "in"), Columns("cls", "text", ("hue",)), 0)
+    item, *_ = source.items("train")
+    assert (item.label, item.caption, item.attributes) == ("a", "image 0", ("red",))
+    assert item.image == source.image(item.name) == PICTURES[0]
+    assert item.name.startswith("shard-0.tar#x/0000.png@512+")
+    assert source.texts["train"][0].image == b""
+    assert len(source.stats()) == 2
+    assert open_source(tmp_path / "in/shard-1.tar", test_fraction=0).count("train") == 15
+    with pytest.raises(ValueError, match=r"shard-0.tar has no column 'kind'; it has cls, hue, json"):
+        open_source(tmp_path / "in", Columns("kind")).classes()
+
+
+def test_hostile_tar_shards(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "1.txt", b"a caption alone")
+        add(tar, "2.png", PICTURES[0])
+        add(tar, "2.seg.png", PICTURES[1])
+        add(tar, "2.json", b"{broken")
+        add(tar, "3.png", PICTURES[2])
+        add(tar, "3.json", json.dumps({"text": "three"}).encode())
+        link = tarfile.TarInfo("4.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    facts = ingest(open_source(tmp_path / "a.tar", Columns(caption="text"), 0), tmp_path / "out", (16, 16))
+    assert facts["counts"]["train"] == 2
+    assert facts["skipped"]["train"]["reasons"] == {"no image": 1}
+    assert json.loads((tmp_path / "out/train.captions.json").read_text()) == ["", "three"]
+    masks = open_source(tmp_path / "a.tar", Columns(image="seg.png"), 0)
+    assert [item.image for item in masks.items("train") if isinstance(item.image, bytes)] == [PICTURES[1]]
+    (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:3000])
+    (tmp_path / "c.tar").write_bytes(b"\x1f\x8b" + bytes(600))
+    for name in ("b", "c"):
+        with pytest.raises(ValueError, match=rf"{name}\.tar is not a sound tar file .*without compression"):
+            open_source(tmp_path / f"{name}.tar").count("train")
+
+
+def test_a_tar_beside_images_is_no_source(tmp_path):
+    folder(tmp_path / "in")
+    (tmp_path / "in/backup.tar").write_bytes(b"")
+    assert isinstance(open_source(tmp_path / "in"), FolderSource)
+
+
+def test_blocks_are_read_in_sequence(tmp_path, workers):
+    names = [os.fsencode(f"a/{i:02d}.png") for i in range(0, 30, 2)]
+    reader = decoding.Reader(
+        FolderSource(folder(tmp_path / "in")), np.array(names), {"size": (4, 4), "fit": "crop"}
+    )
+    assert len(reader) == 15
+    blocks = [np.arange(i, min(i + 4, 15)) for i in range(0, 15, 4)]
+    expected = [load_image(tmp_path / "in" / os.fsdecode(name), (4, 4)) for name in names]
+    found = [image for block in reader.stream(iter(blocks)) for image in block.pixels]
+    assert np.array_equal(found, expected)
+    endless = reader.stream(itertools.cycle(blocks))
+    assert [len(next(endless).pixels) for _ in range(9)] == [4, 4, 4, 3, 4, 4, 4, 3, 4]
+    endless.close()
+
+
+# --- captions of folders ---
+
+
+def captions_of(source):
+    return {item.name: item.caption for split in ("train", "test") for item in source.texts[split]}
+
+
+def test_captions_from_lines_and_json_lines(tmp_path):
+    source = folder(tmp_path / "in")
+    (source / "a/00.txt").write_text(" one  red\n\nor two \n")
+    (source / "notes.jsonl").write_text("{}")
+    (source / "b/captions.jsonl").write_text('{"file_name": "01.png", "captions": ["x", "y  z"]}\n\n')
+    (source / "captions.jsonl").write_text(
+        '{"file_name": "a/02.png", "text": "first\\nline"}\n'
+        '{"file_name": "./a/02.png", "caption": "second"}\n'
+        '{"file_name": "gone.png", "text": "nothing"}\n'
+    )
+    assert captions_of(open_source(source, Columns(caption="txt")))["a/00.png"] == "one red or two"
+    lines = open_source(source, Columns(caption="lines"))
+    assert captions_of(lines) == dict.fromkeys(captions_of(lines)) | {"a/00.png": "one red\nor two"}
+    described = open_source(source, Columns(caption="captions.jsonl"))
+    assert {k: v for k, v in captions_of(described).items() if v} == {
+        "a/02.png": "first line\nsecond", "b/01.png": "x\ny z"
+    }  # fmt: skip
+    assert described.ignored()["caption of no image"] == ["gone.png"]
+    assert described.ignored()["text beside the images"] == ["a/00.txt", "notes.jsonl"]
+    assert {"captions.jsonl", "b/captions.jsonl"} <= described.stats().keys()
+    with pytest.raises(ValueError, match=r"has no file other\.jsonl: name one that is there"):
+        captions_of(open_source(source, Columns(caption="other.jsonl")))
+    with pytest.raises(ValueError, match="captions=lines a caption from each of its lines, and captions"):
+        open_source(source, Columns(caption="text"))
+    for line in ("[1]", "{", '{"file_name": "a"}', '{"file_name": "a", "text": 3}'):
+        (source / "notes.jsonl").write_text(f'{{"file_name": "a", "text": ""}}\n{line}\n')
+        with pytest.raises(ValueError, match=r"notes\.jsonl, line 2 is .* and not such as {"):
+            captions_of(open_source(source, Columns(caption="notes.jsonl")))
+
+
+def test_several_captions_of_a_table(tmp_path):
+    rows = [{"bytes": data, "path": None} for data in PICTURES[:3]]
+    found = {"picture": rows, "several": [["a b", "c"], [], None], "one": ["a\nb", "c", None]}
+    pq.write_table(pa.table(found), tmp_path / "x.parquet")
+    for column, expected in (("several", ["a b\nc", "", None]), ("one", ["a b", "c", None])):
+        source = open_source(tmp_path / "x.parquet", Columns(caption=column), 0)
+        assert [item.caption for item in source.texts["train"]] == expected
+
+
+def test_training_draws_one_of_several_captions(tmp_path):
+    pytest.importorskip("tokenizers", reason="captions need: pip install 'anyorder[text]'")
+    source = folder(tmp_path / "in")
+    for i in range(30):
+        (source / "ab"[i % 2] / f"{i:02d}.txt").write_text("\n".join("rgb"[: i % 3 + 1]))
+    made = data(tmp_path / "data", source, captions="lines")
+    tokenizer = stage("tokenizer", tmp_path / "vq", data=made, **VQ, **STEPS)
+    settings = {"data": made, "tokenizer": tokenizer, "mirror": True, "text.length": 2}
+    tokens = TokenSet(stage("tokens", tmp_path / "tokens", **settings))
+    assert tokens.captions.shape == (len(tokens), 3, 2)
+    counts = np.array([len({*map(tuple, row)}) for row in tokens.captions])
+    texts = ImageSet(made).captions()
+    assert counts.tolist() == [1 + text.count("\n") for text in texts] * 2
+    rows = np.flatnonzero(counts == 3).repeat(40)
+    generator = torch.Generator().manual_seed(3)
+    drawn = tokens.batch(rows, generator)[1][:, -2:].numpy()
+    assert np.array_equal(drawn, tokens.batch(rows, generator)[1][:, -2:])
+    assert {*map(tuple, drawn)} == {*map(tuple, tokens.captions[rows[0]])}
+    first = tokens.batch(rows)[1][:, -2:]
+    assert np.array_equal(first, tokens.captions[rows, 0])
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(3).get_state())
+    few = TokenSet(stage("tokens", tmp_path / "few", **settings, **{"text.captions": 1}))
+    assert few.captions.shape == (len(tokens), 1, 2)
