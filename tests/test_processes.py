@@ -294,6 +294,51 @@ def refusals(folder):
     return {}
 
 
+def rows_in_parts(folder):
+    """Arrays of 1003 rows in parts of 16 batches; kills of processes, then another number of them."""
+    arrays = {"a": ((2,), np.int64), "b": ((), np.float32)}
+
+    def filling(out, stop, seen):
+        def work(arguments):
+            with processes.joined():
+                rows = Rows(out, arrays, 1003, 3, "rows")
+                for i, some in enumerate(rows):
+                    if (processes.rank(), i) == stop:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    (seen / f"{some[0]}-{os.getpid()}").touch()
+                    rows.append(a=np.stack([some, -some], 1), b=some / 7)
+            return 0
+
+        def arm(rank):
+            importlib.import_module("anyorder.cli.main").main = work
+
+        return arm
+
+    def filled(name, *runs):
+        """Files, and how many batches were made twice, after runs of (processes, who stops when)."""
+        (folder / f"{name}-seen").mkdir()
+        for size, stop in runs:
+            codes = ended(start(size, folder, [], filling(folder / name, stop, folder / f"{name}-seen")))
+            assert (codes == [0] * size) == (stop is None), (folder / "0.log").read_text()[-3000:]
+        made = [path.name.partition("-")[0] for path in (folder / f"{name}-seen").iterdir()]
+        return {p.name: p.read_bytes() for p in (folder / name).iterdir()}, len(made) - len({*made})
+
+    expected, twice = filled("one", (1, None))
+    assert [*expected] == ["a.npy", "b.npy"] or [*expected] == ["b.npy", "a.npy"]
+    assert twice == 0
+    assert filled("two", (2, None)) == (expected, 0)
+    assert filled("three", (3, None)) == (expected, 0)
+    found = {}
+    for name, runs in {
+        "one, two": [(1, (0, 100)), (2, None)],
+        "two, one": [(2, (1, 100)), (1, None)],
+        "two, one, three": [(2, (0, 50)), (1, (0, 20)), (3, (1, 30)), (2, None)],
+    }.items():
+        files, found[name] = filled(name, *runs)
+        assert files == expected, name
+    return found
+
+
 def scenario(name, folder):
     """What a scenario returns, in a process of its own, with one thread: threads do not survive a fork."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ANYORDER_BF16": "off"}
@@ -341,6 +386,14 @@ def test_batches_keep_their_bounds_when_a_kill_tore_one(tmp_path):
         rows.append(a=np.stack([some, some], 1), b=some)
     assert seen == [[4, 5, 6, 7], [8, 9, 10]]
     assert load_array(tmp_path / "b.npy").tolist() == [0] * 4 + list(range(4, 11))
+
+
+@pytest.mark.timeout(600)
+def test_rows_are_the_same_bytes_in_any_number_of_processes(tmp_path):
+    found = scenario("rows_in_parts", tmp_path)
+    print(found)
+    assert found["one, two"] <= 1
+    assert max(found.values()) <= 3 * 16 * 2  # of each killed process, and of each that it took along, a part
 
 
 @pytest.mark.slow

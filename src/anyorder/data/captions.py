@@ -30,9 +30,10 @@ class TextConfig:
     step, all else the first."""
 
     def __post_init__(self) -> None:
-        got = f"{self.vocab_size}, {self.length} and {self.captions}"
-        fits = self.vocab_size >= 2 and self.length >= 1 and self.captions >= 1
-        require(fits, f"vocab_size must be >= 2, length and captions >= 1, got {got}")
+        got = f"{self.vocab_size} and {self.length}"
+        fits = self.vocab_size >= 2 and self.length >= 1
+        require(fits, f"vocab_size must be >= 2 and length >= 1, got {got}")
+        require(self.captions >= 1, f"captions must be >= 1, got {self.captions}")
 
 
 class CaptionTokenizer:

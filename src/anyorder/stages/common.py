@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ from anyorder.contracts import AnyOrderNetwork, class_labels, require
 from anyorder.data.caches import TokenSet
 from anyorder.data.classes import map_classes
 from anyorder.data.rows import slices
-from anyorder.files import RowWriter, fingerprint, read_json, read_manifest
+from anyorder.files import RowWriter, fingerprint, load_array, read_json, read_manifest
 from anyorder.inference import processes
 from anyorder.inference.device import Threads, device
 from anyorder.inference.folders import INDEX
@@ -29,6 +30,8 @@ SHOWN = 16
 """Images in the figures that stages make."""
 SAMPLES = "samples.safetensors"
 """Features and logits of the samples in an eval artifact, so that comparisons need no second pass."""
+_PART = 16
+"""Batches that one of several processes writes to a file of its own."""
 
 
 class TrainingStage:
@@ -47,18 +50,22 @@ class TrainingStage:
 class Rows:
     """Arrays of n rows that all processes fill: iterate over batches of row numbers, append what each gives.
 
-    Batches have the same bounds, and are written in sequence, in any number of processes: so are the files.
-    A killed run goes on after the last batch on disk. Shows a bar; the arrays are whole after the loop.
+    Several processes take parts of 16 batches in turn, and each writes its parts to files of its own; none
+    waits for another. The leader then joins them in sequence. Batches have the same bounds in any number of
+    processes: so the arrays are the same bytes. A killed run goes on after the last batch of the arrays, or
+    the last whole parts, in any number of processes. Shows a bar; the arrays are whole after the loop.
     """
 
     def __init__(self, folder: Path, arrays: Mapping[str, Any], n: int, size: int, what: str):
         """Arrays as of `RowWriter` in `folder`, n rows, `size` of them at a time; `what` names them."""
-        self.specs, self.n, self.size, self.what = arrays, n, size, what
+        self.folder, self.specs, self.n, self.size, self.what = folder, arrays, n, size, what
         self._writer = RowWriter(folder, arrays, size) if processes.leads() else None
         self._made: dict[str, np.ndarray] = {}
         self._done = processes.told(self._writer.rows if self._writer else 0)
-        self._todo = list(slices(n, size, self._done))
-        self.own = self._todo[processes.rank() :: processes.size()]
+        parts = self._parts(self._done)
+        self._whole = processes.told({part for part in parts if self._is_whole(part)})
+        self._mine = [part for part in parts if part not in self._whole][processes.rank() :: processes.size()]
+        self.own = [rows for begin, end in self._mine for rows in slices(end, size, begin)]
         """Row numbers of the batches that are this process's, in sequence."""
 
     def append(self, **arrays: np.ndarray) -> None:
@@ -67,21 +74,66 @@ class Rows:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Row numbers (B,) of the batches that are this process's."""
-        todo = self._todo
+        known = self._done + sum(end - begin for begin, end in self._whole)
         with (
-            tqdm(total=self.n, initial=self._done, desc=self.what, unit="image") as bar,
+            tqdm(total=self.n, initial=known, desc=self.what, unit="image") as bar,
             Threads(device()) as threads,
         ):
-            while todo:
-                now, todo = todo[: processes.size()], todo[processes.size() :]
-                yield from now[processes.rank() :][:1]
-                for made in processes.collected(self._made)[: len(now)]:
-                    self._writer.append(**made)  # type: ignore[union-attr]  # the leader alone is given them
-                bar.update(sum(map(len, now)))
-                threads.step()
+            for part in self._mine:
+                writer = self._writer_of(part)
+                for rows in slices(part[1], self.size, part[0]):
+                    yield rows
+                    _append(writer, (self._made[name] for name in self.specs))
+                    bar.update(min(len(rows) * processes.size(), self.n - bar.n))
+                    threads.step()
+                if writer is not self._writer:
+                    writer.close()
+            processes.barrier()
+            bar.update(self.n - bar.n)
         if self._writer:
+            self._join(self.n)
             self._writer.close()
+            for name in self.specs:  # of a run in another number of processes
+                for left in self.folder.glob(f"{name}.{'[0-9]' * 9}.npy*"):
+                    left.unlink()
         processes.barrier()
+
+    def _parts(self, begin: int) -> list[tuple[int, int]]:
+        """First row, and the row behind the last, of each part from a row on."""
+        span = _PART * self.size
+        bounds = [begin, *range(begin // span * span + span, self.n, span), self.n]
+        return list(itertools.pairwise(bounds)) if begin < self.n else []
+
+    def _arrays(self, part: tuple[int, int]) -> dict[str, Any]:
+        return {f"{name}.{part[0]:09d}": spec for name, spec in self.specs.items()}
+
+    def _is_whole(self, part: tuple[int, int]) -> bool:
+        paths = [self.folder / f"{name}.npy" for name in self._arrays(part)]
+        return all(path.is_file() and len(load_array(path)) == part[1] - part[0] for path in paths)
+
+    def _writer_of(self, part: tuple[int, int]) -> RowWriter:
+        """What a part is written to: one process alone needs no files between."""
+        if processes.size() == 1 and self._writer:
+            self._join(part[0])
+            return self._writer
+        for name in self._arrays(part):
+            (self.folder / f"{name}.npy.partial").unlink(missing_ok=True)
+        return RowWriter(self.folder, self._arrays(part))
+
+    def _join(self, until: int) -> None:
+        """Append the parts up to a row to the arrays."""
+        assert self._writer is not None, "the leader joins"
+        for part in self._parts(self._writer.rows):
+            if part[1] <= until:
+                paths = [self.folder / f"{name}.npy" for name in self._arrays(part)]
+                _append(self._writer, map(load_array, paths))
+                for path in paths:
+                    path.unlink()
+
+
+def _append(writer: RowWriter, arrays: Iterable[np.ndarray]) -> None:
+    """Append arrays in the sequence of the writer's names, which may be those of a part."""
+    writer.append(**dict(zip(writer.specs, arrays, strict=True)))
 
 
 def training_facts(result: TrainResult) -> dict[str, Any]:
