@@ -279,6 +279,7 @@ for settings in (
     {"order": "max_prob", "rescore": 0.3, "steps": 3, "min_distance": 2.0},
     {"order": "token_likelihood", "rescore": 0.4},
     {"order": "entropy", "sign": -1, "rate_every": 4},
+    {"order": "margin", "rate_every": 2, "rescore": 0.4},
     {"order": "token_likelihood", "rate_every": 3},
 ):
     POLICIES[",".join(f"{key}={value}" for key, value in settings.items())] = _configured(**settings)

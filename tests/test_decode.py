@@ -357,6 +357,27 @@ def test_one_rating_decides_several_steps(score, sign):
     )
 
 
+def test_one_rating_for_several_steps_may_look_at_fewer_positions():
+    """What was not rated waits; the last positions follow in raster order without a rating."""
+    model, tokens = Watched(transformer(depth=1, grid=(4, 4))), torch.randint(5, (3, 16), generator=seeded(0))
+    rule = InferredOrder(rate_every=4, rescore=0.5)
+    assert InferredOrder(rate_every=4).evaluations(16) == 16 + 12 + 8
+    assert rule.evaluations(16) == 16 + 6 + 4
+    order = extract_orders(model, tokens, rule).order
+    assert torch.equal(order.unflatten(1, (4, 4)).sort(-1).values.flatten(1), order)
+    assert torch.equal(order.sort(1).values, torch.arange(16).expand(3, -1))
+    # Each step scores what it reveals, but the first of a rating is among what was rated.
+    assert model.candidates == 16 + 6 + 4 + 16
+    assert torch.equal(
+        order[:, :4], extract_orders(model.model, tokens, InferredOrder(rate_every=4)).order[:, :4]
+    )
+    # With all shares scored it is the exact rule.
+    every = (
+        extract_orders(model.model, tokens, InferredOrder(rate_every=4, rescore=r)).order for r in (1, 0.999)
+    )
+    assert torch.equal(*every)
+
+
 def test_a_class_weight_moves_the_order_of_an_image_towards_that_of_its_class():
     model = transformer(depth=1, grid=(4, 4))
     tokens = torch.randint(5, (8, 16), generator=seeded(0))

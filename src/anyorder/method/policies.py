@@ -94,8 +94,9 @@ class InferredOrder(_Policy):
     `look_ahead` positions with the highest ratings are rated anew, see `decoding.expected_information`; each
     costs another scoring of all open positions. Sign -1 takes the least certain: no position can tell more
     than its entropy. With `rate_every` K, one rating chooses K positions, which follow one by one in raster
-    order: each still sees those before it. Other fields as of `PolicyConfig`. With `location=1` and the
-    likelihood of true tokens, extraction is the greedy E-step of hard EM on q(order, x).
+    order: each still sees those before it, and the last ones need no rating. Other fields as of
+    `PolicyConfig`. With `location=1` and the likelihood of true tokens, extraction is the greedy E-step of
+    hard EM on q(order, x).
     """
 
     score: str = "entropy"
@@ -130,16 +131,17 @@ class InferredOrder(_Policy):
         require(0 < self.rescore <= 1, f"rescore must lie in (0, 1], got {self.rescore}")
         require(self.look_ahead >= 0, f"look_ahead must be >= 0, got {self.look_ahead}")
         require(self.rate_every >= 1, f"rate_every must be >= 1 step, got {self.rate_every}")
-        parallel = (self.rescore, self.per_step, self.steps)
+        parallel = (self.per_step, self.steps)
         changing = (self.temperature, self.distance, self.location)  # from step to step, unlike a rating
         text = "entropy_limit takes a score that does not look at the token, and no rescore: leave one out"
         rated = self.token_blind and self.rescore == 1
         require(self.entropy_limit is None or rated, text)
-        text = "rate_every takes no rescore, per_step, steps, temperature, distance or head: leave them out"
-        require(self.rate_every == 1 or (parallel, changing) == ((1, 1, 0), (0, 0, 0)), text)
-        plain = (self.score, *parallel, self.distance, self.location, self.rate_every, self.class_weight)
+        text = "rate_every takes no per_step, steps, temperature, distance or head: leave them out"
+        require(self.rate_every == 1 or (parallel, changing) == ((1, 0), (0, 0, 0)), text)
+        plain = (self.score, *parallel, self.distance, self.location, self.class_weight)
+        once = self.rescore == self.rate_every == 1
         text = "expected information takes score='entropy' and no rescore, per_step, steps, distance or head"
-        require(not self.look_ahead or plain == ("entropy", 1, 1, 0, 0, 0, 1, 0), text)
+        require(not self.look_ahead or (once and plain == ("entropy", 1, 0, 0, 0, 0)), text)
 
     def subset(self, rows: Tensor) -> Self:
         """The policy for some images (R,) int64 of the batch."""
@@ -173,10 +175,10 @@ class InferredOrder(_Policy):
 
     def _scored(self, step: int, still_open: int, k: int) -> int:
         """How many of the open positions are scored at a step that reveals k of them."""
-        if step % self.rate_every:
-            return 1
+        if step % self.rate_every or still_open <= self.rate_every > 1:
+            return 1  # the last ones all follow, in raster order, whatever their ratings
         share = 1 if step == 0 else self.rescore
-        return min(still_open, max(k, math.ceil(share * still_open - 1e-9)))
+        return min(still_open, max(k, self.rate_every, math.ceil(share * still_open - 1e-9)))
 
     def propose(self, progress: Progress) -> Tensor:
         """Open positions (B, M) in raster order: all, or those whose ratings may have changed most."""
@@ -185,7 +187,9 @@ class InferredOrder(_Policy):
         if m == progress.open:
             return positions
         priority = self._priority(progress, positions, progress.ratings.gather(1, positions))
-        if self.rate_every > 1:
+        if m < self.rate_every:
+            stale = progress.rated_at < progress.step - progress.step % self.rate_every
+            priority = priority.masked_fill(stale.gather(1, positions), -torch.inf)
             return positions.gather(1, self._first_of_group(progress, priority))
         highest = descending(priority)[:, : (m + 1) // 2]
         staleness = _staleness(progress).gather(1, positions).scatter(1, highest, -1)

@@ -107,7 +107,8 @@ class PolicyConfig(ParallelSchedule):
 
     rate_every: int = 1
     """For a score, steps that one rating decides: the next positions are chosen at once and revealed one by
-    one in raster order. 8 costs about an eighth of the exact order, and its orders are easier to learn."""
+    one in raster order. 8 costs about an eighth of the exact order, with rescore=0.5 still less, and its
+    orders are easier to learn."""
     class_weight: float = 0.0
     """For a score, nats that the last position of the class's mean order loses against its first: shrinks the
     order of each image towards that of its class. 0 is the paper; needs the orders of the classes."""
