@@ -113,24 +113,27 @@ def generate(
         states = [each.append(state, *known) for each, state in zip(models, states, strict=True)]
         progress.give(known[0])
     counts = valid = last = None
+    waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []  # what the scoring model was not told yet
     while progress.open:
         progress.noise = partial(streams.gumbel, behind())
-        scoring_model, scoring_state = models[-1], states[-1]
+        scoring_model = models[-1]
         if policy.located:
-            progress.location = scoring_model.locate(scoring_state, progress.revealed)  # type: ignore[attr-defined]
+            states[-1] = _catch_up(scoring_model, states[-1], waiting)
+            progress.location = scoring_model.locate(states[-1], progress.revealed)  # type: ignore[attr-defined]
         candidates = policy.propose(progress)
         ratings = torch.zeros_like(candidates, dtype=torch.float32)
         # A single candidate need not be rated; the paper's rule samples its token here.
         if policy.rated and (candidates.shape[1] > 1 or not policy.token_blind):
+            states[-1] = _catch_up(scoring_model, states[-1], waiting)
             proposed = None if policy.token_blind else content
             tokens, log_prob, ratings = score_candidates(
-                scoring_model, scoring_state, candidates, proposed, policy.rate, chunk
+                scoring_model, states[-1], candidates, proposed, policy.rate, chunk
             )
             progress.ratings.scatter_(1, candidates, ratings)
             progress.rated_at.scatter_(1, candidates, progress.step)
         if policy.look_ahead:
             candidates, ratings = expected_information(
-                scoring_model, scoring_state, progress.revealed, candidates, ratings, policy.look_ahead, chunk
+                scoring_model, states[-1], progress.revealed, candidates, ratings, policy.look_ahead, chunk
             )
         chosen = policy.select(progress, candidates, ratings)
         positions = candidates.gather(1, chosen)
@@ -154,22 +157,27 @@ def generate(
         if (finite.device.type == "cpu" or not progress.open) and not finite:
             raise ValueError(f"the model's logits are not finite, seen at step {progress.step - 1}")
         if progress.open:  # after the last reveal nothing is scored any more
-            following = [
-                _append(e, s, positions, tokens, counts)
-                for e, s in zip(models[together:], states[together:], strict=True)
-            ]
-            first = [model.append_group(states[0], tokens)] if together else []  # type: ignore[attr-defined]
-            states = first + following
+            revealed = (positions, tokens, counts)
+            if together:
+                states[0] = model.append_group(states[0], tokens)  # type: ignore[attr-defined]
+            else:
+                states[0] = _catch_up(model, states[0], [revealed])
+            waiting += [revealed] * (len(models) - 1)
         made = Step(progress.step - 1, progress.total, positions, tokens, log_prob, valid)
         if on_step is not None:
             on_step(made)
         yield made
 
 
-def _append(model: Any, state: Any, positions: Tensor, tokens: Tensor, counts: Tensor | None) -> Any:
-    if counts is None:
-        return model.append(state, positions, tokens)
-    return model.append_some(state, positions, tokens, counts)
+def _catch_up(model: Any, state: Any, waiting: list[tuple[Tensor, Tensor, Tensor | None]]) -> Any:
+    """The state after all positions, tokens and counts that are `waiting`; the list is then empty."""
+    alike = [some[:2] for some in waiting if some[2] is None]
+    if alike:  # one long block is faster than several short ones
+        state = model.append(state, *(torch.cat(column, dim=1) for column in zip(*alike, strict=True)))
+    for some in waiting if not alike else ():
+        state = model.append_some(state, *some)
+    waiting.clear()
+    return state
 
 
 def _first(counts: Tensor, columns: Sequence[Tensor], last: Sequence[Tensor] | None) -> list[Tensor]:

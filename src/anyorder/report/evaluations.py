@@ -43,7 +43,8 @@ LIKELIHOOD: Columns = {
     "bits/dim": ("bits_per_dim", "min"),
 }
 COST: Columns = {
-    "s/image": ("seconds_per_image", "min"), "extraction evaluations": ("extraction_evaluations", None),
+    "s/image": ("seconds_per_image", "min"), "steps/image": ("steps_per_image", None),
+    "extraction evaluations": ("extraction_evaluations", None),
     "training tokens": ("training_tokens", None), "training s": ("training_seconds", None),
 }
 COPIES: Columns = {

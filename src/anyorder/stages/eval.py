@@ -130,6 +130,8 @@ class EvalStage:
             "token_copies_of_test": memorization.copied_share(test.tokens, train.tokens),
             **self._attribute_agreement(images, test),
         }
+        if "steps_per_image" in made:  # samples of earlier versions do not say
+            found["steps_per_image"] = made["steps_per_image"]
         if self.reference is not None:
             moments = spaces.reference_file(self.reference, extractor)
             found["fd_of_reference"] = metrics.frechet_distance(moments, generated.gaussian)
