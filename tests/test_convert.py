@@ -20,7 +20,7 @@ from anyorder.cli import main as cli
 from anyorder.contracts import Grid
 from anyorder.families import family, kind_of
 from anyorder.families import published as published_families
-from anyorder.inference.convert import build, published_models
+from anyorder.inference.convert import build, published_models, recommended
 from anyorder.inference.weights import load_model, save_model
 from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.policy_config import PolicyConfig
@@ -397,3 +397,54 @@ def test_published_files_load(file):
         pytest.skip(f"{file.name} is not in {WEIGHTS}: set ANYORDER_WEIGHTS")
     model = build(WEIGHTS / file.name)
     assert all(bool(tensor.isfinite().all()) for tensor in model.parameters())
+
+
+# --- guidance that the authors recommend ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "scale", "schedule"),
+    [
+        ("arpg", "arpg_1b.pt", 7.5, "linear"),
+        ("arpg", "renamed.pt", 5.0, "linear"),
+        ("randar", "randar_0.7b_llamagen_360k_bs_1024_lr_0.0004.safetensors", 4.0, "linear"),
+        ("llamagen", "c2i_L_256.pt", 2.0, "constant"),
+        ("llamagen", "c2i_XXL_384.pt", 1.75, "constant"),
+        ("vq", "vq_ds16_c2i.pt", 1.0, "constant"),
+        ("a_package:Network", "a.pt", 1.0, "constant"),
+    ],
+)
+def test_every_published_model_has_the_guidance_of_its_authors(kind, name, scale, schedule):
+    assert recommended(kind, name) == GuidanceConfig(scale, schedule)
+
+
+def test_a_converted_pipeline_is_guided_unless_a_call_says_otherwise(tmp_path):
+    file = download(tmp_path, model_of("arpg"))
+    tokenizer = download(tmp_path, vq(), "vq.pt")
+    convert(ConvertConfig(file, tokenizer=tokenizer, grid=GRID), tmp_path / "out")
+    pipe = Pipeline.from_pretrained(tmp_path / "out")
+    assert pipe.guidance == GuidanceConfig(5.0, "linear")
+    assert "guidance   5, linear" in repr(pipe)
+
+    def log_prob(**settings):
+        return pipe(class_labels=[0, 1, 2, 1], generator=3, **settings).log_prob
+
+    default, asked = log_prob(), log_prob(guidance_scale=5.0, guidance_schedule="linear")
+    assert torch.equal(default, asked)
+    assert not torch.equal(default, log_prob(guidance_scale=1))
+    # Without a class there is nothing to be guided by, and likelihoods are the model's own.
+    assert torch.equal(pipe(num_images=2).log_prob, pipe(num_images=2, guidance_scale=1).log_prob)
+    images = pipe(class_labels=[0, 1]).images
+    assert torch.equal(pipe.score(images, [0, 1]), pipe.score(images, [0, 1], guidance_scale=1))
+    pipe.save_pretrained(tmp_path / "again")
+    assert Pipeline.from_pretrained(tmp_path / "again").guidance == pipe.guidance
+
+
+def test_guidance_of_a_conversion_is_a_setting(tmp_path):
+    file = download(tmp_path, model_of("arpg"))
+    own = GuidanceConfig(3.0)
+    with pytest.raises(ValueError, match="guidance has no effect"):
+        convert(ConvertConfig(file, grid=GRID, guidance=own), tmp_path / "out")
+    tokenizer = download(tmp_path, vq(), "vq.pt")
+    convert(ConvertConfig(file, tokenizer=tokenizer, grid=GRID, guidance=own), tmp_path / "out")
+    assert Pipeline.from_pretrained(tmp_path / "out").guidance == own

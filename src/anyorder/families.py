@@ -44,6 +44,8 @@ class File(NamedTuple):
     """Of the tokenizer that an any-order model was trained with."""
     grid: tuple[int, int] = (16, 16)
     """Rows and columns of patches in training."""
+    guidance: tuple[float, str] = (1.0, "constant")
+    """Scale and schedule that its authors recommend; docs/how-to/published-weights.md says where."""
 
 
 @dataclass(frozen=True)

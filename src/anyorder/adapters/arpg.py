@@ -182,7 +182,10 @@ FAMILY = families.Family(
     GPTConfig,
     marker="layers.cross_dec.0.attn.to_q.weight",
     read_config=read_config,
-    files=tuple(families.File("hp-l33/ARPG", f"arpg_{size}.pt", VQ16) for size in ("300m", "700m", "1b")),
+    files=tuple(
+        families.File("hp-l33/ARPG", f"arpg_{size}.pt", VQ16, guidance=(scale, "linear"))
+        for size, scale in (("300m", 5.0), ("700m", 6.0), ("1b", 7.5))
+    ),
     class_table="embeddings.weight",
     first_class=lambda config: config.vocab_size + 1,  # behind the codes and the mask
 )

@@ -162,7 +162,13 @@ FAMILY = families.Family(
     marker="layers.0.attention.wqkv.weight",
     read_config=read_config,
     files=tuple(
-        families.File("FoundationVision/LlamaGen", f"c2i_{size}_{16 * side}.pt", VQ16, (side, side))
+        families.File(
+            "FoundationVision/LlamaGen",
+            f"c2i_{size}_{16 * side}.pt",
+            VQ16,
+            (side, side),
+            (2.0 if size in "BL" else 1.75, "constant"),
+        )
         for size, side in (("B", 16), ("L", 16), ("B", 24), ("L", 24), ("XL", 24), ("XXL", 24))
     ),
     order="raster",

@@ -115,7 +115,12 @@ FAMILY = Family(
     marker="pos_instruct_embeddings",
     read_config=read_config,
     files=tuple(
-        File("ziqipang/RandAR", f"randar_{name}_360k_bs_1024_lr_0.0004.safetensors", tokenizer)
+        File(
+            "ziqipang/RandAR",
+            f"randar_{name}_360k_bs_1024_lr_0.0004.safetensors",
+            tokenizer,
+            guidance=(4.0, "linear"),
+        )
         for name, tokenizer in FILES
     ),
     class_table=CLASS_TABLE,

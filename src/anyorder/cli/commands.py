@@ -77,6 +77,7 @@ def config_class(name: str) -> type:
 
 CONFIGS = {
     "fit": "anyorder.stages.fit:FitConfig",
+    "plan": "anyorder.cli.planner:PlanConfig",
     "sample pipeline": "anyorder.cli.images:SampleConfig",
     "complete": "anyorder.cli.images:CompleteConfig",
     "convert": "anyorder.stages.convert:ConvertConfig",
@@ -103,6 +104,7 @@ EXAMPLES = {
     "quickstart": "any-order.train.steps=300 out=runs/short",
     "fit": "photos --time 30m",
     "run": "experiments/fashion32.yaml seed=1 out=runs/fashion32-1",
+    "plan": "imagenet256 --gpus 8 --kind h100",
     "report": "runs/quickstart",
     "demo": "pipeline=fashion32",
     "verify": "runs/quickstart/pipeline",
@@ -185,13 +187,16 @@ def convert(call: Call) -> str:
 
 
 def run(call: Call) -> str:
-    """EXPERIMENT.yaml [out=FOLDER] [stage.key=value ...] [overwrite=true]"""
+    """EXPERIMENT.yaml [out=FOLDER] [stage.key=value ...] [overwrite=true]
+
+    instead of a file also the name of a recipe that comes with the package, such as imagenet256
+    """
     if len(call.paths) != 1:
         raise ValueError("give an experiment file, for example experiments/fashion32.yaml")
-    from anyorder.stages.experiment import load_experiment
+    from anyorder.stages.experiment import find_experiment, load_experiment
 
     overwrite = call.flag("overwrite")
-    experiment = load_experiment(Path(call.paths[0]).expanduser(), call.settings)
+    experiment = load_experiment(find_experiment(call.paths[0]), call.settings)
     if call.dry_run:
         print("\n".join(experiment.plan()))
         return ""
@@ -201,6 +206,28 @@ def run(call: Call) -> str:
     if not leads():
         return ""
     return _write_report([experiment.out], experiment.out / "report.html", True)
+
+
+def plan(call: Call) -> str:
+    """EXPERIMENT.yaml [--gpus 8] [--kind h100] [--mfu 0.4] [stage.key=value ...] [out=FILE.json]"""
+    from anyorder.cli import plan as planning
+    from anyorder.files import write_json
+    from anyorder.stages.experiment import find_experiment, load_experiment
+
+    if len(call.paths) != 1:
+        raise ValueError("give an experiment file or the name of a recipe, for example imagenet256")
+    path, out = find_experiment(call.paths.pop()), call.take("out")
+    overrides = [text for text in call.settings if "." in text.partition("=")[0]]
+    call.settings = [text for text in call.settings if text not in overrides]
+    config = call.parse()
+    if call.show(config, out):
+        return ""
+    found = planning.plan(load_experiment(path, overrides), config)
+    print(planning.describe(found))
+    if not out:
+        return ""
+    write_json(Path(out).expanduser(), found)
+    return f"{out}; next: anyorder run {path}"
 
 
 def fit(call: Call) -> str:

@@ -35,8 +35,9 @@ class _ImageConfig:
     """Folder of a pipeline, "fashion32" (comes with the package), or a Hugging Face hub id."""
     policy: PolicyConfig | None = None
     """The order to generate in; by default the pipeline's policy."""
-    guidance_scale: float = 1.0
-    """Scale of classifier-free guidance: 1 (default) is none, larger follows class and prompt closer."""
+    guidance_scale: float | None = None
+    """Scale of classifier-free guidance: 1 is none, larger follows class and prompt closer. By default
+    what the pipeline says, which is none unless it was made with some."""
     seed: int = 0
     """Image i is generated from seed + i; by default 0."""
 

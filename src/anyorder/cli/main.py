@@ -54,6 +54,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             "the whole method on procedural sunsets, in minutes, with a report", commands.quickstart
         ),
         "run": Command("an experiment file: every stage that is not up to date, then a report", commands.run),
+        "plan": Command("parameters, FLOPs, memory, hours and disk of an experiment", commands.plan),
         "report": Command("one HTML page about one or more run folders", commands.report),
         "demo": Command("watch images being generated, in a browser", commands.demo),
         "ls": Command("what run folders hold: stages, sizes, up to date or why not", commands.ls),

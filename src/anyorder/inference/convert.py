@@ -15,19 +15,34 @@ from anyorder import families
 from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork, require
 from anyorder.inference import weights
 from anyorder.inference.folders import Parts
+from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.policy_config import PolicyConfig
 
 WRAPPERS = ("model", "module", "state_dict")
 """Entries under which training programs store the weights."""
 
 
-def combine(model: AnyOrderNetwork, tokenizer: TokenizerNetwork, policy: PolicyConfig | None = None) -> Parts:
-    """A pipeline of published parts; a ValueError refuses different codebooks."""
+def combine(
+    model: AnyOrderNetwork,
+    tokenizer: TokenizerNetwork,
+    policy: PolicyConfig | None = None,
+    guidance: GuidanceConfig | None = None,
+) -> Parts:
+    """A pipeline of published parts, by default unguided; a ValueError refuses different codebooks."""
     text = f"the model has {model.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}: published "
     text += "models with 16384 tokens take LlamaGen's VQ-16, those with 1024 MaskGIT's VQGAN"
     require(model.vocab_size == tokenizer.vocab_size, text)
     order = families.family(families.kind_of(model)).order
-    return Parts(model, tokenizer, [], policy or PolicyConfig(order=order))
+    return Parts(
+        model, tokenizer, policy=policy or PolicyConfig(order=order), guidance=guidance or GuidanceConfig()
+    )
+
+
+def recommended(kind: str, name: str) -> GuidanceConfig:
+    """The guidance of a published file, by its name; of other names, of the first one of its kind."""
+    files = families.family(kind).files if kind in families.REGISTRY else ()
+    file = next((file for file in files if file.name == name), files[0] if files else None)
+    return GuidanceConfig(*file.guidance) if file else GuidanceConfig()  # type: ignore[arg-type]
 
 
 def read_tokenizer(path: Path) -> TokenizerNetwork:
@@ -147,4 +162,4 @@ def load_published(file: families.File) -> Parts:
     assert file.tokenizer is not None
     model = build(Path(hf_hub_download(file.repo, file.name)), grid=file.grid)
     tokenizer = read_tokenizer(Path(hf_hub_download(file.tokenizer.repo, file.tokenizer.name)))
-    return combine(model, tokenizer)
+    return combine(model, tokenizer, guidance=recommended(families.kind_of(model), file.name))

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anyorder import families, files
+from anyorder import families, files, settings
 from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork, require
 from anyorder.data.caches import TEXT
 from anyorder.data.captions import CaptionTokenizer, Vocabulary
 from anyorder.inference import weights
+from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.orders import validate
-from anyorder.settings import parse, read_stored
 
 INDEX, CLASS_ORDERS = "pipeline.json", "class_order.npy"
 BUNDLED = Path(__file__).parent.parent / "pretrained"
@@ -45,6 +45,8 @@ class Parts:
     class_orders: Tensor | None = None
     #: Names of attributes and captions, where the model takes them.
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    #: The guidance of conditional images unless a call gives another.
+    guidance: GuidanceConfig = GuidanceConfig()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
         self.classes, self.policy = list(self.classes), self.policy or PolicyConfig()
@@ -74,6 +76,8 @@ def save_parts(folder: str | Path, parts: Parts) -> None:
             weights.save_model(folder / role, network, network.config, families.kind_of(network))
     policy, scored = asdict(parts.policy), parts.scorer is not None
     index = {"format": 1, "classes": parts.classes, "policy": policy, "scorer": scored}
+    if parts.guidance != GuidanceConfig():
+        index["guidance"] = asdict(parts.guidance)
     if vocabulary.attributes or vocabulary.length:
         index |= {"attributes": vocabulary.attributes, "text_length": vocabulary.length}
         if vocabulary.captions is not None:
@@ -98,7 +102,10 @@ def _load_parts(folder: Path) -> Parts:
     require(found == 1, f"{folder / INDEX} has format {found}, this version reads 1: update anyorder")
     try:
         classes, length = [str(name) for name in index["classes"]], int(index.get("text_length", 0))
-        policy = parse(PolicyConfig, read_stored(PolicyConfig, index["policy"]))
+        policy = settings.parse(PolicyConfig, settings.read_stored(PolicyConfig, index["policy"]))
+        guidance = settings.parse(
+            GuidanceConfig, settings.read_stored(GuidanceConfig, index.get("guidance", {}))
+        )
         captions = CaptionTokenizer((folder / TEXT).read_text("utf-8")) if length else None
         vocabulary = Vocabulary(classes, dict(index.get("attributes", {})), captions, length)
     except (AttributeError, KeyError, TypeError) as e:
@@ -113,6 +120,7 @@ def _load_parts(folder: Path) -> Parts:
         weights.load_any_order(folder / "scorer") if index.get("scorer") else None,
         torch.from_numpy(files.load_array(orders).astype(np.int64)) if orders.is_file() else None,
         vocabulary,
+        guidance,
     )
 
 

@@ -94,6 +94,7 @@ class Pipeline(folders.Parts):
     def __repr__(self) -> str:
         """What the pipeline is made of, line by line."""
         (h, w), factor = (self.model.grid.h, self.model.grid.w), self.tokenizer.factor
+        scale, schedule = self.guidance.scale, self.guidance.schedule
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         names = ", ".join(self.classes[:8]) + (", ..." if len(self.classes) > 8 else "")
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
@@ -105,6 +106,7 @@ class Pipeline(folders.Parts):
             "texts": f"{self.vocabulary.length} tokens" if self.vocabulary.length else "",
             "attributes": ", ".join(self.vocabulary.attributes),
             "order": self.policy.label,
+            "guidance": f"{scale:g}, {schedule}" if scale != 1 else "",
             "scorer": "" if self.scorer is None else type(self.scorer).__name__,
         }
         shown = [f"  {name:10} {text}" for name, text in lines.items() if text]
@@ -314,7 +316,7 @@ class Pipeline(folders.Parts):
         given = asked.grid is None and asked.sampling is None
         require(given, "the images are given: leave out grid and sampling")
         pixels, grid = self._pixels(masks.read_images(images))
-        prepared = self._prepare(asked, None, grid, len(pixels))
+        prepared = self._prepare(asked, None, grid, len(pixels), sampled=False)
         for rows, model, policy, streams, options in self._batches(batch_size, *prepared):
             tokens = self.tokenizer.encode(inpainting.to_float(pixels[rows]))
             yield tokens, model, policy, streams, options
@@ -344,6 +346,7 @@ class Pipeline(folders.Parts):
         callback: Callback | None = None,
         grid: Grid | None = None,
         images: int | None = None,
+        sampled: bool = True,
     ) -> tuple[contracts.AnyOrderModel, policy_config.Order, Streams, decoding.GenerationOptions]:
         """The arguments of `decoding.generate`; errors are found here, before the first step."""
         n, given = request.columns(images or request.num_images)
@@ -351,6 +354,8 @@ class Pipeline(folders.Parts):
         require(request.num_images in (None, n), text)
         grid, guidance = grid or request.shape or self.model.grid, request.guidance
         condition = self._condition(n, given)
+        if request.guidance_scale is None and sampled and condition is not None:
+            guidance = self.guidance
         order = self._order(request, condition, n)
         # An order that looks at tokens needs those of the model that samples them.
         scorer = self.scorer if getattr(order, "token_blind", True) else None

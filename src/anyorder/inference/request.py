@@ -43,8 +43,9 @@ class ImageRequest:
     """"random", a static order ("raster", "hilbert", ...), a score ("entropy", "max_prob", "margin",
     "token_likelihood", "information"), "location" (a location head), "class_mean" (the order of each image's
     class, see `Pipeline`), an order (N,) or (B, N), or a `PolicyConfig`; by default the pipeline's policy."""
-    guidance_scale: float | GuidanceConfig = 1.0
-    """1 is none; more pulls images towards the class, prompt and attributes. Or a `GuidanceConfig`."""
+    guidance_scale: float | GuidanceConfig | None = None
+    """1 is none; more pulls images towards the class, prompt and attributes. Or a `GuidanceConfig`. By
+    default the pipeline's where there is a condition; likelihoods are those of the unguided model."""
     generator: int | Sequence[int] | torch.Generator = 0
     """A seed (image i uses seed + i), one seed per image, or a `torch.Generator` that the seeds are taken
     from. An image depends on its seed alone, up to rounding, which may differ with the batch size."""
@@ -76,7 +77,8 @@ class ImageRequest:
     @property
     def guidance(self) -> GuidanceConfig:
         """The guidance, whichever way it is given."""
-        scale, schedule = self.guidance_scale, self.guidance_schedule
+        scale = 1 if self.guidance_scale is None else self.guidance_scale
+        schedule = self.guidance_schedule
         if isinstance(scale, GuidanceConfig):
             require(schedule is None, "a GuidanceConfig says the schedule: leave out guidance_schedule")
             return scale

@@ -13,9 +13,10 @@ from anyorder import families
 from anyorder.contracts import AnyOrderNetwork, require
 from anyorder.evaluation.features import _digest
 from anyorder.files import fingerprint, sha256
-from anyorder.inference.convert import build, combine, read_tokenizer, require_file
+from anyorder.inference.convert import build, combine, read_tokenizer, recommended, require_file
 from anyorder.inference.folders import save_parts
 from anyorder.inference.weights import log, save_model
+from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.stages.artifacts import Artifact
 
@@ -44,6 +45,8 @@ class ConvertConfig:
     """Number of rotary frequencies that are not stretched on other grids (RandAR: 2); null stretches none."""
     policy: PolicyConfig | None = None
     """The order that the pipeline generates in; random by default, raster for LlamaGen."""
+    guidance: GuidanceConfig | None = None
+    """The guidance that the pipeline generates with; by default what the authors of the file recommend."""
 
 
 def convert(config: ConvertConfig, out: Path, *, overwrite: bool = False) -> None:
@@ -67,7 +70,8 @@ def convert(config: ConvertConfig, out: Path, *, overwrite: bool = False) -> Non
     parts = None
     if config.tokenizer is not None:
         require(any_order, f"{config.source} is a tokenizer itself: leave tokenizer= out")
-        parts = combine(model, read_tokenizer(config.tokenizer), config.policy)
+        guidance = config.guidance or recommended(families.kind_of(model), config.source.name)
+        parts = combine(model, read_tokenizer(config.tokenizer), config.policy, guidance)
     artifact = Artifact(out, "convert", identity, {}, overwrite=overwrite)
     if parts is None:
         save_model(out, model, model.config, families.kind_of(model))
@@ -84,12 +88,12 @@ def _require_effect(config: ConvertConfig, model: Any) -> None:
     if families.is_own("networks", str(config.source)):
         unused, what = changed & {"kind", "grid", "heads", "joint_steps"}, "the function decides it"
     elif not isinstance(model, AnyOrderNetwork):
-        unused = changed & {"grid", "heads", "joint_steps", "extrapolated", "policy"}
+        unused = changed & {"grid", "heads", "joint_steps", "extrapolated", "policy", "guidance"}
         what = "a tokenizer has no positions"
     else:
-        unused = changed & ({"policy"} if config.tokenizer is None else set())
+        unused = changed & ({"policy", "guidance"} if config.tokenizer is None else set())
         unused |= changed & ({"joint_steps"} if families.kind_of(model) == "llamagen" else set())
-        what = "policy needs tokenizer=..., joint_steps a model of more than raster order"
+        what = "policy and guidance need tokenizer=..., joint_steps a model of more than raster order"
     require(not unused, f"{', '.join(sorted(unused))} has no effect ({what}): leave it out")
 
 

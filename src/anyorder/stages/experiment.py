@@ -35,6 +35,8 @@ STAGES: dict[str, Any] = {
 """By name of the command: stages/NAME.py holds the class NameStage."""
 SAMPLES_PER_SEED = 100_000
 """Distance between the first random streams of samples (and extracted orders) of two experiment seeds."""
+RECIPES = Path(__file__).parent.parent / "recipes"
+"""Experiment files that come with the package."""
 LARGEST_YAML, MOST_VALUES = 1 << 20, 100_000
 """Limits of a YAML file: bytes, and values after its aliases are expanded."""
 
@@ -76,6 +78,17 @@ def _is_current(folder: Path, kind: str, stage: Any) -> bool:
 
 def _inputs(stage: Any) -> Iterable[Path]:
     return filter(None, (getattr(stage, role) for role in stage.inputs))
+
+
+def find_experiment(name: str) -> Path:
+    """An experiment file, or one of this name that comes with the package; an error lists these."""
+    known = [path for folder in (RECIPES, Path(__file__).parent) for path in sorted(folder.glob("*.yaml"))]
+    recipes = {path.stem: path for path in known}
+    path = Path(name).expanduser()
+    found = path if path.is_file() else recipes.get(name)
+    if found is None:
+        raise FileNotFoundError(f"no configuration file {name}; recipes are {', '.join(recipes)}")
+    return found
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:

@@ -12,6 +12,7 @@ from anyorder.data.caches import OrderSet, TokenSet, check_tokenizer
 from anyorder.files import read_manifest
 from anyorder.inference.folders import Parts, save_parts
 from anyorder.inference.weights import load_any_order, load_tokenizer
+from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.settings import parse, read_stored
 from anyorder.stages.artifacts import Artifact
@@ -34,7 +35,7 @@ class PipelineStage:
     }
     required: ClassVar[tuple[str, ...]] = ("model", "tokens", "tokenizer")
     samples: Path | None = None
-    """Samples whose model, scoring model, orders and order policy the pipeline takes."""
+    """Samples whose model, scoring model, orders, order policy and guidance the pipeline takes."""
     model: Path | None = None
     """Any-order model; by default the one of the samples."""
     tokenizer: Path | None = None
@@ -70,11 +71,15 @@ class PipelineStage:
         model, tokenizer = load_any_order(self.model), load_tokenizer(self.tokenizer)
         orders = OrderSet(self.orders).class_orders if self.orders else None
         policy = self.policy or PolicyConfig()
+        guidance = GuidanceConfig()
         if self.samples and not self.policy:
-            stored = read_manifest(self.samples)["config"]["policy"]
-            policy = parse(PolicyConfig, read_stored(PolicyConfig, stored))
+            made = read_manifest(self.samples)
+            policy = parse(PolicyConfig, read_stored(PolicyConfig, made["config"]["policy"]))
+            stored = read_stored(GuidanceConfig, made["config"].get("guidance", {}))
+            if (scale := made.get("guidance_scale", 1)) != 1:  # of a search, if there was one
+                guidance = parse(GuidanceConfig, stored | {"scale": scale})
         classes = class_names(self.model, model, tokens)
         vocabulary = dataclasses.replace(tokens.vocabulary, classes=classes)
-        parts = Parts(model, tokenizer, classes, policy, scorer, orders, vocabulary)
+        parts = Parts(model, tokenizer, classes, policy, scorer, orders, vocabulary, guidance)
         save_parts(artifact.folder, parts)
         return {"parameters": read_manifest(self.model)["parameters"]}

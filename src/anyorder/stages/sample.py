@@ -68,6 +68,10 @@ class SampleStage(GeneratingStage):
                 f"classes={self.classes}"
             )
 
+    @property
+    def _scaled(self) -> bool:
+        return self.settings is not None or super()._scaled
+
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `{images,tokens,order,log_prob,labels,seconds,steps}.npy` and figures of the first samples.
 
@@ -124,10 +128,9 @@ class SampleStage(GeneratingStage):
         other = f"{self.settings} is a search for {made.get('policy')}, not for {self.policy.label}"
         require(made.get("policy") == self.policy.label, f"{other}: run tune with this policy")
         best = made["best"]
-        return (
-            replace(self.sampling, temperature=best["temperature"]),
-            replace(self.guidance, scale=best["guidance_scale"]),
-        )
+        scale = best["guidance_scale"]
+        guidance = replace(self.guidance, scale=scale) if scale != 1 else GuidanceConfig()
+        return replace(self.sampling, temperature=best["temperature"]), guidance
 
     def _conditions(self, tokens: TokenSet) -> Tensor:
         """The condition of each image, (n,) or (n, 1 + A + L) int64."""

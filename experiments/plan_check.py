@@ -1,0 +1,158 @@
+"""What `anyorder plan` says of every recipe, and of small trainings beside what was measured of these.
+
+    python experiments/plan_check.py docs/results/plan.json
+
+Memory: the largest sum of live tensors in a real training step, as PyTorch's profiler sees it, and what
+lives between steps. Time: processor time of one thread, so that a busy machine matters less. The share of the
+matrix products' rate is measured at the first size of each kind; the plan then says the time of the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from anyorder import files
+from anyorder.bench import estimates, fake
+from anyorder.bench.memory import _peak_of_cpu
+from anyorder.cli.plan import plan
+from anyorder.cli.planner import PlanConfig
+from anyorder.method.loss import token_nll
+from anyorder.models.architecture import TransformerConfig
+from anyorder.models.transformer import AnyOrderTransformer
+from anyorder.orders import random_orders
+from anyorder.stages.experiment import RECIPES, load_experiment
+from anyorder.tokenizers.losses import LossConfig, TokenizerLoss
+from anyorder.tokenizers.vq import VQConfig, VQModel
+from anyorder.training.config import TrainConfig
+from anyorder.training.trainer import Trainer
+
+GPUS = {"fashion256": 1, "celebahq256": 1}
+"""GPUs that a recipe is sized for, where they are not 8."""
+GENERATORS = [
+    (TransformerConfig(depth=6, width=256, heads=4, rotary=True, qk_norm=True, grid=(16, 16)), 4),
+    (TransformerConfig(depth=3, width=96, heads=3, rotary=True, qk_norm=True, grid=(8, 8)), 64),
+    (TransformerConfig(depth=4, width=512, heads=8, vocab_size=4096, grid=(16, 16)), 2),
+]
+TOKENIZERS = [
+    (VQConfig(32, (1, 2, 2), 1, 64, 512, 8, groups=2, attention=False), 64, 4),
+    (VQConfig(32, (1, 1, 2, 4), 2, 64, 1024, 8, groups=8), 96, 2),
+]
+TERMS = LossConfig(adversarial=0.1, discriminator_start=0, discriminator_channels=32, discriminator_layers=2)
+ROUNDS = 7
+
+
+def generator(config: TransformerConfig, batch: int, folder: str) -> tuple[Trainer, int, fake.Pass]:
+    """A trainer, bytes that live between its steps, and what is counted of a pass."""
+    torch.manual_seed(0)
+    model = AnyOrderTransformer(config)
+    n = model.grid.n
+    tokens, order = torch.randint(config.vocab_size, (batch, n)), random_orders(batch, model.grid)
+
+    def loss(model: Any, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
+        return token_nll(model, tokens, None, order).mean(), {}
+
+    train = TrainConfig(batch_size=batch, ema=0.99, bf16=False, steps=1000)
+    with fake.imagined():
+        size, trained, one = estimates.train_generator("transformer", config, 0, batch, False, 1, None)
+    return (
+        Trainer(model, loss, batch, train, Path(folder), torch.device("cpu"), None),
+        4 * (2 * size + 2 * trained),
+        one,
+    )
+
+
+def tokenizer(config: VQConfig, side: int, batch: int, folder: str) -> tuple[Trainer, int, fake.Pass]:
+    """The same of a tokenizer and its discriminator."""
+    torch.manual_seed(0)
+    model, objective = VQModel(config), TokenizerLoss(TERMS)
+    images = 2 * torch.rand(batch, 3, side, side) - 1
+
+    def loss(model: Any, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
+        found = objective(model, images, step)
+        objective._passes.clear()
+        return found
+
+    train = TrainConfig(batch_size=batch, ema=0.99, bf16=False, steps=1000)
+    with fake.imagined():
+        size, one = estimates.train_tokenizer(config, TERMS, (side, side), batch, False, 1)
+        own = estimates.parameters("vq", config)  # the discriminator has no average
+    trainer = Trainer(model, loss, batch, train, Path(folder), torch.device("cpu"), objective)
+    return trainer, 4 * (3 * size + own), one
+
+
+def checked(made: tuple[Trainer, int, fake.Pass], what: str) -> dict[str, Any]:
+    """Memory in MiB and seconds of a step; the plan's seconds are those at the rate of matrix products."""
+    trainer, between, one = made
+    trainer.step()  # AdamW makes its moments
+    peak = _peak_of_cpu(trainer.step)
+    a = torch.randn(1024, 1024)
+    products, steps = [], []
+    for _ in range(ROUNDS):  # in turns, so that a change of the machine's speed affects both
+        for times, work in ((products, lambda: a @ a), (steps, trainer.step)):
+            begin = time.process_time()
+            work()
+            times.append(time.process_time() - begin)
+    modules = [*trainer.trained.values(), trainer.average]
+    alive = sum(x.nbytes for m in modules for x in m.parameters())
+    alive += sum(x.nbytes for s in trainer.optimizer.state.values() for x in s.values() if x.ndim)
+    rate = 2 * 1024**3 / statistics.median(products)
+    planned, measured = between + one.peak, alive + peak
+    return {
+        "what": what,
+        "memory planned (MiB)": planned / 2**20,
+        "memory measured (MiB)": measured / 2**20,
+        "memory planned / measured": planned / measured,
+        "matmul (GFLOP/s)": rate / 1e9,
+        "seconds measured": statistics.median(steps),
+        "seconds at the rate of matmul": one.cost.flops / rate,
+        "share of matmul": one.cost.flops / rate / statistics.median(steps),
+    }
+
+
+def checks() -> list[dict[str, Any]]:
+    """Small trainings; the first of each kind says the share that the plan takes for the others."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, make, sizes in (("generator", generator, GENERATORS), ("tokenizer", tokenizer, TOKENIZERS)):
+            rows = []
+            for number, size in enumerate(sizes):
+                what = ", ".join(f"{k}={v}" for k, v in _changed(size[0]).items())
+                rows.append(checked(make(*size, f"{folder}/{kind}{number}"), f"{kind}: {what}; {size[1:]}"))
+                row, mfu = rows[-1], rows[0]["share of matmul"]
+                row["seconds planned / measured"] = (
+                    row["seconds at the rate of matmul"] / mfu / row["seconds measured"]
+                )
+            found += rows
+    return found
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    default = type(config)()
+    return {k: v for k, v in dataclasses.asdict(config).items() if v != getattr(default, k)}
+
+
+def main(out: str) -> None:
+    """Write the file."""
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {"command": f"python experiments/plan_check.py {out}", "checks": checks()}
+    for row in result["checks"]:
+        print(row, flush=True)
+    result["recipes"] = {}
+    for path in sorted(RECIPES.glob("*.yaml")):
+        found = plan(load_experiment(path), PlanConfig(gpus=GPUS.get(path.stem, 8), kind="h100"))
+        result["recipes"][path.stem] = found
+        print(path.stem, found["together"], flush=True)
+    files.write_json(Path(out), result)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

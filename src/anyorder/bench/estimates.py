@@ -1,0 +1,211 @@
+"""What networks cost in training and in use, at any size: parameters, FLOPs, bytes moved, memory.
+
+All functions but `speeds` are to be used within `fake.imagined`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from anyorder.bench.fake import Pass, build, measure
+from anyorder.contracts import Grid
+from anyorder.evaluation.features import Classifier, ClassifierConfig
+from anyorder.families import family
+from anyorder.inference.device import fast_dtype
+from anyorder.method import decoding
+from anyorder.method import loss as losses
+from anyorder.tokenizers import losses as terms
+from anyorder.tokenizers.vq import VQConfig, VQModel
+from anyorder.training import lora
+
+
+def speeds(side: int = 1024, mib: int = 64) -> tuple[float, float, float, float]:
+    """Of this CPU: FLOP/s of products in bfloat16 (0: not native) and float32, bytes/s, bytes of memory.
+
+    Products of side x side, the sum of two arrays of so many MiB; the best of a few runs.
+    """
+    rates = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        a = torch.randn(side, side).to(dtype)
+        rates[dtype] = 2 * side**3 / _seconds(partial(torch.matmul, a, a))
+    b = torch.ones(mib * 2**18)
+    moved = 3 * b.nbytes / _seconds(lambda: torch.add(b, b, out=b))
+    native = fast_dtype(torch.device("cpu"), True) == torch.bfloat16
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return rates[torch.bfloat16] * native, rates[torch.float32], moved, memory
+
+
+def _seconds(run: Callable[[], Any], runs: int = 7) -> float:
+    times = []
+    for _ in range(runs):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def _autocast(bf16: bool) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+
+
+def _tokens(model: Any, batch: int) -> tuple[Tensor, Tensor]:
+    """Tokens and orders (B, N) int64."""
+    n = model.grid.n
+    return torch.zeros(batch, n, dtype=torch.int64), torch.arange(n).expand(batch, n)
+
+
+def parameters(kind: str, config: Any) -> int:
+    """Of a network of some kind, see `families`."""
+    return _size(_network(kind, config))
+
+
+def _network(kind: str, config: Any, dtype: torch.dtype | None = None) -> Any:
+    return build(lambda: family(kind).model_class(config), dtype)
+
+
+def _size(module: nn.Module, trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def train_generator(
+    kind: str, config: Any, rank: int, batch: int, bf16: bool, passes: int, sizes: Sequence[int] | None
+) -> tuple[int, int, Pass]:
+    """Parameters, those that are trained, and forward and backward pass of an any-order model.
+
+    `rank` is that of low-rank updates, 0 trains all; of several `passes` of a step the gradients of the first
+    are alive in the second. `sizes` are those of the steps of a grouped model.
+    """
+
+    def make() -> nn.Module:
+        model: Any = family(kind).model_class(config)
+        if rank:
+            lora.add_low_rank(model, rank)
+        return model
+
+    model = build(make)
+    tokens, order = _tokens(model, batch)
+    steps: losses.Steps = {"sizes": sizes} if sizes else {}
+    nll: Any = losses.joint_nll if getattr(config, "location", False) else losses.token_nll
+
+    def work() -> None:
+        with _autocast(bf16):
+            found = nll(model, tokens, None, order, **steps)
+            total = sum(part.mean() for part in (found if isinstance(found, tuple) else (found,)))
+        total.backward()
+
+    return _size(model), _size(model, trained=True), _training(model.train(), work, passes)
+
+
+def _training(module: nn.Module, work: Callable[[], Any], passes: int) -> Pass:
+    """One pass; its peak is that of the second one if there are several."""
+    first = measure(module, work)
+    if passes == 1:
+        return first
+    kept = sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)
+    return Pass(first.cost, kept + measure(module, work).peak)
+
+
+def train_classifier(config: ClassifierConfig, batch: int, bf16: bool, passes: int) -> tuple[int, Pass]:
+    """Parameters, and forward and backward pass of the classifier of features."""
+    model = build(lambda: Classifier(config))
+    images, labels = torch.zeros(batch, 3, *[config.image_size] * 2), torch.zeros(batch, dtype=torch.int64)
+
+    def work() -> None:
+        with _autocast(bf16):
+            total, _ = model.loss(images, labels)
+        total.backward()
+
+    return _size(model), _training(model.train(), work, passes)
+
+
+def train_tokenizer(
+    config: VQConfig, loss: terms.LossConfig, side: tuple[int, int], batch: int, bf16: bool, passes: int
+) -> tuple[int, Pass]:
+    """Parameters of tokenizer and discriminator, and forward and backward pass, all terms of the loss on."""
+    model: VQModel = build(lambda: VQModel(config))
+    plain = terms.LossConfig(**{**vars(loss), "lpips": 0.0, "vgg_path": None, "lpips_path": None})
+    objective: terms.TokenizerLoss = build(lambda: terms.TokenizerLoss(plain))
+    if loss.lpips:
+        objective.config, objective.perceptual = loss, build(_Perceptual)
+    images = torch.zeros(batch, 3, *side)
+    both = nn.ModuleList([model.train(), objective])
+
+    def work() -> None:
+        with _autocast(bf16):
+            total, _ = objective(model, images, loss.discriminator_start)
+        objective._passes.clear()
+        total.backward()
+
+    return _size(both), _training(both, work, passes)
+
+
+@torch.no_grad()
+def decoding_step(
+    kind: str, config: Any, images: int, known: int, candidates: int, bf16: bool
+) -> tuple[int, Pass, int]:
+    """Parameters, scoring candidates of each of some images and revealing one, and bytes of the cache.
+
+    `known` positions are revealed before, at least one; with `bf16` weights and cache are of that type.
+    """
+    model = _network(kind, config, torch.bfloat16 if bf16 else None)
+    tokens, order = _tokens(model.eval(), images)
+    chunk = max(1, min(decoding.ROWS["cuda"], decoding.LOGITS // model.vocab_size) // images)
+
+    def reveal(state: Any, begin: int, end: int) -> Any:
+        return model.append(state, order[:, begin:end], tokens[:, begin:end])
+
+    def step(state: Any, begin: int, count: int) -> Any:
+        some = order[:, begin : begin + count]
+        decoding.score_candidates(model, state, some, None, None, chunk)
+        last = begin + (count - 1) // chunk * chunk
+        return reveal(state, last, last + 1)
+
+    # Fake tensors have no addresses, by which a candidate that was scored last is known again.
+    with mock.patch("anyorder.models.attention._same_memory", _same_columns):
+        state = model.start(images, None)
+        state = step(reveal(state, 0, known - 1) if known > 1 else state, known - 1, 1)
+        found = measure(model, lambda: step(state, known, candidates))
+    return _size(model), found, state.cache.keys.nbytes + state.cache.values.nbytes
+
+
+def _same_columns(positions: Tensor, scored: Tensor, version: int) -> bool:
+    return positions.storage_offset() == scored.storage_offset() and positions.shape[1] <= scored.shape[1]
+
+
+@torch.no_grad()
+def code(kind: str, config: Any, images: int, side: tuple[int, int]) -> tuple[int, Pass, Pass]:
+    """Parameters of a convolutional tokenizer; encoding and decoding some images."""
+    tokenizer = _network(kind, config)
+    pixels = torch.zeros(images, 3, *side)
+    h, w = (x // tokenizer.factor for x in side)
+    tokens = torch.zeros(images, h * w, dtype=torch.int64)
+    tokenizer.eval()
+    encode = measure(tokenizer, lambda: tokenizer.encode(pixels))
+    lookup = tokenizer.quantize.lookup  # `decode` would look at the values of tokens
+    return _size(tokenizer), encode, measure(tokenizer, lambda: tokenizer._decode(lookup(tokens), Grid(h, w)))
+
+
+class _Perceptual(terms.PerceptualLoss):
+    """LPIPS with weights of the right shapes; counting needs no file."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        before = 3
+        for number, (stage, width) in enumerate(
+            zip(terms.VGG16_STAGES, (64, 128, 256, 512, 512), strict=True)
+        ):
+            for i in stage:
+                self.register_buffer(f"features_{i}_weight", torch.empty(width, before, 3, 3))
+                self.register_buffer(f"features_{i}_bias", torch.empty(width))
+                before = width
+            self.register_buffer(f"head_{number}", torch.empty(1, width, 1, 1))
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.empty(3, 1, 1))

@@ -1,0 +1,98 @@
+"""Running a model at any size without its memory, on PyTorch's fake tensors: what it costs is counted.
+
+The program that runs is the real one: forward, backward and the kernels of a CPU in the precision that is
+asked for. Kernels of GPUs keep about the same tensors; what they use inside is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from anyorder.bench import costs
+from anyorder.models import layers
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Forward and backward pass over one batch, or a forward pass without gradients."""
+
+    cost: costs.Cost
+    peak: int
+    """Most bytes alive at once beside the weights: activations, and gradients where there are any."""
+
+
+@contextmanager
+def imagined() -> Iterator[None]:
+    """All tensors that are made have shapes and types, but no memory.
+
+    Raises:
+        ImportError: this PyTorch has no fake tensors.
+    """
+    try:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+    except ImportError as e:
+        raise ImportError(
+            f"costs are counted on PyTorch's fake tensors, which {torch.__version__} lacks"
+        ) from e
+    with FakeTensorMode(), mock.patch.dict("os.environ", {layers.SWITCH: "0"}):  # packing has no fake version
+        yield
+
+
+def build(make: Callable[[], torch.nn.Module], dtype: torch.dtype | None = None) -> Any:
+    """The module that `make` builds, without memory; call it, and use the module, within `imagined`.
+
+    `dtype` is that of its parameters.
+    """
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily(), torch.device("meta"):
+        module = make()
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, x in tensors.items():
+                if x is not None:
+                    trained = isinstance(x, torch.nn.Parameter)
+                    made: torch.Tensor = torch.empty(x.shape, dtype=dtype if dtype and trained else x.dtype)
+                    tensors[name] = torch.nn.Parameter(made, x.requires_grad) if trained else made  # type: ignore[assignment]
+    return module
+
+
+def measure(module: torch.nn.Module, work: Callable[[], Any]) -> Pass:
+    """Count `work`, which runs a module of `build`."""
+    with _Alive([*module.parameters(), *module.buffers()]) as alive:
+        cost = costs.count(work)
+    return Pass(cost, alive.peak)
+
+
+class _Alive(TorchDispatchMode):
+    """Bytes of the tensors that are alive, but for those that are `given`."""
+
+    def __init__(self, given: list[torch.Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = dict.fromkeys((x.untyped_storage()._cdata for x in given), 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if (
+                isinstance(x, torch.Tensor)
+                and (key := (storage := x.untyped_storage())._cdata) not in self.known
+            ):
+                self.known[key] = storage.nbytes()
+                self.now += self.known[key]
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, key)
+        return result
+
+    def _freed(self, key: int) -> None:
+        self.now -= self.known.pop(key)

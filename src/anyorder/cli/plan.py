@@ -1,0 +1,62 @@
+"""The command `anyorder plan`: what an experiment costs on some machine, before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from anyorder.bench import estimates, fake
+from anyorder.cli.planner import GIB, Kind, PlanConfig, Planner
+from anyorder.report.tables import Table
+from anyorder.stages.experiment import Experiment
+
+KINDS = {
+    "a100": Kind(312e12, 19.5e12, 2.04e12, 80e9),  # NVIDIA A100 data sheet, SXM 80 GB
+    "h100": Kind(989e12, 67e12, 3.35e12, 80e9),  # NVIDIA H100 data sheet, SXM
+    "h200": Kind(989e12, 67e12, 4.8e12, 141e9),  # NVIDIA H200 data sheet, SXM
+    "l40s": Kind(362e12, 91.6e12, 0.864e12, 48e9),  # NVIDIA L40S data sheet
+    "rtx4090": Kind(165e12, 82.6e12, 1.008e12, 24e9),  # NVIDIA Ada architecture paper, appendix A
+}
+
+
+def plan(experiment: Experiment, config: PlanConfig) -> dict[str, Any]:
+    """Costs of every stage that is counted, and of all together; the machine they are for.
+
+    Raises:
+        ValueError: sizes that neither the file nor the settings say.
+    """
+    kind = Kind(*estimates.speeds()) if config.kind == "cpu" else KINDS[config.kind]
+    with fake.imagined():
+        planner = Planner(experiment, config, kind)
+        found = {path.name: planner.costs(path) for path in planner.stages}
+    rows = [costs.row(name) for name, costs in found.items() if costs]
+    largest = max((costs.memory for costs in found.values() if costs), default=0.0)
+    totals = {name: sum(row[name] or 0 for row in rows) or None for name in ("PFLOP", "hours", "disk (GB)")}
+    together = {"stage": "together", **totals, "GiB per GPU": largest / GIB}
+    return {
+        "config": asdict(config),
+        "machine": kind._asdict(),
+        "stages": rows,
+        "together": together,
+        "not counted": [name for name, costs in found.items() if costs is None],
+    }
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The plan as text."""
+    config, machine = found["config"], Kind(**found["machine"])
+    rows = [*found["stages"], found["together"]]
+    table = Table(list(found["stages"][0]), rows).text()
+    rate = f"{(machine.bf16 or machine.float32) / 1e12:,.3g} TFLOP/s, {machine.memory / GIB:.0f} GiB"
+    lines = [f"{config['gpus']} x {config['kind']} ({rate}), MFU {config['mfu']:.0%}", table]
+    lines += [
+        f"{row['stage']} does not fit into {machine.memory / GIB:.0f} GiB: smaller batch_size, more "
+        "accumulation, or train.shard=true"
+        for row in found["stages"]
+        if (row["GiB per GPU"] or 0) * GIB > machine.memory
+    ]
+    if found["not counted"]:
+        lines.append(f"not counted: {', '.join(found['not counted'])}")
+    return "\n".join(
+        [*lines, "not counted anywhere: decoding of images, evaluations during training, start-up"]
+    )

@@ -1,0 +1,396 @@
+"""Costs of the stages of an experiment, counted without running it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from anyorder.bench import estimates
+from anyorder.bench.costs import Cost
+from anyorder.bench.fake import Pass
+from anyorder.contracts import require
+from anyorder.data import sources
+from anyorder.evaluation.features import ClassifierConfig
+from anyorder.families import family
+from anyorder.inference import weights
+from anyorder.method.schedules import reveals
+from anyorder.models.transformer import TransformerConfig
+from anyorder.stages.experiment import Experiment
+
+FLOAT, GIB = 4, 2**30
+
+
+class Kind(NamedTuple):
+    """Peaks of one GPU; dense matrix products."""
+
+    bf16: float  # FLOP/s; 0 where there are none
+    float32: float  # FLOP/s, without TF32, which nothing here uses
+    bandwidth: float  # bytes/s
+    memory: float  # bytes
+
+
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "vq16": ("vq", {}),
+    "vq8": ("vq", {"multipliers": (1, 2, 2, 4)}),
+    "maskgit-vq": ("maskgit_vq", {}),
+    "randar-l": ("randar", {}),
+    "randar-xl": ("randar", {"depth": 36, "width": 1280, "heads": 20}),
+    "arpg-l": ("arpg", {}),
+    "arpg-xl": ("arpg", {"depth": 36, "width": 1280, "heads": 20}),
+    "arpg-xxl": ("arpg", {"depth": 48, "width": 1536, "heads": 24}),
+}
+"""Folders of converted models, by the names that the recipes give them -> kind and size."""
+FEATURES = {"inception": 11.4e9, "efficientnet-lite0": 0.8e9}
+"""FLOPs of an image in networks that others trained, as their papers count them."""
+
+
+@dataclass
+class PlanConfig:
+    """Count parameters, FLOPs, memory, hours and disk of every stage of an experiment; runs nothing."""
+
+    gpus: int = 1
+    """Number of GPUs, with one process each."""
+    kind: Literal["a100", "h100", "h200", "l40s", "rtx4090", "cpu"] = "h100"
+    """Kind of GPU; cpu measures the speed of this machine's matrix products and memory first."""
+    mfu: float = 0.4
+    """Share of the peak that the work reaches, above 0 and at most 1: of FLOP/s, and in decoding of the
+    memory's bandwidth. 0.4 is common in training; take what your own runs show."""
+    images: int | None = None
+    """Training images, where the data are not on this machine and data.max_train does not say."""
+    classes: int = 1000
+    """Classes, where the data are not on this machine."""
+
+    def __post_init__(self) -> None:
+        require(self.gpus >= 1, f"gpus must be >= 1, got {self.gpus}")
+        require(0 < self.mfu <= 1, f"mfu must be a share above 0 and at most 1, got {self.mfu}")
+        require((self.images or 1) >= 1, f"images must be >= 1, got {self.images}")
+
+
+@dataclass
+class Costs:
+    """Of one stage; bytes in memory are those of one GPU."""
+
+    parameters: int = 0
+    tokens: float = 0.0
+    """In training: those that it sees."""
+    flops: float = 0.0
+    seconds: float = 0.0
+    weights: float = 0.0
+    """Bytes of weights, averages and DDP's copies of the gradients."""
+    optimizer: float = 0.0
+    activations: float = 0.0
+    """Bytes of activations, gradients included."""
+    cache: float = 0.0
+    disk: float = 0.0
+
+    @property
+    def memory(self) -> float:
+        """Bytes on each GPU."""
+        return self.weights + self.optimizer + self.activations + self.cache
+
+    def row(self, name: str) -> dict[str, Any]:
+        """For the table: what is not there is None."""
+        row = {
+            "parameters (M)": self.parameters / 1e6,
+            "tokens (M)": self.tokens / 1e6,
+            "PFLOP": self.flops / 1e15,
+            "GiB per GPU": self.memory / GIB,
+            "weights": self.weights / GIB,
+            "optimizer": self.optimizer / GIB,
+            "activations": self.activations / GIB,
+            "cache": self.cache / GIB,
+            "hours": self.seconds / 3600,
+            "disk (GB)": self.disk / 1e9,
+        }
+        return {"stage": name} | {key: value or None for key, value in row.items()}
+
+
+class Planner:
+    """Costs of the stages of an experiment on some GPUs; to be used within `estimates.imagined`."""
+
+    def __init__(self, experiment: Experiment, config: PlanConfig, kind: Kind):
+        self.config, self.kind = config, kind
+        self.stages = {experiment.out / name: stage for name, (_, stage) in experiment.stages.items()}
+        self.kinds = {experiment.out / name: kind for name, (kind, _) in experiment.stages.items()}
+        self.known: dict[str, Any] = {}
+
+    def costs(self, path: Path) -> Costs | None:
+        """Of one stage; None for those that are not counted."""
+        count: Callable[[Any], Costs] | None = getattr(self, f"_{self.kinds[path]}", None)
+        return count(self.stages[path]) if count else None
+
+    def _once(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """The result of a pure function, worked out once."""
+        key = f"{work.__qualname__} {arguments}"
+        if key not in self.known:
+            self.known[key] = work(*arguments)
+        return self.known[key]
+
+    # --- what the stages work on ------------------------------------------------------------------------
+
+    def _facts(self, data: Path | None) -> Facts:
+        """Of the data artifact."""
+        text = f"data={data} is no stage of this file: plan needs its settings"
+        require(self.kinds.get(data) == "data", text)  # type: ignore[arg-type]
+        stage = self.stages[data]  # type: ignore[index]
+        here = self._once(_source, stage.source, stage.label, stage.test_fraction)
+        train = stage.max_train or here.train or self.config.images
+        text = f"{stage.source} is not here: say how many training images it has, images=NUMBER"
+        require(train is not None, text)
+        assert train is not None
+        return Facts(
+            min(train, here.train or train),
+            stage.max_validation,
+            stage.max_test or here.test or int(stage.test_fraction * train),
+            here.classes or self.config.classes,
+        )
+
+    def _network(self, path: Path | None, role: str) -> tuple[str, Any]:
+        """Kind and configuration of a tokenizer or model that a stage makes, or that lies in a folder."""
+        stage: Any = self.stages.get(path)  # type: ignore[arg-type]
+        if self.kinds.get(path) == "tokenizer":  # type: ignore[arg-type]
+            return ("vq", stage.model) if stage.init is None else self._network(stage.init, role)
+        if self.kinds.get(path) == "train":  # type: ignore[arg-type]
+            return self._generator(stage)
+        assert path is not None
+        if (stored := weights._part(path, role) / weights.CONFIG).is_file():
+            return weights._read_config(stored)[::2]
+        names = f"known without their files are {', '.join(PUBLISHED)}"
+        require(path.name in PUBLISHED, f"{role}={path} is not here: make it first ({names})")
+        kind, sizes = PUBLISHED[path.name]
+        return kind, family(kind).config_class(**sizes)
+
+    def _tokens_of(self, path: Path | None) -> tuple[Any, Facts, Any]:
+        """The stage that makes the tokens, the images behind it, and its tokenizer's configuration."""
+        text = f"tokens={path} is no stage of this file: plan needs its settings"
+        require(self.kinds.get(path) == "tokens", text)  # type: ignore[arg-type]
+        stage = self.stages[path]  # type: ignore[index]
+        return stage, self._facts(stage.data), self._network(stage.tokenizer, "tokenizer")[1]
+
+    def _generator(self, stage: Any) -> tuple[str, Any]:
+        """Kind and configuration of the model that a train stage makes."""
+        tokens, facts, tokenizer = self._tokens_of(stage.tokens)
+        grid = self._grid(tokens, tokenizer)
+        if stage.init is not None:
+            kind, config = self._network(stage.init, "model")
+            own = {"location": config.location or stage.model.location} if kind == "transformer" else {}
+            return kind, replace(config, grid=grid, num_classes=facts.classes, **own)
+        texts = {"text_vocab": tokens.text.vocab_size, "text_length": tokens.text.length}
+        return "transformer", TransformerConfig(
+            **vars(stage.model), vocab_size=tokenizer.vocab_size, grid=grid, num_classes=facts.classes,
+            grouped=bool(stage.groups), **(texts if self.stages[tokens.data].captions else {}),
+        )  # fmt: skip
+
+    def _grid(self, tokens: Any, tokenizer: Any) -> tuple[int, int]:
+        height, width = self.stages[tokens.data].size
+        factor = 2 ** (len(tokenizer.multipliers) - 1)
+        return height // factor, width // factor
+
+    # --- time and memory --------------------------------------------------------------------------------
+
+    def _spent(self, cost: Cost, times: float, bf16: bool, reads: bool = False) -> dict[str, Any]:
+        """FLOPs and seconds of work on all GPUs; with `reads`, memory may be what it waits for."""
+        rate = (bf16 and self.kind.bf16) or self.kind.float32
+        moved = cost.bytes if reads else 0.0
+        seconds = Cost(cost.flops, moved).seconds(
+            self.config.mfu * rate, self.config.mfu * self.kind.bandwidth
+        )
+        return {"flops": times * cost.flops, "seconds": times * seconds / self.config.gpus}
+
+    def _training(self, train: Any, parameters: int, trained: int, one: Pass) -> Costs:
+        """A training of `train.steps`, each with passes as `one` that the GPUs share."""
+        times, gpus = train.steps * train.accumulation, self.config.gpus
+        spent = self._spent(one.cost, times, train.bf16)
+        averages = (train.ema > 0) + (train.patience > 0)
+        sharers = gpus if train.shard else 1
+        # FSDP keeps a whole copy for evaluations, DDP one of the gradients.
+        apart = parameters if sharers > 1 else trained if gpus > 1 else 0
+        state = FLOAT * (parameters * (1 + averages) + 2 * trained)
+        return Costs(
+            parameters=parameters,
+            weights=FLOAT * (parameters * (1 + averages) / sharers + apart),
+            optimizer=FLOAT * 2 * trained / sharers,
+            activations=one.peak,
+            disk=train.keep * state + FLOAT * parameters,
+            **spent,
+        )
+
+    def _passes(self, train: Any) -> int:
+        """Passes of a step on each GPU."""
+        shared = train.accumulation % self.config.gpus == 0
+        text = f"accumulation={train.accumulation} passes cannot be shared by {self.config.gpus} GPUs"
+        require(shared, f"{text}: give gpus=NUMBER that divides it")
+        return train.accumulation // self.config.gpus
+
+    # --- one method for each kind of stage --------------------------------------------------------------
+
+    def _data(self, stage: Any) -> Costs:
+        made = next(path for path, each in self.stages.items() if each is stage)
+        pixels = math.prod(stage.size) * 3 if getattr(stage, "cache", True) else 0
+        return Costs(disk=self._facts(made).all * (pixels + 8))
+
+    def _tokenizer(self, stage: Any) -> Costs:
+        made = next(path for path, each in self.stages.items() if each is stage)
+        kind, config = self._network(made, "tokenizer")
+        require(kind == "vq", f"{made} starts from a {kind}, which is no VQ tokenizer")
+        side, bf16 = self.stages[stage.data].size, stage.train.bf16 and self.kind.bf16 > 0
+        sizes = (config, stage.loss, side, stage.train.batch_size, bf16, min(2, self._passes(stage.train)))
+        parameters, one = self._once(estimates.train_tokenizer, *sizes)
+        return self._training(stage.train, parameters, parameters, one)
+
+    def _features(self, stage: Any) -> Costs:
+        facts, side = self._facts(stage.data), min(self.stages[stage.data].size)
+        seen = min(stage.max_train, facts.train) + facts.validation + facts.test
+        if stage.extractor != "classifier":
+            spent = self._spent(Cost(FEATURES.get(stage.extractor, 0.0)), seen, False)
+            return Costs(disk=FLOAT * seen * 3056, **spent)
+        config = ClassifierConfig(max(2, facts.classes), side, stage.channels)
+        bf16 = stage.train.bf16 and self.kind.bf16 > 0
+        sizes = (config, stage.train.batch_size, bf16, min(2, self._passes(stage.train)))
+        parameters, one = self._once(estimates.train_classifier, *sizes)
+        return self._training(stage.train, parameters, parameters, one)
+
+    def _tokens(self, stage: Any) -> Costs:
+        kind, config = self._network(stage.tokenizer, "tokenizer")
+        facts, side = self._facts(stage.data), self.stages[stage.data].size
+        parameters, encode, _ = self._once(estimates.code, kind, config, stage.batch_size, side)
+        images = facts.train * self._copies(stage) + facts.validation + facts.test
+        h, w = self._grid(stage, config)
+        return Costs(
+            parameters=parameters, weights=FLOAT * parameters, activations=encode.peak,
+            disk=images * (FLOAT * h * w + 8), **self._spent(encode.cost, images / stage.batch_size, False),
+        )  # fmt: skip
+
+    @staticmethod
+    def _copies(tokens: Any) -> int:
+        """How many token sets each training image has."""
+        return 2 if tokens.mirror else 1
+
+    def _train(self, stage: Any) -> Costs:
+        kind, config = self._generator(stage)
+        n, train = math.prod(config.grid), stage.train
+        sizes: list[Any] = [reveals(n, steps, stage.groups_schedule) for steps in stage.groups] or [None]
+        given = (kind, config, stage.lora, train.batch_size, train.bf16 and self.kind.bf16 > 0)
+        each = [
+            self._once(estimates.train_generator, *given, min(2, self._passes(train)), some) for some in sizes
+        ]
+        parameters, trained, _ = each[0]
+        flops, moved = (
+            statistics.mean(getattr(x.cost, name) for *_, x in each) for name in ("flops", "bytes")
+        )
+        one = Pass(Cost(flops, moved), max(x.peak for *_, x in each))
+        found = self._training(train, parameters, trained, one)
+        found.tokens = train.steps * train.accumulation * train.batch_size * n
+        return found
+
+    def _orders(self, stage: Any) -> Costs:
+        kind, config = self._network(stage.model, "model")
+        tokens, facts, tokenizer = self._tokens_of(stage.tokens)
+        n, splits = math.prod(self._grid(tokens, tokenizer)), 1 + (facts.validation > 0)
+        images = min(stage.limit or math.inf, facts.train * self._copies(tokens))
+        images += min(stage.test_limit, facts.test) * splits
+        batch = stage.batch_size or self._images_at_once(config, n)
+        found = self._decoded(kind, config, n, stage.policy, images, batch, stage.bf16)
+        found.disk = images * n * (2 + FLOAT)
+        return found
+
+    def _images_at_once(self, config: Any, n: int) -> int:
+        """As `inference.device.images_at_once` on a GPU with nothing else in its memory."""
+        fit = int(self.kind.memory / 2 / (4 * config.depth * n * config.width * FLOAT))
+        return 2 ** (min(max(fit, 1), 1024).bit_length() - 1)
+
+    def _decoded(
+        self,
+        kind: str,
+        config: Any,
+        n: int,
+        policy: Any,
+        images: float,
+        batch: int,
+        bf16: bool,
+        copies: int = 1,
+    ) -> Costs:
+        """Images that are generated, or whose orders are extracted; `copies` rows of the model for each."""
+        steps = len(policy.sizes(n)) if policy.parallel else n
+        scored = max(policy.evaluations(n), n) if policy.inferred else n
+        # Of candidates that shrink to none, most are scored while a third of the image is known.
+        known = n // 3 if policy.inferred else n // 2
+        many = max(1, min(round(scored / steps), n - known))
+        bf16 = bf16 and self.kind.bf16 > 0
+        sizes = (kind, config, batch * copies, known, many, bf16)
+        parameters, one, cache = self._once(estimates.decoding_step, *sizes)
+        share = scored / steps / many  # where fewer candidates are left than are scored in the mean
+        spent = self._spent(one.cost, share * steps * images / batch, bf16, reads=True)
+        bytes_each = 2 if bf16 else FLOAT
+        return Costs(parameters, weights=bytes_each * parameters, activations=one.peak, cache=cache, **spent)
+
+    def _sample(self, stage: Any) -> Costs:
+        kind, config = self._network(stage.model, "model")
+        tokens, _, _ = self._tokens_of(self._tokens_path(stage))
+        made = self._network(stage.tokenizer or tokens.tokenizer, "tokenizer")
+        side, guided = self.stages[tokens.data].size, 1 + (self._scale(stage) != 1)
+        n = math.prod(self._grid(tokens, made[1]))
+        alone = not stage.policy.decided
+        found = self._decoded(
+            kind, config, n, stage.policy, stage.num_images, stage.batch_size, stage.bf16 and alone, guided
+        )
+        parameters, _, decode = self._once(estimates.code, *made, stage.batch_size, side)
+        more = self._spent(decode.cost, stage.num_images / stage.batch_size, False)
+        found.flops, found.seconds = found.flops + more["flops"], found.seconds + more["seconds"]
+        found.weights += FLOAT * parameters
+        found.disk = stage.num_images * (math.prod(side) * 3 + 10 * n + 12)
+        return found
+
+    def _tokens_path(self, stage: Any) -> Path | None:
+        made = self.stages.get(stage.model)
+        return stage.tokens or getattr(made, "tokens", None)
+
+    @staticmethod
+    def _scale(stage: Any) -> float:
+        """The guidance scale; of a search, or of images with a search's best one, some other than 1."""
+        searched = getattr(stage, "settings", None) is not None or getattr(stage, "scales", (1,)) != (1,)
+        return 2.0 if searched else stage.guidance.scale
+
+    def _tune(self, stage: Any) -> Costs:
+        found = self._sample(stage)
+        points = len(stage.temperatures) * len(stage.scales)
+        return replace(found, flops=points * found.flops, seconds=points * found.seconds)
+
+    def _eval(self, stage: Any) -> Costs:
+        samples, extractor = self.stages[stage.samples], self.stages[stage.features].extractor
+        spent = self._spent(Cost(FEATURES.get(extractor, 0.0)), samples.num_images, False)
+        return Costs(disk=FLOAT * 3056 * samples.num_images, **spent)
+
+    def _pipeline(self, stage: Any) -> Costs:
+        samples: Any = self.stages.get(stage.samples)
+        model = self._network(stage.model or samples.model, "model")
+        parameters = self._once(estimates.parameters, *model)
+        return Costs(parameters=parameters, disk=FLOAT * parameters)
+
+
+class Facts(NamedTuple):
+    """Numbers of images of each split, and of classes."""
+
+    train: int
+    validation: int
+    test: int
+    classes: int
+
+    @property
+    def all(self) -> int:
+        """All images."""
+        return self.train + self.validation + self.test
+
+
+def _source(name: str, label: str | None, test_fraction: float) -> Facts:
+    """Of a source on this machine; zeros where it is not."""
+    if name == "sunsets":
+        return Facts(20_000, 0, 2_000, 4)
+    if not Path(name).expanduser().exists():
+        return Facts(0, 0, 0, 0)
+    source = sources.open_source(name, sources.Columns(label), test_fraction)
+    return Facts(source.count("train"), 0, source.count("test"), len(source.classes()))

@@ -1,0 +1,135 @@
+"""Costs that are counted without memory are those of real runs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from anyorder.adapters.arpg import ARPG
+from anyorder.adapters.layers import GPTConfig
+from anyorder.adapters.randar import RandAR
+from anyorder.bench import costs, estimates, fake
+from anyorder.bench.memory import _peak_of_cpu
+from anyorder.cli.plan import KINDS
+from anyorder.cli.planner import PlanConfig, Planner
+from anyorder.evaluation.features import Classifier, ClassifierConfig
+from anyorder.method import decoding, loss
+from anyorder.method.policy_config import PolicyConfig
+from anyorder.models.architecture import TransformerConfig
+from anyorder.models.transformer import AnyOrderTransformer
+from anyorder.orders import random_orders
+from anyorder.tokenizers.losses import LossConfig, TokenizerLoss
+from anyorder.tokenizers.vq import VQConfig, VQModel
+
+SIZES = {"depth": 3, "width": 64, "heads": 2, "vocab_size": 96, "grid": (6, 6)}
+OURS = TransformerConfig(**SIZES, rotary=True, qk_norm=True)
+THEIRS = GPTConfig(**{**SIZES, "depth": 4}, num_classes=3)
+MODELS = {"transformer": (AnyOrderTransformer, OURS), "randar": (RandAR, THEIRS), "arpg": (ARPG, THEIRS)}
+
+
+def inputs(model, batch):
+    torch.manual_seed(0)
+    return torch.randint(model.vocab_size, (batch, model.grid.n)), random_orders(batch, model.grid)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_training_pass_is_counted_as_it_runs(kind):
+    made, config = MODELS[kind]
+    model = made(config).train()
+    tokens, order = inputs(model, 8)
+
+    def work():
+        loss.token_nll(model, tokens, None, order).mean().backward()
+
+    work()  # what happens once
+    model.zero_grad(set_to_none=True)
+    peak = _peak_of_cpu(work)
+    model.zero_grad(set_to_none=True)
+    with fake.imagined():
+        parameters, trained, one = estimates.train_generator(kind, config, 0, 8, False, 1, None)
+    assert parameters == trained == sum(p.numel() for p in model.parameters())
+    assert one.cost == costs.count(work)
+    assert one.peak == pytest.approx(peak, rel=0.2)
+
+
+def test_several_passes_keep_their_gradients():
+    with fake.imagined():
+        given = ("transformer", OURS, 0, 2, False)
+        one, two = (estimates.train_generator(*given, passes, None)[2] for passes in (1, 2))
+    assert two.cost == one.cost
+    gradients = 4 * sum(p.numel() for p in AnyOrderTransformer(OURS).parameters())
+    assert one.peak < two.peak <= one.peak + gradients
+
+
+def test_low_rank_updates_and_locations_are_trained():
+    with fake.imagined():
+        low = estimates.train_generator("transformer", OURS, 2, 2, True, 1, None)
+        head = replace(OURS, location=True, grouped=True)
+        joint = estimates.train_generator("transformer", head, 0, 2, True, 1, [1, 5, 10, 10, 10])
+        whole = estimates.train_generator("transformer", OURS, 0, 2, True, 1, None)
+        classes = ClassifierConfig(7, 32, (8, 16))
+        parameters, one = estimates.train_classifier(classes, 4, True, 1)
+    assert low[1] < 0.2 * low[0]
+    assert low[0] > whole[0]
+    assert joint[0] > whole[0]
+    assert joint[2].cost.flops > 1.2 * whole[2].cost.flops
+    assert parameters == sum(p.numel() for p in Classifier(classes).parameters())
+    assert one.cost.flops > 0
+
+
+@pytest.mark.parametrize("order", ["random", "entropy", "token_likelihood"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_decoding_is_counted_from_one_step_as_the_whole_costs(kind, order, monkeypatch):
+    monkeypatch.setenv("ANYORDER_ONEDNN", "0")
+    made, config = MODELS[kind]
+    model = made(config).eval()
+    tokens, _ = inputs(model, 4)
+    policy = PolicyConfig(order)
+    with torch.no_grad():
+        if policy.inferred:
+            real = costs.count(lambda: decoding.extract_orders(model, tokens, policy, chunk=1000))
+        else:
+            streams = decoding.Streams(range(4), "cpu")
+            real = costs.count(lambda: decoding.sample(model, policy, streams))
+    planner = Planner.__new__(Planner)
+    planner.known, planner.kind, planner.config = {}, KINDS["h100"], PlanConfig()
+    with fake.imagined():
+        found = planner._decoded(kind, config, model.grid.n, policy, 4, 4, False)
+    assert found.flops == pytest.approx(real.flops, rel=0.15)
+
+
+def test_a_tokenizer_is_counted_as_it_runs():
+    torch.manual_seed(0)
+    config = VQConfig(16, (1, 2), 1, 8, 32, 4, groups=4)
+    terms = LossConfig(
+        adversarial=0.5, discriminator_start=3, discriminator_layers=1, discriminator_channels=8
+    )
+    model, objective = VQModel(config).train(), TokenizerLoss(terms)
+    images = torch.rand(4, 3, 32, 32)
+
+    def work():
+        objective(model, images, 3)[0].backward()
+        objective._passes.clear()
+
+    work()
+    model.zero_grad(set_to_none=True)
+    objective.zero_grad(set_to_none=True)
+    peak = _peak_of_cpu(work)
+    with fake.imagined():
+        parameters, one = estimates.train_tokenizer(config, terms, (32, 32), 4, False, 1)
+        _, seen = estimates.train_tokenizer(config, with_lpips(terms), (32, 32), 4, False, 1)
+        size, encode, decode = estimates.code("vq", config, 4, (32, 32))
+    assert parameters == sum(p.numel() for m in (model, objective) for p in m.parameters())
+    assert size == sum(p.numel() for p in model.parameters())
+    assert one.cost == costs.count(work)
+    assert one.peak == pytest.approx(peak, rel=0.2)
+    assert seen.cost.flops > one.cost.flops + 3 * 4 * 0.6e9  # VGG16 on 4 images of 32 x 32, thrice
+    assert encode.cost == costs.count(lambda: model.eval().encode(images))
+    assert (
+        decode.cost.flops
+        == costs.count(lambda: model.decode(torch.zeros(4, 256, dtype=torch.int64), model.grid(images))).flops
+    )
+
+
+def with_lpips(terms):
+    return LossConfig(**{**vars(terms), "lpips": 1.0, "vgg_path": "no file is read"})

@@ -1,0 +1,176 @@
+"""Every recipe is a valid experiment, its costs can be planned, and it runs end to end at toy size."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from anyorder.adapters.arpg import ARPG
+from anyorder.adapters.layers import GPTConfig
+from anyorder.adapters.randar import RandAR
+from anyorder.cli import main as cli
+from anyorder.files import read_json, read_manifest
+from anyorder.stages.convert import ConvertConfig, convert
+from anyorder.stages.experiment import RECIPES, find_experiment, load_experiment
+from anyorder.tokenizers.vq import VQConfig, VQModel
+
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+CLASSES = ("cat", "dog")
+
+
+def pictures(folder):
+    """A source of tiny images: train and val, two classes, a caption beside each."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 6)):
+        for name in CLASSES:
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                picture = Image.fromarray(rng.integers(0, 256, (20, 18, 3), np.uint8))
+                picture.save(folder / split / name / f"{i}.png")
+                (folder / split / name / f"{i}.txt").write_text(f"a {name} number {i}")
+    return folder
+
+
+def downloads(folder):
+    """Stand-ins for what the heads of the recipes say to convert, under the same names."""
+    torch.manual_seed(0)
+    vq = VQModel(VQConfig(32, (1, 1, 1), 1, 8, 32, 4))
+    torch.save({"model": vq.state_dict()}, folder / "vq.pt")
+    convert(ConvertConfig(folder / "vq.pt"), folder / "weights/vq16")
+    for name, made in (("randar-l", RandAR), ("arpg-l", ARPG)):
+        model = made(
+            GPTConfig(depth=2, width=64, heads=1, vocab_size=32, grid=(4, 4), num_classes=len(CLASSES))
+        )
+        torch.save({"model": model.state_dict()}, folder / f"{name}.pt")
+        config = ConvertConfig(folder / f"{name}.pt", tokenizer=folder / "weights/vq16", grid=(4, 4))
+        convert(config, folder / "weights" / name)
+    images = np.random.default_rng(1).integers(0, 256, (16, 16, 16, 3), np.uint8)
+    np.savez(folder / "adm.npz", arr_0=images)
+
+
+def toy(experiment, source):
+    """Overrides that shrink every stage and swap what has to be downloaded."""
+    found = []
+    for name, (kind, stage) in experiment.stages.items():
+        changes = {}
+        if kind == "data":
+            changes = {"source": source, "size": "16,16", "max_train": 16, "max_test": 8, "max_validation": 6}
+            changes |= {"label": None, "captions": stage.captions and "txt"}
+        elif kind == "features":
+            changes = {"extractor": "classifier", "channels": "8,16"}
+        elif kind == "tokenizer":
+            changes = {"loss.lpips": 0, "loss.vgg_path": None, "loss.lpips_path": None}
+            changes |= {
+                "loss.discriminator_start": 1,
+                "loss.discriminator_layers": 1,
+                "loss.discriminator_channels": 8,
+            }
+            if stage.init is None:
+                changes |= {"model.channels": 32, "model.multipliers": "1,1,1", "model.vocab_size": 32}
+        elif kind == "train" and stage.init is None:
+            changes = {"model.depth": 1, "model.width": 32, "model.heads": 2}
+        elif kind == "orders":
+            changes = {"limit": 8, "test_limit": 2, "batch_size": 8}
+        elif kind == "tune":
+            changes = {
+                "temperatures": "1.0",
+                "scales": f"{stage.scales[0]},{stage.scales[-1]}",
+                "num_images": 4,
+                "batch_size": 4,
+            }
+        elif kind == "sample":
+            changes = {"num_images": 6, "batch_size": 4}
+        elif kind == "eval":
+            changes = {"nll_images": 2, "kid_subset_size": 4}
+        if hasattr(stage, "train"):
+            small = {
+                "steps": 2,
+                "batch_size": 4,
+                "accumulation": 1,
+                "warmup": 1,
+                "eval_every": 1,
+                "save_every": 2,
+            }
+            changes |= {f"train.{key}": value for key, value in small.items()}
+        if kind == "tokens":
+            changes = {"batch_size": 8} | ({"text.vocab_size": 64} if stage.text.vocab_size > 512 else {})
+        found += [f"{name}.{key}={'null' if value is None else value}" for key, value in changes.items()]
+    return found
+
+
+def test_there_are_the_recipes_that_the_documentation_lists():
+    assert {"imagenet256", "imagenet64", "fashion256", "celebahq256"} <= {*NAMES}
+    text = (Path(__file__).parents[1] / "docs/how-to/recipes.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in text for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dry_run_reads_every_setting(name, capsys):
+    assert cli.main(["run", name, "--dry-run"]) == 0
+    assert "to run" in capsys.readouterr().out
+    head = find_experiment(name).read_text(encoding="utf-8").partition("\nout:")[0]
+    assert "H100" in head
+    assert f"anyorder plan {name}" in head
+
+
+def test_an_experiment_file_comes_before_a_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("imagenet64").write_text("stages: {}")
+    assert find_experiment("imagenet64") == Path("imagenet64")
+    assert cli.main(["run", "imagenet46", "--dry-run"]) == 2
+    assert "no configuration file imagenet46; recipes are celebahq256, " in capsys.readouterr().err
+
+
+def test_recipes_are_data_of_the_package():
+    """The wheel takes every file of the package that git does not ignore."""
+    assert RECIPES.parent.name == "anyorder"
+    ignored = (Path(__file__).parents[1] / ".gitignore").read_text(encoding="utf-8")
+    assert "recipes" not in ignored
+    assert "yaml" not in ignored
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_runs_at_toy_size(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    downloads(tmp_path)
+    overrides = toy(load_experiment(find_experiment(name)), pictures(tmp_path / "pictures"))
+    assert cli.main(["run", name, *overrides, "--quiet"]) == 0
+    out = tmp_path / "runs" / name
+    assert (out / "report.html").is_file()
+    found = read_manifest(out / "eval-ordered")["metrics"]
+    assert np.isfinite(found["fd"])
+    assert ("fd_of_reference" in found) == ("imagenet" in name)
+    tuned = read_manifest(out / "tune-ordered")
+    assert read_manifest(out / "samples-ordered")["guidance_scale"] == tuned["best"]["guidance_scale"]
+    guidance = read_json(out / "pipeline/pipeline.json").get("guidance", {"scale": 1})
+    assert guidance["scale"] == tuned["best"]["guidance_scale"]
+    assert cli.main(["sample", f"pipeline={out / 'pipeline'}", "num_images=1", "out=one"]) == 0
+
+
+PLAN = ["plan", "imagenet256", "--gpus", "8", "--kind", "h100"]
+
+
+def test_a_plan_says_what_a_recipe_costs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*PLAN, "out=plan.json"]) == 0
+    said = capsys.readouterr().out
+    assert "8 x h100 (989 TFLOP/s, 75 GiB), MFU 40%" in said
+    found = read_json(Path("plan.json"))
+    rows = {row["stage"]: row for row in found["stages"]}
+    trained = rows["any-order"]
+    assert trained["parameters (M)"] == pytest.approx(342, rel=0.01)
+    assert trained["tokens (M)"] == 360_000 * 1024 * 256 / 1e6
+    # 6 FLOPs for each weight of a product and token; attention and positions are a little more.
+    assert trained["PFLOP"] * 1e15 == pytest.approx(6 * 320e6 * trained["tokens (M)"] * 1e6, rel=0.1)
+    assert trained["hours"] == pytest.approx(trained["PFLOP"] * 1e15 / (8 * 0.4 * 989e12) / 3600)
+    assert trained["GiB per GPU"] == pytest.approx(
+        sum(trained[part] for part in ("weights", "optimizer", "activations"))
+    )
+    assert trained["weights"] == pytest.approx(3 * 4 * trained["parameters (M)"] * 1e6 / 2**30)  # EMA, DDP
+    assert rows["data"]["disk (GB)"] > 250
+    together = found["together"]
+    assert together["hours"] == pytest.approx(sum(row["hours"] or 0 for row in found["stages"]))
+    assert together["GiB per GPU"] == max(row["GiB per GPU"] or 0 for row in found["stages"])
