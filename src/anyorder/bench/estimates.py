@@ -168,16 +168,20 @@ def decoding_step(
         last = begin + (count - 1) // chunk * chunk
         return reveal(state, last, last + 1)
 
-    # Fake tensors have no addresses, by which a candidate that was scored last is known again.
-    with mock.patch("anyorder.models.attention._same_memory", _same_columns):
+    # Fake tensors have no values, by which a candidate that was scored is known again.
+    with mock.patch("anyorder.models.attention.Scored.find", _find):
         state = model.start(images, None)
         state = step(reveal(state, 0, known - 1) if known > 1 else state, known - 1, 1)
         found = measure(model, lambda: step(state, known, candidates))
     return _size(model), found, state.cache.keys.nbytes + state.cache.values.nbytes
 
 
-def _same_columns(positions: Tensor, scored: Tensor, version: int) -> bool:
-    return positions.storage_offset() == scored.storage_offset() and positions.shape[1] <= scored.shape[1]
+def _find(scored: Any, positions: Tensor) -> slice | None:
+    """As `attention.Scored.find`, by the place of the positions in memory alone."""
+    if not scored.count or scored.latest[0].storage_offset() != positions.storage_offset():
+        return None
+    begin = scored.latest[2].start
+    return slice(begin, begin + positions.shape[1])
 
 
 @torch.no_grad()

@@ -67,7 +67,8 @@ class PlanConfig:
     def __post_init__(self) -> None:
         require(self.gpus >= 1, f"gpus must be >= 1, got {self.gpus}")
         require(0 < self.mfu <= 1, f"mfu must be a share above 0 and at most 1, got {self.mfu}")
-        require((self.images or 1) >= 1, f"images must be >= 1, got {self.images}")
+        known = self.images is None or self.images >= 1
+        require(known, f"images must be >= 1, got {self.images}")
 
 
 @dataclass
@@ -120,7 +121,7 @@ class Planner:
 
     def costs(self, path: Path) -> Costs | None:
         """Of one stage; None for those that are not counted."""
-        count: Callable[[Any], Costs] | None = getattr(self, f"_{self.kinds[path]}", None)
+        count: Callable[[Any], Costs] | None = getattr(self, f"_of_{self.kinds[path]}", None)
         return count(self.stages[path]) if count else None
 
     def _once(self, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -228,12 +229,12 @@ class Planner:
 
     # --- one method for each kind of stage --------------------------------------------------------------
 
-    def _data(self, stage: Any) -> Costs:
+    def _of_data(self, stage: Any) -> Costs:
         made = next(path for path, each in self.stages.items() if each is stage)
         pixels = math.prod(stage.size) * 3 if getattr(stage, "cache", True) else 0
         return Costs(disk=self._facts(made).all * (pixels + 8))
 
-    def _tokenizer(self, stage: Any) -> Costs:
+    def _of_tokenizer(self, stage: Any) -> Costs:
         made = next(path for path, each in self.stages.items() if each is stage)
         kind, config = self._network(made, "tokenizer")
         require(kind == "vq", f"{made} starts from a {kind}, which is no VQ tokenizer")
@@ -242,7 +243,7 @@ class Planner:
         parameters, one = self._once(estimates.train_tokenizer, *sizes)
         return self._training(stage.train, parameters, parameters, one)
 
-    def _features(self, stage: Any) -> Costs:
+    def _of_features(self, stage: Any) -> Costs:
         facts, side = self._facts(stage.data), min(self.stages[stage.data].size)
         seen = min(stage.max_train, facts.train) + facts.validation + facts.test
         if stage.extractor != "classifier":
@@ -254,7 +255,7 @@ class Planner:
         parameters, one = self._once(estimates.train_classifier, *sizes)
         return self._training(stage.train, parameters, parameters, one)
 
-    def _tokens(self, stage: Any) -> Costs:
+    def _of_tokens(self, stage: Any) -> Costs:
         kind, config = self._network(stage.tokenizer, "tokenizer")
         facts, side = self._facts(stage.data), self.stages[stage.data].size
         parameters, encode, _ = self._once(estimates.code, kind, config, stage.batch_size, side)
@@ -270,7 +271,7 @@ class Planner:
         """How many token sets each training image has."""
         return 2 if tokens.mirror else 1
 
-    def _train(self, stage: Any) -> Costs:
+    def _of_train(self, stage: Any) -> Costs:
         kind, config = self._generator(stage)
         n, train = math.prod(config.grid), stage.train
         sizes: list[Any] = [reveals(n, steps, stage.groups_schedule) for steps in stage.groups] or [None]
@@ -287,7 +288,7 @@ class Planner:
         found.tokens = train.steps * train.accumulation * train.batch_size * n
         return found
 
-    def _orders(self, stage: Any) -> Costs:
+    def _of_orders(self, stage: Any) -> Costs:
         kind, config = self._network(stage.model, "model")
         tokens, facts, tokenizer = self._tokens_of(stage.tokens)
         n, splits = math.prod(self._grid(tokens, tokenizer)), 1 + (facts.validation > 0)
@@ -328,7 +329,7 @@ class Planner:
         bytes_each = 2 if bf16 else FLOAT
         return Costs(parameters, weights=bytes_each * parameters, activations=one.peak, cache=cache, **spent)
 
-    def _sample(self, stage: Any) -> Costs:
+    def _of_sample(self, stage: Any) -> Costs:
         kind, config = self._network(stage.model, "model")
         tokens, _, _ = self._tokens_of(self._tokens_path(stage))
         made = self._network(stage.tokenizer or tokens.tokenizer, "tokenizer")
@@ -355,17 +356,17 @@ class Planner:
         searched = getattr(stage, "settings", None) is not None or getattr(stage, "scales", (1,)) != (1,)
         return 2.0 if searched else stage.guidance.scale
 
-    def _tune(self, stage: Any) -> Costs:
-        found = self._sample(stage)
+    def _of_tune(self, stage: Any) -> Costs:
+        found = self._of_sample(stage)
         points = len(stage.temperatures) * len(stage.scales)
         return replace(found, flops=points * found.flops, seconds=points * found.seconds)
 
-    def _eval(self, stage: Any) -> Costs:
+    def _of_eval(self, stage: Any) -> Costs:
         samples, extractor = self.stages[stage.samples], self.stages[stage.features].extractor
         spent = self._spent(Cost(FEATURES.get(extractor, 0.0)), samples.num_images, False)
         return Costs(disk=FLOAT * 3056 * samples.num_images, **spent)
 
-    def _pipeline(self, stage: Any) -> Costs:
+    def _of_pipeline(self, stage: Any) -> Costs:
         samples: Any = self.stages.get(stage.samples)
         model = self._network(stage.model or samples.model, "model")
         parameters = self._once(estimates.parameters, *model)
