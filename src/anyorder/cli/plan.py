@@ -50,8 +50,8 @@ def describe(found: dict[str, Any]) -> str:
     rate = f"{(machine.bf16 or machine.float32) / 1e12:,.3g} TFLOP/s, {machine.memory / GIB:.0f} GiB"
     lines = [f"{config['gpus']} x {config['kind']} ({rate}), MFU {config['mfu']:.0%}", table]
     lines += [
-        f"{row['stage']} does not fit into {machine.memory / GIB:.0f} GiB: smaller batch_size; in a training with "
-        "more accumulation, or train.shard=true"
+        f"{row['stage']} does not fit into {machine.memory / GIB:.0f} GiB: smaller batch_size; in a training "
+        "with more accumulation, or train.shard=true"
         for row in found["stages"]
         if (row["GiB per GPU"] or 0) * GIB > machine.memory
     ]
