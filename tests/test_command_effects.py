@@ -245,7 +245,7 @@ COMMANDS: dict[str, Command] = {
         **change("source", "arpg2.pt"), **change("tokenizer", "vq2.pt"),
         **refused("kind", "randar", "does not fit RandAR"),
         **change("grid", (2, 3)), **change("heads", 1), **change("joint_steps", True),
-        **change("extrapolated", 2), **group("policy", "order", "raster"),
+        **change("extrapolated", 2), **group("policy", "order", "raster"), **group("guidance", "scale", 2.0),
     }),
     "bench": Command({"model.depth": 1, "model.width": 16, "model.heads": 2, "memory": ()}, {
         **group("model", "depth", 2), **group("tokenizer", "channels", 16), **group("over", "depth", (1, 2)),
@@ -262,11 +262,12 @@ COMMANDS: dict[str, Command] = {
 
 ELSEWHERE: dict[str, set[str]] = {
     "fit": set(),
+    "plan": set(),
     "tune": set(),
     "sample": {"settings"},
     "eval": {"tokenizer", "split", "reference"},
 }
-"""Commands, and settings of commands, whose effects are tested in test_fit.py and test_evidence.py."""
+"""Commands, and settings of commands, whose effects are tested in test_fit.py, test_recipes.py, test_evidence.py."""
 
 
 # --- what the cases need ------------------------------------------------------------------------------------
