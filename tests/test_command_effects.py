@@ -267,7 +267,7 @@ ELSEWHERE: dict[str, set[str]] = {
     "sample": {"settings"},
     "eval": {"tokenizer", "split", "reference"},
 }
-"""Commands, and settings of commands, whose effects are tested in test_fit.py, test_recipes.py, test_evidence.py."""
+"""Commands, and settings of commands, whose effects are tested in test_fit.py, test_recipes.py and others."""
 
 
 # --- what the cases need ------------------------------------------------------------------------------------
