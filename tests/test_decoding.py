@@ -235,6 +235,41 @@ def test_a_fork_does_not_keep_a_folder_locked(tmp_path):
     os.waitpid(child, 0)
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_killed_split_goes_on(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv(decoding.WORKERS, "0")
+    monkeypatch.setattr("anyorder.data.ingest._BLOCK", 4)
+    source = folder(tmp_path / "in")
+    (source / "a/00.txt").write_text("first")
+    (source / "a/02.png").write_bytes(b"no image")
+    columns, decoded, whole = Columns(caption="txt"), [], decoding.images.load_image
+
+    def load(image, **options):
+        decoded.append(image.name)
+        if len(decoded) == dies[0]:
+            raise RuntimeError("killed")
+        return whole(image, **options)
+
+    def run(name):
+        decoded.clear()
+        return ingest(open_source(source, columns, 0.3), tmp_path / name, (8, 8), cache=cache)
+
+    monkeypatch.setattr(decoding.images, "load_image", load)
+    dies = [0]
+    facts, total = run("whole"), len(decoded)
+    for seconds, dies[0] in ((0, 14), (30, 6), (0, 3)):  # every block is noted, or none
+        monkeypatch.setattr("anyorder.data.ingest._SAVED", seconds)
+        with pytest.raises(RuntimeError, match="killed"):
+            run("parts")
+    dies[0] = 0
+    assert run("parts") == facts
+    assert len(decoded) == total - 12
+    files = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert files == {path.name for path in (tmp_path / "parts").iterdir()}
+    for name in files:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
 # --- crops ---
 
 
@@ -442,3 +477,16 @@ def test_training_draws_one_of_several_captions(tmp_path):
     assert torch.equal(generator.get_state(), torch.Generator().manual_seed(3).get_state())
     few = TokenSet(stage("tokens", tmp_path / "few", **settings, **{"text.captions": 1}))
     assert few.captions.shape == (len(tokens), 1, 2)
+
+
+def test_a_damaged_table_is_one_line(tmp_path, workers):
+    """Also where a worker meets the damage."""
+    path = table(tmp_path / "in") / "train-0.parquet"
+    images = ImageSet(data(tmp_path / "out", tmp_path / "in", cache=False))
+    path.write_bytes(path.read_bytes()[:100])
+    rows = np.arange(len(images))
+    with (
+        images.ahead([rows[:5], rows[5:]]),
+        pytest.raises(ValueError, match=r"^\S+train-0\.parquet is not a sound parquet file \([^\n]*\)$"),
+    ):
+        images.batch(rows[:5])

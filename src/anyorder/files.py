@@ -179,10 +179,17 @@ class RowWriter:
     """Number of complete rows on disk."""
     _HEADER = 128
 
-    def __init__(self, folder: str | Path, arrays: Mapping[str, tuple[tuple[int, ...], Any]], batch: int = 1):
+    def __init__(
+        self,
+        folder: str | Path,
+        arrays: Mapping[str, tuple[tuple[int, ...], Any]],
+        batch: int = 1,
+        most: float = math.inf,
+    ):
         """Open or reopen; `arrays` maps a name to (shape of one row, dtype).
 
-        What a kill left of the last `batch` rows is dropped, so that batches keep their bounds.
+        What a kill left of the last `batch` rows is dropped, so that batches keep their bounds, and all rows
+        behind the first `most`.
         """
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +204,7 @@ class RowWriter:
             self._files[name] = open(self._partial(name), "rb+")  # noqa: SIM115
         sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in self.specs.items()}
         whole = [(os.stat(f.name).st_size - self._HEADER) // sizes[name] for name, f in self._files.items()]
-        self.rows = max(0, min(whole)) // batch * batch
+        self.rows = int(min(max(0, min(whole)) // batch * batch, most))
         for name, file in self._files.items():
             file.truncate(self._HEADER + self.rows * sizes[name])
             file.seek(0, os.SEEK_END)

@@ -39,6 +39,7 @@ class Found(NamedTuple):
     pixels: Any  # (g, H, W, 3) uint8, of the g rows that could be read
     checksums: list[int]  # CRC-32 of each of these
     failures: dict[int, tuple[str, str]]  # place among the rows -> kind of reason, and the rest of it
+    error: str = ""  # the whole source cannot be read
 
 
 class Reader:
@@ -59,6 +60,12 @@ class Reader:
         return os.fsdecode(self.names[row % len(self.names)])
 
     def __getitem__(self, rows: np.ndarray) -> Found:
+        try:
+            return self._read(rows)
+        except (OSError, ValueError) as e:  # raised in a worker, it would be many lines
+            return Found(np.empty((0, 0, 0, 3), np.uint8), [], {}, str(e))
+
+    def _read(self, rows: np.ndarray) -> Found:
         pixels = np.empty((len(rows), *self.decoding["size"], 3), np.uint8)
         failures = {}
         for place in np.argsort(rows % len(self.names), kind="stable"):  # what is stored together, together
@@ -84,19 +91,23 @@ class Reader:
         return whole[top : top + h, left : left + w]
 
     def stream(self, batches: Batches) -> Generator[Found]:
-        """Read `batches` of row numbers in this sequence; workers read ahead of what is asked for."""
+        """Read `batches` of row numbers in this sequence; workers read ahead of what is asked for.
+
+        Raises:
+            ValueError: the source as a whole cannot be read.
+        """
         batches, most = iter(batches), _workers()
         first = list(itertools.islice(batches, max(2, most)))
         batches = itertools.chain(first, batches)
         if most == 0 or len(first) < 2:
-            yield from map(self.__getitem__, batches)
+            yield from map(_sound, map(self.__getitem__, batches))
             return
         loader: Any = DataLoader(
             self, batch_size=None, sampler=batches, num_workers=min(most, len(first)), collate_fn=_shared,  # type: ignore[arg-type]
             worker_init_fn=_ignore_signals, generator=torch.Generator(),
         )  # fmt: skip
         for found in loader:
-            yield found._replace(pixels=found.pixels.numpy())
+            yield _sound(found._replace(pixels=found.pixels.numpy()))
 
 
 def _workers() -> int:
@@ -104,6 +115,11 @@ def _workers() -> int:
     require(not given or given.isdecimal(), f"{WORKERS} must be a number from 0 on, got '{given}'")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return int(given) if given else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _sound(found: Found) -> Found:
+    require(not found.error, found.error)
+    return found
 
 
 def _shared(found: Found) -> Found:
@@ -141,7 +157,7 @@ class Decoded:
         if self._next is not None and np.array_equal(self._next[0], rows):
             found, self._next = self._next[1], None
         else:
-            found = self._reader[rows]
+            found = _sound(self._reader[rows])
         self._check(rows, found)
         return found.pixels
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from anyorder.data.rows import slices
 from anyorder.data.sources import UNKNOWN, Item, Source
 
 _BLOCK = 64  # images that a worker reads at a time
+_SAVED = 30  # seconds between two notes of how far a split is
 _LISTED = 1000  # skipped images named in the manifest
 log = logging.getLogger("anyorder")
 
@@ -53,8 +56,8 @@ def ingest(
     Writes `{split}.images.npy` (n, H, W, 3) uint8 and `{split}.labels.npy` (n,) int64 (index into `classes`,
     0 where there are none) for train, test and, if asked for, validation; where the source has them, also
     `{split}.attributes.npy` (n, A) int64 (index into the values, -1 for none or a value that the train split
-    does not have) and `{split}.captions.json`, a list of n texts. After a kill, a finished split is
-    not decoded a second time. Without `cache`, there are `{split}.names.npy` (n,) bytes and
+    does not have) and `{split}.captions.json`, a list of n texts. After a kill, it goes on
+    with what was not yet decoded. Without `cache`, there are `{split}.names.npy` (n,) bytes and
     `{split}.checksums.npy` (n,) int64 (CRC-32 of the pixels) instead of images, all of which are decoded once
     even so: what cannot be read is skipped, and rows are the same with and without a cache.
 
@@ -90,9 +93,15 @@ def ingest(
     for split, rows in chosen.items():
         done = Path(folder) / f"{split}.partial"  # the suffix makes Artifact drop it with other old work
         settings = repr((source, decoding, cache, hashlib.sha256(rows.tobytes()).hexdigest()))
-        if not (done.is_file() and files.read_json(done)["settings"] == settings):
-            count, skipped = _ingest_split(source, Path(folder), split, rows, codes, decoding, cache)
-            files.write_json(done, {"settings": settings, "count": count, "skipped": skipped})
+        state = files.read_json(done) if done.is_file() else {}
+        if state.get("settings") != settings:
+            state = {"settings": settings, "images": 0, "rows": 0, "lost": []}
+        if "count" not in state:
+            save = functools.partial(files.write_json, done)
+            count, skipped = _ingest_split(
+                source, Path(folder), split, rows, codes, decoding, cache, state, save
+            )
+            save({"settings": settings, "count": count, "skipped": skipped})
         result = files.read_json(done)
         facts["counts"][split], facts["skipped"][split] = result["count"], result["skipped"]
     _report(facts, max_skipped)
@@ -150,18 +159,24 @@ def _report(facts: Mapping[str, Any], max_skipped: float) -> None:
 
 def _ingest_split(
     source: Source, folder: Path, split: str, rows: np.ndarray, codes: _Codes, decoding: dict[str, Any],
-    cache: bool,
+    cache: bool, state: dict[str, Any], save: Callable[[dict[str, Any]], None],
 ) -> tuple[int, dict[str, Any]]:  # fmt: skip
     texts = source.texts["test" if split == "test" else "train"]
     items = [texts[i] for i in rows]
     names = np.array([os.fsencode(item.name) for item in items], np.bytes_)
-    writer = _writer(folder, split, codes, names.dtype, decoding["size"] if cache else None)
-    skipped: Skipped = []
-    captions: list[str] = []
-    blocks = list(slices(len(items), _BLOCK))
+    size = decoding["size"] if cache else None
+    writer = _writer(folder, split, codes, names.dtype, size, state["rows"])
+    if writer.rows < state["rows"]:  # the machine went down before they were on disk
+        state |= {"images": 0, "rows": 0, "lost": []}
+        writer = _writer(folder, split, codes, names.dtype, size, 0)
+    begin, saved = state["images"], time.monotonic()
+    skipped: Skipped = [(name, kind, detail) for name, kind, detail in state["lost"]]
+    lost_names = {name for name, _, _ in skipped}
+    captions = [item.caption or "" for item in items[:begin] if item.name not in lost_names]
+    blocks = list(slices(len(items), _BLOCK, begin))
     with (
         contextlib.closing(Reader(source, names, decoding).stream(blocks)) as stream,
-        tqdm(total=len(items), desc=f"{split} images", unit="image") as bar,
+        tqdm(total=len(items), initial=begin, desc=f"{split} images", unit="image") as bar,
     ):
         for block, found in zip(blocks, stream, strict=True):
             kept, lost = _sorted(items[block[0] : block[-1] + 1], found, codes)
@@ -171,6 +186,9 @@ def _ingest_split(
                 arrays = {name: [row[name.rpartition(".")[2]] for row in kept] for name in writer.specs}
                 writer.append(**{name: np.array(found) for name, found in arrays.items()})
             bar.update(len(block))
+            if time.monotonic() >= saved + _SAVED:
+                save(state | {"images": int(block[-1]) + 1, "rows": writer.rows, "lost": skipped})
+                saved = time.monotonic()
     listed = "; ".join(f"{name}: {kind}: {detail}" for name, kind, detail in skipped[:5]) or "there are none"
     unused = f"none of {len(items)} {split} images could be used: {listed}"
     require(writer.rows > 0 or (split == "test" and not skipped), unused)
@@ -181,17 +199,17 @@ def _ingest_split(
 
 
 def _writer(
-    folder: Path, split: str, codes: _Codes, name: np.dtype, size: images.Size | None
+    folder: Path, split: str, codes: _Codes, name: np.dtype, size: images.Size | None, begin: int
 ) -> files.RowWriter:
-    """Of pixels, or without a `size` of what finds them again, and of labels and attributes."""
+    """Of pixels, or without a `size` of what finds them again, and of labels and attributes, from a row."""
     arrays: dict[str, Any] = {"images": ((*size, 3), np.uint8)} if size else {}
     arrays |= {} if size else {"names": ((), name), "checksums": ((), np.int64)}
     arrays |= {"labels": ((), np.int64)}
     arrays |= {"attributes": ((len(codes.attributes),), np.int64)} if codes.attributes else {}
-    for array in ("images", "names", "checksums", "labels", "attributes"):
+    for array in ("images", "names", "checksums", "labels", "attributes") if not begin else ():
         for ending in ("npy", "npy.partial"):  # of a killed run; nothing else, it may be the user's
             (folder / f"{split}.{array}.{ending}").unlink(missing_ok=True)
-    return files.RowWriter(folder, {f"{split}.{array}": kind for array, kind in arrays.items()})
+    return files.RowWriter(folder, {f"{split}.{array}": kind for array, kind in arrays.items()}, most=begin)
 
 
 def _sorted(items: Sequence[Item], found: Found, codes: _Codes) -> tuple[list[dict[str, Any]], Skipped]:

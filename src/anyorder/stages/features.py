@@ -109,7 +109,7 @@ class FeaturesStage(TrainingStage):
 
         def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
             targets = torch.from_numpy(labels[known[rows]])
-            pixels = images.batch(known[rows])[0].to(device())
+            pixels = images.batch(known[rows], device=device())[0]
             # Not as a method, which a compiled model would take from the one that is not.
             return features.Classifier.loss(model, pixels, targets.to(device()))  # type: ignore[arg-type]
 
@@ -117,7 +117,7 @@ class FeaturesStage(TrainingStage):
             hits = 0
             with test.ahead(batches(test_known, 512)):
                 for rows in batches(test_known, 512):
-                    found = model(test.batch(rows)[0].to(device()))[1].argmax(1).cpu().numpy()
+                    found = model(test.batch(rows, device=device())[0])[1].argmax(1).cpu().numpy()
                     hits += int((found == test_labels[rows]).sum())
             return {"test_accuracy": hits / max(1, len(test_known))}
 

@@ -87,7 +87,7 @@ class TokenizerStage(common.TrainingStage):
         frozen = [p for p in model.quantize.parameters() if not p.requires_grad]
 
         def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
-            return objective(model, images.batch(rows)[0].to(device()), step)
+            return objective(model, images.batch(rows, device=device())[0], step)
 
         def after(step: int) -> dict[str, torch.Tensor]:
             parts = objective.update_codebook(model, step, processes.stacked)
@@ -124,7 +124,7 @@ def _measured(model: nn.Module, images: ImageSet, limit: int) -> dict[str, float
         return {}
     with images.ahead(batches(some, 256)):
         for rows in batches(some, 256):
-            pixels = images.batch(rows)[0].to(device())
+            pixels = images.batch(rows, device=device())[0]
             found, decoded = _reconstructed(model, pixels)
             psnr += float(metrics.psnr(decoded, pixels).sum())
             ssim += float(metrics.ssim(decoded, pixels).sum())
@@ -135,7 +135,7 @@ def _measured(model: nn.Module, images: ImageSet, limit: int) -> dict[str, float
 
 def _save_reconstructions(model: nn.Module, images: ImageSet, folder: Path) -> None:
     """The first images above their reconstructions."""
-    pixels = images.batch(np.arange(min(common.SHOWN, len(images))))[0].to(device())
+    pixels = images.batch(np.arange(min(common.SHOWN, len(images))), device=device())[0]
     both = np.concatenate((to_uint8(pixels), to_uint8(_reconstructed(model, pixels)[1])))
     shown = figures.image_grid(both, columns=len(pixels), scale=2)
     figures.save_image(shown, folder / "reconstructions.png")

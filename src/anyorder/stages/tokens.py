@@ -94,6 +94,6 @@ class TokensStage:
         rows = Rows(artifact.folder, names, len(images), self.batch_size, f"{split} tokens")
         with images.ahead(rows.own):
             for some in rows:
-                pixels, labels = images.batch(some)
-                tokens = model.encode(pixels.to(device())).cpu().numpy()
+                pixels, labels = images.batch(some, device=device())
+                tokens = model.encode(pixels).cpu().numpy()
                 rows.append(**{f"{split}.tokens": tokens, f"{split}.labels": labels.numpy()})
