@@ -221,7 +221,8 @@ COMMANDS: dict[str, Command] = {
     "pipeline": Command({"model": "any"}, {
         **change("samples", "scored"), **change("model", "any2"), **refused("tokens", "tokens2", MOVED),
         **refused("tokenizer", "vq2", MOVED), **change("scorer", "any2"), **change("orders", "orders"),
-        **group("policy", "order", "raster"),
+        **group("policy", "order", "raster"), **change("good_orders", ("random",)),
+        **change("example_class", "orange"),
     }),
     "sample pipeline": Command({"pipeline": "toy", "num_images": 2, "policy.order": "entropy"}, {
         **change("pipeline", "toy2"), **change("class_labels", ("dog",)),
@@ -239,6 +240,7 @@ COMMANDS: dict[str, Command] = {
         **refused("prompt", "red", "prompts need"),
         **change("num_images", 2),
         **change("feather", 0), **change("margin", 1), **group("policy", "order", "raster"),
+        **group("sampling", "temperature", 0),
         **change("guidance_scale", 9.0, class_labels=("dog",)), **change("seed", 5),
     }),
     "convert": Command({"source": "arpg.pt", "grid": (2, 2), "tokenizer": "vq.pt"}, {
@@ -359,7 +361,7 @@ def asked(monkeypatch):
         found.append(("repeats", repeats))
         return {name: [1.0 + work.cost.flops] for name, work in works.items()}
 
-    def app(pipe: Pipeline, hosts: list[str]) -> None:
+    def app(pipe: Pipeline, hosts: list[str], name: str) -> None:
         found.append((hosts, pipe.model.state_dict()["head.weight"].sum().item()))
 
     monkeypatch.setattr(bench, "_times", times)

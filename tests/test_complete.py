@@ -144,6 +144,44 @@ def test_variations_keep_a_share_of_the_tokens(pipe):
     assert torch.equal(alone.tokens[0], out.tokens[2])
 
 
+@pytest.mark.parametrize("how", [{"mask": HOLES["box"]}, {"keep": 0.5}, {"pad": (4, 0, 0, 4)}], ids=str)
+@pytest.mark.parametrize("order", ["entropy", "random"])
+def test_a_completion_step_by_step_is_the_same(ours, order, how):
+    image, settings = (
+        images_of(1)[0],
+        {"class_labels": "dog", "num_images": 3, "order": order, "generator": 4},
+    )
+    expected = ours.complete(image, **how, **settings)
+    found = [*ours.stream_completion(image, **how, **settings)]
+    begun, known = found[0][0], int(expected.known.sum(1)[0])
+    assert all(one is begun for one, _ in found)
+    assert [step.total for _, step in found] == [len(found)] * (expected.grid.n - known)
+    assert torch.equal(begun.known, expected.known)
+    steps = [step for _, step in found]
+    order, tokens = (torch.cat([getattr(s, name) for s in steps], 1) for name in ("positions", "tokens"))
+    assert torch.equal(order, expected.order[:, known:])
+    pixels = begun.finish(ours.tokenizer, begun.tokens.scatter(1, order, tokens))
+    np.testing.assert_array_equal(pixels.permute(0, 2, 3, 1).numpy(), arrays(expected))
+    for changes, message in (
+        ({"keep": 2}, "keep must be a share"),
+        ({**how, "order": "zigzag"}, "zigzag"),
+        ({**how, "class_labels": "cow"}, "cow"),
+        ({}, "say what to generate"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ours.stream_completion(image, **changes)
+
+
+def test_an_animation_of_a_completion_begins_with_what_is_known(ours, tmp_path):
+    out = ours.complete(images_of(1)[0], keep=0.5, num_images=2)
+    out.save_animation(tmp_path / "a.webp", scale=1)
+    with Image.open(tmp_path / "a.webp") as film:
+        assert film.n_frames == 7
+        first = np.asarray(film.convert("RGB"))[:12, :16]
+    blank = (first == 128).all(-1).reshape(3, 4, 4, 4).all((1, 3)).flatten()
+    np.testing.assert_array_equal(~blank, out.known[0].numpy())
+
+
 def test_other_forms_of_images_and_masks(ours):
     given, mask = images_of(1)[0], HOLES["box"]
     grey = Image.fromarray((mask * 255).astype(np.uint8))
@@ -276,6 +314,20 @@ def test_the_command_writes_images(files, capsys):
     assert cli.main([*command, "pad=4,4,4,4", "policy.order=raster", f"out={files}/c"]) == 0
     assert Image.open(files / "c/0000.png").size == (24, 20)
     assert cli.main([*command, "keep=0.5", "class_labels=2", "guidance_scale=1.5", f"out={files}/d"]) == 0
+    assert cli.main([*command, "keep=0.5", "sampling.temperature=0", f"out={files}/e"]) == 0
+    coldest = Pipeline.from_pretrained(files / "pipe").complete(
+        images_of(1)[0], keep=0.5, class_labels="dog", num_images=2, sampling={"temperature": 0}
+    )
+    np.testing.assert_array_equal(np.asarray(Image.open(files / "e/0001.png")), arrays(coldest)[1])
+
+
+def test_the_command_samples_without_a_class(files, ours):
+    command = ["sample", f"pipeline={files}/pipe", "num_images=2"]
+    assert cli.main([*command, "class_labels=null", f"out={files}/a"]) == 0
+    assert cli.main([*command, f"out={files}/b"]) == 0
+    images = [np.asarray(Image.open(files / f"{name}/0001.png")) for name in "ab"]
+    np.testing.assert_array_equal(images[0], arrays(ours(num_images=2))[1])
+    np.testing.assert_array_equal(images[1], arrays(ours([0, 1]))[1])
 
 
 def test_images_are_replaced_only_where_that_is_meant(files, capsys):

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -24,11 +25,14 @@ from anyorder import Pipeline
 from anyorder.cli import main as cli
 from anyorder.contracts import Grid
 from anyorder.data.captions import CaptionTokenizer, Vocabulary
-from anyorder.demo import line, server
-from anyorder.demo.server import create_app, nearest_revealed, paint
+from anyorder.demo import generation, guard, line, server, snippets
+from anyorder.demo.generation import nearest_revealed, paint
+from anyorder.demo.server import create_app
+from anyorder.inference.inpainting import Unfinished
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import SCORES, Sampling
 from anyorder.orders import STATIC
+from anyorder.stages.pipeline import PipelineStage
 from anyorder.tokenizers.vq import VQConfig, VQModel
 
 CLASSES = ["red", "green", "7"]
@@ -74,31 +78,40 @@ def strip(step):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(step["png"]))))
 
 
+def page_files():
+    return {name: CLIENT.get(f"/{name}").text for name in server.PAGE}
+
+
 def test_the_page_needs_nothing_from_elsewhere():
-    answer = CLIENT.get("/")
-    assert answer.status_code == 200
-    assert answer.headers["content-type"].startswith("text/html")
-    assert "default-src 'none'" in answer.headers["content-security-policy"]
-    assert "//" not in re.sub(r"^\s*//.*|\s// .*", "", answer.text, flags=re.M)
-    assert not re.findall(r'(?:src|href)="(?!data:)', answer.text)
-    assert "@import" not in answer.text
+    for name, kind in server.PAGE.items():
+        answer = CLIENT.get(f"/{name}")
+        assert answer.status_code == 200
+        assert answer.headers["content-type"] == f"{kind}; charset=utf-8"
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert "//" not in re.sub(r"^\s*//.*|\s// .*", "", answer.text, flags=re.M)
+        linked = re.findall(r'(?:src|href)="([^"]*)"|from "\./(.*)"', answer.text)
+        assert {a or b for a, b in linked} <= {*server.PAGE, "data:,"}
+        assert "@import" not in answer.text
+    assert CLIENT.get("/").text == page_files()["index.html"]
 
 
 def test_the_page_names_its_controls():
-    """Every field of a request has a control of that name, and every id that the script asks for exists."""
-    page = CLIENT.get("/").text
-    for name in server.GenerateRequest.__dataclass_fields__:
-        assert re.search(rf'name="{name}"|name: "{name}"', page), name
-    assert set(re.findall(r'\$\("([\w-]+)"\)', page)) == set(re.findall(r'id="([\w-]+)"', page))
+    """Every field of a request has a control of that name, and every id that the scripts ask for exists."""
+    pages = page_files()
+    html, scripts = (
+        pages.pop("index.html"),
+        "".join(text for name, text in pages.items() if name.endswith("js")),
+    )
+    for name in generation.GenerateRequest.__dataclass_fields__.keys() - {"image", "mask"}:
+        assert re.search(rf'name="{name}"|name: "{name}"', html + scripts), name
+    ids = {*re.findall(r'\$\("([\w-]+)"\)', scripts)}
+    assert ids <= {*re.findall(r'id="([\w-]+)"', html)}
 
 
-def test_the_page_tells_what_the_server_says():
-    """The place in the line, the server's errors, and that the connection has failed."""
-    page = CLIENT.get("/").text
-    assert "yours is number ${data.place} in the queue" in page
-    assert 'name === "error") throw new Error(data.error)' in page
-    assert "The server is gone: the connection failed." in page
-    assert page.count("fetch(") == 1, "all connections are made where their failure is told"
+def test_all_connections_are_made_where_their_failure_is_told():
+    assert "".join(page_files().values()).count("fetch(") == 1
 
 
 def test_about():
@@ -171,7 +184,7 @@ def test_labels_are_names_before_they_are_numbers():
 
 
 def test_large_grids_are_painted_now_and_then(monkeypatch):
-    monkeypatch.setattr(server, "FRAMES", 5)
+    monkeypatch.setattr(generation, "FRAMES", 5)
     steps = steps_of(0, events(orders="raster", n=1))
     assert [step["done"] for step in steps if "png" in step] == [1, 4, 7, 10, 12]
 
@@ -180,14 +193,14 @@ def test_only_revealed_patches_are_painted():
     tokens = torch.randint(5, (2, 12), generator=seeded(0))
     revealed = torch.zeros(2, 12, dtype=torch.bool)
     revealed[0, 5] = revealed[1, :3] = True
-    pixels = np.asarray(Image.open(io.BytesIO(paint(PIPE, tokens, revealed))))
+    blank = Unfinished(tokens, torch.zeros_like(revealed), PIPE.model.grid)
+    pixels = np.asarray(Image.open(io.BytesIO(paint(PIPE, blank, tokens, revealed))))
     assert pixels.shape == (6, 16, 4)
     patches = pixels[..., 3].reshape(3, 2, 2, 4, 2).transpose(2, 0, 3, 1, 4).reshape(2, 12, 4)
     np.testing.assert_array_equal(patches, np.where(revealed[..., None].numpy(), 255, 0).repeat(4, axis=2))
     hidden = torch.where(revealed, tokens, 4 - tokens)
-    assert paint(PIPE, hidden, revealed) == paint(
-        PIPE, tokens, revealed
-    )  # what is not drawn does not shine through
+    same = paint(PIPE, blank, hidden, revealed) == paint(PIPE, blank, tokens, revealed)
+    assert same, "what is not drawn does not shine through"
 
 
 def test_blank_patches_borrow_from_the_nearest():
@@ -233,10 +246,10 @@ def test_other_addresses_are_404():
 
 
 def test_an_unexpected_error_is_500_and_one_short_line_in_the_log(monkeypatch, caplog):
-    def broken(pipe):
+    def broken(pipe, name):
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr(server, "describe_pipeline", broken)
+    monkeypatch.setattr(generation, "describe_pipeline", broken)
     answer = CLIENT.get("/about?" + "x" * 60_000)
     assert answer.status_code == 500
     assert answer.json() == {"error": "The server failed: RuntimeError: first line"}
@@ -251,7 +264,7 @@ def test_an_unexpected_error_is_500_and_one_short_line_in_the_log(monkeypatch, c
 def test_every_answer_has_the_headers(path, monkeypatch):
     client = CLIENT
     if path == "500":
-        monkeypatch.setattr(server, "describe_pipeline", lambda pipe: 1 / 0)
+        monkeypatch.setattr(generation, "describe_pipeline", lambda *_: 1 / 0)
         path = "/about"
     elif path == "host":
         client, path = client_of(PIPE, name="evil.example"), "/"
@@ -551,10 +564,10 @@ sys.exit(main(["demo", "pipeline=fashion32", "port=0"]))
         """Open files and connections."""
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
-    async def ask(self, query, steps=math.inf):
+    async def ask(self, query, steps=math.inf, found=None):
         """The status and names of events, each with the second at which it came; leaves after some steps."""
         reader, writer = await self.connect(query)
-        found = []
+        found = [] if found is None else found
         while sum(name == "step" for name, _ in found) < steps and (text := await reader.readline()):
             if text.startswith((b"event: ", b"HTTP/1.1 ")):
                 found.append((text.split()[1].decode(), time.monotonic()))
@@ -579,9 +592,12 @@ def test_ctrl_c_ends_quietly_and_the_log_stays_short():
     async def visits(served):
         long = await served.ask("label=" + "x" * 60_000)
         stalled = await served.stall("n=16&orders=raster")
-        asking = [asyncio.create_task(served.ask("n=16&orders=raster&orders=entropy")) for _ in range(3)]
+        heard, query = [[], [], []], "n=16&orders=raster&orders=entropy"
+        asking = [asyncio.create_task(served.ask(query, found=found)) for found in heard]
         await served.ask("n=1&orders=raster&seed=1", steps=0)  # and leave while waiting
-        await asyncio.sleep(1.5)
+        async with asyncio.timeout(60):
+            while "step" not in {name for found in heard for name, _ in found}:
+                await asyncio.sleep(0.1)
         served.process.send_signal(signal.SIGINT)
         code = await asyncio.to_thread(served.process.wait, 30)
         stalled.close()
@@ -689,3 +705,239 @@ def test_texts_are_asked_for_where_they_are_taken():
     assert not torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[1], drawn[2])
     events(client, orders="raster", n=1, prompt="a red shoe", guidance=2)
+
+
+# --- completions, animations and code --------------------------------------------------------------------
+
+
+def base64_of(image, kind="PNG"):
+    image.save(buffer := io.BytesIO(), kind)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
+MASK = Image.new("L", IMAGE.size)
+MASK.paste(255, (2, 0, 5, 3))
+EDIT = {"image": base64_of(IMAGE), "mask": base64_of(MASK)}
+
+
+def post(path, client=CLIENT, headers=None, **settings):
+    return client.post(path, json=settings, headers=headers)
+
+
+def streamed(answer):
+    assert answer.status_code == 200, answer.text
+    found = re.findall(r"event: (\w+)\ndata: (.*)\n\n", answer.text)
+    assert found[-1] == ("end", "{}")
+    return [json.loads(data) for name, data in found if name == "step"]
+
+
+@pytest.mark.parametrize("how", [{"mask": EDIT["mask"]}, {"keep": "0.5"}], ids=["mask", "keep"])
+@pytest.mark.parametrize("order", ["entropy", "random"])
+def test_a_completion_of_the_page_is_the_one_of_the_pipeline(order, how):
+    settings = {"label": "red", "n": "2", "orders": [order, "raster"], "seed": 3, "temperature": 0.7}
+    found = streamed(post("/draw", image=EDIT["image"], **how, **settings))
+    steps = [step for step in found if step["order"] == 0]
+    given = {"mask": MASK} if "mask" in how else {"keep": 0.5}
+    expected = PIPE.complete(
+        IMAGE, given.get("mask"), "red", 2, order, generator=3, keep=given.get("keep"),
+        sampling={"temperature": 0.7},
+    )  # fmt: skip
+    known = int(expected.known.sum(1)[0])
+    assert steps[-1]["done"] == steps[-1]["total"] == 12 - known
+    assert torch.equal(column(steps, "positions"), expected.order[:, known:])
+    for got, image in zip(np.split(strip(steps[-1]), 2, axis=1), expected.images, strict=True):
+        np.testing.assert_array_equal(got, np.asarray(image.convert("RGBA")))
+    first = np.split(strip(steps[0]), 2, axis=1)[0]
+    if "mask" in how:
+        kept = np.asarray(MASK) == 0
+        np.testing.assert_array_equal(first[kept][:, :3], np.asarray(IMAGE)[kept])
+        assert (first[kept][:, 3] == 255).all(), "what is kept is there from the first step on"
+    assert 0 < (first[..., 3] == 0).sum() < 48
+
+
+def test_a_border_is_on_a_larger_grid():
+    wide, mask = Image.new("RGB", (12, 6)), Image.new("L", (12, 6), 255)
+    wide.paste(IMAGE)
+    mask.paste(0, (0, 0, 8, 6))
+    found = streamed(post("/draw", image=base64_of(wide), mask=base64_of(mask), n=1, orders=["raster"]))
+    assert [step["positions"][0][0] for step in found] == [4, 5, 10, 11, 16, 17]
+    assert strip(found[-1]).shape == (6, 12, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image": "%%"}, "image must be an image file in base64"),
+        ({"image": base64.b64encode(b"<svg/>").decode(), "mask": EDIT["mask"]}, "not an image"),
+        ({"image": EDIT["image"][:100], "mask": EDIT["mask"]}, "damaged image"),
+        ({"image": EDIT["image"], "mask": base64_of(Image.new("L", (8, 8), 255))}, "resize the mask"),
+        ({"image": EDIT["image"], "mask": base64_of(Image.new("L", (8, 6)))}, "black everywhere"),
+        ({"image": EDIT["image"]}, "say what to generate"),
+        ({"image": EDIT["image"], "keep": 1}, "keep must be a share"),
+        ({"image": EDIT["image"], "mask": EDIT["mask"], "keep": 0.5}, "give either keep"),
+        ({"mask": EDIT["mask"]}, "give image="),
+        ({"image": base64_of(Image.new("RGB", (7, 6))), "keep": 0.5}, "cannot be cut into patches"),
+        ({"image": base64_of(Image.new("RGB", (16, 14))), "keep": 0.5}, "too many pixels: 16 x 14 pixels"),
+        ({"image": base64_of(Image.new("1", (40_000, 40_000))), "keep": 0.5}, "too many pixels"),
+        ({**EDIT, "label": "blue"}, "unknown class 'blue'"),
+        ({"n": [1]}, "n=[1]: expected int"),
+        ({"n": {"a": 1}}, "expected int"),
+        ({"orders": "raster\\0"}, "unknown order"),
+    ],
+)
+def test_wrong_images_and_masks_are_400_and_say_why(settings, message):
+    answer = post("/draw", **settings)
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]
+
+
+@pytest.mark.parametrize("path", ["/draw", "/animation", "/code"])
+def test_bodies_are_refused_that_are_foreign_large_or_no_settings(path, monkeypatch):
+    monkeypatch.setattr(guard, "MAX_BODY", 2000)
+    taken = watched(monkeypatch)
+    kind = {"content-type": "application/json"}
+    for headers in ({"sec-fetch-site": "cross-site"}, {"origin": "http://evil.example"}):
+        assert post(path, headers=headers, n=1).status_code == 403
+    assert post(path, client_of(PIPE, name="evil.example"), n=1).status_code == 400
+    assert CLIENT.post(path, content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
+    assert CLIENT.post(path, data={"n": 1}).status_code == 415
+    assert CLIENT.post(path, content=b" " * 2001, headers=kind).status_code == 413
+    for body in (b"[1]", b"{", b"\xff", b"[" * 1500, b""):
+        answer = CLIENT.post(path, content=body, headers=kind)
+        assert (answer.status_code, "JSON object" in answer.json()["error"]) == (400, True)
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    assert CLIENT.put(path, json={}).status_code == 405
+    assert taken == []
+
+
+def test_a_body_that_does_not_arrive_is_given_up(monkeypatch):
+    monkeypatch.setattr(guard, "PATIENCE", 0.05)
+    sent = []
+
+    async def visit():
+        async def receive():
+            await asyncio.sleep(10)
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/draw", "query_string": b"", "headers": headers}
+        await create_app(PIPE)(scope, receive, send)
+
+    asyncio.run(visit())
+    assert sent[0]["status"] == 408
+
+
+def test_an_animation_of_what_was_generated():
+    out = PIPE("red", 3, "hilbert", generator=1)
+    row = Image.fromarray(np.concatenate([np.asarray(image) for image in out.images], axis=1))
+    settings = {"image": base64_of(row), "order": out.order.tolist(), "grid": [3, 4]}
+    for format in ("webp", "gif"):
+        (event,) = streamed(post("/animation", format=format, known=2, **settings))
+        with Image.open(io.BytesIO(base64.b64decode(event["file"]))) as film:
+            assert (film.format, film.n_frames) == (format.upper(), 11)
+            film.seek(10)
+            last = np.asarray(film.convert("RGB"))
+        if format == "webp":
+            np.testing.assert_array_equal(last[: 6 * 16 : 16, : 8 * 16 : 16], np.asarray(out.images[0]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"order": [[0] * 12]}, "must be permutations"),
+        ({"order": [[10**30] * 12]}, "must be permutations"),
+        ({"order": [[0]]}, "a row of 12 patches"),
+        ({"order": []}, "1 to 16 orders"),
+        ({"grid": [12, 12]}, "a row of 144 patches"),
+        ({"grid": [-3, -4]}, "grid must be rows and columns"),
+        ({"grid": [4, 3]}, "which are no 1 images of 4 x 3 patches"),
+        ({"known": 12}, "known must lie in [0, 12)"),
+        ({"format": "mp4"}, "format must be webp or gif"),
+        ({"image": EDIT["mask"][:50]}, "image"),
+        ({"image": base64_of(Image.new("RGB", (800, 600)))}, "too many pixels"),
+    ],
+)
+def test_animations_that_make_no_sense_are_400(changes, message):
+    settings = {"image": EDIT["image"], "order": [list(range(12))], "grid": [3, 4], **changes}
+    answer = post("/animation", **settings)
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]
+
+
+OWN = PolicyConfig("max_prob", distance=0.5)
+SNIPPETS = {
+    "class": {"label": "green", "orders": ["random", OWN.label], "n": 2, "seed": 4},
+    "number, guidance, temperature": {"label": "1", "n": 1, "guidance": 2, "temperature": 0.5},
+    "no class": {"n": 2, "orders": ["hilbert"]},
+    "mask": {**EDIT, "label": "red", "n": 2, "orders": ["random"], "temperature": 0},
+    "keep": {"image": EDIT["image"], "keep": 0.5, "orders": ["random"], "n": 2},
+}
+
+
+@pytest.mark.parametrize("asked", SNIPPETS.values(), ids=SNIPPETS)
+def test_the_code_and_the_commands_make_the_same_images(asked, tmp_path, monkeypatch):
+    pipe = pipeline(policy=OWN)
+    pipe.save_pretrained(tmp_path / "my pipeline")
+    client = TestClient(create_app(pipe, name="my pipeline"), "http://localhost")
+    monkeypatch.chdir(tmp_path)
+    IMAGE.save("image.png")
+    MASK.save("mask.png")
+    found = streamed(post("/draw", client, **asked))
+    code = post("/code", client, **asked).json()
+    exec(code["python"], {})
+    for number, command in enumerate(code["command"].splitlines()):
+        assert cli.main(shlex.split(command)[1:]) == 0
+        folder = tmp_path / shlex.split(command)[-1].removeprefix("out=")
+        n = asked["n"]
+        last = [step for step in found if step["order"] == number][-1]
+        for i, expected in enumerate(np.split(strip(last), n, axis=1)):
+            for path in (tmp_path / f"order-{number}-{i}.png", folder / f"{i:04d}.png"):
+                np.testing.assert_array_equal(np.asarray(Image.open(path).convert("RGBA")), expected)
+        assert (tmp_path / f"order-{number}.webp").exists()
+
+
+def test_names_with_commas_and_texts_become_one_item():
+    assert snippets._items("a, 'b'") == "[\"a, 'b'\"]"
+    assert snippets._items("none") == '["none"]'
+    assert snippets._items("Flip Flops") == "Flip Flops"
+
+
+@pytest.mark.parametrize(
+    ("order", "message"), [("zigzag", "zigzag"), ("class_mean", "needs the orders of the classes")]
+)
+def test_the_stage_refuses_good_orders_that_cannot_be(order, message):
+    with pytest.raises(ValueError, match=message):
+        PipelineStage(model=Path("model"), good_orders=(order,))
+    assert PipelineStage(model=Path("model"), orders=Path("orders"), good_orders=("class_mean",))
+
+
+def test_orders_that_a_model_is_good_at_come_first(tmp_path):
+    pipe = pipeline()
+    pipe.good_orders, pipe.example_class = ["random", "hilbert"], "green"
+    pipe.save_pretrained(tmp_path)
+    about = client_of(Pipeline.from_pretrained(tmp_path)).get("/about").json()
+    orders = about["orders"]
+    assert [order["name"] for order in orders[:4]] == ["entropy", "random", "hilbert", "token_likelihood"]
+    assert [order["good"] for order in orders] == [True] * 3 + [False] * (len(orders) - 3)
+    why = "An experiment: this model is made for entropy, random, hilbert, and may be poor at other orders."
+    assert [order["why"] for order in orders[2:5]] == ["", why + orders[3]["why"].removeprefix(why), why]
+    assert "likely tokens appear too often" in orders[3]["why"]
+    assert (about["example_class"], about["completes"]) == ("green", True)
+    plain = CLIENT.get("/about").json()
+    assert [order["name"] for order in plain["orders"] if order["good"]] == ["entropy"]
+    assert (plain["example_class"], plain["completes"]) == ("red", False)
+
+
+@pytest.mark.slow
+def test_the_first_samples_take_less_than_two_seconds():
+    """Of one core's time, with what the page opens with: on an idle machine the visitor waits no longer."""
+    pipe = Pipeline.from_pretrained("fashion32")
+    [*generation.generate_events(pipe, generation.GenerateRequest(n=1))]
+    begin, first = time.process_time(), None
+    for _ in generation.generate_events(pipe, generation.GenerateRequest(label="Bags")):
+        first = first or time.process_time() - begin
+    print(f"first patch after {first:.2f} s, four images after {time.process_time() - begin:.2f} s")
+    assert time.process_time() - begin < 2

@@ -23,7 +23,7 @@ from torch import nn
 
 from anyorder.contracts import Grid
 from anyorder.data.captions import CaptionTokenizer, TextConfig, several
-from anyorder.inference.inpainting import Filling, complete_images
+from anyorder.inference.inpainting import Filling, with_hole
 from anyorder.method.decoding import extract_orders, sample
 from anyorder.method.guidance import GuidanceConfig, Guided
 from anyorder.method.policy_config import PolicyConfig
@@ -81,7 +81,8 @@ def of_filling(config: Filling) -> Any:
     images = torch.arange(3 * 48, dtype=torch.uint8).view(1, 3, 6, 8)
     mask = torch.zeros(1, 6, 8, dtype=torch.bool)
     mask[:, 2:5, 2:6] = True
-    made = complete_images(transformer(grid=(3, 4)), tokenizer, images, mask, "raster", Streams([0]), config)
+    begun = with_hole(tokenizer, images, mask, config)
+    made = begun.complete(transformer(grid=(3, 4)), tokenizer, "raster", Streams([0]))
     return numbers(made[0], made[1])
 
 

@@ -407,11 +407,26 @@ def test_the_package_exports_what_calls_take():
         ({"class_orders": CLASS_ORDERS[:2]}, r"each of the model's 3 classes, got shape \(2, 12\)"),
         ({"class_orders": CLASS_ORDERS[0]}, "class_orders must have a row for each"),
         ({"class_orders": torch.zeros(3, 12, dtype=torch.int64)}, "exactly once"),
+        ({"good_orders": ["zigzag"]}, "zigzag"),
+        ({"good_orders": ["class_mean"]}, "good_orders names class_mean, and there are no class_orders"),
+        ({"classes": CLASSES, "example_class": "mouse"}, "example_class is 'mouse', the classes are"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(parts, message):
     with pytest.raises(ValueError, match=message):
         Pipeline(**{"model": MODEL, "tokenizer": TOKENIZER, **parts})
+
+
+def test_what_the_page_offers_is_kept(tmp_path):
+    shown = {"good_orders": ["random", "class_mean"], "example_class": CLASSES[1]}
+    pipe = Pipeline(MODEL, TOKENIZER, CLASSES, class_orders=CLASS_ORDERS, **shown)
+    pipe.save_pretrained(tmp_path / "a")
+    Pipeline.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    loaded = Pipeline.from_pretrained(tmp_path / "b")
+    assert {name: getattr(loaded, name) for name in shown} == shown
+    PIPE.save_pretrained(tmp_path / "b")
+    assert not {*shown} & {*json.loads((tmp_path / "b/pipeline.json").read_text())}
+    assert (PIPE.good_orders, PIPE.example_class) == ([], None)
 
 
 # --- orders of classes on other grids

@@ -40,6 +40,7 @@ class _ImageConfig:
     what the pipeline says, which is none unless it was made with some."""
     seed: int = 0
     """Image i is generated from seed + i; by default 0."""
+    sampling: Sampling = field(default_factory=Sampling)
 
     renamed: ClassVar[dict[str, str]] = {"guidance": "guidance_scale"}
     """Earlier names, see `settings.read_stored`."""
@@ -52,16 +53,15 @@ class SampleConfig(_ImageConfig):
     orders.png shows when each patch was generated; generation.webp is an animation of it.
     """
 
-    class_labels: tuple[str, ...] = ()
+    class_labels: tuple[str, ...] | None = ()
     """Names or numbers of classes, in turn; by default all classes in turn, or none beside prompts or
-    attributes."""
+    attributes. null generates without a class."""
     prompts: tuple[str, ...] = ()
     """Texts, in turn, for a pipeline that was trained with captions."""
     attributes: dict[str, str] = field(default_factory=dict)
     """Values by name, such as baseColour: Red, for a pipeline that was trained with attributes."""
     num_images: int = 16
     """Number of images, at least 1; by default 16."""
-    sampling: Sampling = field(default_factory=Sampling)
     scale: int = 4
     """Screen pixels per image pixel in grid.png, orders.png and generation.webp; by default 4."""
     compile: bool = False
@@ -124,8 +124,8 @@ def _sample_into(config: SampleConfig, out: Path) -> None:
     pipe = Pipeline.from_pretrained(config.pipeline)
     if config.compile:
         pipe.compile_decoding()
-    labels: list[Any] = [pipe.typed(label) for label in config.class_labels]
-    if not labels and not config.prompts and not config.attributes:
+    labels: list[Any] = [pipe.typed(label) for label in config.class_labels or ()]
+    if config.class_labels == () and not config.prompts and not config.attributes:
         labels = [*range(pipe.model.num_classes)][: config.num_images]
     made = pipe(
         labels or None, config.num_images, config.policy, config.guidance_scale, config.seed,
@@ -160,6 +160,7 @@ def _completed(config: CompleteConfig) -> list[Image.Image]:
     return pipe.complete(
         image, mask, labels, config.num_images, config.policy, config.guidance_scale, config.seed,
         pad=config.pad, keep=config.keep, feather=config.feather, margin=config.margin, prompt=config.prompt,
+        sampling=config.sampling,
     ).images  # fmt: skip
 
 

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from anyorder.demo.line import one_line
+from anyorder.demo.line import PATIENCE, one_line
 
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data:; connect-src 'self'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src data: blob:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "X-Frame-Options": "DENY",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # a proxy must pass on each event at once
 }
+MAX_BODY = 6 * 2**20
+"""Bytes of a request."""
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 _NAME = re.compile(r"\*|(\*\.)?[\w.-]+|\[?(?=.*:.*:)[\da-f:.]+\]?", re.ASCII | re.IGNORECASE)
 
@@ -69,12 +75,52 @@ def from_elsewhere(headers: Headers) -> bool:
     return any(source.split("/")[2:3] != [headers["host"]] for source in sources)
 
 
-def refusal(status: int, error: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """An answer that says what is wrong, as the page shows it."""
-    return JSONResponse({"error": error}, status, headers)
+async def read_settings(request: Request) -> dict[str, Any]:
+    """The settings of a request that starts work: the query's parameters, or the JSON object in its body.
+
+    Raises:
+        HTTPException: it comes from another site, or its body is too large, too slow or no JSON object.
+    """
+    if from_elsewhere(request.headers):
+        raise HTTPException(403, "Another web site may not start work here: open the page itself.")
+    if request.method == "GET":
+        return {**request.query_params, "orders": request.query_params.getlist("orders")}
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        raise HTTPException(415, "Send settings as application/json.")
+    try:
+        async with asyncio.timeout(PATIENCE):
+            settings = json.loads(await _body(request))
+    except TimeoutError as e:
+        raise HTTPException(408, f"The request took more than {PATIENCE} s to arrive: send it again.") from e
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise HTTPException(400, "The body of the request must be a JSON object of settings.")
+    return settings
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY:
+            text = f"The request has more than {MAX_BODY >> 20} MiB: send a smaller image."
+            raise HTTPException(413, text, {"Connection": "close"})
+    return bytes(body)
+
+
+async def refused(request: Request, error: Exception) -> JSONResponse:
+    """The answer to a request that is refused, as the page shows it."""
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
+async def wrong(request: Request, error: Exception) -> JSONResponse:
+    """The answer to settings that make no sense."""
+    return JSONResponse({"error": str(error)}, 400)
 
 
 async def failed(request: Request, error: Exception) -> JSONResponse:
     """The answer to a request that raised an error; one short line in the log."""
     logging.getLogger(__name__).error("%s failed: %s", request.url.path[:100], one_line(error))
-    return refusal(500, f"The server failed: {one_line(error)}", HEADERS)
+    return JSONResponse({"error": f"The server failed: {one_line(error)}"}, 500, HEADERS)

@@ -172,8 +172,10 @@ def mean_rank_per_class(
         return rendered(figure)
 
 
-def generation_frames(images: np.ndarray, orders: np.ndarray, grid: Grid, frames: int = 24) -> np.ndarray:
-    """Images as they are revealed in their orders, from an empty grid to the full one.
+def generation_frames(
+    images: np.ndarray, orders: np.ndarray, grid: Grid, frames: int = 24, known: int = 0
+) -> np.ndarray:
+    """Images as they are revealed in their orders, from the first `known` positions to the full grid.
 
     Returns:
         (T, n, H, W, 3) uint8, 2 <= T <= frames, evenly spaced over the steps; grey where not yet revealed.
@@ -185,7 +187,7 @@ def generation_frames(images: np.ndarray, orders: np.ndarray, grid: Grid, frames
         np.arange(size) * k // size for size, k in zip(images.shape[1:3], (grid.h, grid.w), strict=True)
     )
     rank = ranks(orders, grid)[:, rows][:, :, columns, None]
-    moments = np.unique(np.linspace(0, grid.n, frames).round().astype(int))
+    moments = np.unique(np.linspace(known, grid.n, frames).round().astype(int))
     return np.stack([np.where(rank < moment, images, np.uint8(UNREVEALED)) for moment in moments])
 
 

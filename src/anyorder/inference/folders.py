@@ -47,6 +47,10 @@ class Parts:
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     #: The guidance of conditional images unless a call gives another.
     guidance: GuidanceConfig = GuidanceConfig()  # noqa: RUF009 - frozen
+    #: Names of orders that the model is good at, beside the policy; the web page offers these first.
+    good_orders: Sequence[str] = ()
+    #: Name of the class that the web page opens with; by default the first.
+    example_class: str | None = None
 
     def __post_init__(self) -> None:
         self.classes, self.policy = list(self.classes), self.policy or PolicyConfig()
@@ -61,6 +65,11 @@ class Parts:
             shape, n = tuple(self.class_orders.shape), self.model.num_classes
             text = f"class_orders must have a row for each of the model's {n} classes, got shape {shape}"
             require(len(shape) == 2 and n in (0, shape[0]), text)
+        self.good_orders = [PolicyConfig(name).order for name in self.good_orders]
+        lacking = "good_orders names class_mean, and there are no class_orders: leave it out, or give them"
+        require("class_mean" not in self.good_orders or self.class_orders is not None, lacking)
+        text = f"example_class is '{self.example_class}', the classes are {', '.join(self.classes)}"
+        require(self.example_class in (None, *self.classes), text)
         for network in filter(None, (self.model, self.tokenizer, self.scorer)):
             network.eval()
 
@@ -78,6 +87,10 @@ def save_parts(folder: str | Path, parts: Parts) -> None:
     index = {"format": 1, "classes": parts.classes, "policy": policy, "scorer": scored}
     if parts.guidance != GuidanceConfig():
         index["guidance"] = asdict(parts.guidance)
+    if parts.good_orders:
+        index["good_orders"] = parts.good_orders
+    if parts.example_class is not None:
+        index["example_class"] = parts.example_class
     if vocabulary.attributes or vocabulary.length:
         index |= {"attributes": vocabulary.attributes, "text_length": vocabulary.length}
         if vocabulary.captions is not None:
@@ -107,6 +120,7 @@ def _load_parts(folder: Path) -> Parts:
             GuidanceConfig, settings.read_stored(GuidanceConfig, index.get("guidance", {}))
         )
         captions = CaptionTokenizer((folder / TEXT).read_text("utf-8")) if length else None
+        good, example = [str(name) for name in index.get("good_orders", [])], index.get("example_class")
         vocabulary = Vocabulary(classes, dict(index.get("attributes", {})), captions, length)
     except (AttributeError, KeyError, TypeError) as e:
         text = f"{folder / INDEX} is damaged: {type(e).__name__} {e}; save the pipeline again"
@@ -121,6 +135,8 @@ def _load_parts(folder: Path) -> Parts:
         torch.from_numpy(files.load_array(orders).astype(np.int64)) if orders.is_file() else None,
         vocabulary,
         guidance,
+        good,
+        example,
     )
 
 

@@ -7,6 +7,7 @@ Tokens whose own patch is known throughout are kept. They have seen the replacem
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Unpack
 
@@ -14,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyorder.contracts import AnyOrderModel, Grid, Tokenizer, Trace, require
+from anyorder.contracts import AnyOrderModel, Grid, Step, Tokenizer, Trace, require
 from anyorder.data.images import from_float
-from anyorder.method.decoding import GenerationOptions, complete
+from anyorder.method.decoding import GenerationOptions, complete, generate
 from anyorder.method.policy_config import Order
 from anyorder.method.sampling import Streams
 
@@ -38,53 +39,69 @@ class Filling:
             require(value >= 0, f"{name} must be >= 0, got {value}")
 
 
-def complete_images(
-    model: AnyOrderModel,
-    tokenizer: Tokenizer,
-    images: Tensor,
-    mask: Tensor,
-    order: Order,
-    streams: Streams,
-    filling: Filling = Filling(),
-    **options: Unpack[GenerationOptions],
-) -> Completion:
-    """Generate what is masked; the result does not depend on the masked pixels at all.
+@dataclass(frozen=True)
+class Unfinished:
+    """What is known of images that are to be completed."""
+
+    tokens: Tensor  #: (B, N) int64, raster order; they mean nothing where they are not known.
+    known: Tensor  #: (B, N) bool, tokens that are kept.
+    grid: Grid
+    images: Tensor | None = None  #: (B, 3, H, W) uint8; None: no pixel is kept, only tokens are.
+    kept: Tensor | None = None  #: (B, 1, H, W) bool, pixels that stay as they are; None: none of them.
+    feather: int = 0  #: see `Filling`.
+
+    def finish(self, tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
+        """Images (B, 3, H, W) uint8 of tokens (B, N), with the pixels that are kept."""
+        made = tokenizer.decode(tokens, self.grid)
+        if self.images is None or self.kept is None:
+            return from_float(made)
+        if self.feather:
+            made = made + fading_step(to_float(self.images) - made, self.kept, self.feather)
+        return torch.where(self.kept, self.images, from_float(made))
+
+    def complete(
+        self,
+        model: AnyOrderModel,
+        tokenizer: Tokenizer,
+        order: Order,
+        streams: Streams,
+        **options: Unpack[GenerationOptions],
+    ) -> Completion:
+        """Generate the unknown tokens; arguments as of `decoding.complete`, without `grid`."""
+        options["grid"] = self.grid
+        trace = complete(model, self.tokens, self.known, order, streams, **options)
+        return self.finish(tokenizer, trace.tokens), self.known, trace
+
+    def steps(
+        self, model: AnyOrderModel, order: Order, streams: Streams, **options: Unpack[GenerationOptions]
+    ) -> Iterator[Step]:
+        """The same step by step, for images that know equally many tokens."""
+        options["grid"] = self.grid
+        at = self.known.nonzero()[:, 1].view(len(self.known), -1)
+        return generate(model, order, streams, known=(at, self.tokens.gather(1, at)), **options)
+
+
+def with_hole(tokenizer: Tokenizer, images: Tensor, mask: Tensor, filling: Filling = Filling()) -> Unfinished:
+    """Images of which a part is to be generated; nothing depends on the masked pixels at all.
 
     Takes images (B, 3, H, W) uint8, sides divisible by the tokenizer's `factor`, and a mask (B, H, W) bool,
-    True where pixels are to be generated; all True is sampling. The rest as of `decoding.generate`, without
-    `grid`. Known pixels stay as they are, bit by bit.
+    True where pixels are to be generated; all True is sampling. Known pixels stay as they are, bit by bit.
     """
-    options["grid"] = grid = grid_of(images, tokenizer.factor)
+    grid, kept, pixels = grid_of(images, tokenizer.factor), ~mask[:, None], to_float(images)
     known = ~open_tokens(mask, tokenizer.factor, filling.margin)
-    kept = ~mask[:, None]
-    pixels = to_float(images)
     tokens = tokenizer.encode(torch.where(kept, pixels, extend(pixels, kept)[0]))
-    trace = complete(model, tokens, known, order, streams, **options)
-    generated = tokenizer.decode(trace.tokens, grid)
-    if filling.feather:
-        generated = generated + fading_step(pixels - generated, kept, filling.feather)
-    return torch.where(kept, images, from_float(generated)), known, trace
+    return Unfinished(tokens, known, grid, images, kept, filling.feather)
 
 
-def vary_images(
-    model: AnyOrderModel,
-    tokenizer: Tokenizer,
-    images: Tensor,
-    keep: float,
-    order: Order,
-    streams: Streams,
-    **options: Unpack[GenerationOptions],
-) -> Completion:
-    """Variations: a share `keep` of the tokens, in [0, 1), stays; the stream of each image decides which.
+def with_part(tokenizer: Tokenizer, images: Tensor, keep: float, streams: Streams) -> Unfinished:
+    """Variations: a share `keep` of the tokens, in [0, 1), is known; the streams decide which.
 
-    The others are generated, and no pixel is pasted. Other arguments as of `complete_images`.
+    The others are generated, and no pixel is pasted. Images as of `with_hole`.
     """
-    require(0 <= keep < 1, f"keep must be a share of tokens in [0, 1), got {keep}")
-    options["grid"] = grid = grid_of(images, tokenizer.factor)
+    grid = grid_of(images, tokenizer.factor)
     # By rank rather than by threshold: every image keeps equally many, and all run as one batch.
     known = streams.permutation(grid.n) < round(keep * grid.n)
-    trace = complete(model, tokenizer.encode(to_float(images)), known, order, streams, **options)
-    return from_float(tokenizer.decode(trace.tokens, grid)), known, trace
+    return Unfinished(tokenizer.encode(to_float(images)), known, grid)
 
 
 def grid_of(images: Tensor, factor: int) -> Grid:

@@ -34,7 +34,8 @@ class PipelineOutput:
         `scale` enlarges each pixel, by default to 128 screen pixels per image or more. A ValueError refuses
         other formats.
         """
-        frames = figures.generation_frames(*self._arrays(), self.grid)
+        known = 0 if self.known is None else int(self.known.sum(1).min())
+        frames = figures.generation_frames(*self._arrays(), self.grid, known=known)
         figures.save_animation(Path(path), frames, columns, scale or self._scale)
 
     def __repr__(self) -> str:

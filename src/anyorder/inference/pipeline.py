@@ -29,6 +29,8 @@ from anyorder.models.compiled import compile_decoding
 Callback = Callable[["Pipeline", int, contracts.Step], Any]
 """Called after each step with the pipeline, the number of the step from 0, and what it revealed."""
 
+Prepared = tuple[contracts.AnyOrderModel, policy_config.Order, Streams, decoding.GenerationOptions]
+"""The arguments of `decoding.generate` for all images."""
 Batch = tuple[Tensor, contracts.AnyOrderModel, contracts.OrderPolicy, Streams, decoding.GenerationOptions]
 """Row numbers (b,) of some images, and the arguments of `decoding.generate` for them."""
 
@@ -186,33 +188,70 @@ class Pipeline(folders.Parts):
             ValueError: an image or mask that cannot be read or does not fit, nothing to generate, or settings
                 that do not fit together.
         """
+        asked, filling = ImageRequest.of(*request, **settings), {"margin": margin, "feather": feather}
+        begin, prepared = self._unfinished(image, mask, asked, pad, keep, filling, callback_on_step_end)
+        made = []
+        for rows, model, policy, streams, options in self._batches(batch_size, *prepared):
+            begun = begin(rows, streams)
+            found, known, trace = begun.complete(model, self.tokenizer, policy, streams, **options)
+            shown = [Image.fromarray(one) for one in found.permute(0, 2, 3, 1).cpu().numpy()]
+            numbers = trace.order, trace.tokens, trace.log_prob, begun.grid, trace.steps
+            made.append(PipelineOutput(shown, *numbers, known))
+        return PipelineOutput.joined(made)
+
+    @takes_request
+    def stream_completion(
+        self,
+        image: Any,
+        mask: Any = None,
+        *request: Any,
+        pad: Sequence[int] | None = None,
+        keep: float | None = None,
+        **settings: Any,
+    ) -> Iterator[tuple[inpainting.Unfinished, contracts.Step]]:
+        """As `complete` of one image, step by step; each step comes with what was known before the first."""
         asked = ImageRequest.of(*request, **settings)
+        begin, (model, order, streams, options) = self._unfinished(image, mask, asked, pad, keep, {})
+        policy = policy_config.make_policy(order, options["grid"] or self.model.grid, streams)
+
+        def steps() -> Iterator[tuple[inpainting.Unfinished, contracts.Step]]:
+            begun = begin(torch.arange(len(streams), device=self.device), streams)
+            for step in begun.steps(model, policy, streams, **options):
+                yield begun, step
+
+        return steps()
+
+    def _unfinished(
+        self,
+        image: Any,
+        mask: Any,
+        asked: ImageRequest,
+        pad: Sequence[int] | None,
+        keep: float | None,
+        filling: dict[str, int | None],
+        callback: Callback | None = None,
+    ) -> tuple[Callable[[Tensor, Streams], inpainting.Unfinished], Prepared]:
+        """What begins the completion of some rows (b,) of the images, and the arguments of `_batches`."""
         require(asked.grid is None, "the grid of a completion is that of the image: leave out grid")
-        filling = {name: n for name, n in (("margin", margin), ("feather", feather)) if n is not None}
-        both = keep is not None and (mask is not None or pad is not None or filling)
+        how = {name: n for name, n in filling.items() if n is not None}
+        both = keep is not None and (mask is not None or pad is not None or how)
         require(not both, "give either keep=..., or mask=... and pad=... with margin and feather")
+        text = f"keep must be a share of tokens in [0, 1), got {keep}"
+        require(keep is None or 0 <= keep < 1, text)
         images = masks.read_images(image)
         if len(images) == 1:
             images = images.repeat(asked.columns(asked.num_images)[0], 0)
         images, hole = masks.canvas(images, mask, pad) if keep is None else (images, None)
         pixels, grid = self._pixels(images)
-        prepared = self._prepare(asked, callback_on_step_end, grid, len(images))
-        made = []
-        for rows, model, policy, streams, options in self._batches(batch_size, *prepared):
+        fill = inpainting.Filling(**how)
+
+        def begin(rows: Tensor, streams: Streams) -> inpainting.Unfinished:
             if hole is None:
-                found, known, trace = inpainting.vary_images(
-                    model, self.tokenizer, pixels[rows], keep or 0.0, policy, streams, **options
-                )
-            else:
-                gap, how = torch.from_numpy(hole)[rows].to(self.device), inpainting.Filling(**filling)
-                found, known, trace = inpainting.complete_images(
-                    model, self.tokenizer, pixels[rows], gap, policy, streams, how, **options
-                )
-            shown = [Image.fromarray(one) for one in found.permute(0, 2, 3, 1).cpu().numpy()]
-            made.append(
-                PipelineOutput(shown, trace.order, trace.tokens, trace.log_prob, grid, trace.steps, known)
-            )
-        return PipelineOutput.joined(made)
+                return inpainting.with_part(self.tokenizer, pixels[rows], keep or 0.0, streams)
+            gap = torch.from_numpy(hole)[rows.cpu()].to(self.device)
+            return inpainting.with_hole(self.tokenizer, pixels[rows], gap, fill)
+
+        return begin, self._prepare(asked, callback, grid, len(images))
 
     @takes_request
     def score(self, images: Any, *request: Any, batch_size: int = 64, **settings: Any) -> Tensor:
@@ -347,7 +386,7 @@ class Pipeline(folders.Parts):
         grid: Grid | None = None,
         images: int | None = None,
         sampled: bool = True,
-    ) -> tuple[contracts.AnyOrderModel, policy_config.Order, Streams, decoding.GenerationOptions]:
+    ) -> Prepared:
         """The arguments of `decoding.generate`; errors are found here, before the first step."""
         n, given = request.columns(images or request.num_images)
         text = f"got {n} images for num_images={request.num_images}: give one image, or one for each"

@@ -48,6 +48,11 @@ class PipelineStage:
     """Order cache that holds the orders of the classes, for order class_mean and for class_weight."""
     policy: PolicyConfig | None = None
     """Order unless a call gives another; by default the one of the samples, else entropy."""
+    good_orders: tuple[str, ...] = ()
+    """Names of further orders that the model is good at, such as random; the web page of `anyorder demo`
+    offers these first and calls all others experiments. By default none but the policy."""
+    example_class: str | None = None
+    """Class that the web page opens with; by default the first one."""
 
     def __post_init__(self) -> None:
         text = "say what to put together: give samples=FOLDER or model=FOLDER"
@@ -55,6 +60,9 @@ class PipelineStage:
         ordered = self.orders or self.samples or not self.policy or not self.policy.by_class
         text = "this policy needs the orders of the classes: give orders=FOLDER"
         require(bool(ordered), text)
+        for name in self.good_orders:
+            text = f"good_orders={name} needs the orders of the classes: give orders=FOLDER"
+            require(not PolicyConfig(name).by_class or bool(self.orders or self.samples), text)
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write the folder."""
@@ -80,6 +88,7 @@ class PipelineStage:
                 guidance = parse(GuidanceConfig, stored | {"scale": scale})
         classes = class_names(self.model, model, tokens)
         vocabulary = dataclasses.replace(tokens.vocabulary, classes=classes)
-        parts = Parts(model, tokenizer, classes, policy, scorer, orders, vocabulary, guidance)
+        shown = guidance, self.good_orders, self.example_class
+        parts = Parts(model, tokenizer, classes, policy, scorer, orders, vocabulary, *shown)
         save_parts(artifact.folder, parts)
         return {"parameters": read_manifest(self.model)["parameters"]}

@@ -1,0 +1,87 @@
+"""Python and commands that do what the page does, to be copied from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+from typing import Any
+
+from anyorder.demo.generation import GenerateRequest, chosen, guidance_scale
+from anyorder.inference.pipeline import Pipeline
+from anyorder.method.policy_config import PolicyConfig
+
+IMAGE, MASK = "image.png", "mask.png"
+"""Under these names the page saves what is in its editor."""
+
+
+def snippets(pipe: Pipeline, name: str, asked: GenerateRequest) -> dict[str, str]:
+    """`python` and `command`: the request for people who have the pipeline `name`; errors as of `chosen`."""
+    policies = chosen(pipe, asked)
+    return {
+        "python": _python(pipe, name, asked, policies),
+        "command": "\n".join(_command(pipe, name, asked, policy) for policy in policies),
+    }
+
+
+def _changed(policy: PolicyConfig) -> dict[str, Any]:
+    """The order, and every setting that is not the default."""
+    defaults = PolicyConfig()
+    values = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
+    return {key: v for key, v in values.items() if key == "order" or v != getattr(defaults, key)}
+
+
+def _python(pipe: Pipeline, name: str, asked: GenerateRequest, policies: list[PolicyConfig]) -> str:
+    orders = [_order(policy) for policy in policies]
+    arguments = {
+        "class_labels": pipe.typed(asked.label) if asked.label else None, "prompt": asked.prompt or None,
+        "num_images": asked.n, "generator": asked.seed,
+        "guidance_scale": guidance_scale(pipe, asked), "keep": asked.keep,
+        "sampling": {"temperature": asked.temperature} if asked.temperature != 1 else None,
+    }  # fmt: skip
+    given = [f'"{IMAGE}"'] * bool(asked.image) + [f'"{MASK}"'] * bool(asked.mask) + ["order=order"]
+    given += [f"{key}={value!r}" for key, value in arguments.items() if value is not None]
+    names = ["Pipeline"] + ["PolicyConfig"] * any("PolicyConfig" in order for order in orders)
+    return f"""from anyorder import {", ".join(names)}
+
+pipe = Pipeline.from_pretrained({name!r})
+for number, order in enumerate([{", ".join(orders)}]):
+    out = pipe{".complete" * bool(asked.image)}({", ".join(given)})
+    out.save_animation(f"order-{{number}}.webp", columns=4)
+    for i, image in enumerate(out.images):
+        image.save(f"order-{{number}}-{{i}}.png")
+"""
+
+
+def _order(policy: PolicyConfig) -> str:
+    values = _changed(policy)
+    alone = values == {"order": policy.order}
+    return (
+        repr(policy.order) if alone else f"PolicyConfig({', '.join(f'{k}={v!r}' for k, v in values.items())})"
+    )
+
+
+def _command(pipe: Pipeline, name: str, asked: GenerateRequest, policy: PolicyConfig) -> str:
+    scale = guidance_scale(pipe, asked)
+    settings: dict[str, Any] = {
+        "pipeline": name, "class_labels": _items(asked.label),
+        **({"prompt": asked.prompt} if asked.image else {"prompts": _items(asked.prompt)}),
+        "num_images": asked.n, "seed": asked.seed,
+        "guidance_scale": "" if scale is None else scale,
+        "sampling.temperature": asked.temperature if asked.temperature != 1 else "",
+        **{f"policy.{key}": value for key, value in _changed(policy).items()},
+        "image": IMAGE if asked.image else "", "mask": MASK if asked.mask else "",
+        "keep": "" if asked.keep is None else asked.keep,
+        "out": re.sub(r"\W+", "-", policy.label).strip("-"),
+    }  # fmt: skip
+    if not asked.image and not asked.label and not asked.prompt and pipe.model.num_classes:
+        settings["class_labels"] = "null"
+    words = [f"{key}={value}" for key, value in settings.items() if value != ""]
+    return shlex.join(["anyorder", "complete" if asked.image else "sample", *words])
+
+
+def _items(text: str) -> str:
+    """One item of a list as the command line takes it."""
+    plain = re.fullmatch(r"[\w .+-]*", text) and text.lower() not in ("null", "none", "~")
+    return text if plain else json.dumps([text], ensure_ascii=False)
