@@ -29,6 +29,7 @@ from anyorder.demo import generation, guard, line, server, snippets
 from anyorder.demo.generation import nearest_revealed, paint
 from anyorder.demo.server import create_app
 from anyorder.inference.inpainting import Unfinished
+from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import SCORES, Sampling
 from anyorder.orders import STATIC
@@ -899,6 +900,24 @@ def test_the_code_and_the_commands_make_the_same_images(asked, tmp_path, monkeyp
         assert (tmp_path / f"order-{number}.webp").exists()
 
 
+def test_the_guidance_of_the_pipeline_is_the_default():
+    pipe = pipeline()
+    pipe.guidance = GuidanceConfig(2.0, "linear")
+    client = client_of(pipe)
+    assert client.get("/about").json()["guidance"] == 2
+    asked = {"label": "red", "n": 1, "orders": ["raster"]}
+    scales = ({}, {"guidance": 2}, {"guidance": 1})
+    own, same, none = (streamed(post("/draw", client, **asked, **scale)) for scale in scales)
+    expected = pipe("red", 1, "raster")
+    assert torch.equal(column(own, "log_prob"), expected.log_prob)
+    assert torch.equal(column(same, "log_prob"), expected.log_prob)
+    assert torch.equal(column(none, "log_prob"), pipe("red", 1, "raster", 1.0).log_prob)
+    assert not torch.equal(column(none, "log_prob"), expected.log_prob)
+    codes = [post("/code", client, **asked, guidance=scale).json() for scale in (2, 1)]
+    assert "guidance" not in str(codes[0])
+    assert ["guidance_scale=1.0" in codes[1][name] for name in ("python", "command")] == [True, True]
+
+
 def test_names_with_commas_and_texts_become_one_item():
     assert snippets._items("a, 'b'") == "[\"a, 'b'\"]"
     assert snippets._items("none") == '["none"]'
@@ -941,3 +960,17 @@ def test_the_first_samples_take_less_than_two_seconds():
         first = first or time.process_time() - begin
     print(f"first patch after {first:.2f} s, four images after {time.process_time() - begin:.2f} s")
     assert time.process_time() - begin < 2
+
+
+def test_images_that_reveal_different_numbers_at_a_step():
+    """Every position comes once in each image, and the patches that are done are those of the slowest."""
+    policy = PolicyConfig("random", per_step=4, entropy_limit=1.7)
+    pipe = pipeline(policy=policy)
+    steps = steps_of(0, events(client_of(pipe), n=3, seed=1))
+    expected = pipe(num_images=3, generator=1)
+    orders = [[p for step in steps for p in step["positions"][i]] for i in range(3)]
+    assert orders == expected.order.tolist()
+    counts = np.cumsum([[len(row) for row in step["positions"]] for step in steps], axis=0)
+    assert [step["done"] for step in steps] == counts.min(1).tolist()
+    assert steps[-1]["done"] == steps[-1]["total"] == 12
+    assert (counts.max(1) > counts.min(1)).any(), "the images differ"
