@@ -78,6 +78,8 @@ class Costs:
     parameters: int = 0
     tokens: float = 0.0
     """In training: those that it sees."""
+    examples: float = 0.0
+    """In training: how many it sees, repetitions counted."""
     flops: float = 0.0
     seconds: float = 0.0
     weights: float = 0.0
@@ -104,6 +106,7 @@ class Costs:
             "optimizer": self.optimizer / GIB,
             "activations": self.activations / GIB,
             "cache": self.cache / GIB,
+            "examples/s": self.examples / max(self.seconds, 1e-9),
             "hours": self.seconds / 3600,
             "disk (GB)": self.disk / 1e9,
         }
@@ -213,6 +216,7 @@ class Planner:
         state = FLOAT * (parameters * (1 + averages) + 2 * trained)
         return Costs(
             parameters=parameters,
+            examples=times * train.batch_size,
             weights=FLOAT * (parameters * (1 + averages) / sharers + apart),
             optimizer=FLOAT * 2 * trained / sharers,
             activations=one.peak,
@@ -231,7 +235,7 @@ class Planner:
 
     def _of_data(self, stage: Any) -> Costs:
         made = next(path for path, each in self.stages.items() if each is stage)
-        pixels = math.prod(stage.size) * 3 if getattr(stage, "cache", True) else 0
+        pixels = math.prod(stage.size) * 3 if stage.cache else 0
         return Costs(disk=self._facts(made).all * (pixels + 8))
 
     def _of_tokenizer(self, stage: Any) -> Costs:
@@ -269,7 +273,7 @@ class Planner:
     @staticmethod
     def _copies(tokens: Any) -> int:
         """How many token sets each training image has."""
-        return 2 if tokens.mirror else 1
+        return (5 if tokens.crops else 1) * (2 if tokens.mirror else 1)
 
     def _of_train(self, stage: Any) -> Costs:
         kind, config = self._generator(stage)
