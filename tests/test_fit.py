@@ -358,3 +358,10 @@ def test_class_orders_train_on_all_images(fitted, tmp_path, monkeypatch, orders_
     )
     with pytest.raises(ValueError, match=f"^{images} images"):
         execute("train", stage, tmp_path / "m")
+
+
+def test_fit_is_refused_in_several_processes(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["fit", str(tmp_path), f"out={tmp_path / 'out'}"]) == 2
+    assert "start it without torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -226,6 +226,36 @@ def resharded(folder):
     return distance(folder / "one", folder / "parts")
 
 
+def three(folder):
+    """Difference of the weights in 3 processes from those in 1; a NaN in one of 3 ends all with one line."""
+    tokens(folder)
+    for size, out in ((1, "one"), (3, "three")):
+        run(size, folder, *trained(folder, folder / out, accumulation=3))
+
+    def breaking(rank):
+        """Process 1 meets a NaN in step 5."""
+        from anyorder.method import loss
+
+        whole, calls = loss.cross_entropy, []
+
+        def broken(*arguments):
+            calls.append(rank)
+            return whole(*arguments) * (float("nan") if len(calls) == 5 else 1)
+
+        if rank == 1:
+            loss.cross_entropy = broken
+
+    codes = ended(start(3, folder, trained(folder, folder / "broken", accumulation=3), breaking))
+    assert 2 in codes
+    assert 0 not in codes
+    said = "".join((folder / f"{rank}.log").read_text() for rank in range(3))
+    assert said.count("training broke down at step 5 (loss nan") == 1, said
+    assert "Traceback" not in said
+    [report] = (folder / "broken").glob("nonfinite-step-*.json")
+    assert len(json.loads(report.read_text())["indices"]) == 3
+    return distance(folder / "one", folder / "three")
+
+
 def kills(folder):
     """Kill one process or all, at random, some while they save; go on in another number of processes."""
     tokens(folder)
@@ -450,6 +480,12 @@ def test_torchrun_starts_stops_and_goes_on(tmp_path):
     step = int(state.name.removeprefix("step-"))
     assert 0 < step < 2000
     assert json.loads((state / "facts.json").read_text())["step"] == step
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_three_processes_end_as_one_and_a_nan_in_one_of_them_ends_all(tmp_path):
+    assert scenario("three", tmp_path) < 1e-5  # three terms are summed in another sequence
 
 
 @pytest.mark.timeout(600)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -238,6 +239,8 @@ def fit(call: Call) -> str:
     """
     if len(call.paths) != 1:
         raise ValueError("give one folder of images: anyorder fit FOLDER")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("fit measures one process and plans for it: start it without torchrun")
     from anyorder.cli.fit import fit_folder
 
     source = str(Path(call.paths.pop()).expanduser())
