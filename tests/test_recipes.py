@@ -88,7 +88,7 @@ def toy(experiment, source):
         elif kind == "sample":
             changes = {"num_images": 6, "batch_size": 4}
         elif kind == "eval":
-            changes = {"nll_images": 2, "kid_subset_size": 4}
+            changes = {"nll_images": 2, "kid_subset_size": 4, "rfd_images": min(8, stage.rfd_images)}
         if hasattr(stage, "train"):
             small = {
                 "steps": 2,
@@ -148,6 +148,8 @@ def test_a_recipe_runs_at_toy_size(name, tmp_path, monkeypatch):
     found = read_manifest(out / "eval-ordered")["metrics"]
     assert np.isfinite(found["fd"])
     assert ("fd_of_reference" in found) == ("imagenet" in name)
+    assert ("rfd" in found) is False
+    assert np.isfinite(read_manifest(out / "eval-random")["metrics"]["rfd"])
     tuned = read_manifest(out / "tune-ordered")
     assert read_manifest(out / "samples-ordered")["guidance_scale"] == tuned["best"]["guidance_scale"]
     guidance = read_json(out / "pipeline/pipeline.json").get("guidance", {"scale": 1})

@@ -73,6 +73,9 @@ class EvalStage:
     where the data have a validation split; test elsewhere."""
     reference: Path | None = None
     """A reference .npz as ADM publishes them (mu and sigma, or images arr_0): measures FD to it, too."""
+    rfd_images: int = 0
+    """Images of the split that are compared with their own reconstructions: rFD, with extractor=inception the
+    rFID of tables of tokenizers, which takes 50,000 images; 0 leaves it out."""
     nll_images: int = 1000
     """Held-out images for the likelihood; 0 leaves it out."""
     batch_size: int = 64
@@ -109,6 +112,7 @@ class EvalStage:
         others = training if pool == "train" else spaces.load_reference(self.features, pool)
         real = caches.TokenSet(self.tokens, pool)
         likelihood = self._likelihood(made, test)
+        again = self.rfd_images and floors.reconstructions(self.tokenizer, extractor, test, self.rfd_images)
         if not artifact.leads:
             return {}
         generated.save(artifact.folder / common.SAMPLES)
@@ -132,6 +136,8 @@ class EvalStage:
         }
         if "steps_per_image" in made:  # samples of earlier versions do not say
             found["steps_per_image"] = made["steps_per_image"]
+        if again:
+            found["rfd"] = metrics.frechet_distance(reference.gaussian, again.gaussian)
         if self.reference is not None:
             moments = spaces.reference_file(self.reference, extractor)
             found["fd_of_reference"] = metrics.frechet_distance(moments, generated.gaussian)

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from anyorder import files
-from anyorder.contracts import require
+from anyorder.contracts import TokenizerNetwork, require
 from anyorder.data import caches
 from anyorder.data.images import to_uint8
 from anyorder.data.rows import batches, evenly_spaced
 from anyorder.evaluation import bootstrap, classes, metrics
 from anyorder.evaluation.features import FeatureExtractor
+from anyorder.inference import processes
 from anyorder.inference.device import device
 from anyorder.inference.weights import load_tokenizer
 from anyorder.report.evaluations import FLOOR
@@ -58,10 +59,7 @@ def floors(
     chosen = classes.matched_rows(labels, np.array(pool.labels[kept]))
     if min(len(chosen), reference.n) <= 3:
         return {}
-    tokenizer = tokenizer or recorded_input(pool.folder, "tokenizer")
-    require_made_from(pool.folder, "tokenizer", tokenizer)
-    assert tokenizer
-    real, decoder = metrics.FeatureStatistics(extractor.name), load_tokenizer(tokenizer)
+    real, decoder = metrics.FeatureStatistics(extractor.name), _decoder(tokenizer, pool)
     real.update(others.features[chosen], others.logits[chosen])
     tokens = (pool.batch(rows)[0].to(device()) for rows in batches(kept[chosen], 256))
     pixels = (torch.from_numpy(to_uint8(decoder.decode(some, pool.grid))) for some in tokens)
@@ -69,3 +67,31 @@ def floors(
     made = metrics.statistics(extractor, through, description="reconstructions")
     rows = {FLOOR: real, "reconstructions": made}
     return {name: {**bootstrap.measures(reference, x), "images": x.n} for name, x in rows.items()}
+
+
+def reconstructions(
+    tokenizer: Path | None, extractor: FeatureExtractor, held: caches.TokenSet, limit: int
+) -> metrics.FeatureStatistics:
+    """Features of at most `limit` images of a split after the tokenizer, by all processes.
+
+    Their distance from the images themselves is what papers call the rFID of a tokenizer (with Inception).
+    """
+    decoder, found = _decoder(tokenizer, held), metrics.FeatureStatistics(extractor.name)
+
+    def work(rows: np.ndarray) -> tuple[torch.Tensor, ...]:
+        images = to_uint8(decoder.decode(held.batch(rows)[0].to(device()), held.grid))
+        return tuple(x.cpu() for x in extractor(torch.from_numpy(images).permute(0, 3, 1, 2)))
+
+    for made in processes.mapped(
+        work, list(batches(evenly_spaced(limit, len(held)), 256)), "reconstructions"
+    ):
+        found.update(*made)
+    return found
+
+
+def _decoder(tokenizer: Path | None, tokens: caches.TokenSet) -> TokenizerNetwork:
+    """The tokenizer that made the tokens."""
+    tokenizer = tokenizer or recorded_input(tokens.folder, "tokenizer")
+    require_made_from(tokens.folder, "tokenizer", tokenizer)
+    assert tokenizer
+    return load_tokenizer(tokenizer)
