@@ -191,7 +191,7 @@ COMMANDS: dict[str, Command] = {
     }),
     "eval": Command({"samples": "samples", "features": "features", "nll_images": 4}, {
         **change("samples", "samples2"), **change("features", "features2"), **change("nll_images", 0),
-        **change("batch_size", 3), **change("kid_subset_size", 4),
+        **change("batch_size", 3), **change("kid_subset_size", 4), **change("rfd_images", 4),
         **{role: Case({role: other}, {"samples": "scored"}, MOVED) for role, other in (
             ("model", "any2"), ("data", "wide"), ("tokens", "tokens2"), ("scorer", "any"),
             ("orders", "orders"),
