@@ -153,6 +153,19 @@ def test_parquet_at_an_address_is_read_where_it_is(tmp_path, workers):
     assert open_source(one.path).stats() != before
     with pytest.raises(ValueError, match="holds no parquet files: give the address of some"):
         open_source(f"file://{tmp_path}/cached").count("train")
+    for address in (f"file://{tmp_path}/missing", "nothing://known/here"):
+        with pytest.raises(ValueError, match=r"holds no parquet files|cannot be listed .*check the address"):
+            open_source(address).count("train")
+        assert open_source(address).stats() == {}
+
+
+def test_a_table_that_became_shorter_says_so(tmp_path):
+    path = table(tmp_path / "in") / "train-1.parquet"
+    source = open_source(path)
+    assert source.image("train-1.parquet#9") == PICTURES[29]
+    pq.write_table(pq.read_table(path).slice(0, 5), path)
+    with pytest.raises(ValueError, match=r"train-1\.parquet has 5 rows, no row 9: run data again"):
+        open_source(path).image("train-1.parquet#9")
 
 
 def test_tokens_and_trainings_are_those_of_a_cache(tmp_path, monkeypatch):

@@ -324,6 +324,24 @@ def refusals(folder):
     return {}
 
 
+def streamed(folder):
+    """Artifacts that differ between one process and two, each with workers, over images without a cache."""
+    from anyorder.files import fingerprint
+
+    source, data = photos(folder / "photos"), folder / "data"
+    run(1, folder, "data", f"source={source}", "size=16", "test_fraction=0.2", "cache=false", f"out={data}")
+    model = [f"model.{key}={value}".replace(" ", "").lower() for key, value in TINY_VQ.items()]
+    settings = [f"train.{key}={value}" for key, value in SMALL.items()]
+    copies = ["mirror=true", "crops=true"]
+    for size in (1, 2):
+        out = folder / f"{size}"
+        run(size, out.parent, "tokenizer", f"data={data}", f"out={out / 'vq'}", *settings, *model, *copies)
+        further = [f"tokenizer={out / 'vq'}", f"out={out / 'tokens'}", "batch_size=3", *copies]
+        run(size, out.parent, "tokens", f"data={data}", *further)
+    names = ("vq", "tokens")
+    return [name for name in names if len({fingerprint(folder / f"{n}" / name) for n in (1, 2)}) > 1]
+
+
 def rows_in_parts(folder):
     """Arrays of 1003 rows in parts of 16 batches; kills of processes, then another number of them."""
     arrays = {"a": ((2,), np.int64), "b": ((), np.float32)}
@@ -416,6 +434,13 @@ def test_batches_keep_their_bounds_when_a_kill_tore_one(tmp_path):
         rows.append(a=np.stack([some, some], 1), b=some)
     assert seen == [[4, 5, 6, 7], [8, 9, 10]]
     assert load_array(tmp_path / "b.npy").tolist() == [0] * 4 + list(range(4, 11))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_images_without_a_cache_are_the_same_in_two_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("ANYORDER_WORKERS", "2")
+    assert scenario("streamed", tmp_path) == []
 
 
 @pytest.mark.timeout(600)

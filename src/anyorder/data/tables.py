@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -74,9 +72,9 @@ class ParquetSource(Shards):
     ending = ".parquet"
 
     @contextlib.contextmanager
-    def _open(self, part: str) -> Iterator[pq.ParquetFile]:
+    def _open(self, part: str, footer: Any = None) -> Iterator[pq.ParquetFile]:
         try:
-            with pq.ParquetFile(self._file(part)) as file:
+            with pq.ParquetFile(self._file(part), metadata=footer) as file:
                 yield file
         except (pa.ArrowException, OSError) as e:
             raise ValueError(f"{self._root / part} is not a sound parquet file ({e})") from e
@@ -99,22 +97,30 @@ class ParquetSource(Shards):
         """What pyarrow reads a part from."""
         return self._root / part
 
+    @cached_property
+    def _last(self) -> dict[str, Any]:
+        """What was read last: a part, its footer, first row and images of a row group."""
+        return {"part": None}
+
     def image(self, name: str) -> Any:
         """See `Source`; reads a whole row group, which is kept for the next call."""
-        part, _, row = name.rpartition("#")
-        first, images = _row_group(self, part, int(row), os.getpid())
-        return _image(images[int(row) - first].as_py(), part, self._root)
+        part, _, number = name.rpartition("#")
+        row, last = int(number), self._last
+        if last["part"] != part or not last["begin"] <= row < last["begin"] + len(last["images"]):
+            last |= self._group(part, row)
+        return _image(last["images"][row - last["begin"]].as_py(), part, self._root)
 
-    def _starts(self, part: str) -> np.ndarray:
-        """First row of each row group of a part, and the number of rows."""
-        with self._open(part) as file:
-            groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        return np.cumsum([0, *groups])
-
-    def _read_group(self, part: str, group: int) -> pa.ChunkedArray:
-        with self._open(part) as file:
+    def _group(self, part: str, row: int) -> dict[str, Any]:
+        """The row group that holds a row."""
+        with self._open(part, self._last["footer"] if self._last["part"] == part else None) as file:
+            groups = (file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
+            begins = np.cumsum([0, *groups])
+            found = int(np.searchsorted(begins, row, side="right")) - 1
+            gone = f"{self._root / part} has {begins[-1]} rows, no row {row}: run data again"
+            require(row < begins[-1], gone)
             image = _image_column(file.schema_arrow, self.columns.image, self._root / part)
-            return file.read_row_group(group, columns=[image]).column(0)
+            images = file.read_row_group(found, columns=[image]).column(0)
+            return {"part": part, "footer": file.metadata, "begin": int(begins[found]), "images": images}
 
 
 @dataclass(frozen=True)
@@ -133,10 +139,10 @@ class RemoteSource(ParquetSource):
         return root.parent if self._single else root
 
     def _listed(self) -> list[str]:
-        system, root = fsspec.core.url_to_fs(self.path)
         try:
+            system, root = fsspec.core.url_to_fs(self.path)
             found = [str(PurePosixPath(name).relative_to(self._root)) for name in system.find(root)]
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, ImportError) as e:
             raise ValueError(f"{self.path} cannot be listed ({e}): check the address and the network") from e
         named = any(name.endswith(self.ending) for name in found)
         require(named, f"{self.path} holds no parquet files: give the address of some, or download the data")
@@ -146,34 +152,19 @@ class RemoteSource(ParquetSource):
         return fsspec.core.url_to_fs(self.path)[0].open(str(self._root / part))
 
     def stats(self) -> listing.Stats:
-        """See `Source`: sizes, and hashes of what the file system knows of a file's version."""
-        system, _ = fsspec.core.url_to_fs(self.path)
-        parts = [part for parts in self._parts.values() for part in parts]
-        found = {part: system.info(str(self._root / part)) for part in parts}
+        """See `Source`: sizes, and hashes of what is known of a file's version; {} if it is out of reach."""
+        try:
+            parts = [part for parts in self._parts.values() for part in parts]
+            system, _ = fsspec.core.url_to_fs(self.path)
+            found = {part: system.info(str(self._root / part)) for part in parts}
+        except (OSError, ValueError):
+            return {}
         return {part: (facts["size"], _version(facts)) for part, facts in found.items()}
 
 
 def _version(facts: dict[str, Any]) -> int:
     known = [str(facts.get(key)) for key in ("blob_id", "ETag", "etag", "mtime", "last_modified", "created")]
     return int(hashlib.sha256(" ".join(known).encode()).hexdigest()[:12], 16)
-
-
-@functools.lru_cache(maxsize=64)
-def _starts(source: ParquetSource, part: str) -> np.ndarray:
-    return source._starts(part)
-
-
-@functools.lru_cache(maxsize=1)
-def _group(source: ParquetSource, part: str, group: int, process: int) -> pa.ChunkedArray:
-    return source._read_group(part, group)
-
-
-def _row_group(source: ParquetSource, part: str, row: int, process: int) -> tuple[int, pa.ChunkedArray]:
-    """First row, and the images, of the row group that holds a row."""
-    starts = _starts(source, part)
-    group = int(np.searchsorted(starts, row, side="right")) - 1
-    require(row < starts[-1], f"{source._root / part} has {starts[-1]} rows, no row {row}: run data again")
-    return int(starts[group]), _group(source, part, group, process)
 
 
 @dataclass(frozen=True)
