@@ -32,6 +32,7 @@ export class Editor {
     $("mask").onkeydown = event => this.key(event);
     $("mask").onblur = () => { this.cursor = null; this.paint(); };
     new ResizeObserver(() => this.fit()).observe($("stage"));
+    this.paint();
   }
 
   get empty() { return !this.image; }
