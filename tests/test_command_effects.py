@@ -160,7 +160,7 @@ COMMANDS: dict[str, Command] = {
         **change("random_share_ramp", (0.0, 0.5), order="raster", random_share=1.0, random_share_end=0.0),
         **change("network", "own_parts:Counts"),
         **change("network_settings", {"smoothing": "9"}, network="own_parts:Counts"),
-        **change("lora", 2, init="any"), **change("groups", (4,)),
+        **change("lora", 2, init="any"), **change("groups", (4,)), **change("learn_orders", 2, init="headed"),
         **change("groups_schedule", "cosine", groups=(4,)),
         **refused("tokenizer", "vq2", MOVED, **{"train.sample_every": 1}),
         **group("model", "depth", 2), **TRAINED,

@@ -80,8 +80,13 @@ EXPERIMENT = {
         "pipeline-shrunk": {"stage": "pipeline", "samples": "by-shrunk"},
         "located": {"stage": "train", "tokens": "tokens", "init": "any", "orders": "orders", "jitter": 1.0,
                     "random_share": 0.3, "model": {"location": True}, "train": STEPS},
+        "learnt": {"stage": "train", "tokens": "tokens", "init": "located", "learn_orders": 2,
+                   "train": STEPS},
         "by-location": {"stage": "sample", "model": "located", "num_images": 10,
                         "policy": {"order": "location"}},
+        "adaptive": {"stage": "sample", "model": "any", "num_images": 10,
+                     "policy": {"order": "entropy", "per_step": 4, "entropy_limit": 3.0}},
+        "eval-adaptive": {"stage": "eval", "samples": "adaptive", **MEASURED, "nll_images": 8},
         "eval-by-location": {"stage": "eval", "samples": "by-location", **MEASURED, "nll_images": 8},
         "classes": {"stage": "train", "tokens": "tokens", "orders": "orders", "orders_as": "class_mean",
                     "model": TINY_MODEL, "train": STEPS},
@@ -149,6 +154,26 @@ def test_location_heads_have_a_bound_and_no_likelihood(experiment):
     trained = read_manifest(out / "located")
     assert trained["test_bound"] > trained["test_nll"] > 0
     assert trained["train_bound"] > trained["train_nll"] > 0
+
+
+def test_a_head_that_learns_by_itself_has_a_bound_without_locations(experiment):
+    _, out = experiment
+    trained = read_manifest(out / "learnt")
+    assert trained["test_bound"] > trained["test_nll"] > 0
+    assert trained["any_order_nll"] > 0
+    logged = (out / "learnt/metrics.jsonl").read_text()
+    assert all(f'"{name}"' in logged for name in ("content", "location", "test_nll"))
+    assert trained["parameters"] == read_manifest(out / "located")["parameters"]
+
+
+def test_steps_that_differ_are_counted(experiment):
+    _, out = experiment
+    found, even = (read_json(out / f"eval-{name}" / "metrics.json") for name in ("adaptive", "drawn"))
+    assert 4 <= found["steps_per_image"] < even["steps_per_image"] == 16
+    assert load_array(out / "adaptive/steps.npy").mean() == pytest.approx(found["steps_per_image"])
+    assert found["nll"] > 0
+    assert not found["nll_is_bound"]
+    assert "steps/image" in (out / "report.html").read_text()
 
 
 def test_a_head_is_added_to_a_model_that_has_none(experiment):
@@ -567,7 +592,7 @@ def test_second_run_does_nothing_and_a_change_runs_what_depends_on_it(experiment
     assert [name for name, to_run in status.items() if to_run] == [
         "orders", "ordered", "drawn", "peeking", "guided-by-any", "eval-guided-by-any", "eval-drawn",
         "eval-peeking", "compare", "pipeline", "orders-shrunk", "by-shrunk", "eval-by-shrunk",
-        "pipeline-shrunk", "located", "by-location", "eval-by-location", "classes", "by-class",
+        "pipeline-shrunk", "located", "learnt", "by-location", "eval-by-location", "classes", "by-class",
         "eval-by-class", "grouped", "by-groups", "eval-by-groups",
     ]  # fmt: skip
 

@@ -24,7 +24,7 @@ from anyorder.method.decoding import sample
 from anyorder.method.sampling import Streams
 from anyorder.models import transformer
 from anyorder.stages import artifacts, common
-from anyorder.training import lora, order_sources
+from anyorder.training import learnt_orders, lora, order_sources
 from anyorder.training.config import TrainConfig
 from anyorder.training.trainer import train
 
@@ -65,6 +65,10 @@ class TrainStage(common.TrainingStage):
     random_share_ramp: tuple[float, float] = (0.0, 1.0)
     """Where in the training that change begins and ends, as shares of its steps: [0.25, 0.75] is a plateau, a
     ramp and a plateau, as in RAR (arXiv 2411.00776)."""
+    learn_orders: int = 0
+    """With a location head, instead of given orders: so many for each image, 2 or more, are sampled from the
+    head at each step, which learns by what they cost the tokens. Start from a model whose head knows orders
+    (init=...). A step takes so many times the computation, and the time of sampling so many images."""
     groups: tuple[int, ...] = ()
     """Numbers of steps, for example 64,32,16,8, to sample in any of them later: positions of one step are
     predicted together, in as many steps as one of these, drawn anew at every training step. By default,
@@ -110,10 +114,11 @@ class TrainStage(common.TrainingStage):
             mixed = any(getattr(self, key) != getattr(TrainStage, key) for key in mixing)
             text = f"{', '.join(mixing)} go with orders=... or a static order: all orders are random here"
             require(not mixed, text)
-            text = "model.location needs orders to learn: give orders=... or a static order"
-            require(not self.model.location, text)
+            text = "model.location needs orders to learn: give orders=..., a static order or learn_orders=2"
+            require(not self.model.location or self.learn_orders > 0, text)
         text = "model.location_gradient is about a location head: give model.location=true, or leave it out"
         require(self.model.location or self.model.location_gradient, text)
+        self._check_learnt()
         compiled = self.train.compile and (self.model.location or self.groups)
         text = "train.compile covers models without a location head and without groups: leave one of them out"
         require(not compiled, text)
@@ -135,6 +140,17 @@ class TrainStage(common.TrainingStage):
         require(bool(valid), f"{text} {list(self.groups)} and {self.groups_schedule}")
         self.train.require_watched([f"{split}_{kind}" for split in splits for kind in kinds])
 
+    def _check_learnt(self) -> None:
+        text = f"learn_orders must be 0, or at least 2 orders for each image, got {self.learn_orders}"
+        require(self.learn_orders == 0 or self.learn_orders >= 2, text)
+        given = (self.orders, self.online, self.groups, self.train.compile, self.train.shard)
+        text = (
+            "learn_orders takes no orders, online, order, groups, train.compile, train.shard: leave them out"
+        )
+        require(not self.learn_orders or (self.order == "random" and not any(given)), text)
+        text = "learn_orders needs a location head: give init=... with one, or model.location=true"
+        require(not self.learn_orders or self.model.location or self.init is not None, text)
+
     def _check_online(self, policy: policy_config.PolicyConfig) -> None:
         alone = self.orders is None and self.order == "random"
         require(alone, "online extracts the orders itself: give it, or orders=..., or order=...")
@@ -155,6 +171,8 @@ class TrainStage(common.TrainingStage):
         watched = [tokens, held[0]]
         self.train.require_watched([f"{some.split}_{kind}" for some in watched for kind in ("nll", "bound")])
         model = self._model(tokens)
+        text = f"learn_orders needs a location head, {self.init} has none: give model.location=true"
+        require(not self.learn_orders or _has_location(model), text)
         cache = None if self.orders is None else caches.OrderSet(self.orders)
         if cache is not None:
             caches.check_tokens(cache, tokens)
@@ -164,6 +182,8 @@ class TrainStage(common.TrainingStage):
 
         def loss(model: torch.nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
             batch, labels = map(_without_waiting, tokens.batch(rows, generator=generator))
+            if self.learn_orders:
+                return learnt_orders.loss(model, batch, labels, self.learn_orders, generator)
             order, learnt = map(_without_waiting, orders(rows, step, generator))
             steps = self._steps(tokens.grid.n, generator)
             if not _has_location(model):
@@ -177,7 +197,9 @@ class TrainStage(common.TrainingStage):
         measured = [(some.split, self._measured(some, cache)) for some in (tokens, *held)]
 
         def evaluate(model: torch.nn.Module, step: int, splits: int = len(watched)) -> dict[str, float]:
-            found = {split: _mean_nll(model, data) for split, data in measured[:splits]}
+            found = {
+                split: _mean_nll(model, self._in_order(model, data)) for split, data in measured[:splits]
+            }
             return {f"{split}_{name}": value for split, x in found.items() for name, value in x.items()}
 
         own = cache is not None and self.orders_as == "own"
@@ -318,6 +340,13 @@ class TrainStage(common.TrainingStage):
         batch, condition = tokens.batch(rows)
         return batch, condition, cache.batch(rows) if own else cache.of_classes(condition)
 
+    def _in_order(self, model: torch.nn.Module, data: Measured) -> Measured:
+        """The data, in orders from the head where it learns them: `nll` is then their bound."""
+        tokens, condition, order = (x.to(device()) for x in data)
+        if self.learn_orders and len(tokens):
+            order = learnt_orders.sample_orders(model, tokens, condition, range(len(tokens)))
+        return tokens, condition, order
+
     def _general_orders(self, tokens: caches.TokenSet, n: int) -> torch.Tensor:
         """The static order of training for n images, or random ones."""
         if self.order == "random":
@@ -326,7 +355,7 @@ class TrainStage(common.TrainingStage):
 
     def _nll_of_general_orders(self, model: torch.nn.Module, held: caches.TokenSet) -> dict[str, float]:
         """Under the order of training on the whole split; for extracted orders, under random ones."""
-        extracted = self.orders is not None or self.online is not None
+        extracted = self.orders is not None or self.online is not None or self.learn_orders > 0
         rows = evenly_spaced(MEASURED if extracted else len(held), len(held))
         found = _mean_nll(model, (*held.batch(rows), self._general_orders(held, len(rows))))
         name = f"{held.split}_any_order_nll" if held.split == "validation" else "any_order_nll"
@@ -344,7 +373,8 @@ class TrainStage(common.TrainingStage):
             assert isinstance(model, AnyOrderNetwork)
             streams = Streams(range(common.SHOWN), device())
             labels = torch.arange(common.SHOWN, device=device()) % max(1, model.num_classes)
-            made = sample(model, self.order, streams, condition=labels)
+            order = "location" if self.learn_orders else self.order
+            made = sample(model, order, streams, condition=labels)
             images = to_uint8(weights.load_tokenizer(tokenizer).decode(made.tokens, model.grid))
             shown = figures.image_grid(images)
             figures.save_image(shown, folder / f"samples/step-{step:08d}.png")
