@@ -14,6 +14,7 @@ from anyorder.bench.workloads import MEMORY, WORKLOADS, BenchConfig, Subject, ce
 from anyorder.cli import main as cli
 from anyorder.inference.device import device, fast_dtype
 from anyorder.models import compiled
+from anyorder.models.architecture import Architecture
 from anyorder.settings import parse
 
 TINY = (
@@ -22,7 +23,7 @@ TINY = (
 )  # fmt: skip
 SWEEP = ("over.batch_size=1,2", "over.grid=3", "over.vocab_size=8", "over.depth=1")
 RATES = {"seconds", "spread (%)", "images/s", "GFLOP", "GB", "GFLOP/s", "GB/s"}
-SHARES = {"share of matmul (%)", "share of attainable (%)", "bound by"}
+SHARES = {"share of matmul (%)", "share of attainable (%)", "bound by", "relative to a fixed order"}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,10 +42,31 @@ def written(tmp_path_factory):
     return out
 
 
+def measured():
+    """Names of the workloads in a result: with bfloat16, sampling is measured in float32, too."""
+    again = [name for name in WORKLOADS if name.startswith("sampling")]
+    bf16 = fast_dtype(device(), True) != torch.float32
+    return [*WORKLOADS, *(f"{name}, float32" for name in again if bf16)]
+
+
+def test_sampling_is_put_beside_a_fixed_order_in_both_dtypes(monkeypatch):
+    monkeypatch.setenv("ANYORDER_BF16", "on")
+    only = ("sampling, fixed order", "sampling, groups of 4", "teacher-forced scoring")
+    settings = {"only": only, "repeats": 1, "images": 2, "batch_size": 2, "vocab_size": 8, "grid": (2, 3)}
+    config = BenchConfig(**settings, triad_mib=1, model=Architecture(depth=1, width=32, heads=2))
+    rows = {row["workload"]: row for row in bench_module.measure(config)["rows"]}
+    assert list(rows) == [*only, *(f"{name}, float32" for name in only[:2])]
+    for dtype in ("", ", float32"):
+        fixed, groups = (rows[name + dtype] for name in only[:2])
+        assert fixed["relative to a fixed order"] == 1
+        assert groups["relative to a fixed order"] == pytest.approx(groups["seconds"] / fixed["seconds"])
+    assert rows[only[2]]["relative to a fixed order"] is None
+
+
 def test_the_result_holds_everything(written):
     result = load_result(written)
     assert {"config", "device", "dtype", "versions", "ceilings", "rows", "sweeps", "memory"} == set(result)
-    assert [row["workload"] for row in result["rows"]] == list(WORKLOADS)
+    assert [row["workload"] for row in result["rows"]] == measured()
     for row in result["rows"]:
         assert set(row) == {"workload"} | RATES | SHARES
         assert min(row[key] for key in RATES - {"spread (%)"}) > 0
@@ -53,7 +75,7 @@ def test_the_result_holds_everything(written):
         assert row["images/s"] is None
     assert [len(points) for points in result["sweeps"].values()] == [2, 1, 1, 1]
     for points in result["sweeps"].values():
-        assert all([row["workload"] for row in point["rows"]] == list(WORKLOADS) for point in points)
+        assert all([row["workload"] for row in point["rows"]] == measured() for point in points)
     assert [point["value"] for point in result["sweeps"]["grid"]] == [9]
     # What was measured already is not measured again.
     assert result["sweeps"]["depth"][0]["rows"] == result["rows"]

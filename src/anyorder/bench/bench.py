@@ -30,6 +30,7 @@ AXES = {
     "vocab_size": "codebook size, V", "depth": "depth, blocks",
 }
 # fmt: on
+FIXED, FLOAT32 = "sampling, fixed order", ", float32"
 SIZES = ("model", "tokenizer", "grid", "vocab_size", "batch_size", "images")
 """Settings that two results must share to be compared."""
 
@@ -37,7 +38,8 @@ SIZES = ("model", "tokenizer", "grid", "vocab_size", "batch_size", "images")
 def bench(config: BenchConfig, out: Path) -> dict[str, Any]:
     """Measure, print tables, and write `out` (JSON) and, of sweeps, a figure beside it (PNG).
 
-    One share is of the matmul rate at the shape of training in the same dtype. The other is of the least time
+    Where bfloat16 is fast, sampling is also measured in float32, under a name that says so. One share is of
+    the matmul rate at the shape of training in the same dtype. The other is of the least time
     that matmul rate and memory bandwidth allow; it passes 100 % where caches hold what was counted as moved.
     """
     base, cuda = measure(config), device().type == "cuda"
@@ -70,15 +72,21 @@ def measure(config: BenchConfig) -> dict[str, list[dict[str, Any]]]:
     torch.manual_seed(0)
     subject = workloads.Subject(config)
     tops = workloads.ceilings(subject)
-    runs = {name: workloads.workload(name, subject) for name in config.only or workloads.WORKLOADS}
+    names = list(config.only or workloads.WORKLOADS)
+    runs = {name: workloads.workload(name, subject) for name in names}
+    if subject.dtype != torch.float32:
+        again = [name for name in names if name.startswith("sampling")]
+        runs |= {name + FLOAT32: workloads.workload(name, subject, torch.float32) for name in again}
     seconds = _times(tops | runs, config.repeats)
     measured = {name: _row(top, seconds[name]) for name, top in tops.items()}
-    product = measured[workloads.matmul_name(subject.dtype, subject.tokens.numel())]
-    limits = 1e9 * product["GFLOP/s"], 1e9 * measured[workloads.MEMORY]["GB/s"]
-    return {
-        "ceilings": [{"ceiling": name} | row for name, row in measured.items()],
-        "rows": [{"workload": name} | _row(run, seconds[name], limits) for name, run in runs.items()],
-    }
+    rows = []
+    for name, run in runs.items():
+        dtype = torch.float32 if name.endswith(FLOAT32) else subject.dtype
+        product = measured[workloads.matmul_name(dtype, subject.tokens.numel())]
+        limits = 1e9 * product["GFLOP/s"], 1e9 * measured[workloads.MEMORY]["GB/s"]
+        fixed = seconds.get(FIXED + FLOAT32 if name.endswith(FLOAT32) else FIXED)
+        rows.append({"workload": name} | _row(run, seconds[name], limits, fixed))
+    return {"ceilings": [{"ceiling": name} | row for name, row in measured.items()], "rows": rows}
 
 
 def _times(works: dict[str, Workload], repeats: int) -> dict[str, list[float]]:
@@ -107,8 +115,16 @@ def _seconds(run: Callable[[], Any], calls: int = 1) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-def _row(work: Workload, seconds: list[float], limits: tuple[float, float] | None = None) -> dict[str, Any]:
-    """Rates, and shares of the limits: matmul rate (FLOP/s) and memory bandwidth (bytes/s)."""
+def _row(
+    work: Workload,
+    seconds: list[float],
+    limits: tuple[float, float] | None = None,
+    fixed: list[float] | None = None,
+) -> dict[str, Any]:
+    """Rates, and shares of the limits: matmul rate (FLOP/s) and memory bandwidth (bytes/s).
+
+    `fixed` are the seconds of sampling in a fixed order, beside which other sampling is put.
+    """
     median, cost = statistics.median(seconds), work.cost
     row = {
         "seconds": median,
@@ -125,6 +141,7 @@ def _row(work: Workload, seconds: list[float], limits: tuple[float, float] | Non
         "share of matmul (%)": 100 * cost.flops / median / limits[0],
         "share of attainable (%)": 100 * cost.seconds(*limits) / median,
         "bound by": "matmul" if cost.flops / limits[0] > cost.bytes / limits[1] else "memory",
+        "relative to a fixed order": median / statistics.median(fixed) if fixed and work.sampling else None,
     }
 
 

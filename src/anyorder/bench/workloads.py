@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from anyorder.contracts import Grid
 from anyorder.inference.device import device, fast_dtype
 from anyorder.method import decoding
 from anyorder.method.loss import token_nll
+from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Streams
 from anyorder.models.architecture import Architecture, TransformerConfig
 from anyorder.models.compiled import compile_decoding
@@ -25,6 +27,8 @@ from anyorder.settings import did_you_mean
 from anyorder.tokenizers.vq import VQConfig, VQModel
 
 MEMORY = "memory, triad"
+AT_ONCE = 4
+"""Positions of a step, where several are sampled at once."""
 
 
 @dataclass
@@ -53,7 +57,10 @@ class Over:
 
 @dataclass
 class BenchConfig:
-    """Sizes to measure at, in bfloat16 where the hardware has it (or `ANYORDER_BF16=on`), else in float32."""
+    """Sizes to measure at, in float32, or in bfloat16 where the hardware has it (or `ANYORDER_BF16=on`).
+
+    Sampling is then measured in both.
+    """
 
     model: Architecture = field(default_factory=lambda: Architecture(depth=8, width=512, heads=8))
     tokenizer: TokenizerSize = field(default_factory=TokenizerSize)
@@ -112,6 +119,8 @@ class Workload:
     run: Callable[[], Any]
     cost: costs.Cost
     images: int = 0
+    sampling: bool = False
+    """Whether these are new images."""
 
 
 class Subject:
@@ -132,6 +141,13 @@ class Subject:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
 
     @cached_property
+    def grouped(self) -> AnyOrderTransformer:
+        """The same weights, as a model that predicts the positions of a step together."""
+        model = copy.copy(self.model)
+        model.config = replace(model.config, grouped=True)
+        return model.eval()
+
+    @cached_property
     def tokenizer(self) -> VQModel:
         """Built only if it is measured."""
         return VQModel(self.config.vq()).to(self.device).eval()
@@ -146,16 +162,19 @@ class Subject:
         """(rows, N) int64."""
         return torch.randint(self.config.vocab_size, (rows, (grid or self.grid).n), device=self.device)
 
-    def autocast(self) -> torch.autocast:
-        """To `dtype`."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype == torch.bfloat16)
+    def autocast(self, dtype: torch.dtype | None = None) -> torch.autocast:
+        """To a dtype, by default `dtype`."""
+        dtype = dtype or self.dtype
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
-    def without_gradients(self, work: Callable[[], Any]) -> Callable[[], Any]:
+    def without_gradients(
+        self, work: Callable[[], Any], dtype: torch.dtype | None = None
+    ) -> Callable[[], Any]:
         """`work` as it is run for anything but training."""
 
         def run() -> None:
             self.model.eval()
-            with torch.no_grad(), self.autocast():
+            with torch.no_grad(), self.autocast(dtype):
                 work()
 
         return run
@@ -180,13 +199,15 @@ def ceilings(subject: Subject) -> dict[str, Workload]:
     return {**found, MEMORY: Workload(triad, costs.Cost(bytes=3 * a.nbytes))}
 
 
-def workload(name: str, subject: Subject) -> Workload:
-    """One of `WORKLOADS`; it is run once to count its cost."""
+def workload(name: str, subject: Subject, dtype: torch.dtype | None = None) -> Workload:
+    """One of `WORKLOADS`, by default in the subject's dtype; it is run once to count its cost."""
     run: Callable[[], Any] = partial(WORKLOADS[name], subject)
     if name != "training step":
-        run = subject.without_gradients(run)
-    few = name.startswith("sampling") or name == "order extraction"
-    return Workload(run, costs.count(run), subject.config.images if few else subject.config.batch_size)
+        run = subject.without_gradients(run, dtype)
+    sampling = name.startswith("sampling")
+    few = sampling or name == "order extraction"
+    images = subject.config.images if few else subject.config.batch_size
+    return Workload(run, costs.count(run), images, sampling)
 
 
 def _train(subject: Subject) -> None:
@@ -203,8 +224,19 @@ def _score(subject: Subject) -> Tensor:
     return token_nll(subject.model, subject.tokens, None, subject.order)
 
 
-def _sample(order: str, subject: Subject) -> Any:
+def _sample(order: str | PolicyConfig, subject: Subject) -> Any:
     return decoding.sample(subject.model, order, subject.streams, chunk=subject.config.chunk)
+
+
+def _sample_groups(subject: Subject) -> Any:
+    policy = PolicyConfig("random", per_step=AT_ONCE)
+    return decoding.sample(subject.grouped, policy, subject.streams, chunk=subject.config.chunk)
+
+
+def _sample_by_entropy(subject: Subject) -> Any:
+    # Without training every token has nearly the largest entropy: a limit between that of 4 and of 5.
+    limit = (AT_ONCE - 0.5) * math.log(subject.config.vocab_size)
+    return _sample(PolicyConfig("entropy", per_step=4 * AT_ONCE, entropy_limit=limit), subject)
 
 
 def _extract(subject: Subject) -> Any:
@@ -217,6 +249,9 @@ WORKLOADS: Mapping[str, Callable[[Subject], Any]] = {
     "teacher-forced scoring": _score,
     "sampling, fixed order": partial(_sample, "random"),
     "sampling, location head": partial(_sample, "location"),
+    "sampling, groups of 4": _sample_groups,
+    "sampling, entropy-bounded, 4 at once": _sample_by_entropy,
+    "sampling, one rating for 8": partial(_sample, PolicyConfig("entropy", rate_every=8, rescore=0.5)),
     "sampling, inferred order": partial(_sample, "entropy"),
     "order extraction": _extract,
     "tokenizer encode": lambda subject: subject.tokenizer.encode(subject.pixels),
