@@ -15,7 +15,6 @@ from anyorder.contracts import AnyOrderNetwork, require
 from anyorder.data import caches
 from anyorder.data.images import to_uint8
 from anyorder.data.rows import evenly_spaced
-from anyorder.files import read_manifest
 from anyorder.inference import figures, weights
 from anyorder.inference.device import device
 from anyorder.method import loss as losses
@@ -227,7 +226,7 @@ class TrainStage(common.TrainingStage):
         if self.init is not None:
             return common.trained_before(self.init)
         if self.orders is not None:
-            return read_manifest(self.orders)["scorer"]
+            return caches.OrderSet(self.orders).scorer
         return {"training_tokens": 0, "training_seconds": 0.0}
 
     # --- the model --------------------------------------------------------------------------------------
