@@ -2,6 +2,8 @@
 
     python experiments/plan_check.py docs/results/plan.json
 
+What the file holds already is kept: delete it to measure anew.
+
 Memory: the largest sum of live tensors in a real training step, as PyTorch's profiler sees it, and what
 lives between steps. Time: processor time of one thread, so that a busy machine matters less. The share of the
 matrix products' rate is measured at the first size of each kind; the plan then says the time of the others.
@@ -141,17 +143,20 @@ def _changed(config: Any) -> dict[str, Any]:
 
 
 def main(out: str) -> None:
-    """Write the file."""
+    """Write the file, after the checks and after each recipe."""
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"command": f"python experiments/plan_check.py {out}", "checks": checks()}
-    for row in result["checks"]:
-        print(row, flush=True)
-    result["recipes"] = {}
-    for path in sorted(RECIPES.glob("*.yaml")):
-        found = plan(load_experiment(path), PlanConfig(gpus=GPUS.get(path.stem, 8), kind="h100"))
-        result["recipes"][path.stem] = found
-        print(path.stem, found["together"], flush=True)
-    files.write_json(Path(out), result)
+    path = Path(out)
+    result: dict[str, Any] = files.read_json(path) if path.is_file() else {}  # type: ignore[assignment]
+    result = {"command": f"python experiments/plan_check.py {out}", "recipes": {}} | result
+    if "checks" not in result:
+        files.write_json(path, result | {"checks": checks()})
+        result = files.read_json(path)  # type: ignore[assignment]
+    for recipe in sorted(RECIPES.glob("*.yaml")):
+        if recipe.stem not in result["recipes"]:
+            config = PlanConfig(gpus=GPUS.get(recipe.stem, 8), kind="h100")
+            result["recipes"][recipe.stem] = plan(load_experiment(recipe), config)
+            files.write_json(path, result)
+            print(recipe.stem, flush=True)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def test_decoding_is_counted_from_one_step_as_the_whole_costs(kind, order, chunk
             streams = decoding.Streams(range(4), "cpu")
             real = costs.count(lambda: decoding.sample(model, policy, streams))
     planner = Planner.__new__(Planner)
-    planner.known, planner.kind, planner.config = {}, KINDS["h100"], PlanConfig()
+    planner.kind, planner.config = KINDS["h100"], PlanConfig()
     with fake.imagined():
         found = planner._decoded(kind, config, model.grid.n, policy, 4, 4, False)
     assert found.flops == pytest.approx(real.flops, rel=0.15)

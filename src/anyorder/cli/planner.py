@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from anyorder.bench import estimates
 from anyorder.bench.costs import Cost
@@ -114,13 +114,15 @@ class Costs:
 
 
 class Planner:
-    """Costs of the stages of an experiment on some GPUs; to be used within `estimates.imagined`."""
+    """Costs of the stages of an experiment on some GPUs; to be used within `fake.imagined`."""
+
+    known: ClassVar[dict[str, Any]] = {}
+    """What was counted, by function and arguments."""
 
     def __init__(self, experiment: Experiment, config: PlanConfig, kind: Kind):
         self.config, self.kind = config, kind
         self.stages = {experiment.out / name: stage for name, (_, stage) in experiment.stages.items()}
         self.kinds = {experiment.out / name: kind for name, (kind, _) in experiment.stages.items()}
-        self.known: dict[str, Any] = {}
 
     def costs(self, path: Path) -> Costs | None:
         """Of one stage; None for those that are not counted."""
