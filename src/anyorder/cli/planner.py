@@ -118,10 +118,13 @@ class Planner:
 
     known: ClassVar[dict[str, Any]] = {}
     """What was counted, by function and arguments."""
+    here: dict[Path | None, Facts]
+    """What was found of the data, by artifact."""
 
     def __init__(self, experiment: Experiment, config: PlanConfig, kind: Kind):
         self.config, self.kind = config, kind
         self.stages = {experiment.out / name: stage for name, (_, stage) in experiment.stages.items()}
+        self.here = {}
         self.kinds = {experiment.out / name: kind for name, (kind, _) in experiment.stages.items()}
 
     def costs(self, path: Path) -> Costs | None:
@@ -143,7 +146,9 @@ class Planner:
         text = f"data={data} is no stage of this file: plan needs its settings"
         require(self.kinds.get(data) == "data", text)  # type: ignore[arg-type]
         stage = self.stages[data]  # type: ignore[index]
-        here = self._once(_source, stage.source, stage.label, stage.test_fraction)
+        if data not in self.here:
+            self.here[data] = _source(stage.source, stage.label, stage.test_fraction)
+        here = self.here[data]
         train = stage.max_train or here.train or self.config.images
         text = f"{stage.source} is not here: say how many training images it has, images=NUMBER"
         require(train is not None, text)
