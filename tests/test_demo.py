@@ -682,7 +682,8 @@ def test_without_a_web_server_the_extra_is_named(missing, monkeypatch, capsys):
 def test_orders_of_classes_and_location_heads_are_on_offer():
     client = client_of(Pipeline.from_pretrained("fashion32"))
     about = client.get("/about").json()
-    assert about["orders"][0]["name"] == "class_mean"
+    assert about["orders"][0]["name"] == "entropy, rate_every 8"
+    assert {"random", "class_mean", "raster"} <= {order["name"] for order in about["orders"]}
     assert all(order["text"] for order in about["orders"])
     steps = steps_of(0, events(client, label="Shoes", n=1))
     assert len(steps) == 64

@@ -172,7 +172,9 @@ def generate(
 def _catch_up(model: Any, state: Any, waiting: list[tuple[Tensor, Tensor, Tensor | None]]) -> Any:
     """The state after all positions, tokens and counts that are `waiting`; the list is then empty."""
     alike = [some[:2] for some in waiting if some[2] is None]
-    if alike:  # one long block is faster than several short ones
+    if len(alike) == 1:  # the very tensors that were scored: the model need not search for them
+        state = model.append(state, *alike[0])
+    elif alike:  # one long block is faster than several short ones
         state = model.append(state, *(torch.cat(column, dim=1) for column in zip(*alike, strict=True)))
     for some in waiting if not alike else ():
         state = model.append_some(state, *some)

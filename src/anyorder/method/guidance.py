@@ -113,7 +113,9 @@ class Guided:
         logits = self.model.forward(*both) if sizes is None else self._grouping.forward(*both, sizes)
         sizes, n = sizes or [1] * tokens.shape[1], tokens.shape[1]
         begins = [end - size for size, end in zip(sizes, accumulate(sizes), strict=True) for _ in range(size)]
-        scale = torch.tensor([self.config.at(i / n) for i in begins], device=logits.device)
+        scale = torch.tensor(
+            [self.config.at(i / n) for i in begins], device=logits.device, dtype=torch.float32
+        )
         return _mix(logits, scale[None, :, None])
 
     def start(
@@ -133,7 +135,7 @@ class Guided:
         if isinstance(state.revealed, int):
             return _mix(logits, self.config.at(state.revealed / state.n))
         scales = [self.config.at(revealed / state.n) for revealed in state.revealed.tolist()]
-        return _mix(logits, torch.tensor(scales, device=logits.device)[:, None, None])
+        return _mix(logits, torch.tensor(scales, device=logits.device, dtype=torch.float32)[:, None, None])
 
     def append(self, state: GuidedState, positions: Tensor, tokens: Tensor) -> GuidedState:
         """Both halves see the same tokens."""

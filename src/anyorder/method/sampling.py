@@ -54,7 +54,7 @@ def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
         ranked = ranked.masked_fill(p.cumsum(-1) - p >= sampling.top_p, -torch.inf)
         logits = torch.empty_like(logits).scatter(-1, index, ranked)
     if sampling.min_p > 0:
-        floor = logits.amax(-1, keepdim=True) + torch.tensor(sampling.min_p).log()
+        floor = logits.amax(-1, keepdim=True) + math.log(sampling.min_p)
         logits = logits.masked_fill(logits < floor, -torch.inf)
     return logits
 

@@ -104,7 +104,7 @@ def rotary_tables(at: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
     Half of the frequencies turn with the row, half with the column, base 100 (small grids).
     """
     quarter = head_width // 4
-    frequencies = 100.0 ** (-torch.arange(quarter, device=at.device) / quarter)
+    frequencies = 100.0 ** (-torch.arange(quarter, dtype=torch.float32, device=at.device) / quarter)
     angles = F.pad((at[:, :, None] * frequencies).flatten(1), (0, 0, 0, 1))
     return angles.cos(), angles.sin()
 
