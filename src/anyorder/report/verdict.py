@@ -154,9 +154,8 @@ def main_table(variants: Sequence[Variant], differences: Differences) -> Table:
     seeds = " and ".join(map(str, sorted({len(v.evaluations) for v in variants})))
     spread = f"Mean ± standard deviation over {seeds} seeds. " if seeds != "1" else ""
     against = f"against the {members[0].split} split"
-    of = {"train": "training", "validation": "the validation split"}[
-        members[0].metrics.get("floor_split", "train")
-    ]
+    pool = members[0].metrics.get("floor_split", "train")
+    of = "training" if pool == "train" else "the validation split"
     caption = f"{spread}{evaluations.metric_names(members)} {against}; {evaluations.FLOOR}: of {of}."
     shown = [{c: row[c] for c in columns} for row in rows] + last
     return Table(columns, shown, caption, evaluations.best_of(rows, measures), unranked=len(last))

@@ -35,8 +35,7 @@ def reference_split(data: Path, split: str | None) -> str:
 def floor_split(data: Path, split: str) -> str:
     """The split of the real images that are compared with `split`.
 
-    Validation images for the test split, if there are any: features of images a classifier was trained on
-    differ from those of others. Training images elsewhere.
+    Validation images for the test split, if any: a classifier's training images have features of their own.
     """
     return "validation" if split == "test" and "validation" in caches.splits(data) else "train"
 
@@ -61,9 +60,7 @@ def floors(
         return {}
     real, decoder = metrics.FeatureStatistics(extractor.name), _decoder(tokenizer, pool)
     real.update(others.features[chosen], others.logits[chosen])
-    tokens = (pool.batch(rows)[0].to(device()) for rows in batches(kept[chosen], 256))
-    pixels = (torch.from_numpy(to_uint8(decoder.decode(some, pool.grid))) for some in tokens)
-    through = (images.permute(0, 3, 1, 2) for images in pixels)
+    through = (_decoded(decoder, pool, rows) for rows in batches(kept[chosen], 256))
     made = metrics.statistics(extractor, through, description="reconstructions")
     rows = {FLOOR: real, "reconstructions": made}
     return {name: {**bootstrap.measures(reference, x), "images": x.n} for name, x in rows.items()}
@@ -79,12 +76,10 @@ def reconstructions(
     decoder, found = _decoder(tokenizer, held), metrics.FeatureStatistics(extractor.name)
 
     def work(rows: np.ndarray) -> tuple[torch.Tensor, ...]:
-        images = to_uint8(decoder.decode(held.batch(rows)[0].to(device()), held.grid))
-        return tuple(x.cpu() for x in extractor(torch.from_numpy(images).permute(0, 3, 1, 2)))
+        return tuple(x.cpu() for x in extractor(_decoded(decoder, held, rows)))
 
-    for made in processes.mapped(
-        work, list(batches(evenly_spaced(limit, len(held)), 256)), "reconstructions"
-    ):
+    parts = list(batches(evenly_spaced(limit, len(held)), 256))
+    for made in processes.mapped(work, parts, "reconstructions"):
         found.update(*made)
     return found
 
@@ -95,3 +90,9 @@ def _decoder(tokenizer: Path | None, tokens: caches.TokenSet) -> TokenizerNetwor
     require_made_from(tokens.folder, "tokenizer", tokenizer)
     assert tokenizer
     return load_tokenizer(tokenizer)
+
+
+def _decoded(decoder: TokenizerNetwork, tokens: caches.TokenSet, rows: np.ndarray) -> torch.Tensor:
+    """Images (B, 3, H, W) uint8 of some rows of the tokens."""
+    images = to_uint8(decoder.decode(tokens.batch(rows)[0].to(device()), tokens.grid))
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
