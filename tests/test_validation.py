@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from anyorder.cli import main as cli
 from anyorder.data.caches import OrderSet, TokenSet, splits
@@ -16,6 +18,7 @@ from anyorder.settings import parse
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.features import reference_file
 from anyorder.stages.floors import reference_split
+from anyorder.stages.sample import stratified
 from anyorder.stages.train import TrainStage
 from anyorder.stages.tune import TuneStage, best
 
@@ -168,6 +171,16 @@ def test_searches_that_cannot_be_are_refused(settings, message):
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.integers(1, 200), st.integers(0, 3))
+def test_samples_have_the_mix_of_classes_of_the_real_images(labels, n, seed):
+    labels = np.array(labels)
+    rows = stratified(labels, n, seed)
+    assert len(rows) == n
+    assert np.ptp(np.bincount(rows, minlength=len(labels))[np.unique(rows)]) <= 1  # no image far more often
+    wanted = np.bincount(labels, minlength=6) * n / len(labels)
+    assert (abs(np.bincount(labels[rows], minlength=6) - wanted) < 1 + 1e-9).all()
 
 
 def test_evaluations_have_floors_with_the_classes_of_the_samples(out):

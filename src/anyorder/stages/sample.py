@@ -143,8 +143,7 @@ class SampleStage(GeneratingStage):
             )
             every = tokens.vocabulary.condition(self.num_images, labels.tolist())
             return every if tokens.further.shape[1] else every[:, 0]
-        shuffled = np.random.default_rng(self.seed).permutation(len(tokens))
-        return tokens.batch(np.resize(shuffled, self.num_images))[1]
+        return tokens.batch(stratified(tokens.labels, self.num_images, self.seed))[1]
 
     def _figures(self, folder: Path, tokens: TokenSet) -> None:
         """The first samples: a grid, half of them with their orders, an animation; a row for each prompt."""
@@ -155,6 +154,18 @@ class SampleStage(GeneratingStage):
             figures.save_image(grid, folder / "prompts.png")
         orders = load_array(folder / "order.npy")[:SHOWN].astype(np.int64)
         figures.save_sample_figures(folder, np.array(images[:SHOWN]), orders, tokens.grid)
+
+
+def stratified(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Draw n rows, of each class as many as its share of `labels` asks for (to less than 1).
+
+    With classes drawn at random their mix differs from that of the real images, which adds to FD what the
+    model has no part in: four classes and 1,000 images gave 0.005 or 0.04 by the seed alone.
+    """
+    generator = np.random.default_rng(seed)
+    rows = generator.permutation(len(labels))
+    rows = rows[np.argsort(labels[rows], kind="stable")]
+    return generator.permutation(rows[np.arange(n) * len(rows) // n])
 
 
 def _arrays(tokens: TokenSet, factor: int, conditions: Tensor) -> dict[str, Any]:
