@@ -201,14 +201,16 @@ def put(values: Values, changes: Mapping[str, Any]) -> Values:
 
 def rehearsal(values: Values, steps: int) -> Values:
     """The same experiment, as short as can be: one generator, few images."""
-    kept = ("data", "tokenizer", "features", "tokens", "any-order", "orders", "samples-random", "eval-random")
+    samples = ("samples-random", "samples-ordered")
+    kept = ("data", "tokenizer", "features", "tokens", "any-order", "orders", *samples, "eval-random")
     stages = {name: stage for name, stage in values["stages"].items() if name in kept}
     short = {"steps": steps, "warmup": 0, "eval_every": steps, "log_every": 8, "save_every": steps}
     changes = {f"{s}.train.{k}": v for s in stages if "train" in stages[s] for k, v in short.items()}
     at_once = int(stages["orders"]["batch_size"])
     changes |= {"data.max_train": 2 * at_once, "data.max_test": 16, "data.max_validation": 1}
-    changes |= {"orders.limit": at_once, "orders.test_limit": 1, "samples-random.num_images": at_once}
-    return put({**values, "stages": stages}, changes)
+    changes |= {"orders.limit": at_once, "orders.test_limit": 1}
+    changes |= {f"{name}.num_images": at_once for name in samples}
+    return put({**values, "stages": stages}, {**changes, "samples-ordered.model": "any-order"})
 
 
 def _images(name: str, settings: Mapping[str, Any], facts: Facts) -> int:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from anyorder.contracts import require
 from anyorder.data.caches import OrderSet, TokenSet, check_tokenizer
 from anyorder.files import read_manifest
@@ -52,7 +54,7 @@ class PipelineStage:
     """Names of further orders that the model is good at, such as random; the web page of `anyorder demo`
     offers these first and calls all others experiments. By default none but the policy."""
     example_class: str | None = None
-    """Class that the web page opens with; by default the first one."""
+    """Class that the web page opens with; by default the one with most images."""
 
     def __post_init__(self) -> None:
         text = "say what to put together: give samples=FOLDER or model=FOLDER"
@@ -88,7 +90,8 @@ class PipelineStage:
                 guidance = parse(GuidanceConfig, stored | {"scale": scale})
         classes = class_names(self.model, model, tokens)
         vocabulary = dataclasses.replace(tokens.vocabulary, classes=classes)
-        shown = guidance, self.good_orders, self.example_class
+        example = self.example_class or (classes[np.bincount(tokens.labels).argmax()] if classes else None)
+        shown = guidance, self.good_orders, example
         parts = Parts(model, tokenizer, classes, policy, scorer, orders, vocabulary, *shown)
         save_parts(artifact.folder, parts)
         return {"parameters": read_manifest(self.model)["parameters"]}
