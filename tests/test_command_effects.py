@@ -95,8 +95,6 @@ CHAIN: dict[str, tuple[str, Settings]] = {
     "vq2": ("tokenizer", {"data": "data", **VQ, **FEW, "train.seed": 1}),
     "tokens": ("tokens", {"data": "data", "tokenizer": "vq"}),
     "tokens2": ("tokens", {"data": "data", "tokenizer": "vq2"}),
-    "wide-tokens": ("tokens", {"data": "wide", "tokenizer": "vq"}),
-    "wide-tokens2": ("tokens", {"data": "wide", "tokenizer": "vq", "batch_size": 3}),
     "features": ("features", {"data": "data", "channels": (8,), **FEW}),
     "features2": ("features", {"data": "data", "channels": (8,), **FEW, "train.seed": 1}),
     "any": ("train", {"tokens": "tokens", "model.depth": 1, "model.width": 16, "model.heads": 2, **FEW}),
@@ -211,13 +209,6 @@ COMMANDS: dict[str, Command] = {
         **change("mask", "lower"), **change("num_images", 5), **change("seeds", (1,)),
         **change("batch_size", 3), **change("bf16", True, **{"policy.order": "raster"}),
         **group("filling", "feather", 0), **DRAWN,
-    }),
-    "grid": Command({"model": "any", "other": "wide-tokens", "num_images": 4, "seeds": (0,), "samples": 4}, {
-        **change("model", "any2"), **refused("other", "tokens2", MOVED),
-        **refused("tokens", "tokens2", MOVED), **refused("tokenizer", "vq2", MOVED),
-        **change("num_images", 3), **change("seeds", (1,)), **change("samples", 3),
-        **change("scorer", "any2", **INFERRED),
-        **refused("orders", "orders", "orders has no effect"), **DRAWN,
     }),
     "pipeline": Command({"model": "any"}, {
         **change("samples", "scored"), **change("model", "any2"), **refused("tokens", "tokens2", MOVED),
