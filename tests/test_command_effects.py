@@ -241,11 +241,11 @@ COMMANDS: dict[str, Command] = {
         **change("grid", (2, 3)), **change("heads", 1), **change("joint_steps", True),
         **change("extrapolated", 2), **group("policy", "order", "raster"), **group("guidance", "scale", 2.0),
     }),
-    "bench": Command({"model.depth": 1, "model.width": 16, "model.heads": 2, "memory": ()}, {
-        **group("model", "depth", 2), **group("tokenizer", "channels", 16), **group("over", "depth", (1, 2)),
+    "bench": Command({"model.depth": 1, "model.width": 16, "model.heads": 2}, {
+        **group("model", "depth", 2), **group("tokenizer", "channels", 16),
         **change("grid", (4, 4)), **change("vocab_size", 8), **change("batch_size", 2), **change("images", 2),
         **change("chunk", 2), **change("compile", True), **change("triad_mib", 1), **change("repeats", 2),
-        **change("only", ("training step",)), **change("memory", (2,)),
+        **change("only", ("training step",)),
     }),
     "demo": Command({"pipeline": "toy", "port": 0}, {
         **change("pipeline", "toy2"), **change("port", 7999), **change("host", "0.0.0.0"),
@@ -357,7 +357,6 @@ def asked(monkeypatch):
         found.append((hosts, pipe.model.state_dict()["head.weight"].sum().item()))
 
     monkeypatch.setattr(bench, "_times", times)
-    monkeypatch.setattr(bench, "peak_memory", lambda subject, sides: [{"side": side} for side in sides])
     monkeypatch.setattr(server, "create_app", app)
     watch(socket, "create_server", lambda address: address)
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)
