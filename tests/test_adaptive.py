@@ -18,6 +18,8 @@ from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Streams, entropy, sample_tokens
 from anyorder.models.compiled import compile_decoding
 from anyorder.stages.orders import OrdersStage
+from anyorder.stages.train import TrainStage
+from anyorder.training.config import TrainConfig
 
 SEEDS = (3, 1, 4, 15, 9)
 LIMITS = (1e-6, 1.1, 1.5, 2.5)
@@ -250,6 +252,8 @@ def test_extraction_refuses_a_limit():
     policy = PolicyConfig("entropy", per_step=4, entropy_limit=0.5)
     with pytest.raises(ValueError, match=r"policy\.entropy_limit is for generating"):
         OrdersStage(Path("model"), Path("tokens"), policy=policy)
+    with pytest.raises(ValueError, match="leave class_weight, entropy_limit out"):
+        TrainStage(Path("tokens"), online=policy, train=TrainConfig(ema=0.9))
 
 
 def test_the_label_says_the_limit():

@@ -84,6 +84,7 @@ FEW = {"train.steps": 2, "train.batch_size": 4, "train.log_every": 1, "train.eva
 TRAINED = group("train", "seed", 3)
 DRAWN = group("policy", "order", "raster") | group("sampling", "temperature", 0)
 DRAWN |= group("guidance", "scale", 9)
+ONLINE = {"online.order": "entropy", "train.ema": 0.5}
 MOVED = "was made with|were made by"
 
 CHAIN: dict[str, tuple[str, Settings]] = {
@@ -150,7 +151,9 @@ COMMANDS: dict[str, Command] = {
     "train": Command({"tokens": "tokens", "model.depth": 1, "model.width": 16, "model.heads": 2, **FEW}, {
         **change("tokens", "tokens2"), **change("order", "raster"), **change("orders", "orders"),
         **change("orders_as", "class_mean", orders="orders"),
-        **change("random_share", 0.9, orders="orders"),
+        "online.": Case({"online.order": "margin"}, {**ONLINE, "init": "any"}),
+        **change("online_every", 2, **ONLINE, **{"train.steps": 9}),
+        **change("jitter", 4.0, orders="orders"), **change("random_share", 0.9, orders="orders"),
         **change("random_share_end", 0.9, orders="orders"), **change("init", "any"),
         **change("random_share_ramp", (0.0, 0.5), order="raster", random_share=1.0, random_share_end=0.0,
                  **{"train.steps": 4}),
@@ -172,7 +175,7 @@ COMMANDS: dict[str, Command] = {
         **change("model", "any2"), **refused("tokens", "tokens2", MOVED), **change("rounds", 2),
         **change("patience", 2, rounds=3), **group("first", "sign", -1),
         "policy.": Case({"policy.order": "margin"}, {"model": "headed"}), **change("limit", 4),
-        **change("test_limit", 3), **change("random_share", 0.9),
+        **change("test_limit", 3), **change("jitter", 4.0), **change("random_share", 0.9),
         **change("random_floor", 0.4, rounds=2, patience=2), **TRAINED,
     }),
     "sample": Command(generating(), {

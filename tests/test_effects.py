@@ -200,7 +200,8 @@ EFFECTS: dict[type, tuple[Callable[[Any], Any], Settings, dict[str, Pair]]] = {
         "next_position": Pair("relative", "absolute"), "current_position": Pair("absolute", "none"),
         "class_at": Pair("first", "every"), "rotary": Pair(False, True), "qk_norm": Pair(False, True),
         "dropout": Pair(0.0, 0.5), "token_dropout": Pair(0.0, 0.5), "label_dropout": Pair(0.0, 0.9),
-        "part_dropout": Pair(0.0, 0.9), "location": Pair(False, True), "checkpointing": Pair(False, True),
+        "part_dropout": Pair(0.0, 0.9), "location": Pair(False, True),
+        "location_gradient": Pair(True, False, {"location": True}), "checkpointing": Pair(False, True),
     }),
     VQConfig: (of_vq, SMALL_VQ, {
         "channels": Pair(8, 16), "multipliers": Pair((1, 2), (1, 1)), "res_blocks": Pair(1, 2),

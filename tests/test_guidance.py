@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from anyorder.bench.memory import peak_of_cpu
+from anyorder.bench.memory import _peak_of_cpu
 from anyorder.method import decoding
 from anyorder.method.decoding import extract_orders, generate, sample
 from anyorder.method.guidance import GuidanceConfig, Guided
@@ -173,7 +173,7 @@ def test_guided_scoring_takes_the_memory_of_plain_scoring(monkeypatch):
     monkeypatch.setattr(decoding, "LOGITS", 2**16)
     model = transformer(num_classes=3, vocab_size=512, grid=(8, 8))
     plain, guided = (
-        peak_of_cpu(
+        _peak_of_cpu(
             lambda m=m: next(generate(m, "entropy", Streams(range(4)), condition=torch.zeros(4).long()))
         )
         for m in (model, Guided(model, GuidanceConfig(2.0)))

@@ -45,6 +45,8 @@ EXPERIMENT = {
     "orders": {"model": "any", "tokens": "tokens", "test_limit": 4, "batch_size": 6, **QUICK},
     "ordered": {"stage": "train", "tokens": "tokens", "init": "any", "orders": "orders",
                 "random_share": 0.2, "train": {**STEPS, "patience": 3, "watch": "validation_nll"}},
+    "online": {"stage": "train", "tokens": "tokens", "init": "any", "online": {**QUICK["policy"]},
+               "train": {**STEPS, "ema": 0.5}},
     "iterate": {"model": "any", "tokens": "tokens", "rounds": 2, "patience": 2, "limit": 8, "test_limit": 4,
                 "first": QUICK["policy"], "train": {**STEPS, "steps": 2},
                 "policy": {"order": "token_likelihood", "location": 1.0, "per_step": 8}},

@@ -97,12 +97,9 @@ def test_what_determines_the_others_is_learnt_to_come_first():
     [
         ({"learn_orders": 1}, "at least 2 orders for each image, got 1"),
         ({"learn_orders": 2}, "needs a location head: give init=... with one, or model.location=true"),
-        ({"learn_orders": 2, "init": Path("a"), "order": "raster"}, "learn_orders takes no orders, order"),
-        ({"learn_orders": 2, "init": Path("a"), "groups": (2,)}, "learn_orders takes no orders, order"),
-        (
-            {"learn_orders": 2, "init": Path("a"), "random_share": 0.1},
-            "random_share, random_share_end go",
-        ),
+        ({"learn_orders": 2, "init": Path("a"), "order": "raster"}, "learn_orders takes no orders, online"),
+        ({"learn_orders": 2, "init": Path("a"), "groups": (2,)}, "learn_orders takes no orders, online"),
+        ({"learn_orders": 2, "init": Path("a"), "random_share": 0.1}, "random_share go with|random_share, "),
         ({"learn_orders": 2, "init": Path("a"), "train": TrainConfig(compile=True)}, "train.compile"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from conftest import GRID, Watched, seeded, transformer
 from torch.testing import assert_close
 
-from anyorder.bench.memory import peak_of_cpu
+from anyorder.bench.memory import _peak_of_cpu
 from anyorder.contracts import Grid, LocatingModel
 from anyorder.method.decoding import extract_orders, generate, sample
 from anyorder.method.guidance import GuidanceConfig, Guided
@@ -164,13 +164,14 @@ def test_several_locations_in_one_step(per_step):
     assert sorted(torch.cat([step.positions for step in steps], 1)[0].tolist()) == list(range(6))
 
 
-def test_the_loss_of_the_head_trains_the_model():
-    model = located()
+@pytest.mark.parametrize("gradient", [True, False])
+def test_the_loss_of_the_head_trains_the_model_or_stops_before_it(gradient):
+    model = located(location_gradient=gradient)
     with torch.enable_grad():
         joint_nll(model, torch.zeros(1, 6).long(), None, torch.arange(6)[None])[1].sum().backward()
     assert model.location.context.weight.grad.abs().sum() > 0
-    assert model.blocks[0].mlp.down.weight.grad is not None
-    assert model.token_embedding.weight.grad is not None
+    assert (model.blocks[0].mlp.down.weight.grad is not None) == gradient
+    assert (model.token_embedding.weight.grad is not None) == gradient
 
 
 def test_the_e_step_follows_position_and_true_token():
@@ -254,7 +255,7 @@ def test_the_head_computes_a_few_maps_at_a_time(monkeypatch):
     for part in (2**30, 2**17):
         monkeypatch.setattr(head_module, "MAPS", part)
         inputs = head_inputs(2, grid)
-        peaks.append(peak_of_cpu(partial(head_gradients, head, inputs, grid)) / whole.nbytes)
+        peaks.append(_peak_of_cpu(partial(head_gradients, head, inputs, grid)) / whole.nbytes)
         again, its_grad = head_gradients(head, head_inputs(2, grid), grid)
         assert_close(again, whole, **CLOSE)
         assert_close(its_grad, grad, rtol=1e-3, atol=1e-4)
@@ -266,7 +267,9 @@ def test_deciding_where_takes_no_maps_of_all_steps():
     """Sampling by the head takes hardly more memory than sampling in a given order."""
     model, grid = located(vocab_size=8), Grid(16, 16)
     peaks = [
-        peak_of_cpu(lambda order=order: list(islice(generate(model, order, Streams(range(4)), grid=grid), 3)))
+        _peak_of_cpu(
+            lambda order=order: list(islice(generate(model, order, Streams(range(4)), grid=grid), 3))
+        )
         for order in ("raster", "raster", "location")  # the first one allocates what stays
     ]
     assert peaks[2] - peaks[1] < 4 * grid.n**2 * 4, "less than one map (B, N, N)"

@@ -129,7 +129,7 @@ def every_stage(folder):
     found = {"two": differing(folder / "one", folder / "two")}
     sharded = experiment(folder, shard=True)
     run(2, folder, "run", sharded, f"out={folder / 'sharded'}")
-    for name in ("tokenizer", "features", "any", "ordered"):
+    for name in ("tokenizer", "features", "any", "ordered", "online"):
         a, b = (read_tensors(folder / out / name / "model.safetensors") for out in ("one", "sharded"))
         found[name] = max(float((a[key].double() - b[key].double()).abs().max()) for key in a)
     return found

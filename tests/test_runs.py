@@ -78,7 +78,7 @@ EXPERIMENT = {
                       "num_images": 5, "policy": {"order": "margin", "class_weight": 1.0, "rate_every": 3}},
         "eval-by-shrunk": {"stage": "eval", "samples": "by-shrunk", **MEASURED, "nll_images": 8},
         "pipeline-shrunk": {"stage": "pipeline", "samples": "by-shrunk"},
-        "located": {"stage": "train", "tokens": "tokens", "init": "any", "orders": "orders",
+        "located": {"stage": "train", "tokens": "tokens", "init": "any", "orders": "orders", "jitter": 1.0,
                     "random_share": 0.3, "model": {"location": True}, "train": STEPS},
         "learnt": {"stage": "train", "tokens": "tokens", "init": "located", "learn_orders": 2,
                    "train": STEPS},
@@ -98,6 +98,8 @@ EXPERIMENT = {
         "by-groups": {"stage": "sample", "model": "grouped", "num_images": 10,
                       "policy": {"order": "location", "steps": 4}},
         "eval-by-groups": {"stage": "eval", "samples": "by-groups", **MEASURED, "nll_images": 8},
+        "online": {"stage": "train", "tokens": "tokens", "init": "any", "model": {"location": True},
+                   "online": {"order": "entropy", "rescore": 0.25}, "train": {**STEPS, "ema": 0.5}},
         "iterate": {"model": "any", "tokens": "tokens", "rounds": 2, "limit": 16, "test_limit": 8,
                     "policy": {"order": "token_likelihood", "location": 1.0, "per_step": 4}, "train": STEPS},
     }
@@ -205,6 +207,18 @@ def test_class_orders_rank_positions_by_their_mean_rank():
     orders = np.array([[0, 1, 2], [1, 0, 2], [0, 2, 1], [2, 1, 0]])
     table = class_orders(orders, np.array([0, 0, 0, 2]), 3)
     assert table.tolist() == [[0, 1, 2], [0, 1, 2], [2, 1, 0]], "class 1 has no image: the mean of all"
+
+
+def test_orders_are_extracted_while_training(experiment):
+    _, out = experiment
+    orders = load_array(out / "online" / "online" / "round-000.npy")
+    seen = orders[:, 0] != np.iinfo(np.uint16).max
+    assert seen.sum() == 4 * 8
+    trained = read_manifest(out / "online")
+    assert trained["extraction_evaluations"] == 4 * 8 * (
+        16 + 3 * 4 + 4 * 3 + 4 * 2
+    )  # one candidate is not rated
+    assert (np.sort(orders[seen], axis=1) == np.arange(16)).all()
 
 
 def test_rounds_of_extraction_and_fine_tuning_are_recorded(experiment):
@@ -637,9 +651,12 @@ def test_artifacts_that_do_not_belong_together_are_refused(experiment, tmp_path)
     [
         (TrainStage, {"tokens": "t", "order": "rastr"}, "order must be"),
         (TrainStage, {"tokens": "t", "orders": "o", "order": "raster"}, "either"),
-        (TrainStage, {"tokens": "t", "random_share": 0.5}, "all are random"),
+        (TrainStage, {"tokens": "t", "random_share": 0.5}, "all orders are random"),
         (TrainStage, {"tokens": "t", "model": {"location": True}}, "needs orders to learn"),
-        (TrainStage, {"tokens": "t", "jitter": 1.0}, "setting 'jitter' no longer exists: leave it out"),
+        (TrainStage, {"tokens": "t", "orders": "o", "jitter": -1}, "jitter must be >= 0"),
+        (TrainStage, {"tokens": "t", "orders": "o", "online": {"order": "entropy"}}, "extracts the orders"),
+        (TrainStage, {"tokens": "t", "online": {"order": "raster"}}, "must be an inferred order"),
+        (TrainStage, {"tokens": "t", "online": {"order": "entropy"}}, "give train.ema"),
         (
             TrainStage,
             {"tokens": "t", "order": "raster", "model": {"location": True}, "train": {"compile": True}},
@@ -661,6 +678,7 @@ def test_artifacts_that_do_not_belong_together_are_refused(experiment, tmp_path)
         (TrainStage, {"tokens": "t", "init": "m", "model": {"depth": 3}}, "its architecture"),
         (TrainStage, {"tokens": "t", "tokenizer": "v"}, "train.sample_every"),
         (TrainStage, {"tokens": "t", "orders_as": "class_mean"}, "give orders=FOLDER"),
+        (TrainStage, {"tokens": "t", "online_every": 2}, "goes with online"),
         (TrainStage, {"tokens": "t", "train": {"patience": 1, "watch": "test_bound"}}, "is not evaluated"),
         (TokenizerStage, {"data": "d", "train": {"patience": 1}}, "one of validation_psnr, validation_ssim"),
         (FeaturesStage, {"data": "d", "train": {"patience": 1}}, "choose one of test_accuracy"),
@@ -789,14 +807,13 @@ def test_help_is_dedented_and_begins_with_what_matters(capsys):
 
 
 def test_older_configurations_are_completed_with_defaults():
-    now = TrainStage(tokens=Path("t"), groups=(4,), train=TrainConfig(ema=0.9))
+    now = TrainStage(tokens=Path("t"), online=PolicyConfig("entropy"), train=TrainConfig(ema=0.9))
     told, _, completion = split(now)
-    then = {key: value for key, value in told.items() if key not in ("groups", "lora")}
-    then |= {"jitter": 0.0, "online": None}
+    then = {key: value for key, value in told.items() if key not in ("online", "jitter")}
     then["train"] = {key: value for key, value in told["train"].items() if key != "patience"}
     found = completion(then)
-    assert (found["lora"], found["train"]["patience"], found["train"]["ema"]) == (0, 0, 0.9)
-    assert found["groups"] == (), "what did not exist was off, whatever is asked for now"
+    assert (found["jitter"], found["train"]["patience"], found["train"]["ema"]) == (0.0, 0, 0.9)
+    assert found["online"] is None, "what did not exist was off, whatever is asked for now"
     assert found.keys() == told.keys() - {"tokenizer"}, "inputs are no settings, nor is what is put aside"
 
 

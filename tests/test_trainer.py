@@ -776,3 +776,9 @@ def test_what_should_rise_is_watched_for_rising(tmp_path):
     assert_equal(result.model.state_dict(), seen[4])
     with pytest.raises(ValueError, match="watch=test_psnr is for patience"):
         TrainConfig(watch="test_psnr")
+
+
+def test_losses_may_watch_the_averaged_model(tmp_path):
+    handed = []
+    result = train(Tiny(), squared_error, EXAMPLES, TrainConfig(**CONFIG), tmp_path, ready=handed.append)
+    assert handed == [result.model]

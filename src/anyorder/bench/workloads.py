@@ -76,7 +76,7 @@ class BenchConfig:
         if unknown := [name for name in self.only if name not in WORKLOADS]:
             hint = did_you_mean(unknown[0], WORKLOADS) or "."
             raise ValueError(f"unknown workload '{unknown[0]}'{hint} Choose from {'; '.join(WORKLOADS)}")
-        for name in ("location", "label_dropout", "part_dropout"):
+        for name in ("location", "location_gradient", "label_dropout", "part_dropout"):
             if getattr(self.model, name) != getattr(Architecture, name):
                 raise ValueError(f"model.{name} has no effect: the model has a head and no condition")
         self.transformer(), self.vq()  # they refuse sizes that do not fit

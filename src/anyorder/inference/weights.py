@@ -18,7 +18,7 @@ from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork, require
 from anyorder.families import Family, family, loading
 from anyorder.files import atomic, read_json, write_json
 from anyorder.inference.device import device
-from anyorder.settings import parse, read_stored
+from anyorder.settings import parse
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -93,8 +93,7 @@ def _read_config(path: Path) -> tuple[str, Family, Any]:
     text = f"{path} must hold the settings of {name} under 'config'"
     require(isinstance(stored.get("config"), dict), text)
     try:
-        values = read_stored(declared.config_class, stored["config"])
-        return stored["kind"], declared, parse(declared.config_class, values)
+        return stored["kind"], declared, parse(declared.config_class, stored["config"])
     except (ValueError, TypeError) as e:
         raise ValueError(f"{path} does not fit this version's {name}: {e}") from e
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Literal, get_args, get_type_hints
 
 from anyorder.contracts import Grid, require
 
@@ -38,11 +38,10 @@ class Architecture:
     """Share of each part of a several-part condition hidden in training, in [0, 1); any may be left out."""
     location: bool = False
     """Add a head that predicts the next position, besides the token: order and content as one model."""
+    location_gradient: bool = True
+    """Whether the location head's loss trains the whole model, or with false the head alone."""
     checkpointing: bool = False
     """Recompute blocks in the backward pass: about `depth` times less memory, a third more time."""
-
-    removed: ClassVar[dict[str, Any]] = {"location_gradient": True}
-    """Settings that are gone, see `settings.read_stored`: without the gradient the head was worse."""
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "heads"):

@@ -204,6 +204,8 @@ class AnyOrderTransformer(AnyOrderNetwork):
         behind = torch.cat((asked[:, None], hidden[:, :-1]), dim=1)
         known = groups.layout(sizes, grid.n, order.device).behind
         behind, content, before = behind[:, known], content[:, known], self._before(order, grid)[:, known]
+        if not self.config.location_gradient:
+            behind, content, asked = behind.detach(), content.detach(), asked.detach()
         closed = location.revealed_before(inverse(order))
         where = head(behind, content, asked, before, closed[:, known], head.tables(grid), closed)
         return self.head(hidden), where

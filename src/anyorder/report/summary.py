@@ -246,6 +246,8 @@ def _losses(trained: Found) -> list[Section]:
 def _trained_on(manifest: dict[str, Any]) -> str:
     """Where the orders of a training came from, for tables."""
     config = manifest["config"]
+    if config.get("online"):
+        return f"extracted while training: {config['online']['order']}"
     if "orders" not in manifest["inputs"]:
         return config["order"]
     return "extracted, the mean of each class" if config.get("orders_as") == "class_mean" else "extracted"

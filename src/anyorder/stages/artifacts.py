@@ -27,7 +27,7 @@ from anyorder import files
 
 log = logging.getLogger("anyorder")
 IDENTITY, REPLACED = ".identity.json", ".replaced"
-FOLDERS = re.compile(r"checkpoints|samples|model|tokenizer|scorer|round-\d+|point-\d+")
+FOLDERS = re.compile(r"checkpoints|samples|online|model|tokenizer|scorer|round-\d+|point-\d+")
 """Names of the folders that stages make inside an artifact; all others are the user's and never touched."""
 CONTENT = (".npy", ".safetensors", ".json")
 """Files of these kinds get a hash, except checkpoints and times."""

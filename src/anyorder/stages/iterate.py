@@ -35,7 +35,6 @@ class IterateStage(TrainingStage):
 
     grows: ClassVar[tuple[str, ...]] = ()
     inputs: ClassVar[tuple[str, ...]] = ("model", "tokens")
-    removed: ClassVar[dict[str, Any]] = {"jitter": 0.0}
     model: Path
     """Any-order model to start from, with or without a location head."""
     tokens: Path
@@ -53,6 +52,8 @@ class IterateStage(TrainingStage):
     """Train on the first so many images only; null takes all."""
     test_limit: int = 512
     """Test images, and validation images, that the bound is measured on."""
+    jitter: float = 0.0
+    """Standard deviation of noise on the ranks of extracted orders, in steps."""
     random_share: float = 0.5
     """Share of random orders in the first round; later rounds go down to `random_floor` in equal parts."""
     random_floor: float = 0.1
@@ -116,7 +117,7 @@ class IterateStage(TrainingStage):
     def _training(self, model: Path, orders: Path, done: int) -> TrainStage:
         above = (self.random_share - self.random_floor) * (1 - done / max(1, self.rounds - 1))
         return TrainStage(
-            self.tokens, orders=orders, init=model,
+            self.tokens, orders=orders, init=model, jitter=self.jitter,
             random_share=self.random_floor + above, model=Architecture(location=True),
             train=dataclasses.replace(self.train, seed=self.train.seed + done),
         )  # fmt: skip

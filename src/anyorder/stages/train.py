@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,12 +18,12 @@ from anyorder.data.rows import evenly_spaced
 from anyorder.inference import figures, weights
 from anyorder.inference.device import device
 from anyorder.method import loss as losses
-from anyorder.method import schedules
+from anyorder.method import policy_config, schedules
 from anyorder.method.decoding import sample
 from anyorder.method.sampling import Streams
 from anyorder.models import transformer
 from anyorder.stages import artifacts, common
-from anyorder.training import learnt_orders, lora
+from anyorder.training import learnt_orders, lora, order_sources
 from anyorder.training.config import TrainConfig
 from anyorder.training.trainer import train
 
@@ -32,8 +31,6 @@ Measured = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Tokens (n, N), conditions (n, ...) and orders (n, N) that a likelihood is measured on."""
 MEASURED = 512
 """Images that are measured during training."""
-Orders = Callable[[np.ndarray, int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
-"""(rows (B,), step from 1, generator) -> orders (B, N) int64, and which are not random ones (B,) bool."""
 
 
 @dataclasses.dataclass
@@ -46,7 +43,6 @@ class TrainStage(common.TrainingStage):
 
     inputs: ClassVar[tuple[str, ...]] = ("tokens", "orders", "init")
     references: ClassVar[tuple[str, ...]] = ("tokenizer",)
-    removed: ClassVar[dict[str, Any]] = {"online": None, "online_every": 1, "jitter": 0.0}
     tokens: Path
     """Token cache to train on."""
     order: str = "random"
@@ -55,8 +51,14 @@ class TrainStage(common.TrainingStage):
     """Order cache to train on instead; only the images it covers are used, with orders_as=class_mean all."""
     orders_as: Literal["own", "class_mean"] = "own"
     """own: the order of each image; class_mean: one order per class, the ranking of its mean ranks."""
+    online: policy_config.PolicyConfig | None = None
+    """Instead of `orders`: extract orders by this policy while training, with the averaged weights."""
+    online_every: int = 1
+    """With `online`: epochs between two extractions of an image's order, at least 1."""
+    jitter: float = 0.0
+    """Standard deviation in steps of noise on the ranks of orders, against memorizing one order per image."""
     random_share: float = 0.0
-    """With `orders` or a static order: share of images that get a random order, in [0, 1]."""
+    """With `orders`, `online` or a static order: share of images that get a random order, in [0, 1]."""
     random_share_end: float | None = None
     """Change that share linearly to this value; by default it stays."""
     random_share_ramp: tuple[float, float] = (0.0, 1.0)
@@ -97,15 +99,24 @@ class TrainStage(common.TrainingStage):
         require(0 <= begin < until <= 1, text)
         text = "random_share_ramp goes with random_share_end: give both"
         require(self.random_share_end is not None or (begin, until) == (0.0, 1.0), text)
+        require(self.jitter >= 0, f"jitter must be >= 0 steps, got {self.jitter}")
         both = f"give either order={self.order} or orders={self.orders}, not both"
         require(self.orders is None or self.order == "random", both)
         cache = f"orders_as={self.orders_as} is about an order cache: give orders=FOLDER"
         require(self.orders_as == "own" or self.orders is not None, cache)
-        if self.orders is None and self.order == "random":
-            text = "random_share, random_share_end go with orders=... or a static order: all are random here"
-            require((self.random_share, self.random_share_end) == (0.0, None), text)
+        every = f"online_every must be >= 1 epoch and goes with online, got {self.online_every}"
+        require(self.online_every == 1 or (self.online_every > 1 and self.online is not None), every)
+        if self.online is not None:
+            self._check_online(self.online)
+        elif self.orders is None and self.order == "random":
+            mixing = ("random_share", "random_share_end", "jitter")
+            mixed = any(getattr(self, key) != getattr(TrainStage, key) for key in mixing)
+            text = f"{', '.join(mixing)} go with orders=... or a static order: all orders are random here"
+            require(not mixed, text)
             text = "model.location needs orders to learn: give orders=..., a static order or learn_orders=2"
             require(not self.model.location or self.learn_orders > 0, text)
+        text = "model.location_gradient is about a location head: give model.location=true, or leave it out"
+        require(self.model.location or self.model.location_gradient, text)
         self._check_learnt()
         compiled = self.train.compile and (self.model.location or self.groups)
         text = "train.compile covers models without a location head and without groups: leave one of them out"
@@ -116,7 +127,7 @@ class TrainStage(common.TrainingStage):
         require(not own, "network=... is a new model of its own: remove init and the model.* settings")
         alone = f"network_settings go with network=..., got {self.network_settings}"
         require(bool(self.network) or not self.network_settings, alone)
-        plain = dataclasses.replace(self.model, location=False)
+        plain = dataclasses.replace(self.model, location=False, location_gradient=True)
         fits = self.init is None or plain == transformer.Architecture()
         require(fits, "init=... brings its architecture: remove the model.* settings")
         shown = self.tokenizer is None or self.train.sample_every > 0
@@ -131,11 +142,22 @@ class TrainStage(common.TrainingStage):
     def _check_learnt(self) -> None:
         text = f"learn_orders must be 0, or at least 2 orders for each image, got {self.learn_orders}"
         require(self.learn_orders == 0 or self.learn_orders >= 2, text)
-        given = (self.orders, self.groups, self.train.compile, self.train.shard)
-        text = "learn_orders takes no orders, order, groups, train.compile, train.shard: leave them out"
+        given = (self.orders, self.online, self.groups, self.train.compile, self.train.shard)
+        text = (
+            "learn_orders takes no orders, online, order, groups, train.compile, train.shard: leave them out"
+        )
         require(not self.learn_orders or (self.order == "random" and not any(given)), text)
         text = "learn_orders needs a location head: give init=... with one, or model.location=true"
         require(not self.learn_orders or self.model.location or self.init is not None, text)
+
+    def _check_online(self, policy: policy_config.PolicyConfig) -> None:
+        alone = self.orders is None and self.order == "random"
+        require(alone, "online extracts the orders itself: give it, or orders=..., or order=...")
+        require(policy.decided, f"online.order must be an inferred order, got '{policy.order}'")
+        text = "online extracts no class orders and counts evaluations: leave class_weight, entropy_limit out"
+        require(not (policy.by_class or policy.adaptive), text)
+        ema = "online extracts with the averaged weights: give train.ema, say 0.999"
+        require(self.train.ema > 0, ema)
 
     @property
     def aside(self) -> tuple[str, ...]:
@@ -153,7 +175,9 @@ class TrainStage(common.TrainingStage):
         cache = None if self.orders is None else caches.OrderSet(self.orders)
         if cache is not None:
             caches.check_tokens(cache, tokens)
-        orders = self._orders(tokens, cache)
+        source = self._source(artifact.folder, tokens, cache)
+        online = source if isinstance(source, order_sources.OnlineOrders) else None
+        orders = order_sources.mixed_orders(source, tokens.grid, self._random_share, self.jitter)
 
         def loss(model: torch.nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
             batch, labels = map(_without_waiting, tokens.batch(rows, generator=generator))
@@ -181,6 +205,7 @@ class TrainStage(common.TrainingStage):
         result = train(
             model, loss, len(cache if own else tokens), self.train, artifact.folder,  # type: ignore[arg-type]
             device=device(), evaluate=evaluate, sample=self._preview(artifact.folder),
+            ready=online.set_scorer if online else None,
         )  # fmt: skip
         if not artifact.leads:
             return {}
@@ -192,6 +217,7 @@ class TrainStage(common.TrainingStage):
             **{k: v for some in held for k, v in self._nll_of_general_orders(result.model, some).items()},
             "training_tokens": result.examples * tokens.grid.n + before["training_tokens"],
             "training_seconds": result.seconds + before["training_seconds"],
+            **({"extraction_evaluations": online.evaluations()} if online else {}),
             **common.training_facts(result),
         }
 
@@ -232,10 +258,12 @@ class TrainStage(common.TrainingStage):
         if self.model.location and not _has_location(model):
             if not isinstance(model, transformer.AnyOrderTransformer):
                 raise ValueError("a published model takes no location head: remove model.location")
-            headed = dataclasses.replace(model.config, location=True)
-            larger = transformer.AnyOrderTransformer(headed).to(device())
+            head = {"location": True, "location_gradient": self.model.location_gradient}
+            larger = transformer.AnyOrderTransformer(dataclasses.replace(model.config, **head)).to(device())
             larger.load_state_dict(model.state_dict(), strict=False)
             model = larger
+        elif not self.model.location_gradient:
+            raise ValueError(f"{self.init} brings location_gradient with its head: leave the setting out")
         if self.groups:
             if not isinstance(model, transformer.AnyOrderTransformer):
                 raise ValueError("a published model predicts no groups: remove groups")
@@ -263,28 +291,24 @@ class TrainStage(common.TrainingStage):
 
     # --- the orders to train on -------------------------------------------------------------------------
 
-    def _orders(self, tokens: caches.TokenSet, cache: caches.OrderSet | None) -> Orders:
-        """The one thing in which trainings differ: orders are random, fixed, or extracted ones of a cache."""
-        grid = tokens.grid
-        fixed = None if self.order == "random" else static.static_order(self.order, grid)
-
-        def orders(rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
-            on_cpu = torch.Generator().manual_seed(generator.initial_seed())  # the same orders on any device
-            if cache is not None:
-                own = self.orders_as == "own"
-                order = cache.batch(rows) if own else cache.of_classes(tokens.batch(rows)[1])
-            elif fixed is not None:
-                order = fixed.expand(len(rows), -1)
-            else:
-                none = torch.zeros(len(rows), dtype=torch.bool)
-                return static.random_orders(len(rows), grid, on_cpu), none
-            at_random = torch.zeros(len(rows), 1, dtype=torch.bool)
-            if share := self._random_share(step):
-                at_random = torch.rand(len(rows), 1, generator=on_cpu) < share
-                order = torch.where(at_random, static.random_orders(len(rows), grid, on_cpu), order)
-            return order, ~at_random[:, 0]
-
-        return orders
+    def _source(
+        self, folder: Path, tokens: caches.TokenSet, cache: caches.OrderSet | None
+    ) -> order_sources.Source:
+        if self.online is not None:
+            per_step = self.train.batch_size * self.train.accumulation
+            return order_sources.OnlineOrders(
+                folder, tokens, self.online, self.online_every, per_step, warm=self.init is not None
+            )
+        if cache is not None and self.orders_as == "class_mean":
+            return lambda rows, *_: order_sources.flagged(cache.of_classes(tokens.batch(rows)[1]), True)
+        if cache is not None:
+            return lambda rows, *_: order_sources.flagged(cache.batch(rows), True)
+        if self.order == "random":
+            return lambda rows, step, generator: order_sources.flagged(
+                static.random_orders(len(rows), tokens.grid, generator), False
+            )
+        fixed = static.static_order(self.order, tokens.grid)
+        return lambda rows, *_: order_sources.flagged(fixed.expand(len(rows), -1), True)
 
     def _steps(self, n: int, generator: torch.Generator) -> losses.Steps:
         """How many positions each step of the batch reveals; nothing where that is one."""
@@ -330,7 +354,7 @@ class TrainStage(common.TrainingStage):
 
     def _nll_of_general_orders(self, model: torch.nn.Module, held: caches.TokenSet) -> dict[str, float]:
         """Under the order of training on the whole split; for extracted orders, under random ones."""
-        extracted = self.orders is not None or self.learn_orders > 0
+        extracted = self.orders is not None or self.online is not None or self.learn_orders > 0
         rows = evenly_spaced(MEASURED if extracted else len(held), len(held))
         found = _mean_nll(model, (*held.batch(rows), self._general_orders(held, len(rows))))
         name = f"{held.split}_any_order_nll" if held.split == "validation" else "any_order_nll"

@@ -74,6 +74,7 @@ def train(
     evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None = None,
     sample: Hook | None = None,
     extra: nn.Module | None = None,
+    ready: Callable[[nn.Module], None] | None = None,
     after: Callable[[int], dict[str, Tensor]] | None = None,
     ahead: Callable[[Iterator[np.ndarray]], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> TrainResult:
@@ -94,6 +95,7 @@ def train(
         sample: a `Hook` that returns figures by name for the loggers, or None.
         extra: parameters of the loss, such as a discriminator: trained, clipped apart and checkpointed,
             but not averaged. `loss` holds it and keeps the two gradients apart.
+        ready: called before the first step with the averaged model, which is updated in place.
         after: called with the step after its passes, before the weights change; returns further parts.
         ahead: called with the examples of all passes to come, to have them read before `loss` is called.
 
@@ -108,6 +110,8 @@ def train(
         raise ValueError(f"no examples to train on: got examples={examples}")
     trainer = Trainer(model, loss, examples, config, Path(folder), torch.device(device), extra, after)
     trainer.resume()
+    if ready:
+        ready(trainer.averaged())
     total, done = (steps * trainer.examples_per_step for steps in (config.steps, trainer.step_number))
     with (
         Log(trainer.folder, trainer.step_number, config) as log,
@@ -117,6 +121,8 @@ def train(
         trainer.threads,
     ):
         while not (trainer.finished or stopped()):
+            if ready:
+                trainer.averaged()
             with memory.explained(trainer):
                 trainer.step()
             trainer.threads.step()
