@@ -2,9 +2,9 @@
 
     python experiments/emoji_folder.py ../shared/data/noto-emoji runs/emoji
 
-Variants are near copies: they would let a model that learns by heart look good on held-out images. The split
-is made anew, 1,200 images to train (and to cut the validation split from) and the rest to test: the 164 of the
-original test split are too few for FD.
+Variants are near copies: they would let a model that learns by heart look good on held-out images. The
+split is made anew, 1,200 images to train (and to cut the validation split from) and the rest to test: the
+164 of the original test split are too few for FD.
 """
 
 from __future__ import annotations
