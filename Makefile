@@ -9,7 +9,7 @@ SMOKE := data.max_train=300 data.max_validation=60 data.max_test=120 orders.limi
 	$(foreach order,raster random ordered,samples-$(order).num_images=64 eval-$(order).nll_images=32)
 
 # Tests of what computes in bfloat16 where the hardware has it (ANYORDER_BF16=auto).
-PRECISION := $(addprefix tests/test_,$(addsuffix .py,adapt bench completion_stage device runs trainer))
+PRECISION := $(addprefix tests/test_,$(addsuffix .py,adapt bench completion_stage device grids runs trainer))
 
 .PHONY: quickstart docs test test-precision lint format smoke bench demo coverage shape hooks clean
 

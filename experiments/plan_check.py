@@ -24,7 +24,7 @@ import torch
 
 from anyorder import files
 from anyorder.bench import estimates, fake
-from anyorder.bench.memory import peak_of_cpu
+from anyorder.bench.memory import _peak_of_cpu
 from anyorder.cli.plan import plan
 from anyorder.cli.planner import PlanConfig
 from anyorder.method.loss import token_nll
@@ -95,7 +95,7 @@ def checked(made: tuple[Trainer, int, fake.Pass], what: str) -> dict[str, Any]:
     """Memory in MiB and seconds of a step; the plan's seconds are those at the rate of matrix products."""
     trainer, between, one = made
     trainer.step()  # AdamW makes its moments
-    peak = peak_of_cpu(trainer.step)
+    peak = _peak_of_cpu(trainer.step)
     a = torch.randn(1024, 1024)
     products, steps = [], []
     for _ in range(ROUNDS):  # in turns, so that a change of the machine's speed affects both

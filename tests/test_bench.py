@@ -9,6 +9,7 @@ import torch
 from anyorder.bench import bench as bench_module
 from anyorder.bench import workloads
 from anyorder.bench.bench import against, load_result, tables
+from anyorder.bench.memory import peak_memory
 from anyorder.bench.workloads import MEMORY, WORKLOADS, BenchConfig, Subject, ceilings, matmul_name, workload
 from anyorder.cli import main as cli
 from anyorder.inference.device import device, fast_dtype
@@ -20,6 +21,7 @@ TINY = (
     "model.depth=1", "model.width=32", "model.heads=2", "grid=2,3", "vocab_size=8", "batch_size=2",
     "images=2", "tokenizer.channels=4", "tokenizer.multipliers=1,2", "triad_mib=1", "repeats=1", "chunk=4",
 )  # fmt: skip
+SWEEP = ("over.batch_size=1,2", "over.grid=3", "over.vocab_size=8", "over.depth=1")
 RATES = {"seconds", "spread (%)", "images/s", "GFLOP", "GB", "GFLOP/s", "GB/s"}
 SHARES = {"share of matmul (%)", "share of attainable (%)", "bound by", "relative to a fixed order"}
 
@@ -34,9 +36,9 @@ def _no_time():
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Where a result was written."""
+    """Where a result with every sweep was written."""
     out = tmp_path_factory.mktemp("bench") / "bench.json"
-    assert cli.main(["bench", f"out={out}", *TINY]) == 0
+    assert cli.main(["bench", f"out={out}", "memory=2,4", *TINY, *SWEEP]) == 0
     return out
 
 
@@ -63,7 +65,7 @@ def test_sampling_is_put_beside_a_fixed_order_in_both_dtypes(monkeypatch):
 
 def test_the_result_holds_everything(written):
     result = load_result(written)
-    assert {"config", "device", "dtype", "versions", "ceilings", "rows"} == set(result)
+    assert {"config", "device", "dtype", "versions", "ceilings", "rows", "sweeps", "memory"} == set(result)
     assert [row["workload"] for row in result["rows"]] == measured()
     for row in result["rows"]:
         assert set(row) == {"workload"} | RATES | SHARES
@@ -71,7 +73,16 @@ def test_the_result_holds_everything(written):
     for row in result["ceilings"]:
         assert set(row) == {"ceiling"} | RATES
         assert row["images/s"] is None
-    assert len(tables(result)) == 2
+    assert [len(points) for points in result["sweeps"].values()] == [2, 1, 1, 1]
+    for points in result["sweeps"].values():
+        assert all([row["workload"] for row in point["rows"]] == measured() for point in points)
+    assert [point["value"] for point in result["sweeps"]["grid"]] == [9]
+    # What was measured already is not measured again.
+    assert result["sweeps"]["depth"][0]["rows"] == result["rows"]
+    assert result["sweeps"]["batch_size"][1]["ceilings"] == result["ceilings"]
+    assert result["sweeps"]["batch_size"][0]["rows"] != result["rows"]
+    assert len(tables(result)) == 2 + 4 + 1
+    assert written.with_suffix(".png").is_file()
 
 
 def test_decoding_may_be_compiled(tmp_path, monkeypatch):
@@ -80,7 +91,7 @@ def test_decoding_may_be_compiled(tmp_path, monkeypatch):
     runs = []
     run = compiled.CompiledBlocks.__call__
     monkeypatch.setattr(compiled.CompiledBlocks, "__call__", lambda *args: runs.append(0) or run(*args))
-    command = ["bench", f"out={tmp_path}/bench.json", 'only=["sampling, inferred order"]', *TINY]
+    command = ["bench", f"out={tmp_path}/bench.json", "memory=2", 'only=["sampling, inferred order"]', *TINY]
     assert cli.main(command) == 0
     assert not runs
     assert cli.main([*command, "compile=true"]) == 0
@@ -142,9 +153,11 @@ def test_every_workload_runs_and_says_what_it_costs():
 
 def test_only_measures_what_is_asked_for(tmp_path):
     out = tmp_path / "b.json"
-    assert cli.main(["bench", f"out={out}", "only=training step", *TINY]) == 0
+    assert cli.main(["bench", f"out={out}", "only=training step", "memory=", *TINY]) == 0
     result = load_result(out)
     assert [row["workload"] for row in result["rows"]] == ["training step"]
+    assert result["memory"] == []
+    assert not out.with_suffix(".png").exists()
 
 
 @pytest.mark.parametrize(
@@ -153,6 +166,9 @@ def test_only_measures_what_is_asked_for(tmp_path):
         (["only=training stop"], "did you mean 'training step'"),
         (["repeats=0"], "repeats must be >= 1, got 0"),
         (["triad_mib=0"], "triad_mib must be >= 1"),
+        (["over.depth=1,0"], "depth must list numbers >= 1"),
+        (["over.width=1"], "unknown setting 'over.width'"),
+        (["memory=0"], "memory must list numbers >= 1"),
         (["grid=0,3"], "at least one row"),
         (["tokenizer.channels=0"], "channels must be at least 1"),
         (["against=nowhere.json"], "nowhere.json"),
@@ -183,10 +199,11 @@ def test_two_files_are_compared(written, spelled, tmp_path, capsys):
     assert rows["training step"]["ratio of time"] == 0.5
     assert rows["training step"]["ratio of share of matmul"] == 2
     assert rows["training step"]["ratio of share of attainable"] == 1
+    assert rows["tokenizer encode, positions, N = 9"]["ratio of time"] == 1
 
 
 def test_what_is_measured_is_compared(written, tmp_path, capsys):
-    settings = [f"out={tmp_path}/new.json", "only=tokenizer decode", *TINY]
+    settings = [f"out={tmp_path}/new.json", "only=tokenizer decode", "memory=", *TINY]
     assert cli.main(["bench", *settings, "--against", str(written)]) == 0
     compared = capsys.readouterr().out.split("written to")[1]
     assert "tokenizer decode" in compared
@@ -198,7 +215,7 @@ def test_results_of_other_sizes_are_not_compared(written, tmp_path):
     new["config"]["model"]["depth"] = 3
     with pytest.raises(ValueError, match=r"different sizes: model\.depth is 3 and 1;"):
         against(new, old)
-    new = load_result(written) | {"rows": []}
+    new = load_result(written) | {"rows": [], "sweeps": {}}
     with pytest.raises(ValueError, match="no workload is in both"):
         against(new, old)
     (tmp_path / "other.json").write_text('{"rows": []}')
@@ -210,7 +227,7 @@ def test_results_of_older_versions_are_compared(written):
     """Settings, columns and rows that did not exist yet are at their defaults or missing."""
     old = load_result(written)
     new = parse(BenchConfig, {}, [*TINY, "tokenizer.channels=32", "tokenizer.multipliers=1,2,4"])
-    del old["config"]["tokenizer"], old["ceilings"]
+    del old["config"]["tokenizer"], old["sweeps"], old["ceilings"], old["memory"]
     for row in old["rows"]:
         del row["share of attainable (%)"]
     result = load_result(written)
@@ -218,3 +235,35 @@ def test_results_of_older_versions_are_compared(written):
     row = against(result, old).rows[0]
     assert row["ratio of time"] == 1
     assert row["ratio of share of attainable"] is None
+
+
+# --- memory
+
+
+def peaks(sides: tuple[int, ...], *settings: str) -> list[float]:
+    config = parse(BenchConfig, {}, [*TINY, *settings])
+    return [row["peak (MiB)"] for row in peak_memory(Subject(config), sides)]
+
+
+def test_memory_grows_in_a_line_with_positions():
+    first, second, third = peaks((12, 16, 20), "chunk=16")
+    slope = ((third - second) / (400 - 256)) / ((second - first) / (256 - 144))
+    assert 0.9 < slope < 1.2  # of a square it would be 1.64
+
+
+def test_memory_grows_with_the_chunk():
+    few, many = (peaks((4,), "vocab_size=4096", f"chunk={chunk}")[0] for chunk in (4, 16))
+    logits = 2 * (16 - 4) * 4096 * 4 / 2**20
+    assert few + logits < many < few + 10 * logits
+
+
+def test_memory_is_at_least_what_is_counted():
+    subject = Subject(parse(BenchConfig, {}, TINY))
+    (row,) = peak_memory(subject, (4,))
+    size, width = fast_dtype(device(), True).itemsize, subject.config.model.width
+    assert row["positions"] == 16
+    assert row["cache (MiB)"] == size * 2 * subject.config.model.depth * 2 * 16 * width / 2**20
+    assert row["candidates (MiB)"] == size * 2 * 16 * width / 2**20
+    assert row["chunk (MiB)"] == 4 * 2 * 4 * 8 / 2**20
+    assert row["peak (MiB)"] > row["cache (MiB)"] + row["candidates (MiB)"] + row["chunk (MiB)"]
+    assert peak_memory(subject, (4,)) == [row]

@@ -95,6 +95,8 @@ CHAIN: dict[str, tuple[str, Settings]] = {
     "vq2": ("tokenizer", {"data": "data", **VQ, **FEW, "train.seed": 1}),
     "tokens": ("tokens", {"data": "data", "tokenizer": "vq"}),
     "tokens2": ("tokens", {"data": "data", "tokenizer": "vq2"}),
+    "wide-tokens": ("tokens", {"data": "wide", "tokenizer": "vq"}),
+    "wide-tokens2": ("tokens", {"data": "wide", "tokenizer": "vq", "batch_size": 3}),
     "features": ("features", {"data": "data", "channels": (8,), **FEW}),
     "features2": ("features", {"data": "data", "channels": (8,), **FEW, "train.seed": 1}),
     "any": ("train", {"tokens": "tokens", "model.depth": 1, "model.width": 16, "model.heads": 2, **FEW}),
@@ -210,6 +212,13 @@ COMMANDS: dict[str, Command] = {
         **change("batch_size", 3), **change("bf16", True, **{"policy.order": "raster"}),
         **group("filling", "feather", 0), **DRAWN,
     }),
+    "grid": Command({"model": "any", "other": "wide-tokens", "num_images": 4, "seeds": (0,), "samples": 4}, {
+        **change("model", "any2"), **refused("other", "tokens2", MOVED),
+        **refused("tokens", "tokens2", MOVED), **refused("tokenizer", "vq2", MOVED),
+        **change("num_images", 3), **change("seeds", (1,)), **change("samples", 3),
+        **change("scorer", "any2", **INFERRED),
+        **refused("orders", "orders", "orders has no effect"), **DRAWN,
+    }),
     "pipeline": Command({"model": "any"}, {
         **change("samples", "scored"), **change("model", "any2"), **refused("tokens", "tokens2", MOVED),
         **refused("tokenizer", "vq2", MOVED), **change("scorer", "any2"), **change("orders", "orders"),
@@ -241,11 +250,11 @@ COMMANDS: dict[str, Command] = {
         **change("grid", (2, 3)), **change("heads", 1), **change("joint_steps", True),
         **change("extrapolated", 2), **group("policy", "order", "raster"), **group("guidance", "scale", 2.0),
     }),
-    "bench": Command({"model.depth": 1, "model.width": 16, "model.heads": 2}, {
-        **group("model", "depth", 2), **group("tokenizer", "channels", 16),
+    "bench": Command({"model.depth": 1, "model.width": 16, "model.heads": 2, "memory": ()}, {
+        **group("model", "depth", 2), **group("tokenizer", "channels", 16), **group("over", "depth", (1, 2)),
         **change("grid", (4, 4)), **change("vocab_size", 8), **change("batch_size", 2), **change("images", 2),
         **change("chunk", 2), **change("compile", True), **change("triad_mib", 1), **change("repeats", 2),
-        **change("only", ("training step",)),
+        **change("only", ("training step",)), **change("memory", (2,)),
     }),
     "demo": Command({"pipeline": "toy", "port": 0}, {
         **change("pipeline", "toy2"), **change("port", 7999), **change("host", "0.0.0.0"),
@@ -357,6 +366,7 @@ def asked(monkeypatch):
         found.append((hosts, pipe.model.state_dict()["head.weight"].sum().item()))
 
     monkeypatch.setattr(bench, "_times", times)
+    monkeypatch.setattr(bench, "peak_memory", lambda subject, sides: [{"side": side} for side in sides])
     monkeypatch.setattr(server, "create_app", app)
     watch(socket, "create_server", lambda address: address)
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)

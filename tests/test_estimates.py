@@ -1,7 +1,6 @@
 """Costs that are counted without memory are those of real runs."""
 
 from dataclasses import replace
-from itertools import islice
 
 import pytest
 import torch
@@ -10,14 +9,12 @@ from anyorder.adapters.arpg import ARPG
 from anyorder.adapters.layers import GPTConfig
 from anyorder.adapters.randar import RandAR
 from anyorder.bench import costs, estimates, fake
-from anyorder.bench.memory import peak_of_cpu
+from anyorder.bench.memory import _peak_of_cpu
 from anyorder.cli.plan import KINDS
 from anyorder.cli.planner import PlanConfig, Planner
-from anyorder.contracts import Grid
 from anyorder.evaluation.features import Classifier, ClassifierConfig
 from anyorder.method import decoding, loss
 from anyorder.method.policy_config import PolicyConfig
-from anyorder.method.sampling import Streams
 from anyorder.models.architecture import TransformerConfig
 from anyorder.models.transformer import AnyOrderTransformer
 from anyorder.orders import random_orders
@@ -46,7 +43,7 @@ def test_a_training_pass_is_counted_as_it_runs(kind):
 
     work()  # what happens once
     model.zero_grad(set_to_none=True)
-    peak = peak_of_cpu(work)
+    peak = _peak_of_cpu(work)
     model.zero_grad(set_to_none=True)
     with fake.imagined():
         parameters, trained, one = estimates.train_generator(kind, config, 0, 8, False, 1, None)
@@ -118,7 +115,7 @@ def test_a_tokenizer_is_counted_as_it_runs():
     work()
     model.zero_grad(set_to_none=True)
     objective.zero_grad(set_to_none=True)
-    peak = peak_of_cpu(work)
+    peak = _peak_of_cpu(work)
     with fake.imagined():
         parameters, one = estimates.train_tokenizer(config, terms, (32, 32), 4, False, 1)
         _, seen = estimates.train_tokenizer(config, with_lpips(terms), (32, 32), 4, False, 1)
@@ -137,30 +134,3 @@ def test_a_tokenizer_is_counted_as_it_runs():
 
 def with_lpips(terms):
     return LossConfig(**{**vars(terms), "lpips": 1.0, "vgg_path": "no file is read"})
-
-
-# --- memory of sampling in an inferred order ----------------------------------------------------------------
-
-
-def peak_of_sampling(side, chunk, vocab_size=8):
-    """MiB that the first steps take on a grid of side x side, with so many candidates at once."""
-    config = TransformerConfig(depth=1, width=32, heads=2, vocab_size=vocab_size, grid=(2, 3))
-    model, grid = AnyOrderTransformer(config).eval(), Grid(side, side)
-
-    def steps():
-        list(islice(decoding.generate(model, "entropy", Streams(range(2)), grid=grid, chunk=chunk), 2))
-
-    steps()  # what happens once
-    return peak_of_cpu(steps) / 2**20
-
-
-def test_memory_of_sampling_grows_in_a_line_with_positions():
-    first, second, third = (peak_of_sampling(side, 16) for side in (12, 16, 20))
-    slope = ((third - second) / (400 - 256)) / ((second - first) / (256 - 144))
-    assert 0.9 < slope < 1.2  # of a square it would be 1.64
-
-
-def test_memory_of_sampling_grows_with_the_chunk():
-    few, many = (peak_of_sampling(4, chunk, vocab_size=4096) for chunk in (4, 16))
-    logits = 2 * (16 - 4) * 4096 * 4 / 2**20
-    assert few + logits < many < few + 10 * logits

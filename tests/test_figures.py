@@ -21,7 +21,7 @@ from anyorder.inference.figures import (
     save_image,
 )
 from anyorder.report import curves
-from anyorder.report.curves import loss_curves, read_metrics
+from anyorder.report.curves import loss_curves, read_metrics, scaling_curves
 
 GRID = Grid(2, 3)
 
@@ -226,6 +226,26 @@ def test_loss_curves_without_speed_have_one_panel(tmp_path, monkeypatch) -> None
     log = write_log(tmp_path / "a.jsonl", *({"step": i, "loss": 50.0 if i < 3 else 2.0} for i in range(100)))
     (panel,) = axes_of(monkeypatch, lambda: loss_curves([("a", log)]))
     assert panel.get_ylim()[1] < 10  # the cliff at the start does not set the scale
+
+
+def test_scaling_curves_have_a_column_per_size_and_a_row_per_measure(monkeypatch) -> None:
+    rows = [
+        {"workload": "train", "value": 4, "images/s": 2.0, "share (%)": 50.0},
+        {"workload": "train", "value": 1, "images/s": 1.0, "share (%)": 40.0},
+        {"workload": "sample", "value": 1, "images/s": 0.5, "share (%)": None},
+    ]
+    sizes = {"images at once, B": rows, "depth, blocks": rows[:1]}
+    panels = axes_of(monkeypatch, lambda: scaling_curves(sizes, ["images/s", "share (%)"]))
+    assert [panel.get_xlabel() for panel in panels] == ["", "", *sizes]
+    assert [panel.get_ylabel() for panel in panels] == ["images/s", "", "share (%)", ""]
+    assert [panel.get_yscale() for panel in panels] == ["log", "log", "linear", "linear"]
+    train, sample = panels[0].lines
+    assert train.get_xydata().tolist() == [[1, 1], [4, 2]]
+    assert sample.get_xydata().tolist() == [[1, 0.5]]
+    assert len(panels[2].lines[1].get_xdata()) == 0
+    assert [tick.get_text() for tick in panels[2].get_xticklabels()] == ["1", "4"]
+    with pytest.raises(ValueError, match="at least one size"):
+        scaling_curves({}, ["images/s"])
 
 
 def test_smoothing_keeps_constants_and_has_no_lag() -> None:

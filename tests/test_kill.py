@@ -35,12 +35,14 @@ DATA = {"stage": "data", "max_train": 16, "max_validation": 4, "max_test": 8}
 QUICK = {"policy": {"order": "entropy", "per_step": 8}}
 EXPERIMENT = {
     "data": {**DATA, "size": [16, 16]},
+    "large": {**DATA, "size": [24, 16]},
     "photos": {"stage": "data", "source": "PHOTOS", "size": [16, 16], "cache": False},
     "tokenizer": {"data": "data", "model": TINY_VQ, "train": STEPS},
     "features": {"data": "data", "channels": [8, 16], "train": {**STEPS, "ema": 0.5}},
     "tokens": {"data": "data", "tokenizer": "tokenizer", "batch_size": 5},
     "photo-tokens": {"stage": "tokens", "data": "photos", "tokenizer": "tokenizer", "batch_size": 7,
                      "mirror": True, "crops": True},
+    "large-tokens": {"stage": "tokens", "data": "large", "tokenizer": "tokenizer"},
     "any": {"stage": "train", "tokens": "tokens", "model": SMALL, "train": {**STEPS, "sample_every": 2}},
     "orders": {"model": "any", "tokens": "tokens", "test_limit": 4, "batch_size": 6, **QUICK},
     "ordered": {"stage": "train", "tokens": "tokens", "init": "any", "orders": "orders",
@@ -60,6 +62,7 @@ EXPERIMENT = {
     "compare": {"a": "eval-scored", "b": "eval", "resamples": 200},
     "completion": {"model": "ordered", "features": "features", "num_images": 4, "batch_size": 3,
                    "seeds": [0, 1]},
+    "grid": {"model": "any", "other": "large-tokens", "num_images": 4, "seeds": [0], "samples": 2},
     "pipeline": {"samples": "scored"},
 }  # fmt: skip
 WRITES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")

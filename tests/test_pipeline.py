@@ -163,6 +163,7 @@ def test_labels_and_attributes_are_taken_in_turn():
         ("complete pipeline=fashion32 image=x.png", "guidance", "guidance_scale"),
         ("sample model=x", "n", "num_images"),
         ("completion model=x features=x", "n", "num_images"),
+        ("grid model=x other=x", "n", "num_images"),
     ],
 )
 def test_settings_have_one_name_everywhere(command, old, new, capsys):

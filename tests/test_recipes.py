@@ -202,7 +202,7 @@ def test_plans_of_sharded_weights_small_memory_and_what_is_not_known(tmp_path, m
         "data": {"source": "nowhere", "size": [32, 32]},
         "tokens": {"data": "data", "tokenizer": "weights/vq8"},
         "model": {"stage": "train", "tokens": "tokens", "model": {"depth": 1}, "train": {"accumulation": 4}},
-        "rounds": {"stage": "iterate", "model": "model", "tokens": "tokens"},
+        "grid": {"stage": "grid", "model": "model", "other": "tokens"},
     }
     Path("x.yaml").write_text(json.dumps({"stages": stages}))
     assert cli.main(["plan", "x.yaml"]) == 2
@@ -215,7 +215,7 @@ def test_plans_of_sharded_weights_small_memory_and_what_is_not_known(tmp_path, m
             cli.main(["plan", "x.yaml", "images=100", "gpus=4", f"model.train.shard={shard}", "out=x.json"])
             == 0
         )
-        assert "not counted: rounds" in capsys.readouterr().out
+        assert "not counted: grid" in capsys.readouterr().out
         memory[shard] = {row["stage"]: row for row in read_json(Path("x.json"))["stages"]}["model"]
     assert memory["true"]["optimizer"] == memory["false"]["optimizer"] / 4
     assert memory["true"]["weights"] < memory["false"]["weights"]

@@ -14,36 +14,56 @@ from tqdm import tqdm
 
 from anyorder import files
 from anyorder.bench import workloads
+from anyorder.bench.memory import peak_memory
 from anyorder.bench.workloads import BenchConfig, Workload
 from anyorder.inference.device import device, fast_dtype
+from anyorder.inference.figures import save_image
+from anyorder.report.curves import scaling_curves
 from anyorder.report.tables import Table
 from anyorder.settings import parse
 
 SHORTEST = 0.02
 """Seconds that one measurement lasts at least: short work is run several times in a row."""
+# fmt: off
+AXES = {
+    "batch_size": "images at once, B", "grid": "positions, N",
+    "vocab_size": "codebook size, V", "depth": "depth, blocks",
+}
+# fmt: on
 FIXED, FLOAT32 = "sampling, fixed order", ", float32"
 SIZES = ("model", "tokenizer", "grid", "vocab_size", "batch_size", "images")
 """Settings that two results must share to be compared."""
 
 
 def bench(config: BenchConfig, out: Path) -> dict[str, Any]:
-    """Measure, print tables, and write `out` (JSON).
+    """Measure, print tables, and write `out` (JSON) and, of sweeps, a figure beside it (PNG).
 
     Where bfloat16 is fast, sampling is also measured in float32, under a name that says so. One share is of
     the matmul rate at the shape of training in the same dtype. The other is of the least time
     that matmul rate and memory bandwidth allow; it passes 100 % where caches hold what was counted as moved.
     """
-    measured, cuda = measure(config), device().type == "cuda"
+    base, cuda = measure(config), device().type == "cuda"
+    sweeps = {name: _sweep(config, name, base) for name, values in vars(config.over).items() if values}
     result = {
         "config": dataclasses.asdict(config),
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
         "dtype": str(fast_dtype(device(), True)),
         "versions": files.versions(),
-        **measured,
+        **base,
+        "sweeps": sweeps,
+        "memory": peak_memory(workloads.Subject(dataclasses.replace(config, compile=False)), config.memory),
     }
     files.write_json(out, result)
     print("\n\n".join(table.text() for table in tables(result)))
     print(f"written to {out}")
+    if sweeps:
+        curves = {
+            AXES[name]: [row | {"value": point["value"]} for point in points for row in point["rows"]]
+            for name, points in sweeps.items()
+        }
+        figure = out.with_suffix(".png")
+        save_image(scaling_curves(curves, ["images/s", "share of attainable (%)"]), figure)
+        print(f"figure in {figure}")
     return result
 
 
@@ -125,9 +145,31 @@ def _row(
     }
 
 
+def _sweep(config: BenchConfig, name: str, base: dict[str, Any]) -> list[dict[str, Any]]:
+    """A point for each value of one size; `base` where it is that of `config`."""
+    points = []
+    for value in getattr(config.over, name):
+        changes = {
+            "batch_size": {"batch_size": value, "images": value},
+            "grid": {"grid": (value, value)},
+            "vocab_size": {"vocab_size": value},
+            "depth": {"model": dataclasses.replace(config.model, depth=value)},
+        }
+        changed = dataclasses.replace(config, **changes[name])
+        result = base if changed == config else measure(changed)
+        points.append({"value": value**2 if name == "grid" else value, **result})
+    return points
+
+
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Ceilings and workloads."""
-    return [_table(result["ceilings"], "images/s"), _table(result["rows"])]
+    """Ceilings, workloads, every sweep, and memory."""
+    found = [_table(result["ceilings"], "images/s"), _table(result["rows"])]
+    for name, points in result["sweeps"].items():
+        measured = zip(*(point["rows"] for point in points), strict=True)
+        values = [{AXES[name]: point["value"]} for point in points]
+        rows = [value | row for rows in measured for value, row in zip(values, rows, strict=True)]
+        found.append(_table(rows, "GFLOP/s", "GB/s"))
+    return [*found, Table(list(result["memory"][0]), result["memory"])] if result["memory"] else found
 
 
 def _table(rows: list[dict[str, Any]], *without: str) -> Table:
@@ -161,7 +203,7 @@ def against(new: dict[str, Any], old: dict[str, Any]) -> Table:
             f"the results are of different sizes: {', '.join(other)}; "
             "run one of them again with the settings of the other"
         )
-    rows, rows_before = ({row["workload"]: row for row in result["rows"]} for result in (new, old))
+    rows, rows_before = _by_name(new), _by_name(old)
     compared = [_ratios(name, row, rows_before[name]) for name, row in rows.items() if name in rows_before]
     if not compared:
         raise ValueError(f"no workload is in both results: {'; '.join(rows)} and {'; '.join(rows_before)}")
@@ -174,6 +216,15 @@ def _sizes(result: dict[str, Any]) -> dict[str, Any]:
     config = dataclasses.asdict(parse(BenchConfig, known))
     nested = {f"{name}.{key}": size for name in ("model", "tokenizer") for key, size in config[name].items()}
     return nested | {name: config[name] for name in ("grid", "vocab_size", "batch_size", "images")}
+
+
+def _by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows by workload and, of sweeps, value."""
+    named = {row["workload"]: row for row in result["rows"]}
+    for name, points in result.get("sweeps", {}).items():
+        for point in points:
+            named |= {f"{row['workload']}, {AXES[name]} = {point['value']}": row for row in point["rows"]}
+    return named
 
 
 def _ratios(name: str, new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:

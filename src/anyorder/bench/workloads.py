@@ -42,6 +42,20 @@ class TokenizerSize:
 
 
 @dataclass
+class Over:
+    """Sweeps: everything is measured at each value of one size while the others stay, and plotted."""
+
+    batch_size: tuple[int, ...] = ()
+    """Images at once, in training and in sampling, for example 1,4,16."""
+    grid: tuple[int, ...] = ()
+    """Sides of square grids in patches, for example 8,16,32."""
+    vocab_size: tuple[int, ...] = ()
+    """Codebook sizes, for example 1024,16384."""
+    depth: tuple[int, ...] = ()
+    """Numbers of blocks, for example 4,8,16."""
+
+
+@dataclass
 class BenchConfig:
     """Sizes to measure at, in float32, or in bfloat16 where the hardware has it (or `ANYORDER_BF16=on`).
 
@@ -68,11 +82,17 @@ class BenchConfig:
     """Timed runs of each workload; the median is reported."""
     only: tuple[str, ...] = ()
     """Names of the workloads to measure; all by default. The ceilings are always measured."""
+    over: Over = field(default_factory=Over)
+    memory: tuple[int, ...] = (8, 16, 32)
+    """Sides of the square grids at which the peak memory of sampling in an inferred order is measured."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "images", "chunk", "triad_mib", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name, sizes in {**vars(self.over), "memory": self.memory}.items():
+            if min(sizes, default=1) < 1:
+                raise ValueError(f"{name} must list numbers >= 1, got {list(sizes)}")
         if unknown := [name for name in self.only if name not in WORKLOADS]:
             hint = did_you_mean(unknown[0], WORKLOADS) or "."
             raise ValueError(f"unknown workload '{unknown[0]}'{hint} Choose from {'; '.join(WORKLOADS)}")
@@ -138,9 +158,9 @@ class Subject:
         h, w = (self.tokenizer.factor * side for side in self.config.grid)
         return 2 * torch.rand(self.config.batch_size, 3, h, w, device=self.device) - 1
 
-    def random_tokens(self, rows: int) -> Tensor:
+    def random_tokens(self, rows: int, grid: Grid | None = None) -> Tensor:
         """(rows, N) int64."""
-        return torch.randint(self.config.vocab_size, (rows, self.grid.n), device=self.device)
+        return torch.randint(self.config.vocab_size, (rows, (grid or self.grid).n), device=self.device)
 
     def autocast(self, dtype: torch.dtype | None = None) -> torch.autocast:
         """To a dtype, by default `dtype`."""

@@ -123,6 +123,7 @@ EXAMPLES = {
     "eval": "samples=runs/mine/samples features=runs/mine/features out=runs/mine/eval",
     "compare": "a=runs/mine/eval b=runs/mine/eval-raster out=runs/mine/compare",
     "completion": "model=runs/mine/ordered features=runs/mine/features out=runs/mine/completion",
+    "grid": "model=runs/mine/any-order other=runs/larger/tokens out=runs/mine/grid",
     "pipeline": "samples=runs/mine/samples out=runs/mine/pipeline",
     "complete": "pipeline=fashion32 image=shoe.png keep=0.5 num_images=4 out=variations",
     "convert": "arpg_300m.pt runs/arpg",

@@ -76,6 +76,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "eval": Command("measure samples and the model's likelihood"),
         "compare": Command("two evaluations: differences with bootstrap intervals"),
         "completion": Command("fill holes of test images and measure the results"),
+        "grid": Command("likelihood and samples on a grid that the model was not trained on"),
         "pipeline": Command("put model and tokenizer into one folder for Pipeline.from_pretrained"),
     },
     "images": {

@@ -1,4 +1,4 @@
-"""Curves of training logs and of searches."""
+"""Curves of training logs and of measurements."""
 
 from __future__ import annotations
 
@@ -102,6 +102,33 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return result
 
 
+def scaling_curves(sweeps: Mapping[str, Sequence[Mapping[str, Any]]], measures: Sequence[str]) -> Image.Image:
+    """How measures of several workloads change with sizes: a column of panels per size, a row per measure.
+
+    Args:
+        sweeps: by the label of a size, rows with "workload", "value" and the measures.
+        measures: keys of the rows, with units; those in percent get a linear scale, others a logarithmic one.
+
+    Raises:
+        ValueError: no size or no measure.
+    """
+    if not sweeps or not measures:
+        raise ValueError("give at least one size and one measure to plot")
+    names = list(dict.fromkeys(row["workload"] for rows in sweeps.values() for row in rows))
+    with figures.styled_figure(3.4 * len(sweeps) + 2.2, 2.6 * len(measures)) as figure:
+        panels = figure.subplots(len(measures), len(sweeps), squeeze=False, sharex="col", sharey="row")
+        for column, (size, rows) in enumerate(sweeps.items()):
+            for axis, measure in zip(panels[:, column], measures, strict=True):
+                for i, name in enumerate(names):
+                    _plot_scaling(axis, i, name, [row for row in rows if row["workload"] == name], measure)
+                _scale(axis, sorted({row["value"] for row in rows}), measure)
+            panels[-1, column].set_xlabel(size)
+        for axis, measure in zip(panels[:, 0], measures, strict=True):
+            axis.set_ylabel(measure)
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper")
+        return figures.rendered(figure)
+
+
 def search_curves(rows: Sequence[Mapping[str, float]], metric: str) -> Image.Image:
     """Distance and KID of the points of a search over the temperature, a line for each guidance scale."""
     scales = dict.fromkeys(row["guidance_scale"] for row in rows)
@@ -113,3 +140,27 @@ def search_curves(rows: Sequence[Mapping[str, float]], metric: str) -> Image.Ima
             axis.set(xlabel="temperature", ylabel=label)
         figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
         return figures.rendered(figure)
+
+
+def _plot_scaling(axis: Axes, i: int, name: str, rows: list[Mapping[str, Any]], measure: str) -> None:
+    points = sorted((row["value"], row[measure]) for row in rows if row.get(measure) is not None)
+    x, y = ([point[k] for point in points] for k in (0, 1))
+    again, colour = divmod(i, len(figures.COLOURS))
+    style: dict[str, Any] = {"color": figures.COLOURS[colour], "markersize": 4, "linewidth": 1.2}
+    axis.plot(x, y, ("o-", "s--")[again % 2], label=display_name(name, mathtext=True), **style)
+
+
+def _scale(axis: Axes, values: list[int], measure: str) -> None:
+    """Sizes grow by factors; only those that were measured are named."""
+    from matplotlib import ticker
+
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(values, [f"{value:,d}" for value in values])
+    axis.minorticks_off()
+    if measure.endswith("(%)"):
+        axis.set_ylim(bottom=0)
+        return
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_minor_locator(ticker.NullLocator())
+    axis.yaxis.set_major_formatter("{x:,g}")

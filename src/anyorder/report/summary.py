@@ -188,6 +188,15 @@ KINDS = (
         "grid.png", "completions", of_data=True,
     ),
     Kind(
+        "grid", "On other grids",
+        "Exact negative log-likelihood of test images in random orders; mean ± deviation over these orders.",
+        "model", {"next position": "next_position",
+         "trained on": lambda m: "{} x {}".format(*m["grids"]["own"]),
+         "grid": lambda m: "{} x {}".format(*m["grids"]["other"]),
+         "nats/token there": _seeds("other"), "where trained": _seeds("own")},
+        "grid.png", "generated on other grids", of_data=True,
+    ),
+    Kind(
         "orders", "Extracted orders",
         "Orders extracted from training images: mean step of each position, for all images and per class.",
         "orders", {"policy": "policy", "images": "rows",

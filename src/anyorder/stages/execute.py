@@ -23,7 +23,7 @@ _MODELS, _TOKENIZERS = ("train", "iterate", "convert", "pipeline"), ("tokenizer"
 MADE_BY = {
     "data": ("data",), "tokenizer": _TOKENIZERS, "tokens": ("tokens",), "model": _MODELS, "scorer": _MODELS,
     "features": ("features",), "attribute_features": ("features",), "orders": ("orders",),
-    "samples": ("sample",), "a": ("eval",), "b": ("eval",),
+    "samples": ("sample",), "a": ("eval",), "b": ("eval",), "other": ("tokens",),
     "settings": ("tune",),
 }  # fmt: skip
 """Role of an input -> stages that make such a thing."""

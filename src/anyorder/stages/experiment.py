@@ -27,7 +27,7 @@ from anyorder.stages.execute import execute, resolved, split
 
 NAMES = (
     "data", "tokenizer", "features", "tokens", "train", "orders", "iterate", "tune", "sample", "eval",
-    "compare", "completion", "pipeline",
+    "compare", "completion", "grid", "pipeline",
 )  # fmt: skip
 STAGES: dict[str, Any] = {
     name: getattr(import_module(f"anyorder.stages.{name}"), f"{name.capitalize()}Stage") for name in NAMES
