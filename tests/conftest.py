@@ -24,7 +24,7 @@ from anyorder.adapters.randar import RandAR
 from anyorder.contracts import AnyOrderModel, AnyOrderNetwork, Grid, OrderPolicy
 from anyorder.method.guidance import GuidanceConfig, Guided
 from anyorder.method.policies import InferredOrder
-from anyorder.method.policy_config import PolicyConfig
+from anyorder.method.policy_config import PolicyConfig, make_policy
 from anyorder.method.sampling import SCORES, Streams
 from anyorder.models.architecture import TransformerConfig
 from anyorder.models.transformer import AnyOrderTransformer
@@ -208,7 +208,7 @@ def _transformer_case(changes: dict[str, Any]) -> Case:
 
 
 MODELS: dict[str, Case] = {name: _transformer_case(changes) for name, changes in _architectures()}
-for schedule in ("constant", "linear"):
+for schedule in ("constant", "linear", "power-cosine"):
     MODELS[f"guided,{schedule}"] = Case(
         lambda schedule=schedule: Guided(transformer(num_classes=3), GuidanceConfig(2.5, schedule)), 3
     )
@@ -242,7 +242,7 @@ PolicyFactory = Callable[[Grid, Streams], OrderPolicy]
 
 
 def _named(name: str, per_step: int) -> PolicyFactory:
-    return lambda grid, streams: PolicyConfig(name, per_step=per_step).build(grid, streams)
+    return lambda grid, streams: make_policy(name, grid, streams, per_step=per_step)
 
 
 def _inferred(**settings: Any) -> PolicyFactory:
@@ -256,16 +256,26 @@ def _configured(**settings: Any) -> PolicyFactory:
 POLICIES: dict[str, PolicyFactory] = {
     f"{name},per_step={k}": _named(name, k) for name in (*STATIC, "random") for k in (1, 4)
 }
-for score, sign, temperature, k in product(SCORES, (1, -1), (0.0, 0.7), (1, 4)):
-    settings = {"score": score, "sign": sign, "temperature": temperature, "per_step": k}
-    POLICIES[f"{score},sign={sign},temperature={temperature},per_step={k}"] = _inferred(**settings)
+for score, sign, temperature, (distance, to), k in product(
+    SCORES, (1, -1), (0.0, 0.7), ((0.0, "last"), (0.5, "last"), (0.5, "nearest")), (1, 4)
+):
+    POLICIES[f"{score},sign={sign},temperature={temperature},distance={distance}-{to},per_step={k}"] = (
+        _inferred(
+            score=score,
+            sign=sign,
+            temperature=temperature,
+            distance=distance,
+            distance_to=to,
+            per_step=k,
+        )
+    )
 for settings in (
     {"order": "random", "steps": 3, "schedule": "cosine", "min_distance": 1.5},
     {"order": "halton", "steps": 2, "schedule": "one_minus_cos"},
     {"order": "entropy", "sign": -1, "steps": 3, "schedule": "arccos", "min_distance": 1.2},
     {"order": "entropy", "rescore": 0.3},
     {"order": "entropy", "sign": -1, "rescore": 0.5},
-    {"order": "margin", "rescore": 0.4, "temperature": 0.7},
+    {"order": "margin", "rescore": 0.4, "temperature": 0.7, "distance": 0.5},
     {"order": "max_prob", "rescore": 0.3, "steps": 3, "min_distance": 2.0},
     {"order": "token_likelihood", "rescore": 0.4},
     {"order": "entropy", "sign": -1, "rate_every": 4},

@@ -120,7 +120,7 @@ def test_a_high_limit_reveals_as_many_as_there_may_be(case):
 
 POLICIES = (
     PolicyConfig("entropy", per_step=4, entropy_limit=1.1),
-    PolicyConfig("margin", sign=-1, per_step=3, entropy_limit=1.1, temperature=0.5),
+    PolicyConfig("margin", sign=-1, per_step=3, entropy_limit=1.1, temperature=0.5, distance=0.1),
     PolicyConfig("max_prob", per_step=6, entropy_limit=1.1, min_distance=1.5, location=0.5),
     PolicyConfig("random", per_step=5, entropy_limit=1.1),
     PolicyConfig("location", per_step=3, entropy_limit=1.1),

@@ -81,7 +81,7 @@ def test_samples_are_those_of_eager_decoding(order, changes):
 def test_conditions_guidance_and_the_location_head(order, guided):
     drawer = model(num_classes=3, attributes=(4, 2), location=True, **CAPTIONS)
     condition = several_conditions(3, (3, 4, 2, 7, 7))
-    whole = Guided(drawer, GuidanceConfig(2.0, "linear")) if guided else drawer
+    whole = Guided(drawer, GuidanceConfig(2.0, "linear", locations="unguided")) if guided else drawer
     run = lambda: sample(whole, order, Streams(range(3)), condition=condition)  # noqa: E731
     assert_same(*both(run, drawer))
 

@@ -181,8 +181,8 @@ def test_start_leaves_the_model_ready_for_another_run(subject):
 SAMPLED = (
     "snake,per_step=1",
     "random,per_step=4",
-    "entropy,sign=-1,temperature=0.7,per_step=1",
-    "token_likelihood,sign=1,temperature=0.7,per_step=1",
+    "entropy,sign=-1,temperature=0.7,distance=0.0-last,per_step=1",
+    "token_likelihood,sign=1,temperature=0.0,distance=0.5-nearest,per_step=1",
     "order=random,steps=3,schedule=cosine,min_distance=1.5",
     "order=entropy,sign=-1,rescore=0.5",
 )
@@ -212,7 +212,7 @@ def test_log_prob_of_the_loop_is_the_one_of_training(subject):
     streams = Streams(range(ROWS))
     steps = generate(
         subject.model,
-        POLICIES["entropy,sign=1,temperature=0.0,per_step=1"](subject.model.grid, streams),
+        POLICIES["entropy,sign=1,temperature=0.0,distance=0.0-last,per_step=1"](subject.model.grid, streams),
         streams,
         targets=tokens,
         condition=condition,

@@ -360,7 +360,7 @@ def test_published_models_come_with_their_tokenizers(hub, file):
 def test_a_repository_alone_means_its_first_model(hub):
     pipe = Pipeline.from_pretrained("hp-l33/ARPG")
     assert hub[0] == ("hp-l33/ARPG", "arpg_300m.pt")
-    out = pipe(class_labels=1, grid=(2, 2), guidance_scale=GuidanceConfig(3.0, "linear"))
+    out = pipe(class_labels=1, grid=(2, 2), guidance_scale=GuidanceConfig(3.0, interval=(0.0, 0.5)))
     assert out.tokens.shape == (1, 4)
     assert_close(out.log_prob.exp().clamp(0, 1), out.log_prob.exp())
 

@@ -447,7 +447,8 @@ def test_expected_information_leaves_the_states_as_they_were():
 BLIND = ["raster", "random", *sorted(TOKEN_BLIND)]
 BLIND_RULES = {
     "noise": InferredOrder("entropy", temperature=0.5),
-    "reversed": InferredOrder("margin", sign=-1),
+    "distance": InferredOrder("max_prob", distance=0.3),
+    "reversed": InferredOrder("margin", sign=-1, distance=0.3, distance_to="nearest"),
     "information": InferredOrder(sign=-1, look_ahead=2),
     "lazy": InferredOrder("entropy", rescore=0.4),
     "lazy, reversed": InferredOrder("margin", sign=-1, rescore=0.3),

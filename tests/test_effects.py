@@ -181,9 +181,12 @@ EFFECTS: dict[type, tuple[Callable[[Any], Any], Settings, dict[str, Pair]]] = {
     }),
     GuidanceConfig: (of_guidance, GUIDED, {
         "scale": Pair(1.0, 3.0), "schedule": Pair("constant", "linear"),
+        "power": Pair(1.0, 2.0, {"schedule": "power-cosine"}), "interval": Pair((0.0, 1.0), (0.5, 1.0)),
+        "locations": Pair("guided", "unguided"),
     }),
     PolicyConfig: (of_policy, {}, {
         "order": Pair("entropy", "raster"), "sign": Pair(1, -1), "temperature": Pair(None, 5.0),
+        "distance": Pair(0.0, 2.0), "distance_to": Pair("last", "nearest", {"distance": 1.0}),
         "location": Pair(0.0, 5.0), "rescore": Pair(1.0, 0.3),
         "rate_every": Pair(1, 4), "class_weight": Pair(1.0, 90.0), "per_step": Pair(1, 4),
         "steps": Pair(0, 3),

@@ -54,7 +54,7 @@ def test_an_own_score_is_rated_like_ours(monkeypatch):
     assert policy.inferred
     assert policy.evaluations(4) == PolicyConfig("margin", temperature=0.5, rescore=0.5).evaluations(4)
     monkeypatch.setitem(SCORES, "gini", lambda log_p, tokens: own_parts.gini(log_p))
-    for settings in ({}, {"sign": -1}, {"temperature": 0.5, "per_step": 2}):
+    for settings in ({}, {"sign": -1}, {"temperature": 0.5, "distance": 0.1}):
         found = drawn(PolicyConfig("own_parts:gini", **settings))
         assert torch.equal(found.order, drawn(InferredOrder("gini", **settings)).order)
 

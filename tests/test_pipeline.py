@@ -19,7 +19,8 @@ from anyorder.contracts import Grid
 from anyorder.data.images import BadImage
 from anyorder.inference.request import ImageRequest
 from anyorder.inference.weights import default_dtype
-from anyorder.method.guidance import GuidanceConfig
+from anyorder.method.decoding import extract_orders
+from anyorder.method.guidance import GuidanceConfig, Guided
 from anyorder.method.loss import token_nll
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Sampling
@@ -117,7 +118,7 @@ def test_equal_requests(one, other):
         ({"guidance_schedule": "linear"}, "no effect at guidance_scale=1"),
         (
             {"guidance_scale": 2, "guidance_schedule": "steep", "class_labels": 1},
-            "constant or linear",
+            "constant, linear or power-cosine",
         ),
         ({"order": 5}, "an order is a name, positions, a PolicyConfig or a policy, got 5"),
         ({"order": [0, 1, 1]}, "needs 12 positions"),
@@ -207,10 +208,23 @@ def test_the_grid_of_images_is_theirs():
         PIPE.coarse_to_fine("cat", grid=GRID)
 
 
-def test_a_scorer_is_not_guided():
-    plain, guided = (FULL("cat", 4, PolicyConfig("entropy"), scale) for scale in (1.0, 6.0))
-    assert torch.equal(plain.order[:, 0], guided.order[:, 0])  # the scorer rates as without guidance
-    assert not torch.equal(plain.tokens, guided.tokens)
+def test_a_scorer_is_guided_only_where_asked():
+    by_default, unguided, guided = (GuidanceConfig(6.0, locations=x) for x in (None, "unguided", "guided"))
+    with pytest.raises(ValueError, match="a scoring model is unguided by default"):
+        FULL("cat", guidance_scale=unguided)
+    with pytest.raises(ValueError, match="locations=guided is about inferred orders"):
+        FULL("cat", order="raster", guidance_scale=guided)
+    FULL("cat", order="token_likelihood", guidance_scale=unguided)  # it leaves the scorer out
+    PIPE("cat", guidance_scale=unguided)
+    plain, default, along = (
+        FULL("cat", 4, PolicyConfig("entropy"), scale) for scale in (1.0, by_default, guided)
+    )
+    assert torch.equal(plain.order[:, 0], default.order[:, 0])  # the scorer rates as without guidance
+    assert not torch.equal(default.order, along.order)
+    first = extract_orders(
+        Guided(SCORER, guided), along.tokens, "entropy", condition=torch.zeros(4, dtype=torch.int64)
+    )
+    assert torch.equal(first.order, along.order)
 
 
 def test_several_labels_for_one_image():

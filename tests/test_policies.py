@@ -152,6 +152,26 @@ def test_location_temperature_draws_from_a_softmax():
     assert ((winners - expected) ** 2 / expected).sum() < 20.5  # chi-square, 5 degrees of freedom: p < 0.001
 
 
+@pytest.mark.parametrize(("to", "distances"), [("last", [2, 1, 1, 2]), ("nearest", [1, 1, 1, 2])])
+def test_distance_is_paid_in_nats(to, distances):
+    """Patches 0 and 3 (last) of a 1 x 6 grid are revealed; once distance is paid, the rest decides."""
+    rule = InferredOrder(distance=0.7, distance_to=to, per_step=4)
+    revealed = torch.tensor([[True, False, False, True, False, False]])
+    now = progress(revealed, last=3, grid=Grid(1, 6))
+    candidates = rule.propose(now)
+    assert candidates.tolist() == [[1, 2, 4, 5]]
+    rest = torch.tensor([[0.02, 0.04, 0.01, 0.03]])
+    assert rule.select(now, candidates, 0.7 * torch.tensor([distances]) + rest).tolist() == [[1, 3, 0, 2]]
+
+
+def test_distance_is_euclidean():
+    rule = InferredOrder(distance=1.0, per_step=6)
+    now = progress(torch.tensor([[True] + [False] * 5]), last=0)
+    candidates = rule.propose(now)
+    nearest = candidates.gather(1, rule.select(now, candidates, torch.tensor([[0, 0, 0.1, 0, 0]])))
+    assert nearest.tolist() == [[3, 1, 4, 2, 5]]  # 0.9, 1, sqrt(2), 2, sqrt(5)
+
+
 def test_location_noise_belongs_to_positions():
     rule = InferredOrder(temperature=1.0, per_step=2)
     now = progress(torch.tensor([[True, False, True, False, False, False]] * 3))
@@ -160,6 +180,10 @@ def test_location_noise_belongs_to_positions():
     assert torch.equal(
         chosen, now.noise(torch.arange(6)).masked_fill(now.revealed, -torch.inf).topk(2).indices
     )
+
+
+def test_distance_counts_from_the_first_reveal_on():
+    assert chosen_positions(InferredOrder(distance=100.0), [0, 0, 0, 0, 0.1, 0]) == [4]
 
 
 @pytest.mark.parametrize(
@@ -171,6 +195,7 @@ def test_location_noise_belongs_to_positions():
         ({"schedule": "cosine"}, "schedule 'cosine' needs to know in how many steps"),
         ({"min_distance": -1.0}, "min_distance must be >= 0"),
         ({"min_distance": 2.0}, "give per_step or steps, too"),
+        ({"distance_to": "nearest"}, "changes nothing without distance"),
         ({"rescore": 0.0}, r"rescore must lie in \(0, 1\]"),
         ({"rate_every": 0}, "rate_every must be >= 1"),
         ({"rate_every": 2, "temperature": 1.0}, "rate_every takes no per_step"),
@@ -179,6 +204,7 @@ def test_location_noise_belongs_to_positions():
         ({"score": "luck"}, "unknown score 'luck': choose one of token_likelihood"),
         ({"sign": 0}, "sign must be 1"),
         ({"temperature": -0.1}, "temperature must be >= 0"),
+        ({"distance_to": "moon"}, "distance_to must be 'last' or 'nearest', got 'moon'"),
         ({"per_step": 0}, "per_step must be >= 1"),
     ],
 )
@@ -283,6 +309,7 @@ def test_lazy_candidates_are_the_best_and_those_with_news():
     assert InferredOrder(rescore=0.4).propose(now).tolist() == [[0, 4, 7]]
     assert InferredOrder(rescore=0.01).propose(now).tolist() == [[0]]
     assert InferredOrder(rescore=0.01, per_step=3).propose(now).tolist() == [[0, 4, 7]]
+    assert InferredOrder(rescore=0.4, distance=1.0).propose(now).tolist() == [[3, 4, 6]], "0 is far from 5"
     everything = [[0, 1, 2, 3, 4, 6, 7]]
     assert InferredOrder().propose(now).tolist() == everything
     now.step = 0
@@ -299,11 +326,11 @@ def test_make_policy():
         assert rule.name == name
         assert torch.equal(inverse(rule.rank), static_order(name, GRID))
     for score in SCORES:
-        assert make_policy(PolicyConfig(score, per_step=2), GRID, streams) == InferredOrder(score, per_step=2)
+        assert make_policy(score, GRID, streams, per_step=2) == InferredOrder(score, per_step=2)
     order = random_orders(3, GRID, seeded(0))
-    rule = make_policy(order, GRID, streams)
+    rule = make_policy(order, GRID, streams, per_step=2)
     assert torch.equal(inverse(rule.rank), order)
-    assert (rule.name, rule.per_step) == ("given", 1)
+    assert (rule.name, rule.per_step) == ("given", 2)
     assert make_policy(rule, GRID, streams) is rule
     random = make_policy("random", GRID, Streams(range(3)))
     assert random.name == "random"
@@ -321,9 +348,9 @@ def test_policy_config_builds(order):
 
 
 def test_policy_config_passes_every_setting_on():
-    config = PolicyConfig("margin", -1, 0.5, 0.25, per_step=3)
-    assert config.build(GRID, Streams([0])) == InferredOrder("margin", -1, 0.5, 0.25, per_step=3)
-    assert config.label == "margin, sign -1, temperature 0.5, location 0.25, per_step 3"
+    config = PolicyConfig("margin", -1, 0.5, 0.25, "nearest", per_step=3)
+    assert config.build(GRID, Streams([0])) == InferredOrder("margin", -1, 0.5, 0.25, "nearest", per_step=3)
+    assert config.label == "margin, sign -1, temperature 0.5, distance 0.25, distance_to nearest, per_step 3"
     assert PolicyConfig().label == "entropy"
     quick = PolicyConfig("entropy", steps=4, schedule="cosine", min_distance=2.0, rescore=0.5)
     built = InferredOrder(steps=4, schedule="cosine", min_distance=2.0, rescore=0.5)
@@ -340,7 +367,8 @@ def test_policy_config_passes_every_setting_on():
         ({"order": "zigzag"}, "unknown order 'zigzag'"),
         ({"order": "raster", "sign": -1}, "belong to inferred orders .* not to 'raster'"),
         ({"order": "random", "temperature": 0.5}, "not to 'random'"),
-        ({"order": "hilbert", "location": 0.5}, "not to 'hilbert'"),
+        ({"order": "hilbert", "distance": 0.5}, "not to 'hilbert'"),
+        ({"order": "hilbert", "distance_to": "nearest"}, "not to 'hilbert'"),
         ({"order": "raster", "per_step": 0}, "per_step must be >= 1"),
         ({"order": "raster", "rescore": 0.5}, "not to 'raster': remove rescore"),
         ({"order": "location", "rescore": 0.5}, "not to 'location'"),
@@ -360,7 +388,6 @@ def test_policy_config_refuses(settings, message):
 
 def test_saved_policies_are_read_under_earlier_names():
     stored = {"order": "entropy", "steps": 3, "spread": 1.5, "refresh": 1, "full_every": 0}
-    stored |= {"distance": 0.0, "distance_to": "last"}
     assert parse(PolicyConfig, read_stored(PolicyConfig, stored)) == PolicyConfig(steps=3, min_distance=1.5)
     with pytest.raises(ValueError, match="refresh=8 cannot be read"):
         read_stored(PolicyConfig, {"order": "entropy", "refresh": 8})
@@ -404,7 +431,7 @@ def test_orders_that_do_not_fit_the_images_are_refused():
         make_policy([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], GRID, Streams(range(2)))
 
 
-@pytest.mark.parametrize("name", ["temperature", "location", "min_distance"])
+@pytest.mark.parametrize("name", ["temperature", "distance", "location", "min_distance"])
 def test_numbers_that_are_none_are_refused(name):
     with pytest.raises(ValueError, match=name):
         PolicyConfig("entropy", **{name: math.nan})

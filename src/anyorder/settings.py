@@ -68,14 +68,14 @@ def read_stored(config_class: type, values: Mapping[str, Any]) -> dict[str, Any]
         ValueError: a removed setting had another value.
     """
     found = dict(values)
+    for name, neutral in getattr(config_class, "removed", {}).items():
+        if (got := found.pop(name, neutral)) != neutral:
+            raise ValueError(f"{name}={got!r} cannot be read: the setting no longer exists")
     for old, new in getattr(config_class, "renamed", {}).items():
         (name, _, value), (new_name, equals, new_value) = old.partition("="), new.partition("=")
         if name in found and (not value or found[name] == value):
             stored = found.pop(name)
             found[new_name] = (new_value or None) if equals else stored
-    for name, neutral in getattr(config_class, "removed", {}).items():
-        if (got := found.pop(name, neutral)) != neutral:
-            raise ValueError(f"{name}={got!r} cannot be read: the setting no longer exists")
     for field in _fields(config_class):
         if field.group and isinstance(found.get(field.name), Mapping):
             found[field.name] = read_stored(field.group, found[field.name])

@@ -399,9 +399,12 @@ class Pipeline(folders.Parts):
         # An order that looks at tokens needs those of the model that samples them.
         scorer = self.scorer if getattr(order, "token_blind", True) else None
         model = self.model if guidance.scale == 1 else Guided(self.model, guidance)
-        guidance.require_effect(guidance.scale != 1)
+        rated = getattr(order, "rated", getattr(order, "inferred", False))
+        guidance.require_effect(rated=rated, scored=scorer is not None, scaled=guidance.scale != 1)
+        guided = scorer is not None and guidance.locations == "guided"
         options = decoding.GenerationOptions(
-            condition=condition, grid=grid, sampling=request.tokens, scorer=scorer,
+            condition=condition, grid=grid, sampling=request.tokens,
+            scorer=Guided(scorer, guidance) if scorer is not None and guided else scorer,
             on_step=callback and (lambda step: callback(self, step.index, step)),
         )  # fmt: skip
         return model, order, Streams(request.seeds(n), self.device), options

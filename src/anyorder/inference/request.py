@@ -50,7 +50,7 @@ class ImageRequest:
     """A seed (image i uses seed + i), one seed per image, or a `torch.Generator` that the seeds are taken
     from. An image depends on its seed alone, up to rounding, which may differ with the batch size."""
     guidance_schedule: Schedule | None = None
-    """How the scale grows while the image is generated: "constant" (default) or "linear"."""
+    """How the scale grows while the image is generated: "constant" (default), "linear" or "power-cosine"."""
     sampling: Sampling | Mapping[str, Any] | None = None
     """Temperature, top-k, top-p, min-p; a `Sampling` or its fields."""
     grid: Grid | tuple[int, int] | None = None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from anyorder.contracts import AnyOrderModel, Grid, Progress, Step, Trace, require
 from anyorder.method import sampling as sampler
+from anyorder.method.guidance import rating_log_probs
 from anyorder.method.policy_config import Order, make_policy
 from anyorder.method.sampling import Sampling, Streams
 from anyorder.method.schedules import descending
@@ -214,7 +215,7 @@ def score_candidates(
         log_p = score(state, positions).log_softmax(-1, dtype=torch.float32)
         tokens = content(positions, log_p) if content else torch.zeros_like(positions)
         log_prob = sampler.token_likelihood(log_p, tokens)
-        parts.append((tokens, log_prob, rate(log_p, tokens) if rate else log_prob))
+        parts.append((tokens, log_prob, rate(rating_log_probs(state, log_p), tokens) if rate else log_prob))
     tokens, log_prob, ratings = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     return tokens, log_prob, ratings
 
@@ -240,7 +241,7 @@ def expected_information(
     for column, position in zip(best.split(1, dim=1), positions.split(1, dim=1), strict=True):
         fork = copy.deepcopy(state)  # `append` uses a state up
         log_p = model.score(fork, position).log_softmax(-1, dtype=torch.float32)
-        fork = model.append(fork, position, log_p.argmax(-1))
+        fork = model.append(fork, position, rating_log_probs(fork, log_p).argmax(-1))
         others = (~revealed.scatter(1, position, True)).nonzero()[:, 1].view(len(position), -1)
         after = -score_candidates(model, fork, others, None, sampler.entropy, chunk)[2].sum(1, True)
         gains.append(entropies.sum(1, True) - entropies.gather(1, column) - after)

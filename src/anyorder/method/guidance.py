@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any, ClassVar, Literal, get_args
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anyorder.contracts import AnyOrderModel, Grid, GroupingModel, LocatingModel, require
 
-Schedule = Literal["constant", "linear"]
+Schedule = Literal["constant", "linear", "power-cosine"]
 
 
 @dataclass(frozen=True)
@@ -21,27 +21,54 @@ class GuidanceConfig:
     """How strongly samples follow their condition."""
 
     scale: float = 1.0
-    """1 is no guidance, larger follows the condition more closely. A scoring model is never guided."""
+    """1 is no guidance, larger follows the condition more closely; the final scale of schedules that grow."""
     schedule: Schedule = "constant"
-    """Constant, or growing linearly from 1 to the scale while the image is generated."""
+    """Constant, or growing from 1 to the scale: linearly, or by a power-cosine."""
+    power: float = 2.75
+    """Exponent of the power-cosine schedule; larger waits longer."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Shares of the image, 0 to 1, between which guidance acts, both included; elsewhere the scale is 1."""
+    locations: Literal["guided", "unguided"] | None = None
+    """Inferred orders rate positions by the guided distribution, or by the conditional one alone; by default
+    guided where the generator rates, and unguided where a scoring model does."""
 
     renamed: ClassVar[dict[str, str]] = {"locations=guided": "locations="}
-    removed: ClassVar[dict[str, Any]] = {"power": 2.75, "interval": [0.0, 1.0], "locations": None}
-    """Settings that are gone, see `settings.read_stored`: nothing used them."""
+    """Versions before this default guided no scoring model; see `settings.read_stored`."""
 
     def __post_init__(self) -> None:
         require(math.isfinite(self.scale), f"scale must be a number, got {self.scale}")
-        text = f"schedule must be constant or linear, got '{self.schedule}'"
+        begin, end = self.interval
+        text = f"interval must be two rising shares in [0, 1], got {begin:g} and {end:g}"
+        require(0 <= begin <= end <= 1, text)
+        text = f"locations must be guided or unguided, got '{self.locations}'"
+        require(self.locations in (None, "guided", "unguided"), text)
+        text = f"schedule must be constant, linear or power-cosine, got '{self.schedule}'"
         require(self.schedule in get_args(Schedule), text)
+        require(self.power > 0, f"power must be > 0, got {self.power}")
+        text = f"power={self.power} is the exponent of schedule=power-cosine: choose that, or leave power out"
+        require(self.power == GuidanceConfig.power or self.schedule == "power-cosine", text)
 
-    def require_effect(self, scaled: bool) -> None:
-        """A ValueError for a schedule that has no effect, unless some images are guided (`scaled`)."""
-        text = "schedule has no effect at scale=1: give a scale, say 2, or leave it out"
-        require(scaled or self.schedule == "constant", text)
+    def require_effect(self, *, rated: bool, scored: bool, scaled: bool) -> None:
+        """A ValueError for settings that have no effect.
+
+        `rated`: the order rates positions by a model's distributions; `scored`: by those of a scoring model;
+        `scaled`: some images are guided at all.
+        """
+        unused = [f.name for f in fields(self)[1:] if getattr(self, f.name) != f.default]
+        text = f"{' and '.join(unused)} has no effect at scale=1: give a scale, say 2, or leave it out"
+        require(scaled or not unused, text)
+        text = f"locations={self.locations} is about inferred orders, which rate positions: leave it out"
+        require(self.locations is None or rated, text)
+        text = "locations=unguided has no effect: a scoring model is unguided by default; leave it out"
+        require(self.locations != "unguided" or not scored, text)
 
     def at(self, fraction: float) -> float:
         """The scale when this share (0 to 1) of the image is revealed."""
-        return 1 + (self.scale - 1) * (fraction if self.schedule == "linear" else 1.0)
+        if not self.interval[0] <= fraction <= self.interval[1]:
+            return 1.0
+        cosine = (1 - math.cos(math.pi * fraction**self.power)) / 2
+        ramp = {"constant": 1.0, "linear": fraction, "power-cosine": cosine}
+        return 1 + (self.scale - 1) * ramp[self.schedule]
 
 
 @dataclass
@@ -54,6 +81,13 @@ class GuidedState:
     inner: Any
     revealed: int | Tensor
     n: int
+    unguided: Tensor | None = None  #: (B, M, V), the last conditional logits, for unguided locations.
+
+
+def rating_log_probs(state: Any, log_p: Tensor) -> Tensor:
+    """What positions are rated by (B, M, V): `log_p` of what `score` returned, or that without guidance."""
+    unguided = getattr(state, "unguided", None)
+    return log_p if unguided is None else unguided.float().log_softmax(-1)
 
 
 class Guided:
@@ -96,6 +130,8 @@ class Guided:
         return self._guided(state, self.model.score(state.inner, positions.repeat(2, 1)))
 
     def _guided(self, state: GuidedState, logits: Tensor) -> Tensor:
+        if self.config.locations == "unguided":
+            state.unguided = logits.chunk(2)[0]
         if isinstance(state.revealed, int):
             return _mix(logits, self.config.at(state.revealed / state.n))
         scales = [self.config.at(revealed / state.n) for revealed in state.revealed.tolist()]

@@ -102,6 +102,8 @@ class InferredOrder(_Policy):
     score: str = "entropy"
     sign: Literal[1, -1] = 1
     temperature: float = 0.0
+    distance: float = 0.0
+    distance_to: Literal["last", "nearest"] = "last"
     location: float = 0.0
     rescore: float = 1.0
     rate_every: int = 1
@@ -121,20 +123,25 @@ class InferredOrder(_Policy):
         require(self.sign in (1, -1), f"sign must be 1 (most certain first) or -1, got {self.sign}")
         for name in ("temperature", "location", "class_weight"):
             require(0 <= getattr(self, name) < math.inf, f"{name} must be >= 0, got {getattr(self, name)}")
+        require(math.isfinite(self.distance), f"distance must be a number, got {self.distance}")
+        text = f"distance_to must be 'last' or 'nearest', got '{self.distance_to}'"
+        require(self.distance_to in ("last", "nearest"), text)
+        text = f"distance_to='{self.distance_to}' changes nothing without distance: give both"
+        require(self.distance_to == "last" or self.distance != 0, text)
         require(0 < self.rescore <= 1, f"rescore must lie in (0, 1], got {self.rescore}")
         require(self.look_ahead >= 0, f"look_ahead must be >= 0, got {self.look_ahead}")
         require(self.rate_every >= 1, f"rate_every must be >= 1 step, got {self.rate_every}")
         parallel = (self.per_step, self.steps)
-        changing = (self.temperature, self.location)  # from step to step, unlike a rating
+        changing = (self.temperature, self.distance, self.location)  # from step to step, unlike a rating
         text = "entropy_limit takes a score that does not look at the token, and no rescore: leave one out"
         rated = self.token_blind and self.rescore == 1
         require(self.entropy_limit is None or rated, text)
-        text = "rate_every takes no per_step, steps, temperature or head: leave them out"
-        require(self.rate_every == 1 or (parallel, changing) == ((1, 0), (0, 0)), text)
-        plain = (self.score, *parallel, self.location, self.class_weight)
+        text = "rate_every takes no per_step, steps, temperature, distance or head: leave them out"
+        require(self.rate_every == 1 or (parallel, changing) == ((1, 0), (0, 0, 0)), text)
+        plain = (self.score, *parallel, self.distance, self.location, self.class_weight)
         once = self.rescore == self.rate_every == 1
-        text = "expected information takes score='entropy' and no rescore, per_step, steps or head"
-        require(not self.look_ahead or (once and plain == ("entropy", 1, 0, 0, 0)), text)
+        text = "expected information takes score='entropy' and no rescore, per_step, steps, distance or head"
+        require(not self.look_ahead or (once and plain == ("entropy", 1, 0, 0, 0, 0)), text)
 
     def subset(self, rows: Tensor) -> Self:
         """The policy for some images (R,) int64 of the batch."""
@@ -194,7 +201,7 @@ class InferredOrder(_Policy):
         return self.sign * score_of(self.score)[0](log_p, tokens)
 
     def _priority(self, progress: Progress, positions: Tensor, ratings: Tensor) -> Tensor:
-        """Ratings (B, M) after the location head, noise and the order of the class."""
+        """Ratings (B, M) after the location head, noise and the distance prior."""
         if self.location:
             assert progress.location is not None
             ratings = ratings + self.location * progress.location.gather(1, positions)
@@ -203,6 +210,8 @@ class InferredOrder(_Policy):
             ratings = ratings + self.temperature * progress.noise(positions)
         if self.class_rank is not None:
             ratings = ratings - self.class_weight * self.class_rank.gather(1, positions) / progress.grid.n
+        if self.distance:
+            ratings = ratings - self.distance * _distance(progress, positions, self.distance_to)
         return ratings
 
     def select(self, progress: Progress, candidates: Tensor, ratings: Tensor) -> Tensor:
@@ -250,3 +259,15 @@ def _staleness(progress: Progress) -> Tensor:
     near = (1000 / torch.cdist(at, at).square().clamp_min(1)).round()
     new = progress.revealed_at[:, None, :] >= progress.rated_at[:, :, None]
     return (near * new).sum(-1)
+
+
+def _distance(progress: Progress, candidates: Tensor, to: str) -> Tensor:
+    """Euclidean distance in patches, (B, M); zero while nothing is revealed."""
+    if progress.open == progress.grid.n:
+        return torch.zeros_like(candidates, dtype=torch.float32)
+    at = progress.grid.coordinates(candidates.device)
+    here = at[candidates]
+    if to == "last":
+        return (here - at[progress.last][:, None]).norm(dim=-1)
+    gap = torch.cdist(here, at.expand(len(here), -1, -1))
+    return gap.masked_fill(~progress.revealed[:, None], torch.inf).amin(-1)

@@ -21,7 +21,9 @@ INFERRED = (*SCORES, "information")
 LOOK_AHEAD = 4
 """Positions that order `information` rates one step ahead."""
 _SCHEDULE = {field.name for field in fields(ParallelSchedule)}
-_OF_SCORES = {*("sign", "temperature", "location", "rescore", "rate_every", "class_weight")}
+_OF_SCORES = {
+    *("sign", "temperature", "distance", "distance_to", "location", "rescore", "rate_every", "class_weight")
+}
 _SETTINGS: dict[str, set[str]] = {
     **{name: set() for name in ("random", *STATIC)},
     **dict.fromkeys(SCORES, _OF_SCORES),
@@ -47,7 +49,7 @@ def _own(order: str) -> Any:
     return own if first == "grid" else None
 
 
-def make_policy(order: Order, grid: Grid, streams: Streams) -> OrderPolicy:
+def make_policy(order: Order, grid: Grid, streams: Streams, *, per_step: int = 1) -> OrderPolicy:
     """A policy from what users write.
 
     Args:
@@ -55,6 +57,7 @@ def make_policy(order: Order, grid: Grid, streams: Streams) -> OrderPolicy:
             policy, or a function from the grid to one of these.
         grid: the grid to cover.
         streams: one per image; random orders come from them.
+        per_step: positions per step, for names and orders.
 
     Raises:
         ValueError: unknown name, no permutation of the grid, or orders for another number of images.
@@ -62,7 +65,7 @@ def make_policy(order: Order, grid: Grid, streams: Streams) -> OrderPolicy:
     if callable(order):
         order = order(grid)
     if isinstance(order, str):
-        order = PolicyConfig(order)
+        order = PolicyConfig(order, per_step=per_step)
     if isinstance(order, PolicyConfig):
         return order.build(grid, streams)
     if isinstance(order, Sequence) or hasattr(order, "__array__"):
@@ -73,7 +76,7 @@ def make_policy(order: Order, grid: Grid, streams: Streams) -> OrderPolicy:
             raise ValueError(f"an order holds whole numbers, (N,) or (B, N), got {str(order)[:60]}") from e
         text = f"got {len(rows)} orders for {len(streams)} images: give one for all, or one each"
         require(rows.ndim != 2 or len(rows) == len(streams), text)
-        return policies.FixedOrder(rows.to(streams.device, torch.int64), grid)
+        return policies.FixedOrder(rows.to(streams.device, torch.int64), grid, per_step=per_step)
     known = hasattr(order, "propose")
     require(known, f"an order is a name, positions, a PolicyConfig or a policy, got {order!r}")
     return order
@@ -92,11 +95,16 @@ class PolicyConfig(ParallelSchedule):
     temperature: float | None = None
     """For inferred orders, Gumbel noise of this scale (nats) on the ratings, by default 0; for the location
     head by default 1, which samples from it."""
+    distance: float = 0.0
+    """For a score, nats lost per patch of distance; larger keeps successive positions together."""
+    distance_to: Literal["last", "nearest"] = "last"
+    """For a score, distance to the patch revealed last, or to the nearest revealed one."""
     location: float = 0.0
     """For a score, weight of the location head's log-probability in the ratings; 0 ignores the head."""
     rescore: float = 1.0
     """For a score, share of the open positions that is scored at each step: 1 is the exact order, 0.5 nearly
     the same at half the cost."""
+
     rate_every: int = 1
     """For a score, steps that one rating decides: the next positions are chosen at once and revealed one by
     one in raster order. 8 costs about an eighth of the exact order, with rescore=0.5 still less, and its
@@ -107,10 +115,8 @@ class PolicyConfig(ParallelSchedule):
 
     renamed: ClassVar[dict[str, str]] = {"spread": "min_distance"}
     """Earlier names, see `settings.read_stored`."""
-    removed: ClassVar[dict[str, Any]] = {
-        "refresh": 1, "full_every": 0, "distance": 0.0, "distance_to": "last"
-    }  # fmt: skip
-    """Settings that are gone: they did not pay, see docs/log.md."""
+    removed: ClassVar[dict[str, Any]] = {"refresh": 1, "full_every": 0}
+    """Settings that are gone: `rescore` was nearer to the exact order at the same cost."""
 
     def __post_init__(self) -> None:
         known = self.order in _SETTINGS or families.is_own("policies", self.order)
@@ -120,7 +126,8 @@ class PolicyConfig(ParallelSchedule):
             object.__setattr__(self, "sign", None if self.sign == 1 else self.sign)
             object.__setattr__(self, "temperature", self.temperature or None)
         wrong = self._changed() - self._allowed()
-        text = "sign, temperature, location, rescore, rate_every and class_weight belong to inferred orders "
+        text = "sign, temperature, distance, location, rescore, rate_every and class_weight belong to "
+        text += "inferred orders "
         text += f"({', '.join(INFERRED)}; temperature to location, too), not to '{self.order}'"
         require(not wrong, f"{text}: remove {', '.join(sorted(wrong))}")
         super().__post_init__()

@@ -52,7 +52,8 @@ class GeneratingStage:
         unused = f"has no effect on policy.order={order}: leave it out"
         require(self.policy.by_class or self.orders is None, f"orders {unused}")
         require(self.scorer is None or (self.policy.token_blind and self.policy.decided), f"scorer {unused}")
-        self.guidance.require_effect(self._scaled)
+        scored = self.scorer is not None
+        self.guidance.require_effect(rated=self.policy.inferred, scored=scored, scaled=self._scaled)
 
     @property
     def _scaled(self) -> bool:
