@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from anyorder.data import decoding
+from anyorder.data import decoding, tars
 from anyorder.data.caches import ImageSet, TokenSet
 from anyorder.data.images import load_image
 from anyorder.data.ingest import ingest
@@ -346,6 +346,38 @@ def test_images_that_are_gone_or_others_are_named(tmp_path, workers):
         images.batch(rows[:1])
 
 
+def test_crops_of_images_that_are_others_are_refused(tmp_path, workers):
+    """Each image is looked at with its first crop; all are when tokens are made."""
+    source = folder(tmp_path / "in")
+    images = ImageSet(data(tmp_path / "out", source, cache=False), crops=True)
+    (source / os.fsdecode(load_array(tmp_path / "out/train.names.npy")[1])).write_bytes(PICTURES[3])
+    images.batch(np.arange(1))
+    with pytest.raises(ValueError, match="has other pixels than when the data were made"):
+        images.batch(np.arange(2))
+
+
+def test_what_was_begun_of_others_does_not_go_on(tmp_path, monkeypatch):
+    """Own data sets have no files whose times could tell."""
+    others = ["1", "2"]
+
+    class Changing(FolderSource):
+        def _read(self, part, with_images):
+            for item in super()._read(part, with_images):
+                yield item._replace(label=others["/a/" in f"/{item.name}"])
+
+    def begun():
+        ingest(Changing(folder(tmp_path / "in")), tmp_path / "out", (8, 8))
+
+    with monkeypatch.context() as context:
+        context.setattr("anyorder.data.ingest._report", lambda *_: 1 / 0)  # both splits are done then
+        with pytest.raises(ZeroDivisionError):
+            begun()
+    before = np.array(load_array(tmp_path / "out/train.labels.npy"))
+    others.reverse()
+    begun()
+    assert (load_array(tmp_path / "out/train.labels.npy") == 1 - before).all()
+
+
 def test_numbers_of_workers_are_checked(monkeypatch, tmp_path):
     monkeypatch.setenv(decoding.WORKERS, "many")
     with pytest.raises(ValueError, match="ANYORDER_WORKERS must be a number from 0 on, got 'many'"):
@@ -389,7 +421,7 @@ def test_hostile_tar_shards(tmp_path):
         tar.addfile(link)
     facts = ingest(open_source(tmp_path / "a.tar", Columns(caption="text"), 0), tmp_path / "out", (16, 16))
     assert facts["counts"]["train"] == 2
-    assert facts["skipped"]["train"]["reasons"] == {"no image": 1}
+    assert facts["skipped"]["train"]["reasons"] == {"no image": 2}
     assert json.loads((tmp_path / "out/train.captions.json").read_text()) == ["", "three"]
     masks = open_source(tmp_path / "a.tar", Columns(image="seg.png"), 0)
     assert [item.image for item in masks.items("train") if isinstance(item.image, bytes)] == [PICTURES[1]]
@@ -398,6 +430,99 @@ def test_hostile_tar_shards(tmp_path):
     for name in ("b", "c"):
         with pytest.raises(ValueError, match=rf"{name}\.tar is not a sound tar file .*without compression"):
             open_source(tmp_path / f"{name}.tar").count("train")
+
+
+def archive(path, *members, **sizes):
+    """A tar file of (name, bytes), and of files with gaps (name=size) that hold no byte."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            add(tar, name, content)
+        for name, size in sizes.items():
+            member = tarfile.TarInfo(name.replace("_", "."))
+            member.pax_headers = {
+                "GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.map": "0,0",
+                "GNU.sparse.size": str(size),
+            }  # fmt: skip
+            tar.addfile(member)
+    return path
+
+
+SOUND = [(f"{i}.png", PICTURES[i]) for i in range(3)]
+REASONS: dict[str, tuple[list[tuple[str, bytes]], dict[str, int], dict[str, int], dict[str, int]]] = {
+    "of another system": (
+        [("._0.png", b"junk"), (".DS_Store", b"x"), ("__MACOSX/0.png", b"x")], {}, {},
+        {"hidden or system entry": 3},
+    ),
+    "in the folder itself": ([("./3.png", PICTURES[3])], {}, {}, {}),
+    "gaps of a TiB": ([], {"3_png": 2**40}, {"no image": 1}, {}),
+    "a text with gaps": ([("3.png", PICTURES[3])], {"3_txt": 2**40}, {}, {}),
+    "a name like an offset": ([("x@a+b.txt", b"")], {}, {"no image": 1}, {}),
+    "no bytes": ([("3.png", b"")], {}, {"empty file": 1}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_what_is_no_image_in_a_tar_file_is_counted(name, tmp_path):
+    more, gaps, skipped, ignored = REASONS[name]
+    path, texts = archive(tmp_path / "a.tar", *SOUND, *more, **gaps), "txt" if "text" in name else None
+    source = open_source(path, Columns(caption=texts), 0)
+    facts = ingest(source, tmp_path / "out", (16, 16))
+    assert facts["skipped"]["train"]["reasons"] == skipped
+    assert facts["ignored"]["reasons"] == ignored
+    named = sum(member.endswith("png") and "X" not in member and "_" not in member for member, _ in more)
+    assert facts["counts"]["train"] == 3 + named - skipped.get("empty file", 0)
+
+
+def test_labels_of_a_tar_file_that_are_not_utf8_stay_apart(tmp_path):
+    labels = [(f"{i}.cls", b"caf" + bytes([0xE8 + i])) for i in range(3)]
+    path = archive(tmp_path / "a.tar", *itertools.chain(*zip(SOUND, labels, strict=True)))
+    assert open_source(path, Columns("cls"), 0).classes() == ["caf\\xe8", "caf\\xe9", "caf\\xea"]
+
+
+def test_tar_files_that_are_cut_off_or_joined_are_refused(tmp_path):
+    """The library takes whatever is no header for the end, and says nothing of what is behind it."""
+    whole = archive(tmp_path / "whole.tar", *SOUND).read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        begin = tar.getmembers()[2].offset
+    ends = {
+        "cut": b"",
+        "in-header": whole[begin : begin + 200],
+        "damaged": b"?" * 2000,
+        "joined": bytes(1024) + whole,
+    }
+    for name, end in ends.items():
+        (tmp_path / f"{name}.tar").write_bytes(whole[:begin] + end)
+        with pytest.raises(
+            ValueError, match=rf"{name}\.tar is not a sound tar file \(at byte {begin} follows"
+        ):
+            open_source(tmp_path / f"{name}.tar").count("train")
+
+
+def test_examples_of_several_images_need_a_choice(tmp_path):
+    path = archive(tmp_path / "a.tar", *SOUND, ("2.jpg", PICTURES[5]))
+    with pytest.raises(ValueError, match=r"a\.tar has png and jpg of 2: choose image=png or image=jpg"):
+        open_source(path).count("train")
+    assert open_source(path, Columns(image="png"), 0).count("train") == 3
+    with pytest.raises(ValueError, match=r"a\.tar has no column 'webp'; it has jpg, png"):
+        open_source(path, Columns(image="webp"), 0).count("train")
+
+
+def test_large_texts_and_long_names_are_refused(tmp_path):
+    path = archive(tmp_path / "a.tar", *SOUND, ("2.txt", bytes(tars.MAX_TEXT + 1)))
+    with pytest.raises(ValueError, match=r"a\.tar: 2\.txt has 16,777,217 bytes, allowed are 16,777,216"):
+        open_source(path, Columns(caption="txt")).count("train")
+    path = archive(tmp_path / "b.tar", *SOUND, ("L" * 10**6 + ".png", PICTURES[3]))
+    with pytest.raises(
+        ValueError, match=r"the name b'b\.tar#L{10}.*\.\.\. has 1,000,0.. bytes, allowed are 4,096"
+    ):
+        ingest(open_source(path, test_fraction=0), tmp_path / "out", (16, 16))
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.zip", "a.png"])
+def test_single_files_of_other_kinds_are_refused(name, tmp_path):
+    (tmp_path / name).write_bytes(PICTURES[0])
+    with pytest.raises(ValueError, match=rf"{name} is no parquet file and no tar file without compression"):
+        open_source(tmp_path / name)
 
 
 def test_a_tar_beside_images_is_no_source(tmp_path):

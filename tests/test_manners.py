@@ -181,6 +181,8 @@ def test_clean_follows_no_links_and_leaves_unfinished_work(run, tmp_path):
     manifest = read_manifest(run / "tokenizer")
     escaping = [*manifest["other_files"], "checkpoints/../../theirs/checkpoints/x.safetensors"]
     write_json(run / "tokenizer" / "manifest.json", manifest | {"other_files": escaping})
+    assert runs.checkpoints([run]) == []  # such a manifest is none of this package's
+    write_json(run / "tokenizer" / "manifest.json", manifest)
     assert runs.checkpoints([run]) == found
     shutil.move(run / "tokenizer" / "checkpoints", tmp_path / "elsewhere")
     (run / "tokenizer" / "checkpoints").symlink_to(tmp_path / "elsewhere")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from anyorder import files
 from anyorder.cli import main as cli
 from anyorder.files import RowWriter, load_array, read_manifest, save_array, write_json, write_text
 from anyorder.stages.artifacts import Artifact, verify
@@ -325,6 +326,80 @@ def test_verify_finds_what_was_changed(done, capsys):
     assert verify(second) == [f"{done} (source of {second}) is missing"]
     for arguments, code in (([], 2), ([str(done)], 2)):
         assert cli.main(["verify", *arguments]) == code
+
+
+def record(folder, **facts):
+    """A folder with a manifest that somebody else may have written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = {
+        "stage": "train",
+        "config": {},
+        "inputs": {"model": "0" * 16},
+        "fingerprint": "0" * 16,
+        "files": {},
+    }
+    write_json(folder / "manifest.json", whole | facts)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"files": {"../../secret": "0"}}, {"files": {"/etc/hostname": "0"}}, {"files": {"x": 1}},
+        {"files": {"x\0y": "0"}}, {"files": []}, {"other_files": 5}, {"other_files": [5]},
+        {"other_files": ["checkpoints/../../x"]}, {"other_files": "checkpoints/x"},
+        {"input_folders": ["x"]}, {"input_folders": {"model": 5}}, {"input_folders": {"tokens": "x"}},
+        {"fingerprint": 5},
+    ],
+)  # fmt: skip
+def test_manifests_of_others_are_refused_in_one_line(facts, tmp_path, capsys):
+    folder = record(tmp_path / "run/x", **facts)
+    for command in ("verify", "ls", "clean"):
+        assert cli.main([command, str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "x/manifest.json" in error or "x holds no artifacts" in error
+
+
+def test_verify_reads_each_artifact_once(tmp_path, monkeypatch):
+    base, read = record(tmp_path / "base"), []
+    monkeypatch.setattr(files, "sha256", lambda path: read.append(path) or "0")
+    (base / "x").write_text("x")
+    record(base, files={"x": "0"}, input_folders={"model": "../top"})  # in a circle
+    for name in ("left", "right"):
+        record(tmp_path / name, input_folders={"model": "../base"})
+    inputs = {"left": "0" * 16, "right": "0" * 16}
+    top = record(tmp_path / "top", inputs=inputs, input_folders={role: f"../{role}" for role in inputs})
+    assert verify(top) == []
+    assert read == [base / "x"]
+
+
+def test_what_was_set_aside_is_no_artifact_to_be_cleaned(tmp_path, capsys):
+    run = tmp_path / "run"
+    aside = record(run / "m/.replaced", other_files=["checkpoints/0.pt"]) / "checkpoints/0.pt"
+    aside.parent.mkdir()
+    aside.write_text("the only one")
+    write_json(run / "m/.identity.json", {"stage": "train", "config": {}, "inputs": {}})
+    assert cli.main(["clean", str(run), "--yes"]) == 0
+    assert aside.read_text() == "the only one"
+    assert cli.main(["ls", str(run)]) == 0
+    assert ".replaced" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["report", "{}", "out={}/x.npy"], ["report", "{}", "out={}/manifest.json"],
+        ["report", "{}", "out={}/x.md", "--csv"],
+        ["bench", "out={}/x.npy"], ["plan", "imagenet256", "out={}/manifest.json"],
+    ],
+)  # fmt: skip
+def test_commands_do_not_write_over_the_files_of_an_artifact(arguments, done, capsys):
+    record(done, files={"x.npy": "0", "x.csv": "0"})
+    before = content(done)
+    assert cli.main([text.format(done) for text in arguments]) == 2
+    assert "is a file of a finished artifact: choose another out=" in capsys.readouterr().err
+    assert content(done) == before
 
 
 def test_a_moved_run_still_knows_its_inputs(done):

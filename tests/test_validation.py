@@ -162,7 +162,7 @@ def test_settings_are_those_of_the_same_policy(out, tmp_path, capsys):
         ({"temperatures": [0.1, 0.2, 0.3, 0.4]}, "1 to 12 points, got 4 x 4"),
         ({"temperatures": []}, "1 to 12 points, got 0 x 4"),
         ({"guidance": {"scale": 2}}, "temperature and scale are searched"),
-        ({"num_images": 3}, "num_images must be >= 4, got 3"),
+        ({"num_images": 3}, "num_images must be >= 4 and batch_size >= 1, got 3 and 64"),
     ],
 )
 def test_searches_that_cannot_be_are_refused(settings, message):

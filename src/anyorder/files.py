@@ -144,9 +144,19 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a finished artifact (no {MANIFEST}): run its stage first")
     manifest = read_record(path)
-    if not isinstance(manifest.get("fingerprint"), str) or not isinstance(manifest.get("files"), dict):
-        raise ValueError(f"{path} is incomplete (fingerprint or files): run the stage again")
+    kinds = {"fingerprint": str, "files": dict, "other_files": list, "input_folders": dict}
+    found = {"other_files": [], "input_folders": {}} | manifest  # older ones lack these
+    if not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"{path} is incomplete ({', '.join(kinds)}): run the stage again")
+    names, folders = (*found["files"], *found["other_files"]), found["input_folders"]
+    texts = all(isinstance(text, str) for text in (*names, *found["files"].values(), *folders.values()))
+    if not texts or not folders.keys() <= found["inputs"].keys() or not all(map(_is_inside, names)):
+        raise ValueError(f"{path} names what is no file of its folder: run the stage again")
     return manifest
+
+
+def _is_inside(name: str) -> bool:
+    return not os.path.isabs(name) and ".." not in Path(name).parts and "\0" not in name
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -293,7 +293,7 @@ def _adapter(hint: Any) -> Any:
             return origin[tuple(arg if arg is ... else prepared(arg) for arg in args)]
         return typing.Annotated[hint, BeforeValidator(functools.partial(_prepare, hint))]
 
-    return TypeAdapter(prepared(hint))
+    return TypeAdapter(prepared(hint), config={"allow_inf_nan": False})  # JSON has neither
 
 
 def _prepare(hint: Any, value: Any) -> Any:
@@ -306,8 +306,7 @@ def _prepare(hint: Any, value: Any) -> Any:
         return Path(value).expanduser()
     if typing.get_origin(hint) is Literal:
         return {str(arg): arg for arg in typing.get_args(hint)}.get(str(value))
-    nan = hint is float and str(value).strip().lower() in ("nan", "+nan", "-nan")
-    if nan or (isinstance(value, bool) != (hint is bool) and not isinstance(value, str)):
+    if isinstance(value, bool) != (hint is bool) and not isinstance(value, str):
         raise ValueError
     return value
 

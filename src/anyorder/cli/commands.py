@@ -45,6 +45,13 @@ class Call:
             return Path(out).expanduser()
         raise ValueError(f"say where to write: anyorder {self.name} out=FOLDER ...")
 
+    def file(self, default: str = "") -> Path:
+        """Remove `out=` from the settings: a file, and none of an artifact."""
+        from anyorder.stages.artifacts import require_no_artifact
+
+        require_no_artifact(out := self.out(default))
+        return out
+
     def parse(self, config: str = "", **values: str) -> Any:
         """The configuration of the command."""
         from anyorder import settings
@@ -217,7 +224,8 @@ def plan(call: Call) -> str:
 
     if len(call.paths) != 1:
         raise ValueError("give an experiment file or the name of a recipe, for example imagenet256")
-    path, out = find_experiment(call.paths.pop()), call.take("out")
+    path = find_experiment(call.paths.pop())
+    out = call.file() if any(text.startswith("out=") for text in call.settings) else ""
     overrides = [text for text in call.settings if "." in text.partition("=")[0]]
     call.settings = [text for text in call.settings if text not in overrides]
     config = call.parse()
@@ -227,7 +235,7 @@ def plan(call: Call) -> str:
     print(planning.describe(found))
     if not out:
         return ""
-    write_json(Path(out).expanduser(), found)
+    write_json(out, found)
     return f"{out}; next: anyorder run {path}"
 
 
@@ -265,11 +273,15 @@ def report(call: Call) -> str:
     --csv and --latex write the numbers and the tables beside the page, or alone: out=FILE.csv, out=FILE.tex
     data_images=false leaves out figures that contain images of the data set
     """
+    from anyorder.stages.artifacts import require_no_artifact
+
     if not call.paths:
         raise ValueError("give one or more run folders, for example runs/quickstart")
     folders = [Path(path).expanduser() for path in call.paths]
-    out, images = call.out(f"{folders[0]}/report.html"), call.flag("data_images", "true")
+    out, images = call.file(f"{folders[0]}/report.html"), call.flag("data_images", "true")
     beside = [out.with_suffix(end) for key, end in (("csv", ".csv"), ("latex", ".tex")) if call.flag(key)]
+    for path in beside:
+        require_no_artifact(path)
     if call.settings:
         raise ValueError(f"report takes out=FILE and data_images=true|false, got {call.settings[0]}")
     if call.dry_run:
@@ -295,7 +307,7 @@ def bench(call: Call) -> str:
     """
     from anyorder.bench import bench
 
-    out, old = call.out("bench.json"), call.take("against", "none")
+    out, old = call.file("bench.json"), call.take("against", "none")
     files, call.paths = call.paths, []
     if not old:
         raise ValueError("say what to compare with: --against FILE")
@@ -335,7 +347,8 @@ def verify(call: Call) -> str:
 
     if not call.paths or call.settings:
         raise ValueError("give one or more artifact folders: anyorder verify FOLDER...")
-    if problems := [problem for path in call.paths for problem in verify(Path(path).expanduser())]:
+    seen = set[Path]()
+    if problems := [problem for path in call.paths for problem in verify(Path(path).expanduser(), seen)]:
         raise OSError("; ".join(problems))
     print(f"{', '.join(call.paths)}: every file is as it was written")
     return ""

@@ -236,14 +236,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not follows:
             print("anyorder: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as e:
+    except (ValueError, OSError, ImportError, MemoryError) as e:
         if "--traceback" in arguments:
             raise
         if follows:  # torchrun ends it meanwhile if the first process has the same to say
             time.sleep(5)
         full = isinstance(e, OSError) and (e.errno == errno.ENOSPC or "No space left" in str(e))
         advice = "the disk is full: free some space and run the same command again, it goes on from here: "
-        print(f"anyorder: error: {advice if full else ''}{e}", file=sys.stderr)
+        print(f"anyorder: error: {advice if full else ''}{str(e) or 'out of memory'}", file=sys.stderr)
         return 2 if isinstance(e, ValueError | FileNotFoundError) else 1
 
 

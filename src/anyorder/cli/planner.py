@@ -68,7 +68,8 @@ class PlanConfig:
         require(self.gpus >= 1, f"gpus must be >= 1, got {self.gpus}")
         require(0 < self.mfu <= 1, f"mfu must be a share above 0 and at most 1, got {self.mfu}")
         known = self.images is None or self.images >= 1
-        require(known, f"images must be >= 1, got {self.images}")
+        counts = f"got {self.images} and {self.classes}"
+        require(known and self.classes >= 0, f"images must be >= 1 and classes >= 0, {counts}")
 
 
 @dataclass

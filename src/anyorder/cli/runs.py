@@ -10,12 +10,13 @@ from typing import Any
 from anyorder.contracts import require
 from anyorder.files import MANIFEST, fingerprint, read_manifest
 from anyorder.report.tables import Table
-from anyorder.stages.artifacts import IDENTITY, input_folders
+from anyorder.stages.artifacts import IDENTITY, REPLACED, input_folders
 
 
 def artifacts(run: Path) -> list[Path]:
     """Folders of finished and unfinished artifacts below `run`; a ValueError if there are none."""
     found = [path.parent for name in (MANIFEST, IDENTITY) for path in run.rglob(name)]
+    found = [path for path in found if REPLACED not in path.relative_to(run).parts]  # it may come back
     found = sorted({path for path in found if (path / IDENTITY).is_file() or _manifest(path) is not None})
     require(bool(found), f"{run} holds no artifacts: give the folder of a run, for example runs/quickstart")
     return found

@@ -37,7 +37,7 @@ class Found(NamedTuple):
     """What became of some rows."""
 
     pixels: Any  # (g, H, W, 3) uint8, of the g rows that could be read
-    checksums: list[int]  # CRC-32 of each of these
+    checksums: list[int | None]  # CRC-32 of each of these; of crops that of the whole image, at the first one
     failures: dict[int, tuple[str, str]]  # place among the rows -> kind of reason, and the rest of it
     error: str = ""  # the whole source cannot be read
 
@@ -62,33 +62,37 @@ class Reader:
     def __getitem__(self, rows: np.ndarray) -> Found:
         try:
             return self._read(rows)
-        except (OSError, ValueError) as e:  # raised in a worker, it would be many lines
+        except (OSError, ValueError, MemoryError) as e:  # raised in a worker, it would be many lines
             return Found(np.empty((0, 0, 0, 3), np.uint8), [], {}, str(e))
 
     def _read(self, rows: np.ndarray) -> Found:
         pixels = np.empty((len(rows), *self.decoding["size"], 3), np.uint8)
+        checksums: list[int | None] = [None] * len(rows)
         failures = {}
         for place in np.argsort(rows % len(self.names), kind="stable"):  # what is stored together, together
             try:
-                pixels[place] = self._image(int(rows[place]))
+                pixels[place], checksums[place] = self._image(int(rows[place]))
             except images.BadImage as e:
                 failures[int(place)] = e.kind, e.detail
         pixels = np.delete(pixels, [*failures], axis=0) if failures else pixels
-        return Found(pixels, [zlib.crc32(image) for image in pixels], failures)
+        return Found(pixels, [c for i, c in enumerate(checksums) if i not in failures], failures)
 
-    def _image(self, row: int) -> np.ndarray:
+    def _image(self, row: int) -> tuple[np.ndarray, int | None]:
         image = self.source.image(self.name(row))
         if isinstance(image, images.BadImage):
             raise image
-        if self.crops == 1:
-            return images.load_image(image, **self.decoding)
+        first = row < len(self.names)
+        whole = images.load_image(image, **self.decoding) if first else None
+        checksum = None if whole is None else zlib.crc32(whole.data)
+        if self.crops == 1 and whole is not None:
+            return whole, checksum
         h, w = self.decoding["size"]
         large = int(CROP_RANGE * h), int(CROP_RANGE * w)
         whole = images.load_image(image, **{**self.decoding, "size": large})
         down, right = large[0] - h, large[1] - w
         corners = ((0, 0), (0, right), (down, 0), (down, right), (round(down / 2), round(right / 2)))
         top, left = corners[row // len(self.names)]
-        return whole[top : top + h, left : left + w]
+        return whole[top : top + h, left : left + w], checksum
 
     def stream(self, batches: Batches) -> Generator[Found]:
         """Read `batches` of row numbers in this sequence; workers read ahead of what is asked for.
@@ -136,8 +140,8 @@ def _ignore_signals(worker: int) -> None:
 class Decoded:
     """Images as an array (n, H, W, 3) uint8 that holds none: `self[rows]` decodes these rows."""
 
-    def __init__(self, reader: Reader, checksums: np.ndarray | None = None):
-        """`checksums` (n,) are those of the pixels when the data were made; None checks nothing."""
+    def __init__(self, reader: Reader, checksums: np.ndarray):
+        """`checksums` (n,) are those of the pixels when the data were made."""
         self._reader, self._checksums = reader, checksums
         self.shape = (len(reader), *reader.decoding["size"], 3)
         self._coming: Iterator[tuple[np.ndarray, Found]] = iter(())
@@ -166,11 +170,10 @@ class Decoded:
         for place, (kind, detail) in found.failures.items():
             name = self._reader.name(rows[place])
             raise ValueError(f"{name} can no longer be read ({kind}: {detail}): {mend}")
-        if self._checksums is None:
-            return
-        for row in rows[self._checksums[rows] != found.checksums]:
+        for row, checksum in zip(rows, found.checksums, strict=True):
             text = "has other pixels than when the data were made (the file or the version of Pillow changed)"
-            raise ValueError(f"{self._reader.name(row)} {text}: {mend}")
+            same = checksum is None or checksum == self._checksums[row]
+            require(same, f"{self._reader.name(row)} {text}: {mend}")
 
     def cropped(self) -> Decoded:
         """(5 n, H, W, 3), where row k * n + i is crop k of image i; see `CROP_RANGE`.
@@ -180,7 +183,8 @@ class Decoded:
         """
         size = self._reader.decoding["size"]
         require(min(size) >= 10, f"crops need images of at least 10 x 10 pixels, got size={size}")
-        return Decoded(Reader(self._reader.source, self._reader.names, self._reader.decoding, CROPS))
+        reader = Reader(self._reader.source, self._reader.names, self._reader.decoding, CROPS)
+        return Decoded(reader, self._checksums)
 
     @contextlib.contextmanager
     def ahead(self, batches: Batches) -> Iterator[None]:

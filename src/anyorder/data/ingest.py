@@ -25,6 +25,7 @@ from anyorder.data.sources import UNKNOWN, Item, Source
 
 _BLOCK = 64  # images that a worker reads at a time
 _SAVED = 30  # seconds between two notes of how far a split is
+_LONGEST = 4096  # bytes of an image's name
 _LISTED = 1000  # skipped images named in the manifest
 log = logging.getLogger("anyorder")
 
@@ -92,14 +93,16 @@ def ingest(
     facts |= {"attributes": attributes} if attributes else {}
     for split, rows in chosen.items():
         done = Path(folder) / f"{split}.partial"  # the suffix makes Artifact drop it with other old work
-        settings = repr((source, decoding, cache, hashlib.sha256(rows.tobytes()).hexdigest()))
+        texts = source.texts["test" if split == "test" else "train"]
+        items = [texts[i] for i in rows]
+        settings = repr((source, decoding, cache, _digest(items)))
         state = files.read_json(done) if done.is_file() else {}
         if state.get("settings") != settings:
             state = {"settings": settings, "images": 0, "rows": 0, "lost": []}
         if "count" not in state:
             save = functools.partial(files.write_json, done)
             count, skipped = _ingest_split(
-                source, Path(folder), split, rows, codes, decoding, cache, state, save
+                source, Path(folder), split, items, codes, decoding, cache, state, save
             )
             save({"settings": settings, "count": count, "skipped": skipped})
         result = files.read_json(done)
@@ -108,6 +111,14 @@ def ingest(
     for split in chosen:
         (Path(folder) / f"{split}.partial").unlink()
     return facts
+
+
+def _digest(items: Sequence[Item]) -> str:
+    """Of names, labels and captions: what was begun of others does not go on."""
+    found = hashlib.sha256()
+    for item in items:
+        found.update(repr(item).encode())
+    return found.hexdigest()
 
 
 def _rows(source: Source, train: int | None, validation: int, test: int | None) -> dict[str, np.ndarray]:
@@ -158,12 +169,14 @@ def _report(facts: Mapping[str, Any], max_skipped: float) -> None:
 
 
 def _ingest_split(
-    source: Source, folder: Path, split: str, rows: np.ndarray, codes: _Codes, decoding: dict[str, Any],
+    source: Source, folder: Path, split: str, items: list[Item], codes: _Codes, decoding: dict[str, Any],
     cache: bool, state: dict[str, Any], save: Callable[[dict[str, Any]], None],
 ) -> tuple[int, dict[str, Any]]:  # fmt: skip
-    texts = source.texts["test" if split == "test" else "train"]
-    items = [texts[i] for i in rows]
-    names = np.array([os.fsencode(item.name) for item in items], np.bytes_)
+    encoded = [os.fsencode(item.name) for item in items]
+    longest = max(encoded, key=len, default=b"")  # all take as much room as the longest
+    text = f"the name {longest[:60]!r}... has {len(longest):,} bytes, allowed are {_LONGEST:,}: rename it"
+    require(len(longest) <= _LONGEST, text)
+    names = np.array(encoded, np.bytes_)
     size = decoding["size"] if cache else None
     writer = _writer(folder, split, codes, names.dtype, size, state["rows"])
     if writer.rows < state["rows"]:  # the machine went down before they were on disk

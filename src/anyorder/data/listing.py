@@ -17,6 +17,7 @@ from anyorder.contracts import require
 from anyorder.files import MANIFEST
 
 _SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "@eadir"}
+HIDDEN = "hidden or system entry"
 _SAMPLES = {"grid.png", "orders.png", "generation.webp"}  # of the command `anyorder sample`
 _WORDS = (
     "(?:(?P<train>train|training|trn)|(?P<test>test|testing|tst)"
@@ -59,8 +60,8 @@ def list_files(root: Path) -> Listing:
             subfolders.clear()
             continue
         names = (*subfolders, *files)
-        hidden = {name for name in names if name.startswith(".") or name.lower() in _SYSTEM}
-        found.ignored["hidden or system entry"] += [path_of(folder, name) for name in sorted(hidden)]
+        hidden = set(filter(is_hidden, names))
+        found.ignored[HIDDEN] += [path_of(folder, name) for name in sorted(hidden)]
         found.files += [path_of(folder, name) for name in files if name not in hidden]
         visible = sorted({*subfolders} - hidden, reverse=True)
         paths = {os.path.realpath(os.path.join(folder, s)): s for s in visible}
@@ -68,6 +69,11 @@ def list_files(root: Path) -> Listing:
         seen |= paths.keys()
     found.files.sort()
     return found
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is hidden or the system's."""
+    return name.startswith(".") or name.lower() in _SYSTEM
 
 
 def _is_artifact(folder: Path, files: Sequence[str]) -> bool:

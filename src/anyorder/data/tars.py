@@ -6,16 +6,20 @@ import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
+from pathlib import PurePosixPath
 from typing import Any
 
 from anyorder.contracts import require
-from anyorder.data import sources
-from anyorder.data.images import BadImage, suffixes
+from anyorder.data import listing, sources
+from anyorder.data.images import MAX_BYTES, BadImage, suffixes
 from anyorder.data.tables import Shards, item_of
 
 JSON = "json"
 """Ending of a file whose keys are columns, too."""
+MAX_TEXT = 2**24
+"""Bytes of any other file."""
 
 
 @dataclass(frozen=True)
@@ -28,30 +32,54 @@ class TarSource(Shards):
 
     ending = ".tar"
 
+    @cached_property
+    def _hidden(self) -> dict[str, list[str]]:
+        """Part -> its hidden and system entries, once it was read."""
+        return {}
+
+    def ignored(self) -> dict[str, list[str]]:
+        """See `Source`."""
+        used = {part for parts in self._splits.values() for part in parts} if self.texts else set()
+        return super().ignored() | {listing.HIDDEN: [n for part in sorted(used) for n in self._hidden[part]]}
+
     def _read(self, part: str, with_images: bool) -> Iterator[sources.Item]:
         path, seen = self._root / part, set[str]()
         try:
             with tarfile.open(path, "r:") as file:
-                members = ((*_key(member.name), member) for member in file if member.isreg())
+                self._hidden[part] = []
+                members = ((*_key(member.name), member) for member in self._visible(file, part))
                 for key, group in groupby(members, lambda found: found[0]):
                     example = {ending: member for _, ending, member in group}
                     texts = _texts(file, example, self.columns.texts)
                     seen |= {*example, *texts}
                     item = self._item(part, key, example, texts)
                     yield item._replace(image=self.image(item.name)) if with_images else item
+                _require_end(file)
         except (tarfile.TarError, OSError, EOFError) as e:
             mend = "write it again, without compression"
             raise ValueError(f"{path} is not a sound tar file ({e}): {mend}") from e
-        for column in self.columns.texts:
+        for column in filter(None, (self.columns.image, *self.columns.texts)):
             require(column in seen, f"{path} has no column {column!r}; it has {', '.join(sorted(seen))}")
+
+    def _visible(self, file: tarfile.TarFile, part: str) -> Iterator[tarfile.TarInfo]:
+        for member in file:
+            if any(map(listing.is_hidden, PurePosixPath(member.name).parts)):
+                self._hidden[part].append(f"{part}#{member.name}")
+            elif not member.isdir():
+                yield member
+            file.members = []  # type: ignore[attr-defined] # it would keep them all
 
     def _item(
         self, part: str, key: str, members: dict[str, tarfile.TarInfo], texts: dict[str, Any]
     ) -> sources.Item:
         columns = self.columns
-        named = [columns.image] if columns.image else [e for e in members if f".{e}" in suffixes()]
-        image = next((members[ending] for ending in named if ending in members), None)
-        place = f"{image.name}@{image.offset_data}+{image.size}" if image else key
+        found = [ending for ending in members if f".{ending}" in suffixes()]
+        several = (
+            f"{self._root / part} has {' and '.join(found)} of {key}: choose image={' or image='.join(found)}"
+        )
+        require(columns.image is not None or len(found) < 2, several)
+        image = members.get(columns.image or next(iter(found), ""))
+        place = f"{image.name}@{image.offset_data}+{image.size}" if image and _is_plain(image) else f"{key}@"
         return item_of(columns, texts, {}, self._root / part, f"{part}#{place}", b"")
 
     def image(self, name: str) -> Any:
@@ -59,10 +87,26 @@ class TarSource(Shards):
         part, _, place = name.partition(".tar#")
         offset, plus, size = place.rpartition("@")[2].partition("+")
         if not plus:
-            return BadImage("no image", f"the example has none of {', '.join(sorted(suffixes())[:3])}, ...")
+            kinds = self.columns.image or f"{', '.join(sorted(suffixes())[:3])}, ..."
+            return BadImage("no image", f"the example has none of {kinds}, or a link, or one with gaps")
         with open(f"{self._root / part}.tar", "rb") as file:
             file.seek(int(offset))
-            return file.read(int(size))
+            return file.read(min(int(size), MAX_BYTES + 1))
+
+
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    """Whether its bytes lie in the archive: links and files with gaps have a size alone."""
+    return member.isreg() and not member.issparse()
+
+
+def _require_end(file: tarfile.TarFile) -> None:
+    """Zeros alone: the library takes whatever is no header, as where a file was cut off, for the end."""
+    assert file.fileobj is not None
+    file.fileobj.seek(file.offset)
+    rest = file.fileobj.read(2**20)
+    if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
+        what = "something that is no file" if rest else "nothing, and no mark of its end"
+        raise tarfile.ReadError(f"at byte {file.offset} follows {what}")
 
 
 def _key(name: str) -> tuple[str, str]:
@@ -76,11 +120,16 @@ def _texts(file: tarfile.TarFile, members: dict[str, tarfile.TarInfo], columns: 
     """What an example has of the columns: contents of files, else values of its json."""
 
     def content(ending: str) -> bytes:
-        opened = file.extractfile(members[ending])
+        opened, text = file.extractfile(member := members[ending]), f"{member.name} has {member.size:,} bytes"
+        require(member.size <= MAX_TEXT, f"{file.name!s}: {text}, allowed are {MAX_TEXT:,}")
         assert opened is not None, "only regular files are looked at"
         return opened.read()
 
-    found = {c: content(c).decode(errors="replace").strip() for c in columns if c in members and c != JSON}
+    members = {ending: member for ending, member in members.items() if _is_plain(member)}
+    # Labels that are not UTF-8 stay apart.
+    found = {
+        c: content(c).decode(errors="backslashreplace").strip() for c in columns if c in members and c != JSON
+    }
     if JSON in members and found.keys() < {*columns}:
         try:
             values = json.loads(content(JSON))

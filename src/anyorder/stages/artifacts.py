@@ -281,14 +281,20 @@ def recorded_input(folder: str | Path, role: str) -> Path | None:
     return path
 
 
-def verify(folder: str | Path) -> list[str]:
+def verify(folder: str | Path, seen: set[Path] | None = None) -> list[str]:
     """Compare an artifact's files, and those of its inputs, with their hashes; one line for each problem.
+
+    Those `seen` are taken for verified, and grow by these: each is read once, whatever was made of it.
 
     Raises:
         FileNotFoundError: `folder` is not a finished artifact.
         ValueError: its manifest is damaged.
     """
-    manifest, problems = files.read_manifest(folder), []
+    manifest, seen = files.read_manifest(folder), set() if seen is None else seen
+    problems: list[str] = []
+    if Path(folder).resolve() in seen:
+        return problems
+    seen.add(Path(folder).resolve())
     for path, digest in ((Path(folder) / name, digest) for name, digest in manifest["files"].items()):
         if not path.is_file():
             problems.append(f"{path} is missing")
@@ -300,8 +306,16 @@ def verify(folder: str | Path) -> list[str]:
         elif files.fingerprint(source) != manifest["inputs"][role]:
             problems.append(f"{source} ({role} of {folder}) is not what it was made from")
         else:
-            problems += verify(source)
-    return list(dict.fromkeys(problems))
+            problems += verify(source, seen)
+    return problems
+
+
+def require_no_artifact(path: Path) -> None:
+    """A ValueError if a finished artifact has this file: nothing else may write it."""
+    with contextlib.suppress(FileNotFoundError):
+        listed = _listed(files.read_manifest(path.parent), path.parent)
+        if path.name in {*listed, files.MANIFEST}:
+            raise ValueError(f"{path} is a file of a finished artifact: choose another out=")
 
 
 def input_folders(folder: str | Path, manifest: Mapping[str, Any]) -> dict[str, Path]:

@@ -83,6 +83,12 @@ class EvalStage:
     kid_subset_size: int = 1000
     """Images in each of KID's subsets."""
 
+    def __post_init__(self) -> None:
+        least = {"nll_images": 0, "rfd_images": 0, "batch_size": 1, "kid_subset_size": 2}
+        for name, limit in least.items():
+            require(getattr(self, name) >= limit, f"{name} must be >= {limit}, got {getattr(self, name)}")
+        require(self.rfd_images != 1, "rfd_images must be 0 or at least 2, for a covariance; got 1")
+
     def observed(self) -> dict[str, str]:
         """What the reference file holds now, as part of what identifies the artifact."""
         return {"reference_sha256": files.sha256(self.reference)} if self.reference else {}

@@ -71,8 +71,9 @@ class OrdersStage:
         require(self.policy.by_class == (self.orders is not None), text)
         require(self.test_limit >= 1, f"test_limit must be >= 1, got {self.test_limit}")
         self.test_limit = min(self.test_limit, self.limit or self.test_limit)
-        require((self.batch_size or 1) >= 1, f"batch_size must be >= 1, got {self.batch_size}")
-
+        for name in ("batch_size", "limit"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be >= 1, got {value}")
         text = f"seed={self.seed} is for orders with noise: give policy.temperature, or leave it out"
         require(self.seed == 0 or not self.policy.deterministic, text)
 

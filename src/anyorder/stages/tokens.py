@@ -40,6 +40,9 @@ class TokensStage:
     text: TextConfig = field(default_factory=TextConfig)
     """How captions become tokens, where the data have captions."""
 
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"batch_size must be >= 1, got {self.batch_size}")
+
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `SPLIT.{tokens,labels}.npy`, and what the data have of `SPLIT.{attributes,captions}.npy`."""
         names = splits(self.data)

@@ -63,7 +63,9 @@ class TuneStage(GeneratingStage):
         require(
             1 <= points <= MOST_POINTS, f"temperatures x scales must be 1 to {MOST_POINTS} points, {counts}"
         )
-        require(self.num_images >= 4, f"num_images must be >= 4, got {self.num_images}")
+        counts = f"got {self.num_images} and {self.batch_size}"
+        fits = self.num_images >= 4 and self.batch_size >= 1
+        require(fits, f"num_images must be >= 4 and batch_size >= 1, {counts}")
         searched = self.sampling.temperature == self.guidance.scale == 1
         require(searched, "temperature and scale are searched: set temperatures and scales instead")
 
