@@ -12,8 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from anyorder.contracts import require
-from anyorder.data import listing, sources
-from anyorder.data.images import MAX_BYTES, BadImage, suffixes
+from anyorder.data import images, listing, sources
 from anyorder.data.tables import Shards, item_of
 
 JSON = "json"
@@ -39,8 +38,8 @@ class TarSource(Shards):
 
     def ignored(self) -> dict[str, list[str]]:
         """See `Source`."""
-        used = {part for parts in self._splits.values() for part in parts} if self.texts else set()
-        return super().ignored() | {listing.HIDDEN: [n for part in sorted(used) for n in self._hidden[part]]}
+        found = [name for names in self._hidden.values() for name in names] if self.texts else []
+        return super().ignored() | {listing.HIDDEN: found}
 
     def _read(self, part: str, with_images: bool) -> Iterator[sources.Item]:
         path, seen = self._root / part, set[str]()
@@ -73,11 +72,10 @@ class TarSource(Shards):
         self, part: str, key: str, members: dict[str, tarfile.TarInfo], texts: dict[str, Any]
     ) -> sources.Item:
         columns = self.columns
-        found = [ending for ending in members if f".{ending}" in suffixes()]
-        several = (
-            f"{self._root / part} has {' and '.join(found)} of {key}: choose image={' or image='.join(found)}"
-        )
-        require(columns.image is not None or len(found) < 2, several)
+        found = [ending for ending in members if f".{ending}" in images.suffixes()]
+        several = f"{self._root / part} has {' and '.join(found)} of {key}"
+        mend = f"choose image={' or image='.join(found)}"
+        require(columns.image is not None or len(found) < 2, f"{several}: {mend}")
         image = members.get(columns.image or next(iter(found), ""))
         place = f"{image.name}@{image.offset_data}+{image.size}" if image and _is_plain(image) else f"{key}@"
         return item_of(columns, texts, {}, self._root / part, f"{part}#{place}", b"")
@@ -87,11 +85,11 @@ class TarSource(Shards):
         part, _, place = name.partition(".tar#")
         offset, plus, size = place.rpartition("@")[2].partition("+")
         if not plus:
-            kinds = self.columns.image or f"{', '.join(sorted(suffixes())[:3])}, ..."
-            return BadImage("no image", f"the example has none of {kinds}, or a link, or one with gaps")
+            kinds = self.columns.image or f"{', '.join(sorted(images.suffixes())[:3])}, ..."
+            return images.BadImage("no image", f"there is none of {kinds}, or a link, or one with gaps")
         with open(f"{self._root / part}.tar", "rb") as file:
             file.seek(int(offset))
-            return file.read(min(int(size), MAX_BYTES + 1))
+            return file.read(min(int(size), images.MAX_BYTES + 1))
 
 
 def _is_plain(member: tarfile.TarInfo) -> bool:
