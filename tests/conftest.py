@@ -24,7 +24,7 @@ from anyorder.adapters.randar import RandAR
 from anyorder.contracts import AnyOrderModel, AnyOrderNetwork, Grid, OrderPolicy
 from anyorder.method.guidance import GuidanceConfig, Guided
 from anyorder.method.policies import InferredOrder
-from anyorder.method.policy_config import PolicyConfig, make_policy
+from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import SCORES, Streams
 from anyorder.models.architecture import TransformerConfig
 from anyorder.models.transformer import AnyOrderTransformer
@@ -242,7 +242,7 @@ PolicyFactory = Callable[[Grid, Streams], OrderPolicy]
 
 
 def _named(name: str, per_step: int) -> PolicyFactory:
-    return lambda grid, streams: make_policy(name, grid, streams, per_step=per_step)
+    return lambda grid, streams: PolicyConfig(name, per_step=per_step).build(grid, streams)
 
 
 def _inferred(**settings: Any) -> PolicyFactory:

@@ -326,11 +326,11 @@ def test_make_policy():
         assert rule.name == name
         assert torch.equal(inverse(rule.rank), static_order(name, GRID))
     for score in SCORES:
-        assert make_policy(score, GRID, streams, per_step=2) == InferredOrder(score, per_step=2)
+        assert make_policy(PolicyConfig(score, per_step=2), GRID, streams) == InferredOrder(score, per_step=2)
     order = random_orders(3, GRID, seeded(0))
-    rule = make_policy(order, GRID, streams, per_step=2)
+    rule = make_policy(order, GRID, streams)
     assert torch.equal(inverse(rule.rank), order)
-    assert (rule.name, rule.per_step) == ("given", 2)
+    assert (rule.name, rule.per_step) == ("given", 1)
     assert make_policy(rule, GRID, streams) is rule
     random = make_policy("random", GRID, Streams(range(3)))
     assert random.name == "random"

@@ -49,7 +49,7 @@ def _own(order: str) -> Any:
     return own if first == "grid" else None
 
 
-def make_policy(order: Order, grid: Grid, streams: Streams, *, per_step: int = 1) -> OrderPolicy:
+def make_policy(order: Order, grid: Grid, streams: Streams) -> OrderPolicy:
     """A policy from what users write.
 
     Args:
@@ -57,7 +57,6 @@ def make_policy(order: Order, grid: Grid, streams: Streams, *, per_step: int = 1
             policy, or a function from the grid to one of these.
         grid: the grid to cover.
         streams: one per image; random orders come from them.
-        per_step: positions per step, for names and orders.
 
     Raises:
         ValueError: unknown name, no permutation of the grid, or orders for another number of images.
@@ -65,7 +64,7 @@ def make_policy(order: Order, grid: Grid, streams: Streams, *, per_step: int = 1
     if callable(order):
         order = order(grid)
     if isinstance(order, str):
-        order = PolicyConfig(order, per_step=per_step)
+        order = PolicyConfig(order)
     if isinstance(order, PolicyConfig):
         return order.build(grid, streams)
     if isinstance(order, Sequence) or hasattr(order, "__array__"):
@@ -76,7 +75,7 @@ def make_policy(order: Order, grid: Grid, streams: Streams, *, per_step: int = 1
             raise ValueError(f"an order holds whole numbers, (N,) or (B, N), got {str(order)[:60]}") from e
         text = f"got {len(rows)} orders for {len(streams)} images: give one for all, or one each"
         require(rows.ndim != 2 or len(rows) == len(streams), text)
-        return policies.FixedOrder(rows.to(streams.device, torch.int64), grid, per_step=per_step)
+        return policies.FixedOrder(rows.to(streams.device, torch.int64), grid)
     known = hasattr(order, "propose")
     require(known, f"an order is a name, positions, a PolicyConfig or a policy, got {order!r}")
     return order
@@ -104,7 +103,6 @@ class PolicyConfig(ParallelSchedule):
     rescore: float = 1.0
     """For a score, share of the open positions that is scored at each step: 1 is the exact order, 0.5 nearly
     the same at half the cost."""
-
     rate_every: int = 1
     """For a score, steps that one rating decides: the next positions are chosen at once and revealed one by
     one in raster order. 8 costs about an eighth of the exact order, with rescore=0.5 still less, and its
