@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyorder.contracts import AnyOrderNetwork, Grid, require
-from anyorder.models import layers
+from anyorder.models import conditioning, layers
 from anyorder.models.attention import Cache
-from anyorder.models.conditioning import hide, read_condition
 from anyorder.models.positions import check_shapes
 
 
@@ -120,9 +119,10 @@ class PublishedModel(AnyOrderNetwork):
 
     def _labels(self, batch_size: int, condition: Tensor | None, check: bool | None = None) -> Tensor:
         """Labels (B,) int64 in [0, num_classes]; None and -1 become `num_classes`, the null label."""
-        values = read_condition(condition, batch_size, [self.num_classes], self._weight.device, check)
+        sizes, where = [self.num_classes], self._weight.device
+        values = conditioning.read_condition(condition, batch_size, sizes, where, check)
         if self.training and condition is not None:
-            values = hide(values, 0, self.config.label_dropout, 0.0)
+            values = conditioning.hide(values, 0, self.config.label_dropout, 0.0)
         return torch.where(values[:, 0] < 0, self.num_classes, values[:, 0])
 
     def _rotations(self, grid: Grid | None) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from anyorder import families
-from anyorder.adapters.layers import FeedForward, GPTConfig, PublishedModel, heads_of, norm, rotate
+from anyorder.adapters import layers
 from anyorder.contracts import require
 from anyorder.models import attention
 from anyorder.models.layers import Linear
@@ -22,13 +22,13 @@ from anyorder.tokenizers.vq import VQ16
 CLASS_TABLE = "cls_embedding.embedding_table.weight"
 
 
-def read_config(tensors: Mapping[str, Tensor], grid: tuple[int, int], heads: int) -> GPTConfig:
+def read_config(tensors: Mapping[str, Tensor], grid: tuple[int, int], heads: int) -> layers.GPTConfig:
     """The configuration of a GPT or RandAR file; see `families.Family`."""
     vocab_size, width = families.shape_of(tensors, "tok_embeddings.weight")
-    return GPTConfig(
+    return layers.GPTConfig(
         depth=families.count_blocks(tensors, "layers."),
         width=width,
-        heads=heads or heads_of(width),
+        heads=heads or layers.heads_of(width),
         vocab_size=vocab_size,
         grid=grid,
         num_classes=families.shape_of(tensors, CLASS_TABLE)[0] - 1,
@@ -47,7 +47,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, factors: Tensor, attend: attention.Attend) -> Tensor:
         """Inputs (B, T, D) and their rotations (B, T, D / H / 2) to outputs (B, T, D)."""
         asked, v = self.wqkv(x).split((2 * x.shape[-1], x.shape[-1]), dim=-1)
-        q, k = rotate(attention.split_heads(asked, 2 * self.heads), factors).chunk(2, dim=1)
+        q, k = layers.rotate(attention.split_heads(asked, 2 * self.heads), factors).chunk(2, dim=1)
         return self.wo(attention.merge_heads(attend(q, k, attention.split_heads(v, self.heads))))
 
 
@@ -57,9 +57,9 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.attention = Attention(width, heads)
-        self.feed_forward = FeedForward(width)
-        self.attention_norm = norm(width)
-        self.ffn_norm = norm(width)
+        self.feed_forward = layers.FeedForward(width)
+        self.attention_norm = layers.norm(width)
+        self.ffn_norm = layers.norm(width)
 
     def forward(self, x: Tensor, factors: Tensor, attend: attention.Attend) -> Tensor:
         """(B, T, D) to (B, T, D)."""
@@ -79,15 +79,15 @@ class ClassEmbedding(nn.Module):
         return self.embedding_table(labels)[:, None]
 
 
-class GPT(PublishedModel):
+class GPT(layers.PublishedModel):
     """The modules of LlamaGen's GPT, which RandAR takes over."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: layers.GPTConfig):
         super().__init__(config)
         self.cls_embedding = ClassEmbedding(config.num_classes, config.width)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
-        self.norm = norm(config.width)
+        self.norm = layers.norm(config.width)
         self.output = Linear(config.width, config.vocab_size, bias=False)
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def _refusal(got: str) -> str:
 
 FAMILY = families.Family(
     LlamaGen,
-    GPTConfig,
+    layers.GPTConfig,
     marker="layers.0.attention.wqkv.weight",
     read_config=read_config,
     files=tuple(

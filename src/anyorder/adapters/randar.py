@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from anyorder import families
+from anyorder.adapters import llamagen
 from anyorder.adapters.layers import GPTConfig, rotate
-from anyorder.adapters.llamagen import CLASS_TABLE, GPT, read_config
-from anyorder.families import Family, File
 from anyorder.models import attention
 from anyorder.tokenizers.maskgit_vq import MASKGIT_VQ
 from anyorder.tokenizers.vq import VQ16
@@ -32,7 +32,7 @@ class State(attention.DecodingState):
     scored: attention.Scored
 
 
-class RandAR(GPT):
+class RandAR(llamagen.GPT):
     """p(x[pi_i] | x[pi_<i], pi_<=i, c) for any order pi."""
 
     inputs = 2
@@ -109,13 +109,13 @@ def _interleave(queries: Tensor, tokens: Tensor) -> Tensor:
 
 
 FILES = (("0.3b_llamagen", VQ16), ("0.3b_maskgit", MASKGIT_VQ), ("0.7b_llamagen", VQ16))
-FAMILY = Family(
+FAMILY = families.Family(
     RandAR,
     GPTConfig,
     marker="pos_instruct_embeddings",
-    read_config=read_config,
+    read_config=llamagen.read_config,
     files=tuple(
-        File(
+        families.File(
             "ziqipang/RandAR",
             f"randar_{name}_360k_bs_1024_lr_0.0004.safetensors",
             tokenizer,
@@ -123,5 +123,5 @@ FAMILY = Family(
         )
         for name, tokenizer in FILES
     ),
-    class_table=CLASS_TABLE,
+    class_table=llamagen.CLASS_TABLE,
 )

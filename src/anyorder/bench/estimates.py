@@ -52,10 +52,6 @@ def _seconds(run: Callable[[], Any], runs: int = 7) -> float:
     return min(times)
 
 
-def _autocast(bf16: bool) -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-
-
 def _tokens(model: Any, batch: int) -> tuple[Tensor, Tensor]:
     """Tokens and orders (B, N) int64."""
     n = model.grid.n
@@ -95,17 +91,21 @@ def train_generator(
     steps: losses.Steps = {"sizes": sizes} if sizes else {}
     nll: Any = losses.joint_nll if getattr(config, "location", False) else losses.token_nll
 
+    def loss() -> Any:
+        found = nll(model, tokens, None, order, **steps)
+        return sum(part.mean() for part in (found if isinstance(found, tuple) else (found,)))
+
+    return _size(model), _size(model, trained=True), _training(model.train(), loss, bf16, passes)
+
+
+def _training(module: nn.Module, loss: Callable[[], Any], bf16: bool, passes: int) -> Pass:
+    """Forward and backward pass of a loss; the peak is that of the second one if there are several."""
+
     def work() -> None:
-        with _autocast(bf16):
-            found = nll(model, tokens, None, order, **steps)
-            total = sum(part.mean() for part in (found if isinstance(found, tuple) else (found,)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            total = loss()
         total.backward()
 
-    return _size(model), _size(model, trained=True), _training(model.train(), work, passes)
-
-
-def _training(module: nn.Module, work: Callable[[], Any], passes: int) -> Pass:
-    """One pass; its peak is that of the second one if there are several."""
     first = measure(module, work)
     if passes == 1:
         return first
@@ -117,13 +117,7 @@ def train_classifier(config: ClassifierConfig, batch: int, bf16: bool, passes: i
     """Parameters, and forward and backward pass of the classifier of features."""
     model = build(lambda: Classifier(config))
     images, labels = torch.zeros(batch, 3, *[config.image_size] * 2), torch.zeros(batch, dtype=torch.int64)
-
-    def work() -> None:
-        with _autocast(bf16):
-            total, _ = model.loss(images, labels)
-        total.backward()
-
-    return _size(model), _training(model.train(), work, passes)
+    return _size(model), _training(model.train(), lambda: model.loss(images, labels)[0], bf16, passes)
 
 
 def train_tokenizer(
@@ -138,13 +132,12 @@ def train_tokenizer(
     images = torch.zeros(batch, 3, *side)
     both = nn.ModuleList([model.train(), objective])
 
-    def work() -> None:
-        with _autocast(bf16):
-            total, _ = objective(model, images, loss.discriminator_start)
+    def work() -> Tensor:
+        total, _ = objective(model, images, loss.discriminator_start)
         objective._passes.clear()
-        total.backward()
+        return total
 
-    return _size(both), _training(both, work, passes)
+    return _size(both), _training(both, work, bf16, passes)
 
 
 @torch.no_grad()

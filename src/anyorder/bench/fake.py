@@ -38,12 +38,13 @@ def imagined() -> Iterator[None]:
         ImportError: this PyTorch has no fake tensors.
     """
     try:
-        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch._subclasses import fake_tensor
     except ImportError as e:
         raise ImportError(
             f"costs are counted on PyTorch's fake tensors, which {torch.__version__} lacks"
         ) from e
-    with FakeTensorMode(), mock.patch.dict("os.environ", {layers.SWITCH: "0"}):  # packing has no fake version
+    without_packing = mock.patch.dict("os.environ", {layers.SWITCH: "0"})  # it has no fake version
+    with fake_tensor.FakeTensorMode(), without_packing:
         yield
 
 
@@ -52,9 +53,9 @@ def build(make: Callable[[], torch.nn.Module], dtype: torch.dtype | None = None)
 
     `dtype` is that of its parameters.
     """
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch._subclasses import fake_tensor
 
-    with unset_fake_temporarily(), torch.device("meta"):
+    with fake_tensor.unset_fake_temporarily(), torch.device("meta"):
         module = make()
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):

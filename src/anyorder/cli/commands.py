@@ -33,6 +33,12 @@ class Call:
         self.settings = [text for text in self.settings if not text.startswith(f"{key}=")]
         return found[-1] if found else default
 
+    def of_stages(self) -> list[str]:
+        """Remove the settings of an experiment's stages, `stage.key=value`."""
+        found = [text for text in self.settings if "." in text.partition("=")[0]]
+        self.settings = [text for text in self.settings if text not in found]
+        return found
+
     def flag(self, key: str, default: str = "false") -> bool:
         """Remove `key=true` or `key=false` from the settings."""
         if (value := self.take(key, default).lower()) not in ("true", "false"):
@@ -226,8 +232,7 @@ def plan(call: Call) -> str:
         raise ValueError("give an experiment file or the name of a recipe, for example imagenet256")
     path = find_experiment(call.paths.pop())
     out = call.file() if any(text.startswith("out=") for text in call.settings) else ""
-    overrides = [text for text in call.settings if "." in text.partition("=")[0]]
-    call.settings = [text for text in call.settings if text not in overrides]
+    overrides = call.of_stages()
     config = call.parse()
     if call.show(config, out):
         return ""
@@ -253,8 +258,7 @@ def fit(call: Call) -> str:
 
     source = str(Path(call.paths.pop()).expanduser())
     out, overwrite = call.out(f"runs/{Path(source).resolve().stem}"), call.flag("overwrite")
-    overrides = [text for text in call.settings if "." in text.partition("=")[0]]
-    call.settings = [text for text in call.settings if text not in overrides]
+    overrides = call.of_stages()
     fit_folder(call.parse(source=source), out, overrides, dry_run=call.dry_run, overwrite=overwrite)
     return f"{out}/pipeline and {out}/report.html; next: anyorder sample pipeline={out}/pipeline out=images"
 

@@ -343,7 +343,7 @@ class Planner:
 
     def _of_sample(self, stage: Any) -> Costs:
         kind, config = self._network(stage.model, "model")
-        tokens, _, _ = self._tokens_of(self._tokens_path(stage))
+        tokens, _, _ = self._tokens_of(stage.tokens or getattr(self.stages.get(stage.model), "tokens", None))
         made = self._network(stage.tokenizer or tokens.tokenizer, "tokenizer")
         side, guided = self.stages[tokens.data].size, 1 + (self._scale(stage) != 1)
         n = math.prod(self._grid(tokens, made[1]))
@@ -357,10 +357,6 @@ class Planner:
         found.weights += FLOAT * parameters
         found.disk = stage.num_images * (math.prod(side) * 3 + 10 * n + 12)
         return found
-
-    def _tokens_path(self, stage: Any) -> Path | None:
-        made = self.stages.get(stage.model)
-        return stage.tokens or getattr(made, "tokens", None)
 
     @staticmethod
     def _scale(stage: Any) -> float:

@@ -10,8 +10,8 @@ import torch
 
 from anyorder import files
 from anyorder.contracts import Grid, class_labels, require
+from anyorder.data import captions as texts
 from anyorder.data import decoding
-from anyorder.data.captions import CaptionTokenizer, Vocabulary, index_of
 from anyorder.data.rows import evenly_spaced
 from anyorder.orders import of_classes
 
@@ -114,7 +114,7 @@ class ImageSet(_Split):
         """
         if attribute is None:
             return self.labels, self.classes
-        column = index_of(attribute, list(self.attributes), "attribute")
+        column = texts.index_of(attribute, list(self.attributes), "attribute")
         return self.attribute_values()[:, column], self.attributes[attribute]
 
     def captions(self) -> list[str] | None:
@@ -186,12 +186,12 @@ class TokenSet(_Split):
         self.further = np.concatenate((self.attribute_values(), self.captions[:, 0]), axis=1).astype(np.int32)
 
     @property
-    def vocabulary(self) -> Vocabulary:
+    def vocabulary(self) -> texts.Vocabulary:
         """Names of everything that a condition may hold."""
         captions = None
         if self.text_length:
-            captions = CaptionTokenizer((self.folder / TEXT).read_text(encoding="utf-8"))
-        return Vocabulary(self.classes, self.attributes, captions, self.text_length)
+            captions = texts.CaptionTokenizer((self.folder / TEXT).read_text(encoding="utf-8"))
+        return texts.Vocabulary(self.classes, self.attributes, captions, self.text_length)
 
     def batch(
         self, indices: Indices, generator: torch.Generator | None = None
@@ -222,7 +222,7 @@ class TokenSet(_Split):
         columns |= {"captions": list(range(1 + len(self.attributes), width))} if self.text_length else {}
         left = condition.clone().reshape(len(condition), -1)
         for part in parts:
-            index_of(part, list(columns), "part of the condition")
+            texts.index_of(part, list(columns), "part of the condition")
             left[:, columns[part]] = -1
         return left.view_as(condition)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from anyorder.contracts import require
+from anyorder.settings import did_you_mean
 
 _UNKNOWN = "[UNK]"
 
@@ -145,8 +145,7 @@ def index_of(name: str, allowed: Sequence[str], what: str) -> int:
         ValueError: it does not; the message suggests the closest one.
     """
     if name not in allowed:
-        same = [other for other in allowed if other.lower() == name.lower()]
-        close = difflib.get_close_matches(name, allowed, n=1) or same
-        hint = f", did you mean '{close[0]}'?" if close else ":"
+        same = (f", did you mean '{other}'?" for other in allowed if other.lower() == name.lower())
+        hint = did_you_mean(name, allowed) or next(same, ":")
         raise ValueError(f"unknown {what} '{name}'{hint} choose one of {', '.join(allowed) or 'none'}")
     return list(allowed).index(name)

@@ -12,10 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
-from torch import Tensor
 
 from anyorder.contracts import require
-from anyorder.data.rows import slices
 
 Size = tuple[int, int]
 Color = tuple[int, int, int]
@@ -262,17 +260,17 @@ def _letterbox(image: Image.Image, size: Size, fill: Color) -> Image.Image:
     return canvas
 
 
-def to_uint8(images: Tensor) -> np.ndarray:
+def to_uint8(images: torch.Tensor) -> np.ndarray:
     """Images (B, 3, H, W) float in [-1, 1] to (B, H, W, 3) uint8."""
     return from_float(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def from_float(images: Tensor) -> Tensor:
+def from_float(images: torch.Tensor) -> torch.Tensor:
     """Float in [-1, 1], clamped, to uint8."""
     return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
-def uint8_batches(images: np.ndarray, size: int = 256) -> Iterator[Tensor]:
+def uint8_batches(images: np.ndarray, size: int = 256) -> Iterator[torch.Tensor]:
     """(n, H, W, 3) uint8 as batches (B, 3, H, W) uint8."""
-    for rows in slices(len(images), size):
-        yield torch.from_numpy(np.array(images[rows])).permute(0, 3, 1, 2)
+    for begin in range(0, len(images), size):
+        yield torch.from_numpy(np.array(images[begin : begin + size])).permute(0, 3, 1, 2)

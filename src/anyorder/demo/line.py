@@ -14,9 +14,9 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
+from starlette import types
 from starlette.concurrency import iterate_in_threadpool
 from starlette.responses import StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
 
 MAX_REQUESTS = 64
 """Requests at once: one is served, the others wait."""
@@ -68,7 +68,7 @@ class EventStream(StreamingResponse):
         self.messages = self._messages(iterate_in_threadpool(events))
         super().__init__(self.messages, media_type="text/event-stream")
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
         """As of `StreamingResponse`; the turn is given back however it ends."""
         try:
             await super().__call__(scope, receive, functools.partial(self._send, send))
@@ -79,7 +79,7 @@ class EventStream(StreamingResponse):
             self.line.leave(self)
             await self.messages.aclose()
 
-    async def _send(self, send: Send, message: Message) -> None:
+    async def _send(self, send: types.Send, message: types.Message) -> None:
         late = asyncio.get_running_loop().call_later(GRACE, self.line.leave, self)
         try:
             async with asyncio.timeout(PATIENCE):

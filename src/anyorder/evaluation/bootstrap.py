@@ -147,8 +147,8 @@ def _frechet_of_resamples(
 
 
 def _gaussian(x: Tensor, counts: Tensor) -> metrics.Gaussian:
-    """Moments of a resample of x (n, dim)."""
-    n = len(x)
+    """Moments of a resample of x (n, dim), from how often (n,) it holds each."""
+    n = counts.sum()
     mean = counts @ x / n
     return metrics.Gaussian(mean, ((x * counts[:, None]).T @ x - n * torch.outer(mean, mean)) / (n - 1))
 
@@ -182,16 +182,9 @@ def frechet_of_counts(real: metrics.Gaussian, fake: Tensor, counts: Tensor) -> T
     y, n = x @ metrics.root(real.covariance), len(fake)  # the covariance of y is A^1/2 B A^1/2
     means, squares = counts @ x / n, counts @ x.square().sum(1)
     traces = (squares - n * means.square().sum(1)) / (n - 1)
-    crosses = torch.stack([_root_trace(y, row) for row in counts])
+    covariances = (_gaussian(y[row > 0], row[row > 0]).covariance for row in counts)
+    crosses = torch.stack([torch.linalg.eigvalsh(c).clamp(min=0).sqrt().sum() for c in covariances])
     return (means.square().sum(1) + real.covariance.trace() + traces - 2 * crosses).clamp(min=0)
-
-
-def _root_trace(y: Tensor, counts: Tensor) -> Tensor:
-    n, there = len(y), counts > 0
-    y, weights = y[there], counts[there]
-    mean = weights @ y / n
-    covariance = ((y * weights[:, None]).T @ y - n * torch.outer(mean, mean)) / (n - 1)
-    return torch.linalg.eigvalsh(covariance).clamp(min=0).sqrt().sum()
 
 
 def kernel_of_counts(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+import traceback
+from collections.abc import Callable, Iterator
 from functools import cache
 from statistics import fmean
 from typing import Self
@@ -67,6 +70,18 @@ def device() -> torch.device:
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error of PyTorch says that memory was too small, on a GPU or a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def memory_explained(advice: Callable[[], str]) -> Iterator[None]:
+    """A ValueError with this advice where memory is too small for what is done within the block."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
+        traceback.clear_frames(e.__traceback__)  # they hold what was computed so far
+        raise ValueError(advice()) from e
 
 
 LARGEST = {"cpu": 64, "cuda": 1024}

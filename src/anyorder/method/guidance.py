@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from anyorder.contracts import AnyOrderModel, Grid, GroupingModel, LocatingModel, require
+from anyorder import contracts
 
 Schedule = Literal["constant", "linear", "power-cosine"]
 
@@ -36,17 +36,17 @@ class GuidanceConfig:
     """Versions before this default guided no scoring model; see `settings.read_stored`."""
 
     def __post_init__(self) -> None:
-        require(math.isfinite(self.scale), f"scale must be a number, got {self.scale}")
+        contracts.require(math.isfinite(self.scale), f"scale must be a number, got {self.scale}")
         begin, end = self.interval
         text = f"interval must be two rising shares in [0, 1], got {begin:g} and {end:g}"
-        require(0 <= begin <= end <= 1, text)
+        contracts.require(0 <= begin <= end <= 1, text)
         text = f"locations must be guided or unguided, got '{self.locations}'"
-        require(self.locations in (None, "guided", "unguided"), text)
+        contracts.require(self.locations in (None, "guided", "unguided"), text)
         text = f"schedule must be constant, linear or power-cosine, got '{self.schedule}'"
-        require(self.schedule in get_args(Schedule), text)
-        require(self.power > 0, f"power must be > 0, got {self.power}")
+        contracts.require(self.schedule in get_args(Schedule), text)
+        contracts.require(self.power > 0, f"power must be > 0, got {self.power}")
         text = f"power={self.power} is the exponent of schedule=power-cosine: choose that, or leave power out"
-        require(self.power == GuidanceConfig.power or self.schedule == "power-cosine", text)
+        contracts.require(self.power == GuidanceConfig.power or self.schedule == "power-cosine", text)
 
     def require_effect(self, *, rated: bool, scored: bool, scaled: bool) -> None:
         """A ValueError for settings that have no effect.
@@ -56,11 +56,11 @@ class GuidanceConfig:
         """
         unused = [f.name for f in fields(self)[1:] if getattr(self, f.name) != f.default]
         text = f"{' and '.join(unused)} has no effect at scale=1: give a scale, say 2, or leave it out"
-        require(scaled or not unused, text)
+        contracts.require(scaled or not unused, text)
         text = f"locations={self.locations} is about inferred orders, which rate positions: leave it out"
-        require(self.locations is None or rated, text)
+        contracts.require(self.locations is None or rated, text)
         text = "locations=unguided has no effect: a scoring model is unguided by default; leave it out"
-        require(self.locations != "unguided" or not scored, text)
+        contracts.require(self.locations != "unguided" or not scored, text)
 
     def at(self, fraction: float) -> float:
         """The scale when this share (0 to 1) of the image is revealed."""
@@ -95,7 +95,7 @@ class Guided:
 
     copies = 2  #: Rows of the model for each image.
 
-    def __init__(self, model: AnyOrderModel, config: GuidanceConfig):
+    def __init__(self, model: contracts.AnyOrderModel, config: GuidanceConfig):
         """Wrap `model`; it is not copied."""
         self.model, self.config = model, config
         self.vocab_size, self.grid = model.vocab_size, model.grid
@@ -105,7 +105,7 @@ class Guided:
         tokens: Tensor,
         condition: Tensor | None,
         order: Tensor,
-        grid: Grid | None = None,
+        grid: contracts.Grid | None = None,
         sizes: Sequence[int] | None = None,
     ) -> Tensor:
         """Teacher-forced guided logits (B, N, V) in order steps."""
@@ -119,7 +119,7 @@ class Guided:
         return _mix(logits, scale[None, :, None])
 
     def start(
-        self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None
+        self, batch_size: int, condition: Tensor | None = None, grid: contracts.Grid | None = None
     ) -> GuidedState:
         """State of 2B rows."""
         inner = self.model.start(2 * batch_size, _both(condition), grid)
@@ -148,7 +148,7 @@ class Guided:
         """Both halves see the same tokens; then images may differ in how much is revealed, and in scale."""
         kind = type(self.model).__name__
         text = f"entropy_limit is not for a {kind}, whose images keep in step: leave it out"
-        require(hasattr(self.model, "append_some"), text)
+        contracts.require(hasattr(self.model, "append_some"), text)
         both = (x.repeat(2, *[1] * (x.ndim - 1)) for x in (positions, tokens, counts))
         inner = self.model.append_some(state.inner, *both)  # type: ignore[attr-defined]
         return GuidedState(inner, state.revealed + counts, state.n)
@@ -159,8 +159,8 @@ class Guided:
         return getattr(self.model, "grouped", False)
 
     @property
-    def _grouping(self) -> GroupingModel:
-        if not isinstance(self.model, GroupingModel):
+    def _grouping(self) -> contracts.GroupingModel:
+        if not isinstance(self.model, contracts.GroupingModel):
             raise ValueError("the guided model predicts no groups: reveal positions as candidates")
         return self.model
 
@@ -175,7 +175,7 @@ class Guided:
 
     def locate(self, state: GuidedState, revealed: Tensor) -> Tensor:
         """Log q(next position) of the conditional half, (B, N) nats; guidance is for content only."""
-        if not isinstance(self.model, LocatingModel):
+        if not isinstance(self.model, contracts.LocatingModel):
             raise ValueError("the guided model has no location head: choose another order")
         return self.model.locate(state.inner, revealed.repeat(2, 1)).chunk(2)[0]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -134,8 +133,9 @@ def search_curves(rows: Sequence[Mapping[str, float]], metric: str) -> Image.Ima
     scales = dict.fromkeys(row["guidance_scale"] for row in rows)
     with figures.styled_figure(7.2, 2.8) as figure:
         for axis, key, label in zip(figure.subplots(1, 2), ("distance", "kid"), (metric, "KID"), strict=True):
-            for scale, colour in zip(scales, itertools.cycle(figures.COLOURS), strict=False):
+            for i, scale in enumerate(scales):
                 points = sorted((r["temperature"], r[key]) for r in rows if r["guidance_scale"] == scale)
+                colour = figures.COLOURS[i % len(figures.COLOURS)]
                 axis.plot(*zip(*points, strict=True), "o-", color=colour, label=f"scale {scale:g}")
             axis.set(xlabel="temperature", ylabel=label)
         figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -66,7 +66,7 @@ class Details:
 
     kind: ClassVar[str] = "details"
     title: str
-    content: str | Mapping[str, Any]
+    content: str | dict[str, Any]
 
     def __post_init__(self) -> None:
         as_json = json.dumps(self.content, indent=2, default=str, ensure_ascii=False)
@@ -92,9 +92,10 @@ class Section:
 
 def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> None:
     """Write a page that needs no other file, atomically; the same sections give the same bytes."""
-    options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    options |= {"loader": jinja2.PackageLoader("anyorder.report"), "undefined": jinja2.StrictUndefined}
-    environment = jinja2.Environment(**options)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("anyorder.report"), undefined=jinja2.StrictUndefined,
+        autoescape=True, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     template = environment.get_template("report.html.j2")
     files.write_text(path, template.render(title=title, sections=sections, version=__version__))
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from statistics import mean, stdev
 from typing import Any, ClassVar, Literal, NamedTuple
 
 MISSING = "\u2013"
@@ -21,8 +21,8 @@ class Spread(float):
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """Mean and deviation of one or more values."""
-        result = cls(mean(values))
-        result.deviation = stdev(values) if len(values) > 1 else 0.0
+        result = cls(statistics.mean(values))
+        result.deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         return result
 
 

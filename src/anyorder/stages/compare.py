@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from anyorder import files
 from anyorder.contracts import require
 from anyorder.evaluation.bootstrap import compare
 from anyorder.evaluation.metrics import FeatureStatistics
-from anyorder.files import read_manifest, write_json
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import SAMPLES, require_made_from
 from anyorder.stages.features import load_reference
@@ -45,14 +45,14 @@ class CompareStage:
         assert self.features
         for folder in (self.a, self.b):
             require_made_from(folder, "features", self.features)
-        made = read_manifest(self.features)
-        one, other = (read_manifest(f)["metrics"].get("split", "test") for f in (self.a, self.b))
+        made = files.read_manifest(self.features)
+        one, other = (files.read_manifest(f)["metrics"].get("split", "test") for f in (self.a, self.b))
         require(one == other, f"{self.a} is about the {one} split, {self.b} about {other}: compare one split")
         a, b = (_samples(folder, made["extractor"]) for folder in (self.a, self.b))
         reference = load_reference(self.features, one)
         found = compare(reference, a, b, self.resamples, self.confidence, self.seed)
         differences = {name: difference._asdict() for name, difference in found.items()}
-        write_json(artifact.folder / "comparison.json", differences)
+        files.write_json(artifact.folder / "comparison.json", differences)
         facts = {"paired": a.n == b.n, "metric_name": made["metric_name"], "metrics": differences}
         return {"a": self.a.name, "b": self.b.name, **facts}
 
@@ -62,4 +62,4 @@ def _samples(folder: Path, extractor: str) -> FeatureStatistics:
     path = folder / SAMPLES
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {SAMPLES}: delete its manifest.json and run eval again")
-    return FeatureStatistics.load(path, extractor, read_manifest(folder)["inputs"]["samples"])
+    return FeatureStatistics.load(path, extractor, files.read_manifest(folder)["inputs"]["samples"])

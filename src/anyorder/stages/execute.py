@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from anyorder.contracts import require
 from anyorder.files import read_manifest
 from anyorder.inference import processes
-from anyorder.inference.device import out_of_memory
+from anyorder.inference.device import memory_explained
 from anyorder.settings import read_stored
 from anyorder.stages.artifacts import Artifact, Completion, recorded_input
 
@@ -62,7 +62,7 @@ def execute(name: str, stage: Any, out: Path, *, overwrite: bool = False) -> boo
             return False
         log.info("%s -> %s", name, out)
         if artifact or getattr(stage, "together", False):
-            with _explained(stage):
+            with memory_explained(lambda: _advice(stage)):
                 found = stage.run(artifact or seen)
         if artifact:
             artifact.finish(**found)
@@ -70,17 +70,11 @@ def execute(name: str, stage: Any, out: Path, *, overwrite: bool = False) -> boo
     return True
 
 
-@contextlib.contextmanager
-def _explained(stage: Any) -> Iterator[None]:
-    """A ValueError that says what to change if memory is too small for what a stage does at once."""
-    try:
-        yield
-    except RuntimeError as e:
-        if not out_of_memory(e):
-            raise
-        size = getattr(stage, "batch_size", None)
-        half = f"batch_size={size // 2} needs about half" if size and size > 1 else "choose a smaller model"
-        raise ValueError(f"out of memory with batch_size={size}: {half}") from e
+def _advice(stage: Any) -> str:
+    """What to change if memory is too small for what a stage does at once."""
+    size = getattr(stage, "batch_size", None)
+    half = f"batch_size={size // 2} needs about half" if size and size > 1 else "choose a smaller model"
+    return f"out of memory with batch_size={size}: {half}"
 
 
 def _begin(name: str, stage: Any, out: Path, overwrite: bool) -> tuple[Any, Artifact]:

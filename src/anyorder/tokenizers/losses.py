@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +57,8 @@ class LossConfig:
         )
         for what in ("lpips", "adversarial"):
             prefix = "discriminator_" if what == "adversarial" else ("vgg_path", "lpips_path")
-            unused = [f.name for f in fields(self) if f.name.startswith(prefix)]
-            unused = [name for name in unused if getattr(self, name) != getattr(LossConfig, name)]
+            own = {name: value for name, value in vars(self).items() if name.startswith(prefix)}
+            unused = [name for name, value in own.items() if value != getattr(LossConfig, name)]
             text = f"{' and '.join(unused)} has no effect at {what}=0: give {what} a weight, or leave it out"
             require(getattr(self, what) > 0 or not unused, text)
         channels, layers = self.discriminator_channels, self.discriminator_layers

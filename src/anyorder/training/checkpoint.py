@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyorder.files import read_json, sha256, write_json
-from anyorder.inference import processes
-from anyorder.inference.weights import log, read_tensors, write_tensors
+from anyorder import files
+from anyorder.inference import processes, weights
 
 STATE, FACTS = "state.safetensors", "facts.json"
 State = tuple[int, dict[str, Tensor], dict[str, Any]]
@@ -48,10 +47,10 @@ class Checkpoints:
             if sharded:
                 written = {"files": _write_shards(temporary, tensors)}
             elif processes.leads():
-                write_tensors(temporary / STATE, tensors)
+                weights.write_tensors(temporary / STATE, tensors)
                 written = _check(temporary / STATE)
             if processes.leads():
-                write_json(temporary / FACTS, {"step": step, **written, "facts": dict(facts)})
+                files.write_json(temporary / FACTS, {"step": step, **written, "facts": dict(facts)})
                 _sync(temporary)
                 if final.exists():
                     shutil.rmtree(final)
@@ -78,7 +77,7 @@ class Checkpoints:
             if not problems:
                 return _load(folder, layout or {})
             damaged.append(f"{folder} ({problems[0]})")
-            log.warning("checkpoint %s is damaged: %s; trying the one before it", folder, problems[0])
+            weights.log.warning("checkpoint %s is damaged: %s; trying the one before it", folder, problems[0])
         if damaged:
             listed = "; ".join(damaged)
             raise ValueError(f"no intact checkpoint: {listed}; delete {self.folder} to start anew")
@@ -122,13 +121,13 @@ def _write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict
 def _problem(folder: Path) -> str:
     """What is wrong with this process's share of the files in a folder, or ""."""
     try:
-        stored = read_json(folder / FACTS)
-        files = _files(stored)
-        for name in [*files][processes.rank() :: processes.size()]:
-            path, check = folder / name, files[name]
+        stored = files.read_json(folder / FACTS)
+        checks = _files(stored)
+        for name in [*checks][processes.rank() :: processes.size()]:
+            path, check = folder / name, checks[name]
             if (size := path.stat().st_size) != check["bytes"]:
                 return f"{name} has {size} bytes instead of {check['bytes']}"
-            if sha256(path) != check["sha256"]:
+            if files.sha256(path) != check["sha256"]:
                 return f"{name} was altered, its SHA-256 is not the one in {FACTS}"
         return "" if {"step", "facts"} <= {*stored} else f"{FACTS} is incomplete"
     except (OSError, ValueError, KeyError) as e:
@@ -141,9 +140,9 @@ def _files(stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _load(folder: Path, layout: Mapping[str, Tensor]) -> State:
-    stored = read_json(folder / FACTS)
+    stored = files.read_json(folder / FACTS)
     whole = "files" not in stored and not layout
-    tensors = read_tensors(folder / STATE) if whole else _read_shards(folder, layout)
+    tensors = weights.read_tensors(folder / STATE) if whole else _read_shards(folder, layout)
     return stored["step"], tensors, stored["facts"]
 
 
@@ -166,7 +165,7 @@ def _read_shards(folder: Path, layout: Mapping[str, Tensor]) -> dict[str, Tensor
 def _check(path: Path) -> dict[str, Any]:
     """Size and hash of a file that is on disk."""
     _sync(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
 
 
 def _sync(path: Path) -> None:

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import traceback
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
 
 from anyorder.inference import processes
-from anyorder.inference.device import out_of_memory
+from anyorder.inference.device import memory_explained, out_of_memory
 
 if TYPE_CHECKING:
     from anyorder.training.trainer import Trainer
 
 
-@contextlib.contextmanager
-def explained(trainer: Trainer) -> Iterator[None]:
+def explained(trainer: Trainer) -> AbstractContextManager[None]:
     """A step of a trainer; a ValueError that says which batch fits if memory was too small for it."""
-    try:
-        yield
-    except RuntimeError as e:
-        if not out_of_memory(e):
-            raise
-        traceback.clear_frames(e.__traceback__)  # they hold what the step had computed
-        raise ValueError(_advice(trainer)) from None
+    return memory_explained(lambda: _advice(trainer))
 
 
 def _advice(trainer: Trainer) -> str:
