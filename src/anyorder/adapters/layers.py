@@ -9,15 +9,13 @@ Shapes: B images, T inputs, M candidates, D width, H heads, V codebook size, N p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyorder.contracts import AnyOrderNetwork, Grid, require
-from anyorder.models import conditioning, layers
-from anyorder.models.attention import Cache
+from anyorder.models import attention, conditioning, layers
 from anyorder.models.positions import check_shapes
 
 
@@ -96,19 +94,21 @@ class PublishedModel(AnyOrderNetwork):
         labels = self._labels(len(tokens), condition)
         return self._teacher_forced(tokens, labels, order, self._rotations(grid))
 
-    def start(self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None) -> Any:
+    def start(
+        self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None
+    ) -> attention.DecodingState:
         """The state before anything is revealed: O(depth * B * N * D); refuses labels out of range."""
         labels = self._labels(batch_size, condition, check=True)
         layers.pack(self, batch_size)
         depth, length = self.config.depth // self.decoders, self.inputs * (grid or self.grid).n + 1
         size = (depth, batch_size, self.config.heads, length, self.config.width)
-        return self._start(labels, self._rotations(grid), Cache.empty(self._weight, *size))
+        return self._start(labels, self._rotations(grid), attention.Cache.empty(self._weight, *size))
 
     def _teacher_forced(self, tokens: Tensor, labels: Tensor, order: Tensor, rotations: Tensor) -> Tensor:
         """Logits (B, N, V), from checked labels (B,) and the rotations (N + 1, D / H / 2) of the grid."""
         raise NotImplementedError
 
-    def _start(self, labels: Tensor, rotations: Tensor, cache: Cache) -> Any:
+    def _start(self, labels: Tensor, rotations: Tensor, cache: attention.Cache) -> attention.DecodingState:
         """The state with an empty cache."""
         raise NotImplementedError
 

@@ -32,11 +32,7 @@ class Pass:
 
 @contextmanager
 def imagined() -> Iterator[None]:
-    """All tensors that are made have shapes and types, but no memory.
-
-    Raises:
-        ImportError: this PyTorch has no fake tensors.
-    """
+    """All tensors that are made have shapes and types, but no memory; an ImportError if PyTorch cannot."""
     try:
         from torch._subclasses import fake_tensor
     except ImportError as e:

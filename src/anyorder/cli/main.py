@@ -137,11 +137,7 @@ def _completion() -> str:
 
 
 def _understand(arguments: list[str]) -> commands.Call:
-    """Split the arguments of a command.
-
-    Raises:
-        ValueError: unknown command or option, with the nearest known one.
-    """
+    """Split the arguments; a ValueError names the command or option nearest to an unknown one."""
     arguments = [f"{text[2:]}=true" if text in ("--csv", "--latex") else text for text in arguments]
     rest = settings.as_overrides(arguments, FLAGS)
     words = [text for text in rest if text not in FLAGS]

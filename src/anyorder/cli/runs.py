@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from anyorder import files
 from anyorder.contracts import require
-from anyorder.files import MANIFEST, fingerprint, read_manifest
 from anyorder.report.tables import Table
 from anyorder.stages.artifacts import IDENTITY, REPLACED, input_folders
 
 
 def artifacts(run: Path) -> list[Path]:
     """Folders of finished and unfinished artifacts below `run`; a ValueError if there are none."""
-    found = [path.parent for name in (MANIFEST, IDENTITY) for path in run.rglob(name)]
+    found = [path.parent for name in (files.MANIFEST, IDENTITY) for path in run.rglob(name)]
     found = [path for path in found if REPLACED not in path.relative_to(run).parts]  # it may come back
     found = sorted({path for path in found if (path / IDENTITY).is_file() or _manifest(path) is not None})
     require(bool(found), f"{run} holds no artifacts: give the folder of a run, for example runs/quickstart")
@@ -41,9 +41,9 @@ def state(folder: Path) -> str:
     if manifest is None or (folder / IDENTITY).is_file():
         return "unfinished: the same command goes on"
     for role, source in input_folders(folder, manifest).items():
-        if not (source / MANIFEST).is_file():
+        if not (source / files.MANIFEST).is_file():
             return f"its {role} is no longer at {source}"
-        if fingerprint(source) != manifest["inputs"][role]:
+        if files.fingerprint(source) != manifest["inputs"][role]:
             return f"out of date: its {role} {source} was made again"
     return "up to date"
 
@@ -62,11 +62,11 @@ def _checkpoints(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def delete(files: Sequence[Path]) -> None:
+def delete(paths: Sequence[Path]) -> None:
     """Delete files, and folders of these that are empty then."""
-    for file in files:
+    for file in paths:
         file.unlink()
-    for folder in sorted({parent for file in files for parent in list(file.parents)[:2]}, reverse=True):
+    for folder in sorted({parent for file in paths for parent in list(file.parents)[:2]}, reverse=True):
         with contextlib.suppress(OSError):  # holds something else
             folder.rmdir()
 
@@ -74,7 +74,7 @@ def delete(files: Sequence[Path]) -> None:
 def _manifest(folder: Path) -> dict[str, Any] | None:
     """None where there is none, or one of another program."""
     with contextlib.suppress(OSError, ValueError):
-        return read_manifest(folder)
+        return files.read_manifest(folder)
     return None
 
 
@@ -83,5 +83,5 @@ def _files(folder: Path) -> Iterator[Path]:
     for path in folder.iterdir():
         if path.is_file():
             yield path
-        elif path.is_dir() and not path.is_symlink() and not (path / MANIFEST).is_file():
+        elif path.is_dir() and not path.is_symlink() and not (path / files.MANIFEST).is_file():
             yield from _files(path)

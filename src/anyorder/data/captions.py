@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -37,18 +37,14 @@ class TextConfig:
 
 
 class CaptionTokenizer:
-    """Byte-pair encoding of lower-case text.
-
-    Raises:
-        ImportError: when it learns or encodes, and the library `tokenizers` is not installed.
-    """
+    """Byte-pair encoding of lower-case text; an ImportError without the library `tokenizers`."""
 
     def __init__(self, definition: str):
         """From JSON as `train` makes it and the `tokenizers` library reads it."""
         self.definition = definition
 
     @classmethod
-    def train(cls, captions: Iterable[str], vocab_size: int) -> CaptionTokenizer:
+    def train(cls, captions: Sequence[str], vocab_size: int) -> CaptionTokenizer:
         """Learn at most `vocab_size` tokens; the same captions give the same ones."""
         library = _library()
         tokenizer = library.Tokenizer(library.models.BPE(unk_token=_UNKNOWN))
@@ -139,11 +135,7 @@ class Vocabulary:
 
 
 def index_of(name: str, allowed: Sequence[str], what: str) -> int:
-    """Where a name stands among those allowed.
-
-    Raises:
-        ValueError: it does not; the message suggests the closest one.
-    """
+    """Where a name stands among those allowed; for another one, a ValueError suggests the closest."""
     if name not in allowed:
         same = (f", did you mean '{other}'?" for other in allowed if other.lower() == name.lower())
         hint = did_you_mean(name, allowed) or next(same, ":")

@@ -329,11 +329,7 @@ def _chosen(asked: str | None, images: list[str], where: str | Path) -> str:
 
 
 def _text(value: Any, names: list[str] | None, column: str, where: str | Path) -> str | None:
-    """The text of a label, attribute or caption; Hugging Face marks hidden test labels by -1.
-
-    Raises:
-        ValueError: the column holds neither texts nor numbers.
-    """
+    """The text of a label, attribute or caption, no other value; Hugging Face marks hidden labels by -1."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     holds = f"column {column!r} of {where} holds"

@@ -54,10 +54,7 @@ class Line:
 
 class EventStream(StreamingResponse):
     """Server-sent events: `waiting` (place), `step` (as given), at last `end` or `error` (a sentence).
-
-    Args:
-        events: what is sampled, one step at a time, in another thread.
-        line: where the stream waits for its turn.
+    The `events` are sampled one step at a time, in another thread, when the turn comes in the `line`.
     """
 
     def __init__(self, events: Iterator[dict[str, Any]], line: Line) -> None:

@@ -42,11 +42,7 @@ class FeatureStatistics:
         self._logits: list[Tensor] = []
 
     def update(self, features: Tensor, logits: Tensor) -> None:
-        """Add features (B, dim) and logits (B, num_classes).
-
-        Raises:
-            ValueError: a feature or logit is NaN or infinite; the message names the first such image.
-        """
+        """Add features (B, dim) and logits (B, num_classes); a ValueError if one is not finite."""
         features, logits = features.detach().float().cpu(), logits.detach().float().cpu()
         broken = ~(features.isfinite().all(1) & logits.isfinite().all(1))
         if broken.any():

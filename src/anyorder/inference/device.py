@@ -13,7 +13,7 @@ from typing import Self
 
 import torch
 
-from anyorder.contracts import AnyOrderNetwork, Grid, require
+from anyorder import contracts
 
 DEVICE = "ANYORDER_DEVICE"
 """Environment variable: where to compute, as `device=`."""
@@ -29,7 +29,7 @@ def native_bf16(device: torch.device) -> bool:
     On a CPU with neither, bfloat16 products were measured at a twelfth of the float32 rate.
     """
     choice = os.environ.get(BF16, "auto").lower()
-    require(choice in ("auto", "on", "off"), f"{BF16} must be auto, on or off, got '{choice}'")
+    contracts.require(choice in ("auto", "on", "off"), f"{BF16} must be auto, on or off, got '{choice}'")
     return choice == "on" or (choice == "auto" and _in_hardware(device))
 
 
@@ -50,9 +50,9 @@ def _named(name: str, gpus: int) -> torch.device:
     found = {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}
     kind, _, number = (name or ("cuda" if found["cuda"] else "cpu")).partition(":")
     known = kind in found and (number or "0").isdecimal()
-    require(known, f"device must be cpu, cuda, cuda:NUMBER or mps, got '{name}'")
+    contracts.require(known, f"device must be cpu, cuda, cuda:NUMBER or mps, got '{name}'")
     there = f"device={name} is not there: PyTorch {torch.__version__} finds {found[kind]} of kind {kind} here"
-    require(int(number or 0) < found[kind], there)
+    contracts.require(int(number or 0) < found[kind], there)
     return torch.device(kind, int(number)) if number else torch.device(kind)
 
 
@@ -88,7 +88,7 @@ LARGEST = {"cpu": 64, "cuda": 1024}
 """Images in a batch: more keep a device no busier, and a killed run loses more of its work."""
 
 
-def images_at_once(model: AnyOrderNetwork, grid: Grid) -> int:
+def images_at_once(model: contracts.AnyOrderNetwork, grid: contracts.Grid) -> int:
     """Images whose caches fit into half of the free memory, a power of two.
 
     The other half is for logits and activations. An image takes 4 depth N D numbers of the weights' type:

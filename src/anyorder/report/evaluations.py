@@ -130,11 +130,7 @@ def _together(values: list[Any]) -> Any:
 
 
 def find_artifacts(folders: Sequence[Path]) -> Found:
-    """Folder and manifest of every finished artifact in the run folders, oldest first.
-
-    Raises:
-        FileNotFoundError: a folder that holds none.
-    """
+    """Folder and manifest of every finished artifact in run folders, oldest first; each must hold one."""
     found: dict[Path, dict[str, Any]] = {}
     for folder in folders:
         manifests = {path.parent: read_manifest(path.parent) for path in sorted(Path(folder).rglob(MANIFEST))}

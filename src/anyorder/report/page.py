@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 from PIL import Image
@@ -25,7 +25,7 @@ from anyorder.report.tables import Table
 class Figure:
     """An image from Pillow or from a file; `alt` says in words what it shows, `uri` is a `data:` address."""
 
-    kind: ClassVar[str] = "figure"
+    kind = "figure"
     image: Image.Image | Path
     caption: str
     alt: str
@@ -56,7 +56,7 @@ def _image_bytes(image: Image.Image | Path) -> bytes:
 class Gallery:
     """Figures side by side, for comparison; they wrap on narrow screens."""
 
-    kind: ClassVar[str] = "gallery"
+    kind = "gallery"
     figures: Sequence[Figure]
 
 
@@ -64,7 +64,7 @@ class Gallery:
 class Details:
     """Something long that unfolds on demand: a command, a log, or a manifest (shown as JSON)."""
 
-    kind: ClassVar[str] = "details"
+    kind = "details"
     title: str
     content: str | dict[str, Any]
 

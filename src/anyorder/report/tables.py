@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 MISSING = "\u2013"
 _BEST = {"min": min, "max": max}
@@ -45,7 +45,7 @@ class Table:
         unranked: number of last rows that do not compete for the best value.
     """
 
-    kind: ClassVar[str] = "table"
+    kind = "table"
     columns: Sequence[str]
     rows: Sequence[Mapping[str, Any]]
     caption: str = ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -199,4 +198,7 @@ def conv3(before: int, width: int, bias: bool = True) -> nn.Conv2d:
 
 def named(**modules: nn.Module) -> nn.Sequential:
     """Modules one after the other, under these names."""
-    return nn.Sequential(OrderedDict(modules))
+    made = nn.Sequential()
+    for name, module in modules.items():
+        made.add_module(name, module)
+    return made

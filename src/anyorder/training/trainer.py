@@ -252,11 +252,7 @@ class Trainer:
     # --- reading, logging and evaluating ----------------------------------------------------------------
 
     def _synchronize(self) -> None:
-        """Bring the values of the last steps to the host: the only place that waits for the device.
-
-        Raises:
-            NonFiniteLoss: one of them was not finite.
-        """
+        """Read the last steps' values, the one wait for the device; a NonFiniteLoss if one is not finite."""
         if not self.pending:
             return
         numbers = iter(torch.stack([value for row in self.pending for value in row.values()]).tolist())
@@ -333,11 +329,7 @@ class Trainer:
     # --- checkpoints ------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint, unless this step has one.
-
-        Raises:
-            NonFiniteLoss: the weights are not finite although the losses so far were.
-        """
+        """Write a checkpoint, unless this step has one; a NonFiniteLoss if the weights are not finite."""
         if self.saved_step == self.step_number:
             return
         with self._clock_stopped():
