@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -230,7 +231,7 @@ def test_blank_patches_borrow_from_the_nearest():
         ("temperature=warm", "temperature='warm': expected float"),
         ("temperature=nan", "temperature='nan': expected float"),
         ("temperature=1e-9", "temperature must be 0 or lie in"),
-        ("label=red&guidance=inf", "guidance must lie in"),
+        ("label=red&guidance=inf", "guidance='inf': expected float | null, a finite number"),
         ("guidance=2", "guidance 2 pulls towards a class or text"),
         ("prompt=a+red+shoe", "captions"),
         ("order=raster", "unknown setting 'order', did you mean orders?"),
@@ -501,6 +502,23 @@ def test_the_page_answers_while_images_are_sampled(monkeypatch):
 
     assert asyncio.run(visit()).count("event: step") == 12
     assert loop_is_free == [True] * 12
+
+
+def test_large_settings_do_not_hold_up_the_others(monkeypatch):
+    """Half a million numbers take part of a second: they are read in another thread."""
+    threads = []
+
+    def noted(module, name, original):
+        monkeypatch.setattr(module, name, lambda *a: threads.append(threading.get_ident()) or original(*a))
+
+    noted(server, "parse", server.parse)
+    noted(guard.json, "loads", json.loads)
+    noted(guard, "from_elsewhere", guard.from_elsewhere)
+    answer = CLIENT.post("/animation", json={"image": "x", "order": [[0] * 1000], "grid": [1, 1]})
+    assert answer.status_code == 400
+    loop, *others = threads
+    assert len(others) >= 2
+    assert loop not in others
 
 
 # --- the command -----------------------------------------------------------------------------------------

@@ -1,15 +1,18 @@
 """Costs that are counted without memory are those of real runs."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from anyorder.adapters.arpg import ARPG
 from anyorder.adapters.layers import GPTConfig
 from anyorder.adapters.randar import RandAR
 from anyorder.bench import costs, estimates, fake
 from anyorder.bench.memory import _peak_of_cpu
+from anyorder.cli.main import main
 from anyorder.cli.plan import KINDS
 from anyorder.cli.planner import PlanConfig, Planner
 from anyorder.evaluation.features import Classifier, ClassifierConfig
@@ -134,3 +137,27 @@ def test_a_tokenizer_is_counted_as_it_runs():
 
 def with_lpips(terms):
     return LossConfig(**{**vars(terms), "lpips": 1.0, "vgg_path": "no file is read"})
+
+
+STAGES = {
+    "data": {"source": "nowhere/data", "size": 32, "max_train": 100, "max_test": 50},
+    "tokenizer": {"data": "data", "train": {"steps": 10}},
+    "tokens": {"data": "data", "tokenizer": "tokenizer"},
+    "features": {"data": "data"},
+    "model": {"stage": "train", "tokens": "tokens", "model": {"depth": 2, "width": 64, "heads": 4}},
+    "samples": {"stage": "sample", "model": "model"},
+    "eval": {"samples": "samples", "features": "features"},
+    "pipeline": {"samples": "samples"},
+}
+
+
+@pytest.mark.parametrize("left_out", ["data", "tokenizer", "tokens", "features", "model", "samples"])
+def test_what_a_plan_lacks_is_one_line(left_out, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    without = {name: stage for name, stage in STAGES.items() if name != left_out}
+    for stages in (without, without | {left_out: {"stage": "pipeline", "samples": "elsewhere"}}):
+        Path("e.yaml").write_text(yaml.safe_dump({"out": "run", "stages": stages}, sort_keys=False))
+        assert main(["plan", "e.yaml"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "is no stage of this file" in error or "is not here" in error

@@ -245,6 +245,26 @@ def test_log_probability_of_the_true_image():
     assert (PIPE.log_prob_of(IMAGE, kept, "dog", order="raster")[:, : int(kept.known.sum())] == 0).all()
 
 
+def test_images_that_keep_more_than_others_are_not_mixed_up():
+    """Read as one table, the positions of one image would be taken for those of the next."""
+    masks = np.stack([HOLE, np.ones(SIZE, bool)])
+    made = PIPE.complete([IMAGE, IMAGE], masks, order="raster")
+    for work in (
+        lambda: next(PIPE.stream_completion([IMAGE, IMAGE], masks, order="raster")),
+        lambda: PIPE.log_prob_of([IMAGE, IMAGE], made, order="raster"),
+    ):
+        with pytest.raises(ValueError, match=r"keep 0 and \d+ tokens: give masks that keep equally many"):
+            work()
+
+
+@pytest.mark.parametrize(
+    "named", [{"good_orders": ["location"]}, {"policy": PolicyConfig("margin", location=1.0)}]
+)
+def test_orders_by_a_location_head_need_one(named):
+    with pytest.raises(ValueError, match="name the location head, and the model that decides has none"):
+        Pipeline(MODEL, TOKENIZER, PIPE.classes, **named)
+
+
 # --- many images, given images, and what shows itself
 
 

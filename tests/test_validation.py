@@ -5,18 +5,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from anyorder.cli import main as cli
 from anyorder.data.caches import OrderSet, TokenSet, splits
+from anyorder.data.images import to_uint8
 from anyorder.evaluation import bootstrap
-from anyorder.evaluation.metrics import FeatureStatistics
+from anyorder.evaluation.metrics import FeatureStatistics, frechet_distance
 from anyorder.files import read_json, read_manifest
+from anyorder.inference.weights import load_tokenizer
 from anyorder.settings import parse
 from anyorder.stages.artifacts import Artifact
-from anyorder.stages.features import reference_file
+from anyorder.stages.features import load_extractor, reference_file
 from anyorder.stages.floors import reference_split
 from anyorder.stages.sample import stratified
 from anyorder.stages.train import TrainStage
@@ -221,11 +224,40 @@ def test_a_reference_file_of_the_test_images_gives_the_same_distance(out, tmp_pa
     assert "holds mu, sigma, FD (efficientnet-lite0) needs arr_0" in capsys.readouterr().err
 
 
+def test_reconstructions_are_compared_with_the_images_that_they_are_of(out, tmp_path):
+    """Not with the whole split: its mean alone lies elsewhere."""
+    command = ["eval", f"samples={out}/uniform", f"features={out}/features", "split=test", "nll_images=0"]
+    assert cli.main([*command, "rfd_images=4", f"out={tmp_path}/e"]) == 0
+    rows, data = np.array([0, 3, 6, 9]), TokenSet(out / "tokens", "test")
+    tokenizer, extractor = load_tokenizer(out / "tokenizer"), load_extractor(out / "features")
+    pixels = torch.from_numpy(to_uint8(tokenizer.decode(data.batch(rows)[0], data.grid))).permute(0, 3, 1, 2)
+    made, real = FeatureStatistics("x"), FeatureStatistics("x")
+    made.update(*extractor(pixels))
+    images = torch.from_numpy(np.load(out / "data/test.images.npy")[rows]).permute(0, 3, 1, 2)
+    real.update(*extractor(images))
+    expected = frechet_distance(real.gaussian, made.gaussian)
+    assert read_manifest(tmp_path / "e")["metrics"]["rfd"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "images", [np.zeros((4, 8, 8, 3)), np.zeros((4, 3, 8, 8), np.uint8), np.zeros((1, 8, 8, 3), np.uint8)]
+)
+def test_images_of_a_reference_file_that_are_none_are_refused(images, tmp_path):
+    np.savez(tmp_path / "r.npz", arr_0=images)
+    with pytest.raises(
+        ValueError, match=r"arr_0 must be \(n, height, width, 3\) uint8, got \(\d, .*int8|float64"
+    ):
+        reference_file(tmp_path / "r.npz", SimpleNamespace(metric="FD", dim=2))
+
+
 def test_moments_of_a_reference_file_are_those_of_inception(tmp_path):
     inception = SimpleNamespace(metric="FID", dim=2)
     np.savez(tmp_path / "m.npz", mu=np.array([1.0, 2.0]), sigma=np.eye(2))
     found = reference_file(tmp_path / "m.npz", inception)
     assert (found.mean.tolist(), found.covariance.tolist()) == ([1, 2], [[1, 0], [0, 1]])
+    np.savez(tmp_path / "n.npz", mu=np.array([1.0, np.nan]), sigma=np.eye(2))
+    with pytest.raises(ValueError, match="mu or sigma is not finite"):
+        reference_file(tmp_path / "n.npz", inception)
     np.savez(tmp_path / "w.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(ValueError, match=r"mu and sigma of 2 features are needed, got \(\(3,\), \(3, 3\)\)"):
         reference_file(tmp_path / "w.npz", inception)

@@ -265,8 +265,8 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
             return _adapter(kind).validate_python(items)
     except (yaml.YAMLError, csv.Error, RecursionError):
         problem = ", got malformed YAML"
-    except ValueError:  # pydantic's message has several lines
-        pass
+    except ValueError as e:  # pydantic's message has several lines
+        problem = ", a finite number" if "finite number" in str(e) else ""
     got = repr(value) if len(repr(value)) <= 90 else f"{str(value)[:90]}..."
     raise ValueError(f"{key}={got}: expected {_name(hint)}{problem}")
 

@@ -140,15 +140,19 @@ class Planner:
             self.known[key] = work(*arguments)
         return self.known[key]
 
+    def _made(self, kind: str, path: Path | None) -> Any:
+        """The stage of this kind that makes an artifact."""
+        text = f"{kind}={path} is no stage of this file: plan needs its settings"
+        require(self.kinds.get(path) == kind, text)  # type: ignore[arg-type]
+        return self.stages[path]  # type: ignore[index]
+
     # --- what the stages work on ------------------------------------------------------------------------
 
     def _facts(self, data: Path | None) -> Facts:
         """Of the data artifact."""
-        text = f"data={data} is no stage of this file: plan needs its settings"
-        require(self.kinds.get(data) == "data", text)  # type: ignore[arg-type]
-        stage = self.stages[data]  # type: ignore[index]
+        stage = self._made("data", data)
         if data not in self.here:
-            self.here[data] = _source(stage.source, stage.label, stage.test_fraction)
+            self.here[data] = _source(stage)
         here = self.here[data]
         train = stage.max_train or here.train or self.config.images
         text = f"{stage.source} is not here: say how many training images it has, images=NUMBER"
@@ -178,9 +182,7 @@ class Planner:
 
     def _tokens_of(self, path: Path | None) -> tuple[Any, Facts, Any]:
         """The stage that makes the tokens, the images behind it, and its tokenizer's configuration."""
-        text = f"tokens={path} is no stage of this file: plan needs its settings"
-        require(self.kinds.get(path) == "tokens", text)  # type: ignore[arg-type]
-        stage = self.stages[path]  # type: ignore[index]
+        stage = self._made("tokens", path)
         return stage, self._facts(stage.data), self._network(stage.tokenizer, "tokenizer")[1]
 
     def _generator(self, stage: Any) -> tuple[str, Any]:
@@ -194,11 +196,11 @@ class Planner:
         texts = {"text_vocab": tokens.text.vocab_size, "text_length": tokens.text.length}
         return "transformer", TransformerConfig(
             **vars(stage.model), vocab_size=tokenizer.vocab_size, grid=grid, num_classes=facts.classes,
-            grouped=bool(stage.groups), **(texts if self.stages[tokens.data].captions else {}),
+            grouped=bool(stage.groups), **(texts if self._made("data", tokens.data).captions else {}),
         )  # fmt: skip
 
     def _grid(self, tokens: Any, tokenizer: Any) -> tuple[int, int]:
-        height, width = self.stages[tokens.data].size
+        height, width = self._made("data", tokens.data).size
         factor = 2 ** (len(tokenizer.multipliers) - 1)
         return height // factor, width // factor
 
@@ -250,13 +252,13 @@ class Planner:
         made = next(path for path, each in self.stages.items() if each is stage)
         kind, config = self._network(made, "tokenizer")
         require(kind == "vq", f"{made} starts from a {kind}, which is no VQ tokenizer")
-        side, bf16 = self.stages[stage.data].size, stage.train.bf16 and self.kind.bf16 > 0
+        side, bf16 = self._made("data", stage.data).size, stage.train.bf16 and self.kind.bf16 > 0
         sizes = (config, stage.loss, side, stage.train.batch_size, bf16, min(2, self._passes(stage.train)))
         parameters, one = self._once(estimates.train_tokenizer, *sizes)
         return self._training(stage.train, parameters, parameters, one)
 
     def _of_features(self, stage: Any) -> Costs:
-        facts, side = self._facts(stage.data), min(self.stages[stage.data].size)
+        facts, side = self._facts(stage.data), min(self._made("data", stage.data).size)
         seen = min(stage.max_train, facts.train) + facts.validation + facts.test
         if stage.extractor != "classifier":
             spent = self._spent(Cost(FEATURES.get(stage.extractor, 0.0)), seen, False)
@@ -269,7 +271,7 @@ class Planner:
 
     def _of_tokens(self, stage: Any) -> Costs:
         kind, config = self._network(stage.tokenizer, "tokenizer")
-        facts, side = self._facts(stage.data), self.stages[stage.data].size
+        facts, side = self._facts(stage.data), self._made("data", stage.data).size
         parameters, encode, _ = self._once(estimates.code, kind, config, stage.batch_size, side)
         images = facts.train * self._copies(stage) + facts.validation + facts.test
         h, w = self._grid(stage, config)
@@ -345,7 +347,7 @@ class Planner:
         kind, config = self._network(stage.model, "model")
         tokens, _, _ = self._tokens_of(stage.tokens or getattr(self.stages.get(stage.model), "tokens", None))
         made = self._network(stage.tokenizer or tokens.tokenizer, "tokenizer")
-        side, guided = self.stages[tokens.data].size, 1 + (self._scale(stage) != 1)
+        side, guided = self._made("data", tokens.data).size, 1 + (self._scale(stage) != 1)
         n = math.prod(self._grid(tokens, made[1]))
         alone = not stage.policy.decided
         found = self._decoded(
@@ -370,13 +372,13 @@ class Planner:
         return replace(found, flops=points * found.flops, seconds=points * found.seconds)
 
     def _of_eval(self, stage: Any) -> Costs:
-        samples, extractor = self.stages[stage.samples], self.stages[stage.features].extractor
+        samples = self._made("sample", stage.samples)
+        extractor = self._made("features", stage.features).extractor
         spent = self._spent(Cost(FEATURES.get(extractor, 0.0)), samples.num_images, False)
         return Costs(disk=FLOAT * 3056 * samples.num_images, **spent)
 
     def _of_pipeline(self, stage: Any) -> Costs:
-        samples: Any = self.stages.get(stage.samples)
-        model = self._network(stage.model or samples.model, "model")
+        model = self._network(stage.model or self._made("sample", stage.samples).model, "model")
         parameters = self._once(estimates.parameters, *model)
         return Costs(parameters=parameters, disk=FLOAT * parameters)
 
@@ -395,11 +397,11 @@ class Facts(NamedTuple):
         return self.train + self.validation + self.test
 
 
-def _source(name: str, label: str | None, test_fraction: float) -> Facts:
-    """Of a source on this machine; zeros where it is not."""
-    if name == "sunsets":
+def _source(stage: Any) -> Facts:
+    """Of the source of a data stage on this machine; zeros where it is not."""
+    if (name := stage.source) == "sunsets":
         return Facts(20_000, 0, 2_000, 4)
     if not Path(name).expanduser().exists():
         return Facts(0, 0, 0, 0)
-    source = sources.open_source(name, sources.Columns(label), test_fraction)
+    source = sources.open_source(name, sources.Columns(stage.label, image=stage.image), stage.test_fraction)
     return Facts(source.count("train"), 0, source.count("test"), len(source.classes()))

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -89,7 +90,8 @@ async def read_settings(request: Request) -> dict[str, Any]:
         raise HTTPException(415, "Send settings as application/json.")
     try:
         async with asyncio.timeout(PATIENCE):
-            settings = json.loads(await _body(request))
+            body = await _body(request)
+        settings = await run_in_threadpool(json.loads, body)
     except TimeoutError as e:
         raise HTTPException(408, f"The request took more than {PATIENCE} s to arrive: send it again.") from e
     except (ValueError, RecursionError):

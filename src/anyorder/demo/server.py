@@ -10,9 +10,11 @@ import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
+from typing import Any
 
 import uvicorn
 from starlette import applications, requests, responses, routing
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from anyorder.contracts import require
@@ -65,7 +67,7 @@ def serve(config: DemoConfig) -> None:
     # of any length and tracebacks; `line` and `guard.failed` log one short line instead.
     settings = uvicorn.Config(
         app, timeout_graceful_shutdown=1, lifespan="off", access_log=False, log_config=None,
-        log_level="critical",
+        log_level="critical", limit_concurrency=4 * line.MAX_REQUESTS,
     )  # fmt: skip
     with socket.create_server((config.host, config.port), family=family) as listener:
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: close connections that were cut off and stay full
@@ -86,20 +88,27 @@ def create_app(pipe: Pipeline, hosts: Sequence[str] = (), name: str = "PIPELINE"
         return responses.JSONResponse(generation.describe_pipeline(pipe, name))
 
     async def code(request: requests.Request) -> responses.Response:
-        asked = parse(generation.GenerateRequest, await guard.read_settings(request))
+        asked = await understood(generation.GenerateRequest, request)
         return responses.JSONResponse(snippets(pipe, name, asked))
 
     async def draw(request: requests.Request) -> responses.Response:
-        asked = parse(generation.GenerateRequest, await guard.read_settings(request))
-        return started(generation.generate_events(pipe, asked))
+        return await started(generation.generate_events, generation.GenerateRequest, request)
 
     async def animation(request: requests.Request) -> responses.Response:
-        asked = parse(generation.AnimationRequest, await guard.read_settings(request))
-        return started(generation.animation_events(pipe, asked))
+        return await started(generation.animation_events, generation.AnimationRequest, request)
 
-    def started(events: Iterator[generation.Event]) -> responses.Response:
+    async def understood(kind: type[Any], request: requests.Request) -> Any:
+        settings = await guard.read_settings(request)
+        if request.method == "GET":
+            return parse(kind, settings)
+        # Large ones take part of a second, in which the others must be served.
+        return await run_in_threadpool(parse, kind, settings)
+
+    async def started(
+        events: Callable[..., Iterator[generation.Event]], kind: type[Any], request: requests.Request
+    ) -> responses.Response:
         if waiting.open < line.MAX_REQUESTS:
-            return line.EventStream(events, waiting)
+            return line.EventStream(events(pipe, await understood(kind, request)), waiting)
         busy = f"The server is busy, {waiting.open} requests are open: try again in half a minute."
         raise HTTPException(503, busy, {"Retry-After": "30"})
 

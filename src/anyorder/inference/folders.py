@@ -68,6 +68,11 @@ class Parts:
         self.good_orders = [PolicyConfig(name).order for name in self.good_orders]
         lacking = "good_orders names class_mean, and there are no class_orders: leave it out, or give them"
         require("class_mean" not in self.good_orders or self.class_orders is not None, lacking)
+        decides, named = self.scorer or self.model, map(PolicyConfig, self.good_orders)
+        headed = hasattr(decides, "locate") and getattr(decides.config, "location", True)
+        located = any(each.order == "location" or each.location for each in (self.policy, *named))
+        lacking = "policy or good_orders name the location head, and the model that decides has none"
+        require(headed or not located, f"{lacking}: choose another order")
         text = f"example_class is '{self.example_class}', the classes are {', '.join(self.classes)}"
         require(self.example_class in (None, *self.classes), text)
         for network in filter(None, (self.model, self.tokenizer, self.scorer)):

@@ -77,8 +77,16 @@ class Unfinished:
     ) -> Iterator[Step]:
         """The same step by step, for images that know equally many tokens."""
         options["grid"] = self.grid
-        at = self.known.nonzero()[:, 1].view(len(self.known), -1)
+        at = positions_of(self.known)
         return generate(model, order, streams, known=(at, self.tokens.gather(1, at)), **options)
+
+
+def positions_of(known: Tensor) -> Tensor:
+    """Which tokens each image knows, (B, K) int64 from (B, N) bool; a ValueError if some know more."""
+    counts = known.sum(1).unique().tolist()
+    text = f"these images keep {' and '.join(map(str, counts))} tokens: give masks that keep equally many"
+    require(len(counts) == 1, f"{text}, or use complete")
+    return known.nonzero()[:, 1].view(len(known), -1)
 
 
 def with_hole(tokenizer: Tokenizer, images: Tensor, mask: Tensor, filling: Filling = Filling()) -> Unfinished:

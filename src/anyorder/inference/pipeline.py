@@ -209,7 +209,10 @@ class Pipeline(folders.Parts):
         keep: float | None = None,
         **settings: Any,
     ) -> Iterator[tuple[inpainting.Unfinished, contracts.Step]]:
-        """As `complete` of one image, step by step; each step comes with what was known before the first."""
+        """As `complete`, step by step; each step comes with what was known before the first.
+
+        Of several images, all must keep equally many tokens; a ValueError says so at the first step.
+        """
         asked = ImageRequest.of(*request, **settings)
         begin, (model, order, streams, options) = self._unfinished(image, mask, asked, pad, keep, {})
         policy = policy_config.make_policy(order, options["grid"] or self.model.grid, streams)
@@ -316,7 +319,7 @@ class Pipeline(folders.Parts):
             ImageRequest.of(*request, **settings), None, grid, len(pixels)
         )
         assert completed.known is not None
-        kept = completed.known.nonzero()[:, 1].reshape(len(pixels), -1)
+        kept = inpainting.positions_of(completed.known)
         known = kept, completed.tokens.gather(1, kept)
         targets = self.tokenizer.encode(inpainting.to_float(pixels))
         steps = decoding.generate(model, order, streams, targets=targets, known=known, **options)
@@ -335,7 +338,8 @@ class Pipeline(folders.Parts):
 
     def typed(self, label: str) -> int | str:
         """A class as users type it: a name, or a number where no class has that name."""
-        return int(label) if label.isdecimal() and label not in self.classes else label
+        number = label.isdecimal() and len(label) < 10
+        return int(label) if number and label not in self.classes else label
 
     @property
     def device(self) -> torch.device:

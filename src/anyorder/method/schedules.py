@@ -76,6 +76,9 @@ class ParallelSchedule:
     entropies, the largest left out, below this many nats. 0 is one by one; by default there is no limit."""
 
     def __post_init__(self) -> None:
+        for name in ("per_step", "steps", "rate_every", "look_ahead"):
+            text = f"{name} must be a whole number, got {getattr(self, name, 0)!r}"
+            require(hasattr(getattr(self, name, 0), "__index__"), text)
         require(self.per_step >= 1, f"per_step must be >= 1, got {self.per_step}")
         require(self.steps >= 0, f"steps must be >= 0 (0: per_step decides), got {self.steps}")
         reveals(1, 1, self.schedule)  # refuses an unknown one
@@ -83,7 +86,7 @@ class ParallelSchedule:
         require(self.per_step == 1 or not self.steps, both)
         endless = f"schedule '{self.schedule}' needs to know in how many steps: give steps=..."
         require(self.schedule == "constant" or self.steps > 0, endless)
-        require(self.min_distance >= 0, f"min_distance must be >= 0, got {self.min_distance}")
+        require(0 <= self.min_distance < math.inf, f"min_distance must be >= 0, got {self.min_distance}")
         alone = "min_distance is kept between positions of one step: give per_step or steps, too"
         require(not self.min_distance or self.per_step > 1 or self.steps > 0, alone)
         if self.entropy_limit is not None:

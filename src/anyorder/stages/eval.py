@@ -118,7 +118,9 @@ class EvalStage:
         others = training if pool == "train" else spaces.load_reference(self.features, pool)
         real = caches.TokenSet(self.tokens, pool)
         likelihood = self._likelihood(made, test)
-        again = self.rfd_images and floors.reconstructions(self.tokenizer, extractor, test, self.rfd_images)
+        again = self.rfd_images and floors.reconstructions(
+            self.tokenizer, extractor, test, reference, self.rfd_images
+        )
         if not artifact.leads:
             return {}
         generated.save(artifact.folder / common.SAMPLES)
@@ -143,7 +145,7 @@ class EvalStage:
         if "steps_per_image" in made:  # samples of earlier versions do not say
             found["steps_per_image"] = made["steps_per_image"]
         if again:
-            found["rfd"] = metrics.frechet_distance(reference.gaussian, again.gaussian)
+            found["rfd"] = metrics.frechet_distance(*(some.gaussian for some in again))
         if self.reference is not None:
             moments = spaces.reference_file(self.reference, extractor)
             found["fd_of_reference"] = metrics.frechet_distance(moments, generated.gaussian)

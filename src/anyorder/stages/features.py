@@ -224,8 +224,12 @@ def reference_file(path: Path, extractor: features.FeatureExtractor) -> metrics.
         shapes = tuple(tuple(x.shape) for x in moments)
         fits = shapes == ((extractor.dim,), (extractor.dim, extractor.dim))
         require(fits, f"reference={path}: mu and sigma of {extractor.dim} features are needed, got {shapes}")
+        require(all(x.isfinite().all() for x in moments), f"reference={path}: mu or sigma is not finite")
         return metrics.Gaussian(*moments)
     held = ", ".join(found) or "neither"
     mend = "give one with images, or use extractor=inception for mu and sigma"
     require("arr_0" in found, f"reference={path} holds {held}, {extractor.metric} needs arr_0: {mend}")
+    shape, dtype = found["arr_0"].shape, found["arr_0"].dtype
+    text = f"reference={path}: arr_0 must be (n, height, width, 3) uint8, got {shape} {dtype}"
+    require(len(shape) == 4 and shape[3] == 3 and dtype == np.uint8 and shape[0] >= 2, text)
     return metrics.statistics(extractor, uint8_batches(found["arr_0"]), description="reference").gaussian

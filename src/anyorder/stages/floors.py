@@ -67,21 +67,27 @@ def floors(
 
 
 def reconstructions(
-    tokenizer: Path | None, extractor: FeatureExtractor, held: caches.TokenSet, limit: int
-) -> metrics.FeatureStatistics:
-    """Features of at most `limit` images of a split after the tokenizer, by all processes.
+    tokenizer: Path | None,
+    extractor: FeatureExtractor,
+    held: caches.TokenSet,
+    reference: metrics.FeatureStatistics,
+    limit: int,
+) -> tuple[metrics.FeatureStatistics, metrics.FeatureStatistics]:
+    """Features of at most `limit` images of a split, and of these after the tokenizer, by all processes.
 
-    Their distance from the images themselves is what papers call the rFID of a tokenizer (with Inception).
+    Their distance is what papers call the rFID of a tokenizer (with Inception). `reference` are the features
+    of the whole split.
     """
     decoder, found = _decoder(tokenizer, held), metrics.FeatureStatistics(extractor.name)
+    chosen, real = evenly_spaced(limit, len(held)), metrics.FeatureStatistics(extractor.name)
+    real.update(reference.features[chosen], reference.logits[chosen])
 
     def work(rows: np.ndarray) -> tuple[torch.Tensor, ...]:
         return tuple(x.cpu() for x in extractor(_decoded(decoder, held, rows)))
 
-    parts = list(batches(evenly_spaced(limit, len(held)), 256))
-    for made in processes.mapped(work, parts, "reconstructions"):
+    for made in processes.mapped(work, list(batches(chosen, 256)), "reconstructions"):
         found.update(*made)
-    return found
+    return real, found
 
 
 def _decoder(tokenizer: Path | None, tokens: caches.TokenSet) -> TokenizerNetwork:
