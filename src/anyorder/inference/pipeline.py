@@ -209,10 +209,7 @@ class Pipeline(folders.Parts):
         keep: float | None = None,
         **settings: Any,
     ) -> Iterator[tuple[inpainting.Unfinished, contracts.Step]]:
-        """As `complete`, step by step; each step comes with what was known before the first.
-
-        Of several images, all must keep equally many tokens; a ValueError says so at the first step.
-        """
+        """As `complete` of images that keep equally many tokens, step by step, each beside what was known."""
         asked = ImageRequest.of(*request, **settings)
         begin, (model, order, streams, options) = self._unfinished(image, mask, asked, pad, keep, {})
         policy = policy_config.make_policy(order, options["grid"] or self.model.grid, streams)
@@ -338,8 +335,7 @@ class Pipeline(folders.Parts):
 
     def typed(self, label: str) -> int | str:
         """A class as users type it: a name, or a number where no class has that name."""
-        number = label.isdecimal() and len(label) < 10
-        return int(label) if number and label not in self.classes else label
+        return int(label) if label.isdecimal() and len(label) < 10 and label not in self.classes else label
 
     @property
     def device(self) -> torch.device:
