@@ -117,6 +117,12 @@ def names(config_class: type) -> list[str]:
     return list(_settings(config_class))
 
 
+def defaults(config_class: type) -> dict[str, Any]:
+    """Fields that have a default, by name, and their defaults as `dataclasses.asdict` has them."""
+    given = (field for field in _fields(config_class) if not field.required)
+    return {f.name: dataclasses.asdict(f.default) if f.group and f.default else f.default for f in given}
+
+
 def _lines(settings: Mapping[str, _Field], keys: Iterable[str]) -> list[str]:
     lines = []
     for key in keys:

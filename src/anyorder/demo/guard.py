@@ -31,12 +31,8 @@ HEADERS = {
 MAX_BODY = 6 * 2**20
 """Bytes of a request."""
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-_NAME = re.compile(r"\*|(\*\.)?[\w.-]+|\[?(?=.*:.*:)[\da-f:.]+\]?", re.ASCII | re.IGNORECASE)
-
-
-def is_host(name: str) -> bool:
-    """Whether it is a host name or address without port; `*` is any, `*.name` any below it."""
-    return _NAME.fullmatch(name) is not None
+HOST = re.compile(r"\*|(\*\.)?[\w.-]+|\[?(?=.*:.*:)[\da-f:.]+\]?", re.ASCII | re.IGNORECASE)
+"""A host name or address without port; `*` is any, `*.name` any below it."""
 
 
 def bracketed(host: str) -> str:

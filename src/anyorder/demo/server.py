@@ -48,7 +48,7 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 65536, f"port must lie in [0, 65535], got {self.port}")
-        wrong = [name for name in self.allow_host if not guard.is_host(name)]
+        wrong = [name for name in self.allow_host if not guard.HOST.fullmatch(name)]
         require(not wrong, f"allow_host takes names such as lab.example.org, without port, got {wrong}")
 
 

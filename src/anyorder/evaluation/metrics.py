@@ -227,14 +227,13 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 2048) 
         raise ValueError(f"precision and recall with k={k} need more than {k} images, got {counts}")
     centre = real.double().mean(0)  # distances are computed by products, which cancel far from the origin
     real, fake = real.double() - centre, fake.double() - centre
-    both = (real, fake), (fake, real)
-    return PrecisionRecall(*(float(covered(*pair, k, chunk).double().mean()) for pair in both))
 
+    def share(points: Tensor, queries: Tensor) -> float:
+        radius = manifold_radius(points, k, chunk)
+        inside = [(torch.cdist(part, points) <= radius).any(1) for part in queries.split(chunk)]
+        return float(torch.cat(inside).double().mean())
 
-def covered(points: Tensor, queries: Tensor, k: int, chunk: int) -> Tensor:
-    """Whether queries (m, dim) are within the k-th neighbour's distance of any of the points, (m,) bool."""
-    radius = manifold_radius(points, k, chunk)
-    return torch.cat([(torch.cdist(part, points) <= radius).any(1) for part in queries.split(chunk)])
+    return PrecisionRecall(share(real, fake), share(fake, real))
 
 
 def manifold_radius(points: Tensor, k: int, chunk: int) -> Tensor:

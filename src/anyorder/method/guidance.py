@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import accumulate
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -111,12 +110,11 @@ class Guided:
         """Teacher-forced guided logits (B, N, V) in order steps."""
         both = (tokens.repeat(2, 1), _both(condition), order.repeat(2, 1), grid)
         logits = self.model.forward(*both) if sizes is None else self._grouping.forward(*both, sizes)
-        sizes, n = sizes or [1] * tokens.shape[1], tokens.shape[1]
-        begins = [end - size for size, end in zip(sizes, accumulate(sizes), strict=True) for _ in range(size)]
-        scale = torch.tensor(
-            [self.config.at(i / n) for i in begins], device=logits.device, dtype=torch.float32
-        )
-        return _mix(logits, scale[None, :, None])
+        n = tokens.shape[1]
+        steps = torch.tensor(sizes or [1] * n)
+        begins = (steps.cumsum(0) - steps).repeat_interleave(steps).tolist()
+        scale = torch.tensor([self.config.at(i / n) for i in begins], dtype=torch.float32)
+        return _mix(logits, scale.to(logits.device)[None, :, None])
 
     def start(
         self, batch_size: int, condition: Tensor | None = None, grid: contracts.Grid | None = None

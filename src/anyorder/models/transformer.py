@@ -203,7 +203,8 @@ class AnyOrderTransformer(AnyOrderNetwork):
         asked = self._asked(start, read).to(hidden.dtype)
         behind = torch.cat((asked[:, None], hidden[:, :-1]), dim=1)
         known = groups.layout(sizes, grid.n, order.device).behind
-        behind, content, before = behind[:, known], content[:, known], self._before(order, grid)[:, known]
+        before = F.pad(order[:, :-1], (1, 0), value=grid.n)  # the position of the last token
+        behind, content, before = behind[:, known], content[:, known], before[:, known]
         if not self.config.location_gradient:
             behind, content, asked = behind.detach(), content.detach(), asked.detach()
         closed = location.revealed_before(inverse(order))
@@ -214,11 +215,6 @@ class AnyOrderTransformer(AnyOrderNetwork):
     def _asked(start: Tensor, read: Tensor) -> Tensor:
         """The whole condition, (B, D): the class (B, D), and what was read of the prefix (B, P, D)."""
         return start + read[:, -1] if read.shape[1] else start
-
-    @staticmethod
-    def _before(order: Tensor, grid: Grid) -> Tensor:
-        """Position of the last token before each step, (B, N) int64; N before the first."""
-        return torch.cat((torch.full_like(order[:, :1], grid.n), order[:, :-1]), dim=1)
 
     def _hidden(
         self,

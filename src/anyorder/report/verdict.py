@@ -49,13 +49,6 @@ class Comparison:
         return scale * low, scale * high
 
     @property
-    def within_noise(self) -> bool:
-        """Whether the distances may be equal."""
-        if self.interval is None:
-            return len(self.pairs) not in self.outside
-        return self.interval[0] <= 0 <= self.interval[1]
-
-    @property
     def outside(self) -> tuple[int, int]:
         """Seeds whose interval lies below zero, and above."""
         return sum(i.high < 0 for i in self.intervals), sum(i.low > 0 for i in self.intervals)
@@ -76,7 +69,8 @@ class Comparison:
             return "one seed"
         if len(self.intervals) < n:
             return "no intervals"
-        if self.within_noise:
+        interval = self.interval
+        if interval[0] <= 0 <= interval[1] if interval else n not in self.outside:
             return "within noise"
         if self.disagree:
             return f"FD is {side}, but {' and '.join(self.disagree)}"

@@ -15,7 +15,7 @@ from anyorder.contracts import require
 from anyorder.files import read_manifest
 from anyorder.inference import processes
 from anyorder.inference.device import memory_explained
-from anyorder.settings import read_stored
+from anyorder.settings import defaults, read_stored
 from anyorder.stages.artifacts import Artifact, Completion, recorded_input
 
 log = logging.getLogger("anyorder")
@@ -138,23 +138,12 @@ def completed(then: dict[str, Any], like: Any, without: Collection[str] = ()) ->
     A new setting's default is what was done before it existed, so that it makes no artifact stale. `like` is
     a configuration of now, for its fields; those named in `without` are no settings.
     """
-    found = _defaults(type(like)) | read_stored(type(like), then)
+    found = defaults(type(like)) | read_stored(type(like), then)
     for name, value in found.items():
         group = getattr(like, name, None)
         if isinstance(value, dict) and dataclasses.is_dataclass(group):
             found[name] = completed(value, group)
     return {name: value for name, value in found.items() if name not in without}
-
-
-def _defaults(config_class: type) -> dict[str, Any]:
-    found = {}
-    for field in dataclasses.fields(config_class):
-        factory = field.default_factory
-        value = field.default if factory is dataclasses.MISSING else factory()
-        if value is not dataclasses.MISSING:
-            group: Any = value if dataclasses.is_dataclass(value) else None
-            found[field.name] = dataclasses.asdict(group) if group else value
-    return found
 
 
 def _without(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

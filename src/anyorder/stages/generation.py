@@ -67,21 +67,28 @@ class GeneratingStage:
 
         With `bf16` the generator computes in bfloat16 where the hardware has it. The model that decides
         where, if the order is inferred, stays float32: in bf16 other orders come out (Kendall's tau 0.72 for
-        margin). A ValueError refuses a model that was trained on other tokens, or another tokenizer.
+        margin).
         """
-        assert self.tokenizer
-        for folder in filter(None, (self.model, self.scorer)):
-            require_trained_on(folder, tokens)
-        check_tokenizer(tokens, artifact.identity["inputs"]["tokenizer"])
-        pipe = Pipeline(
-            load_any_order(self.model),
-            load_tokenizer(self.tokenizer),
-            scorer=load_any_order(self.scorer) if self.scorer else None,
-            class_orders=OrderSet(self.orders).class_orders if self.orders else None,
-        )
+        pipe = load_parts(self, artifact, tokens)
         if self.scorer or not self.policy.decided:
             pipe.model.to(fast_dtype(device(), bf16))
         return pipe.compile_decoding() if compiled else pipe
+
+
+def load_parts(stage: Any, artifact: Artifact, tokens: TokenSet) -> Pipeline:
+    """Models, tokenizer and orders of the classes that are inputs of a stage, on the device.
+
+    A ValueError refuses a model that was trained on other tokens, or another tokenizer.
+    """
+    for folder in filter(None, (stage.model, stage.scorer)):
+        require_trained_on(folder, tokens)
+    check_tokenizer(tokens, artifact.identity["inputs"]["tokenizer"])
+    return Pipeline(
+        load_any_order(stage.model),
+        load_tokenizer(stage.tokenizer),
+        scorer=load_any_order(stage.scorer) if stage.scorer else None,
+        class_orders=OrderSet(stage.orders).class_orders if stage.orders else None,
+    )
 
 
 def over_seeds(values: list[float]) -> dict[str, Any]:

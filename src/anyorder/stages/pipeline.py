@@ -10,16 +10,15 @@ from typing import Any, ClassVar
 import numpy as np
 
 from anyorder.contracts import require
-from anyorder.data.caches import OrderSet, TokenSet, check_tokenizer
+from anyorder.data.caches import TokenSet
 from anyorder.files import read_manifest
-from anyorder.inference.folders import Parts, save_parts
-from anyorder.inference.weights import load_any_order, load_tokenizer
+from anyorder.inference.folders import save_parts
 from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.settings import parse, read_stored
 from anyorder.stages.artifacts import Artifact
-from anyorder.stages.common import class_names, require_made_from, require_trained_on
-from anyorder.stages.generation import GeneratingStage
+from anyorder.stages.common import class_names, require_made_from
+from anyorder.stages.generation import GeneratingStage, load_parts
 
 
 @dataclass
@@ -70,28 +69,23 @@ class PipelineStage:
         """Write the folder."""
         assert self.model
         assert self.tokens
-        assert self.tokenizer
         for role in GeneratingStage.inputs if self.samples else ():
             require_made_from(self.samples, role, getattr(self, role))  # type: ignore[arg-type]
         tokens = TokenSet(self.tokens, "test")
-        for folder in filter(None, (self.model, self.scorer)):
-            require_trained_on(folder, tokens)
-        check_tokenizer(tokens, artifact.identity["inputs"]["tokenizer"])
-        scorer = load_any_order(self.scorer) if self.scorer else None
-        model, tokenizer = load_any_order(self.model), load_tokenizer(self.tokenizer)
-        orders = OrderSet(self.orders).class_orders if self.orders else None
-        policy = self.policy or PolicyConfig()
-        guidance = GuidanceConfig()
+        pipe = load_parts(self, artifact, tokens)
+        policy, guidance = self.policy or PolicyConfig(), GuidanceConfig()
         if self.samples and not self.policy:
             made = read_manifest(self.samples)
             policy = parse(PolicyConfig, read_stored(PolicyConfig, made["config"]["policy"]))
             stored = read_stored(GuidanceConfig, made["config"].get("guidance", {}))
             if (scale := made.get("guidance_scale", 1)) != 1:  # of a search, if there was one
                 guidance = parse(GuidanceConfig, stored | {"scale": scale})
-        classes = class_names(self.model, model, tokens)
+        classes = class_names(self.model, pipe.model, tokens)
         vocabulary = dataclasses.replace(tokens.vocabulary, classes=classes)
         example = self.example_class or (classes[np.bincount(tokens.labels).argmax()] if classes else None)
-        shown = guidance, self.good_orders, example
-        parts = Parts(model, tokenizer, classes, policy, scorer, orders, vocabulary, *shown)
+        parts = dataclasses.replace(
+            pipe, classes=classes, policy=policy, vocabulary=vocabulary, guidance=guidance,
+            good_orders=self.good_orders, example_class=example,
+        )  # fmt: skip
         save_parts(artifact.folder, parts)
         return {"parameters": read_manifest(self.model)["parameters"]}
