@@ -1,6 +1,8 @@
 """A validation split: everything that is chosen is chosen on it, the test split is measured last."""
 
+import csv
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +19,7 @@ from anyorder.evaluation import bootstrap
 from anyorder.evaluation.metrics import FeatureStatistics, frechet_distance
 from anyorder.files import read_json, read_manifest
 from anyorder.inference.weights import load_tokenizer
+from anyorder.report.summary import report
 from anyorder.settings import parse
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.features import load_extractor, reference_file
@@ -222,6 +225,19 @@ def test_a_reference_file_of_the_test_images_gives_the_same_distance(out, tmp_pa
     np.savez(tmp_path / "m.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     assert cli.main([*command, f"reference={tmp_path}/m.npz", f"out={tmp_path}/f"]) == 2
     assert "holds mu, sigma, FD (efficientnet-lite0) needs arr_0" in capsys.readouterr().err
+
+
+def test_numbers_say_run_and_split_and_leave_out_what_was_set_aside(out, tmp_path):
+    aside = out / "eval-uniform/.replaced/manifest.json"
+    aside.parent.mkdir()
+    aside.write_text(json.dumps(read_manifest(out / "eval-uniform") | {"fingerprint": "of an older one"}))
+    report([out], tmp_path / "r.csv")
+    shutil.rmtree(aside.parent)
+    with open(tmp_path / "r.csv") as file:
+        rows = {row["samples"]: row for row in csv.DictReader(file)}
+    assert {name: (row["run"], row["split"]) for name, row in rows.items()} == {
+        "chosen": (str(out), "validation"), "uniform": (str(out), "test"),
+    }  # fmt: skip
 
 
 def test_reconstructions_are_compared_with_the_images_that_they_are_of(out, tmp_path):

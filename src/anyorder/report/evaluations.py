@@ -35,7 +35,7 @@ QUALITY: Columns = {
     "consistency": ("consistency", "max"), "class coverage": ("class_coverage", "max"),
     "class agreement": ("class_agreement", "max"), "class distance": ("class_distance", "min"),
     "attribute agreement": ("attribute_agreement", "max"),
-    "FD of reference file": ("fd_of_reference", "min"),
+    "FD of reference file": ("fd_of_reference", "min"), "rFD of the tokenizer": ("rfd", None),
 }
 LIKELIHOOD: Columns = {
     "nats/token (exact)": ("nll", "min"), "nats/token (bound)": ("bound", "min"),
@@ -133,7 +133,8 @@ def find_artifacts(folders: Sequence[Path]) -> Found:
     """Folder and manifest of every finished artifact in run folders, oldest first; each must hold one."""
     found: dict[Path, dict[str, Any]] = {}
     for folder in folders:
-        manifests = {path.parent: read_manifest(path.parent) for path in sorted(Path(folder).rglob(MANIFEST))}
+        paths = [path for path in sorted(Path(folder).rglob(MANIFEST)) if path.parent.name != ".replaced"]
+        manifests = {path.parent: read_manifest(path.parent) for path in paths}
         if not manifests:
             raise FileNotFoundError(f"{folder} holds no finished artifact: run its experiment first")
         found |= dict(sorted(manifests.items(), key=_finished))

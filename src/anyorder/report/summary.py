@@ -57,7 +57,7 @@ def report(folders: Sequence[Path], out: Path, *, data_images: bool = True) -> T
         section.folded = True
     if out.suffix == ".csv":
         require(bool(evaluated), "no samples were evaluated: run the stage eval first")
-        _write_csv(out, [evaluation.row() for evaluation in evaluated])
+        _write_csv(out, [{"run": str(e.run), "split": e.split} | e.row() for e in evaluated])
         return None
     kinds = {".md": page.write_markdown, ".tex": page.write_latex, ".json": page.write_records}
     write = kinds.get(out.suffix, page.write_report)
