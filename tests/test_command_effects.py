@@ -28,7 +28,9 @@ from anyorder import Pipeline
 from anyorder.adapters.arpg import ARPG
 from anyorder.adapters.llamagen import LlamaGen
 from anyorder.bench import bench, workloads
+from anyorder.cli import fit
 from anyorder.cli import images as image_commands
+from anyorder.cli import plan as planning
 from anyorder.cli.commands import CONFIGS, config_class
 from anyorder.data import caches
 from anyorder.demo import server
@@ -38,11 +40,13 @@ from anyorder.inference import pipeline as inference
 from anyorder.inference.folders import save_parts
 from anyorder.method import sampling
 from anyorder.settings import _settings, parse
+from anyorder.stages import fit as fit_stage
+from anyorder.stages import generation
 from anyorder.stages import iterate as iterate_stage
 from anyorder.stages import orders as orders_stage
 from anyorder.stages.convert import convert
 from anyorder.stages.execute import execute
-from anyorder.stages.experiment import STAGES
+from anyorder.stages.experiment import STAGES, load_experiment
 from anyorder.tokenizers.vq import VQConfig, VQModel
 
 Settings = dict[str, Any]
@@ -87,6 +91,9 @@ DRAWN |= group("guidance", "scale", 9)
 ONLINE = {"online.order": "entropy", "train.ema": 0.5}
 MOVED = "was made with|were made by"
 
+ONE_POINT = {"temperatures": (1.0,), "scales": (1.0,)}
+TRANSFORMER = {"model.depth": 1, "model.width": 16, "model.heads": 2}
+
 CHAIN: dict[str, tuple[str, Settings]] = {
     "data": ("data", {"size": (16, 16), "max_train": 16, "max_test": 8}),
     "wide": ("data", {"size": (16, 24), "max_train": 8, "max_test": 8}),
@@ -111,6 +118,16 @@ CHAIN: dict[str, tuple[str, Settings]] = {
     "scored": ("sample", {"model": "any", "scorer": "any2", "num_images": 8}),
     "by-class": ("sample", {"model": "any", "num_images": 8, "orders": "orders",
                             "policy.order": "class_mean"}),
+    "cut": ("data", {"size": (16, 16), "max_train": 16, "max_test": 8, "max_validation": 8}),
+    "cut-tokens": ("tokens", {"data": "cut", "tokenizer": "vq"}),
+    "cut-features": ("features", {"data": "cut", "channels": (8,), **FEW}),
+    "cut-any": ("train", {"tokens": "cut-tokens", **TRANSFORMER, **FEW}),
+    "cut-any2": ("train", {"tokens": "cut-tokens", **TRANSFORMER, **FEW, "train.seed": 1}),
+    "cut-orders": ("orders", {"model": "cut-any", "tokens": "cut-tokens", "test_limit": 4}),
+    "cut-orders2": ("orders", {"model": "cut-any2", "tokens": "cut-tokens", "test_limit": 4}),
+    "cut-samples": ("sample", {"model": "cut-any", "num_images": 8}),
+    "tune": ("tune", {"model": "cut-any", "features": "cut-features", "num_images": 4,
+                      "temperatures": (0.01,), "scales": (3.0,)}),
     "eval": ("eval", {"samples": "samples", "features": "features", "nll_images": 4}),
     "eval2": ("eval", {"samples": "samples2", "features": "features", "nll_images": 4}),
 }  # fmt: skip
@@ -188,7 +205,18 @@ COMMANDS: dict[str, Command] = {
         **change("bf16", True, **{"policy.order": "raster"}), **change("compile", True),
         **change("seed", 5), **change("hide", ("class",)),
         **change("classes", "uniform"),
+        **change("settings", "tune", model="cut-any"),
         **refused("prompts", ("a sun",), "prompts need a model"), **DRAWN,
+    }),
+    "tune": Command({**generating(model="cut-any", features="cut-features"), **ONE_POINT}, {
+        **change("model", "cut-any2"), **refused("features", "features", MOVED),
+        **refused("tokens", "tokens2", MOVED), **refused("tokenizer", "vq2", MOVED),
+        **change("scorer", "cut-any2", **INFERRED),
+        **change("orders", "cut-orders2", orders="cut-orders", **{"policy.order": "class_mean"}),
+        **change("temperatures", (0.5,)), **change("scales", (2.0,)), **change("num_images", 5),
+        **change("batch_size", 3), **change("bf16", True, **{"policy.order": "raster"}), **change("seed", 5),
+        **group("policy", "order", "raster"), **group("sampling", "top_k", 1),
+        "guidance.": Case({"guidance.schedule": "linear"}, {"scales": (9.0,)}),
     }),
     "eval": Command({"samples": "samples", "features": "features", "nll_images": 4}, {
         **change("samples", "samples2"), **change("features", "features2"), **change("nll_images", 0),
@@ -198,6 +226,8 @@ COMMANDS: dict[str, Command] = {
             ("orders", "orders"),
         )},
         **refused("attribute_features", "features", "unknown attribute"),
+        **refused("tokenizer", "vq2", MOVED), **change("reference", "adm.npz"),
+        **change("split", "validation", split="test", samples="cut-samples", features="cut-features"),
     }),
     "compare": Command({"a": "eval", "b": "eval2", "resamples": 200}, {
         **change("a", "eval2"), **change("b", "eval"), **refused("features", "features2", MOVED),
@@ -256,6 +286,15 @@ COMMANDS: dict[str, Command] = {
         **change("chunk", 2), **change("compile", True), **change("triad_mib", 1), **change("repeats", 2),
         **change("only", ("training step",)), **change("memory", (2,)),
     }),
+    "fit": Command({"source": "pictures", "time": "1h", "preset": "tiny"}, {
+        **change("source", "other"), **change("time", "2h"), **change("preset", "small"),
+        **change("label", "kind", source="single.parquet"),
+        **change("captions", "text", source="single.parquet"),
+    }),
+    "plan": Command({"images": 100, "classes": 3}, {
+        **change("gpus", 2), **change("kind", "a100"), **change("mfu", 0.2), **change("images", 50),
+        **change("classes", 5),
+    }),
     "demo": Command({"pipeline": "toy", "port": 0}, {
         **change("pipeline", "toy2"), **change("port", 7999), **change("host", "0.0.0.0"),
         **change("allow_host", ["lab.org"]),
@@ -263,14 +302,14 @@ COMMANDS: dict[str, Command] = {
 }  # fmt: skip
 
 
-ELSEWHERE: dict[str, set[str]] = {
-    "fit": set(),
-    "plan": set(),
-    "tune": set(),
-    "sample": {"settings"},
-    "eval": {"tokenizer", "split", "reference"},
-}
-"""Commands, and settings of commands, whose effects are tested in test_fit.py, test_recipes.py and others."""
+PLANNED = """
+out: run
+stages:
+  data: {source: elsewhere/photos, size: 16}
+  tokenizer: {data: data, train: {accumulation: 2}}
+  tokens: {data: data, tokenizer: tokenizer}
+  any: {stage: train, tokens: tokens, model: {depth: 1, width: 16, heads: 2}, train: {accumulation: 2}}
+"""
 
 
 # --- what the cases need ------------------------------------------------------------------------------------
@@ -319,6 +358,7 @@ def made(tmp_path_factory):
         torch.manual_seed(seed)
         vq = VQModel(VQConfig(32, (1, 2), 1, 8, 16, 4))
         torch.save(vq.state_dict(), folder / name.replace("arpg", "vq"))
+    np.savez(folder / "adm.npz", arr_0=np.random.default_rng(0).integers(0, 255, (8, 16, 16, 3), np.uint8))
     torch.save(published(LlamaGen, **sizes).state_dict(), folder / "llamagen.pt")
     return folder
 
@@ -362,6 +402,12 @@ def asked(monkeypatch):
         found.append(("repeats", repeats))
         return {name: [1.0 + work.cost.flops] for name, work in works.items()}
 
+    def rehearsed(values: Any, facts: Any) -> dict[str, float]:
+        return dict.fromkeys(values["stages"], 0.01)
+
+    monkeypatch.setattr(fit_stage, "rehearse", rehearsed)
+    watch(generation, "fast_dtype", lambda device, bf16: ("bf16", bf16))
+
     def app(pipe: Pipeline, hosts: list[str], name: str) -> None:
         found.append((hosts, pipe.model.state_dict()["head.weight"].sum().item()))
 
@@ -402,6 +448,12 @@ def ran(command: str, settings: Settings, out: Path) -> Any:
         image_commands.sample_files(config, out)
     elif command == "complete":
         image_commands.complete_file(config, out)
+    elif command == "fit":
+        return fit.plan(config, out, [])
+    elif command == "plan":
+        (path := out.with_suffix(".yaml")).write_text(PLANNED)
+        found = planning.plan(load_experiment(path), config)
+        return {key: value for key, value in found.items() if key != "config"}
     elif command == "bench":
         result = bench.bench(config, out / "bench.json")
         return {key: value for key, value in result.items() if key not in ("config", "versions")}
@@ -439,7 +491,7 @@ def test_settings_have_an_effect(command, name, made, asked, tmp_path, monkeypat
 
 
 def test_every_setting_is_in_the_table():
-    assert {*COMMANDS} == {*STAGES, *CONFIGS} - {name for name, keys in ELSEWHERE.items() if not keys}
+    assert {*COMMANDS} == {*STAGES, *CONFIGS}
     for command, (_, cases) in COMMANDS.items():
-        for key in _settings(config_class(command)).keys() - ELSEWHERE.get(command, set()):
+        for key in _settings(config_class(command)):
             assert key in cases or any(key.startswith(name) for name in cases if name.endswith(".")), key

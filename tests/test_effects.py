@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import own_parts
 import pytest
 import torch
 from conftest import transformer
@@ -154,11 +157,16 @@ def of_training(config: TrainConfig) -> Any:
         patch.setenv("ANYORDER_BF16", "on")
         patch.setattr(distributed, "require_compiler", lambda device: None)
         patch.setattr(torch, "compile", lambda model: hooks.append("compiled") or model)
+        run = SimpleNamespace(log=lambda *_, **__: None, finish=lambda: hooks.append("wandb"))
+        stand_in = SimpleNamespace(init=lambda **_: run, Image=None)
+        patch.setitem(sys.modules, "wandb", stand_in)
         result = trainer.train(
             model, loss, 16, config, folder, evaluate=evaluate, sample=lambda *args: hooks.append(args[1])
         )
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         names = sorted(p.name for p in Path(folder).rglob("*") if p.is_dir() or "events" in p.name)
+    hooks += [recorder.seen for recorder in own_parts.Recorder.made]
+    own_parts.Recorder.made.clear()
     return (
         numbers(*result.model.state_dict().values()), hooks, [sorted(line) for line in lines],
         [name.partition(".out.")[0] for name in names],
@@ -225,7 +233,8 @@ EFFECTS: dict[type, tuple[Callable[[Any], Any], Settings, dict[str, Pair]]] = {
         "compile": Pair(False, True), "seed": Pair(0, 1), "log_every": Pair(2, 1), "eval_every": Pair(2, 1),
         "save_every": Pair(2, 1), "sample_every": Pair(0, 2), "patience": Pair(0, 1, {"steps": 8}),
         "watch": Pair("test_nll", "train_nll", {"patience": 1, "steps": 8}), "keep": Pair(2, 1),
-        "tensorboard": Pair(False, True),
+        "tensorboard": Pair(False, True), "wandb": Pair(False, True),
+        "logger": Pair("", "own_parts:Recorder"),
     }),
 }  # fmt: skip
 """By class: what is observed of an instance, settings that make it small, and the pairs."""
@@ -263,6 +272,25 @@ def test_nothing_but_the_setting_makes_the_difference(config):
 
 def test_every_field_of_shared_classes_is_in_the_table():
     for config, (_, _, pairs) in EFFECTS.items():
-        # Several processes and other loggers are tested in test_processes.py and test_log.py.
-        elsewhere = {"shard", "logger", "wandb"} if config is TrainConfig else set()
+        # Sharding changes nothing in one process: see the test below, and test_processes.py.
+        elsewhere = {"shard"} if config is TrainConfig else set()
         assert {*pairs} == {f.name for f in dataclasses.fields(config)} - elsewhere, config
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_weights_are_sharded_among_several_processes_alone(shard, monkeypatch, tmp_path):
+    """What is asked for in one process and in two; what sharding does is compared in test_processes.py."""
+    asked = []
+
+    def objective(loss: Any, modules: Any, compiled: bool, sharded: bool) -> Any:
+        asked.append(sharded)
+        raise InterruptedError
+
+    monkeypatch.setattr(distributed, "objective", objective)
+    monkeypatch.setattr(trainer.processes, "rank", lambda: 0)
+    for size in (1, 2):
+        monkeypatch.setattr(trainer.processes, "size", lambda size=size: size)
+        config = TrainConfig(**FEW, shard=shard, accumulation=2)
+        with pytest.raises(InterruptedError):
+            trainer.Trainer(nn.Linear(3, 3), None, 16, config, tmp_path, torch.device("cpu"), None)
+    assert asked == [False, shard]
