@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from anyorder.inference import device
 from anyorder.inference.weights import read_tensors
 from anyorder.method.loss import token_nll
 from anyorder.orders import random_orders
@@ -146,8 +147,8 @@ KILLS = {
     "between checkpoints, between micro-steps": [lambda: die_in_loss(7, [2])],
     "evaluating": [lambda: {"evaluate": die}],
     "half a line of the log": [die_in_log],
-    "saving, before the tensors": [lambda: die_at_save(checkpoint, "write_tensors", 2)],
-    "saving, between tensors and facts": [lambda: die_at_save(checkpoint, "write_json", 2)],
+    "saving, before the tensors": [lambda: die_at_save(checkpoint.weights, "write_tensors", 2)],
+    "saving, between tensors and facts": [lambda: die_at_save(checkpoint.files, "write_json", 2)],
     "saving, before the rename": [lambda: die_at_save(checkpoint.os, "rename", 1)],
     "saving, before pruning": [lambda: die_at_save(Checkpoints, "prune", 3)],
     "twice": [lambda: die_in_loss(6, [1]), lambda: die_in_loss(11, [2])],
@@ -318,7 +319,9 @@ def test_full_disk_stops_the_run_with_the_earlier_checkpoint(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     run(tmp_path / "a")
-    monkeypatch.setattr(checkpoint, "write_json", lambda path, value: full(0) if value["step"] == 8 else None)
+    monkeypatch.setattr(
+        checkpoint.files, "write_json", lambda path, value: full(0) if value["step"] == 8 else None
+    )
     with pytest.raises(OSError, match="No space left"):
         run(tmp_path / "b")
     assert [p.name for p in (tmp_path / "b" / "checkpoints").iterdir()] == ["step-00000004"]
@@ -413,6 +416,32 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
     b = run(tmp_path / "b", plain, linear(), batch_size=2, accumulation=3)
     torch.testing.assert_close(a.model.state_dict(), b.model.state_dict())
     assert lines(tmp_path / "a")[0]["loss"] == pytest.approx(lines(tmp_path / "b")[0]["loss"])
+
+
+def test_progress_shows_the_share_of_the_peak(tmp_path, monkeypatch):
+    """A pass over 4 examples multiplies (4, 4) by (4, 1) forward, and (1, 4) by (4, 4) for the gradient."""
+    monkeypatch.setattr(trainer.devices, "peak_flops", lambda *_: 1e4)
+    seen, shown = [], trainer.Trainer.shown
+
+    def noted(self):
+        seen.append((self.flops, self.metrics["examples_per_second"], shown(self)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(trainer.Trainer, "shown", noted)
+    run(tmp_path / "a", plain, linear())
+    for flops, speed, line in seen:
+        assert flops == 2 * (2 * 4 * 4 + 2 * 4 * 4)
+        assert float(line["mfu"].rstrip("%")) == pytest.approx(100 * flops * speed / 8 / 1e4, abs=0.06)
+    seen.clear()
+    run(tmp_path / "b", plain, linear(), compile=True, steps=3)
+    assert [line for *_, line in seen if "mfu" in line] == [], "compiled code hides what it computes"
+
+
+def test_peaks_are_found_by_the_name_of_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    assert device.peak_flops(torch.device("cuda"), True) == 989e12
+    assert device.peak_flops(torch.device("cuda"), False) == 67e12
+    assert device.peak_flops(torch.device("cpu"), True) is None
 
 
 def first_gradient(folder):

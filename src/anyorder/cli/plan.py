@@ -7,16 +7,18 @@ from typing import Any
 
 from anyorder.bench import estimates, fake
 from anyorder.cli.planner import GIB, Kind, PlanConfig, Planner
+from anyorder.inference.device import PEAKS
 from anyorder.report.tables import Table
 from anyorder.stages.experiment import Experiment
 
 KINDS = {
-    "a100": Kind(312e12, 19.5e12, 2.04e12, 80e9),  # NVIDIA A100 data sheet, SXM 80 GB
-    "h100": Kind(989e12, 67e12, 3.35e12, 80e9),  # NVIDIA H100 data sheet, SXM
-    "h200": Kind(989e12, 67e12, 4.8e12, 141e9),  # NVIDIA H200 data sheet, SXM
-    "l40s": Kind(362e12, 91.6e12, 0.864e12, 48e9),  # NVIDIA L40S data sheet
-    "rtx4090": Kind(165e12, 82.6e12, 1.008e12, 24e9),  # NVIDIA Ada architecture paper, appendix A
+    "a100": Kind(*PEAKS["A100"], 2.04e12, 80e9),
+    "h100": Kind(*PEAKS["H100"], 3.35e12, 80e9),
+    "h200": Kind(*PEAKS["H200"], 4.8e12, 141e9),
+    "l40s": Kind(*PEAKS["L40S"], 0.864e12, 48e9),
+    "rtx4090": Kind(*PEAKS["RTX 4090"], 1.008e12, 24e9),
 }
+"""Bytes/s and bytes of memory are of the same data sheets as the peaks."""
 
 
 def plan(experiment: Experiment, config: PlanConfig) -> dict[str, Any]:

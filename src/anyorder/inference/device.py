@@ -20,6 +20,19 @@ DEVICE = "ANYORDER_DEVICE"
 BF16 = "ANYORDER_BF16"
 """Environment variable: `on`, `off` or `auto` (default: bfloat16 where the hardware has it)."""
 
+PEAKS = {
+    "A100": (312e12, 19.5e12), "H100": (989e12, 67e12), "H200": (989e12, 67e12), "L40S": (362e12, 91.6e12),
+    "RTX 4090": (165e12, 82.6e12),
+}  # fmt: skip
+"""FLOP/s of dense matrix products in bfloat16 and in float32, by a part of the GPU's name: data sheets of
+the SXM versions; for the RTX 4090 the Ada architecture paper, appendix A."""
+
+
+def peak_flops(device: torch.device, bf16: bool) -> float | None:
+    """FLOP/s that a GPU reaches at most; None if `PEAKS` does not know it, and for CPUs."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peaks[0 if bf16 else 1] for known, peaks in PEAKS.items() if known in name), None)
+
 
 def native_bf16(device: torch.device) -> bool:
     """Whether to compute in bfloat16 on `device`: the one place that decides it.

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from anyorder.files import write_json
+from anyorder.inference import device as devices
 from anyorder.inference import processes, weights
-from anyorder.inference.device import Threads, fast_dtype
 from anyorder.training import distributed, memory
 from anyorder.training.checkpoint import Checkpoints
 from anyorder.training.config import TrainConfig, batch_indices, learning_rate, step_seeds
@@ -165,7 +166,9 @@ class Trainer:
         self.folder, self.device = folder, device
         self.passes = distributed.own_passes(config.accumulation)
         """Which of the passes of a step are run in this process."""
-        self.bf16 = fast_dtype(device, config.bf16) == torch.bfloat16
+        self.bf16 = devices.fast_dtype(device, config.bf16) == torch.bfloat16
+        self.peak, self.flops = devices.peak_flops(device, self.bf16), 0
+        """FLOP/s of the device, if known, and FLOPs of a step in this process, once they are counted."""
         self.model = model.to(device).train()
         self.average = copy.deepcopy(model).requires_grad_(False).eval() if config.ema else model
         self.best = copy.deepcopy(self.average) if config.patience else self.average
@@ -192,7 +195,7 @@ class Trainer:
         """Values of the steps since the last line of the log."""
         self.nonfinite = torch.zeros((), device=device)
         """1 from the first non-finite step on."""
-        self.threads = Threads(device)
+        self.threads = devices.Threads(device)
         self.clock = time.perf_counter()
 
     def step(self) -> None:
@@ -201,21 +204,32 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step_number)
         found = []
-        for micro in self.passes:
-            for_torch, for_loss = step_seeds(self.config.seed, self.step_number, micro)
-            torch.manual_seed(for_torch)
-            self.generator.manual_seed(for_loss)
-            rows = self.indices(self.step_number, micro)
-            with distributed.synchronised(self.loss, micro == self.passes[-1]):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    total, parts = self.loss(rows, self.step_number, self.generator)
-                (total / len(self.passes)).backward()
-            assert "loss" not in parts, "the name 'loss' is taken by the loss itself"
-            found.append({name: x.detach().float() for name, x in {"loss": total, **parts}.items()})
+        with self._counted():
+            for micro in self.passes:
+                for_torch, for_loss = step_seeds(self.config.seed, self.step_number, micro)
+                torch.manual_seed(for_torch)
+                self.generator.manual_seed(for_loss)
+                rows = self.indices(self.step_number, micro)
+                with distributed.synchronised(self.loss, micro == self.passes[-1]):
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                        total, parts = self.loss(rows, self.step_number, self.generator)
+                    (total / len(self.passes)).backward()
+                assert "loss" not in parts, "the name 'loss' is taken by the loss itself"
+                found.append({name: x.detach().float() for name, x in {"loss": total, **parts}.items()})
         values = torch.stack([torch.stack([x[name] for x in found]).mean() for name in found[0]])
         means = processes.mean(values).unbind()
         parts = self.after(self.step_number) if self.after else {}
         self._update({**dict(zip(found[0], means, strict=True)), **parts})
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count the FLOPs of the first step, for the MFU; compiled code hides them from the counter."""
+        if not self.peak or self.flops or self.config.compile:
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self.flops = counter.get_total_flops()
 
     def _update(self, values: dict[str, Tensor]) -> None:
         """Clip the gradients, update weights and average; `values` are kept for the log."""
@@ -324,6 +338,9 @@ class Trainer:
         """What stands behind the progress bar."""
         each = self.metrics["examples_per_second"] / processes.size()
         alone = {"per_process": f"{each:.1f}/s"} if processes.size() > 1 else {}
+        if self.peak and self.flops:
+            steps = self.metrics["examples_per_second"] / self.examples_per_step
+            alone["mfu"] = f"{self.flops * steps / self.peak:.1%}"
         return {"step": self.step_number, "loss": self.metrics["loss"], **alone}
 
     # --- checkpoints ------------------------------------------------------------------------------------
@@ -362,7 +379,7 @@ class Trainer:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
         for name in self.RESUMED:
             setattr(self, name, facts[name])
-        self.threads = Threads(self.device, facts.get("threads"))
+        self.threads = devices.Threads(self.device, facts.get("threads"))
         self.clock = time.perf_counter()
         self.checkpoints.prune(self.step_number)  # a kill may have come between saving and pruning
 
