@@ -304,6 +304,24 @@ def test_times_are_no_content(done):
     assert read_manifest(again)["fingerprint"] == read_manifest(done)["fingerprint"]
 
 
+def test_what_was_set_aside_comes_back_when_it_is_asked_for_again(done):
+    before = content(done)
+    with pytest.raises(RuntimeError, match="crash"):
+        execute("stage", Stage(value=1, fail="middle"), done, overwrite=True)
+    assert content(done) != before
+    with pytest.raises(ValueError, match="is being made with other settings"):
+        execute("stage", Stage(), done)
+    assert not execute("stage", Stage(), done, overwrite=True)
+    assert content(done) == before
+    assert not (done / ".replaced").exists()
+    with pytest.raises(RuntimeError, match="crash"):
+        execute(
+            "stage", Stage(steps=2, fail="middle"), done
+        )  # goes on with the files: only the manifest is aside
+    assert execute("stage", Stage(), done, overwrite=True)
+    assert verify(done) == []
+
+
 # --- verify
 
 

@@ -354,7 +354,7 @@ def verify(call: Call) -> str:
     seen = set[Path]()
     if problems := [problem for path in call.paths for problem in verify(Path(path).expanduser(), seen)]:
         raise OSError("; ".join(problems))
-    print(f"{', '.join(call.paths)}: every file is as it was written")
+    print(f"{', '.join(call.paths)}: every file with a hash is as it was written")
     return ""
 
 

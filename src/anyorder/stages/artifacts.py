@@ -198,7 +198,20 @@ class Artifact:
             log.warning("%s: %d files of unfinished work are discarded", self.folder, len(work))
             for name in work:
                 (self.folder / name).unlink()
+        if not (done or goes_on) and self._is_aside():
+            log.info("%s: what was set aside was made just so, and is put back", self.folder)
+            (self.folder / IDENTITY).unlink()
+            self._recover()
+            self.current = True
+            return
         self._write_identity(self._found)
+
+    def _is_aside(self) -> bool:
+        """Whether what waits to be replaced is the very artifact that is asked for, and whole."""
+        aside = _record((folder := self.folder / REPLACED) / files.MANIFEST)
+        if aside is None or _differences(aside, self.identity, self._completed):
+            return False
+        return all(os.path.lexists(folder / name) for name in _listed(aside, folder))
 
     def _goes_on(self, then: Mapping[str, Any], overwrite: bool, done: bool) -> bool:
         """Whether the work that is there can be continued; a ValueError if it may not be replaced either."""
