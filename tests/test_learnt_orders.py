@@ -47,6 +47,20 @@ def test_the_gradient_is_that_of_all_orders(samples):
     assert largest > 1e-3, "the policy has a share in the gradient"
 
 
+def test_advantages_of_unit_size_change_the_policys_share_alone():
+    content = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    where = torch.rand(6, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    (a, policy), (b, scaled) = (
+        torch.autograd.grad(leave_one_out(content, where, 2, unit).sum(), (content, where))
+        for unit in (False, True)
+    )
+    assert_close(a, b)
+    assert_close(policy / policy.std(), scaled / scaled.std())
+    assert_close(
+        scaled.std(), torch.tensor(1 / 8), rtol=1e-4, atol=1e-6
+    )  # a mean over 2 orders and 4 positions
+
+
 def test_orders_are_sampled_from_the_head_along_the_true_tokens():
     model = transformer(location=True, num_classes=2, grid=(2, 2)).train()
     tokens, n = torch.tensor([[1, 4, 0, 2]]), 6000
