@@ -18,11 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
+from anyorder.contracts import Grid
 from anyorder.data import decoding, tars
 from anyorder.data.caches import ImageSet, TokenSet
 from anyorder.data.images import load_image
 from anyorder.data.ingest import ingest
 from anyorder.data.sources import Columns, FolderSource, open_source
+from anyorder.data.sunsets import sun_first
 from anyorder.files import fingerprint, load_array, read_manifest
 from anyorder.settings import parse
 from anyorder.stages.artifacts import Artifact
@@ -628,3 +630,16 @@ def test_a_damaged_table_is_one_line(tmp_path, workers):
         pytest.raises(ValueError, match=r"^\S+train-0\.parquet is not a sound parquet file \([^\n]*\)$"),
     ):
         images.batch(rows[:5])
+
+
+def test_statistics_of_sunsets_are_those_of_their_own_images(tmp_path):
+    """Mirrored copies have no causes of their own."""
+    data = stage("data", tmp_path / "data", size=(16, 16), max_train=16, max_test=8)
+    vq = stage("tokenizer", tmp_path / "vq", data=data, **VQ, **STEPS)
+    tokens = stage("tokens", tmp_path / "tokens", data=data, tokenizer=vq, mirror=True)
+    small = {"model.depth": 1, "model.width": 16, "model.heads": 2}
+    model = stage("train", tmp_path / "model", tokens=tokens, **small, **STEPS)
+    orders = stage("orders", tmp_path / "orders", model=model, tokens=tokens, data=data, test_limit=4)
+    facts, causes = read_manifest(orders), load_array(data / "train.causes.npy")
+    expected = sun_first(load_array(orders / "train.order.npy")[:16], causes, Grid(4, 4), (16, 16))
+    assert (facts["rows"], facts["sun_first"]) == (32, expected)

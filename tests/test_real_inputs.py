@@ -665,6 +665,24 @@ def test_changes_of_the_source_are_seen(tmp_path):
     assert listing.stats(tmp_path, ["nowhere"]) == {"nowhere": (-1, -1)}
 
 
+@pytest.mark.parametrize("kind", ["structs", "texts", "embedded", "bytes"])
+def test_changes_of_files_that_rows_name_are_seen(kind, tmp_path):
+    fill(tmp_path / "in", "images/1.png", "images/2.png")
+    paths = ["images/1.png", "images/2.png", "../outside.png"]
+    data = PNG if kind == "embedded" else None
+    columns = {
+        "texts": paths, "bytes": [PNG] * 3,
+        "structs": pa.array([{"bytes": data, "path": path} for path in paths], IMAGE),
+    }  # fmt: skip
+    path = table(tmp_path / "in/x.parquet", image=columns.get(kind, columns["structs"]))
+    before = ParquetSource(path, Columns(image="image")).stats()
+    fill(tmp_path / "in", "images/2.png", data=PNG + b"more")
+    after = ParquetSource(path, Columns(image="image")).stats()
+    named = kind in ("structs", "texts")
+    assert listing.changes(before, after) == ("1 changed (images/2.png)" if named else "")
+    assert len(after) == (3 if named else 1)
+
+
 def test_data_of_a_changed_source_are_not_up_to_date(tmp_path, caplog):
     caplog.set_level(logging.INFO, "anyorder")
     source = fill(tmp_path / "in", *(f"{i}.png" for i in range(9)))

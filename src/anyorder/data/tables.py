@@ -97,6 +97,25 @@ class ParquetSource(Shards):
         """What pyarrow reads a part from."""
         return self._root / part
 
+    def stats(self) -> listing.Stats:
+        """See `Source`: of the files, and of those that rows name in place of images."""
+        parts = super().stats()
+        return parts | {name: stat for part in parts for name, stat in self._named(part).items()}
+
+    def _named(self, part: str) -> listing.Stats:
+        with self._open(part) as file:
+            schema, facts = file.schema_arrow, file.metadata
+            image = _image_column(schema, self.columns.image, self._root / part)
+            groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
+            chunks = [group.column(i) for group in groups for i in range(facts.num_columns)]
+            held = [chunk.statistics for chunk in chunks if chunk.path_in_schema == f"{image}.bytes"]
+            if _is_bytes(schema.field(image)) or (held and all(s and s.null_count == 0 for s in held)):
+                return {}
+            rows = file.read(columns=[f"{image}.path" if held else image]).to_pylist()
+        root = self._root.resolve()
+        found = [_image(row.get(image), part, self._root) for row in rows]
+        return listing.stats(root, [str(p.relative_to(root)) for p in found if isinstance(p, Path)])
+
     @cached_property
     def _last(self) -> dict[str, Any]:
         """What was read last: a part, its footer, first row and images of a row group."""
@@ -307,10 +326,14 @@ def _check_column(column: str, present: list[str], where: str | Path) -> None:
     require(column in present, f"{where} has no column {column!r}; it has {', '.join(present)}")
 
 
+def _is_bytes(column: pa.Field) -> bool:
+    return pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
+
+
 def _image_column(schema: pa.Schema, asked: str | None, where: str | Path) -> str:
     """A struct with `bytes`; a column of bytes, or of paths if it is asked for, will do."""
     structs = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
-    plain = [f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)]
+    plain = [f.name for f in schema if _is_bytes(f)]
     paths = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
     if asked is not None:
         _check_column(asked, schema.names, where)

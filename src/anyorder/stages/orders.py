@@ -133,7 +133,8 @@ class OrdersStage:
         require(sunsets, f"{self.data} holds no sunsets: leave data out, it is only for their causes")
         causes = np.array(files.load_array(self.data / "train.causes.npy")[: len(orders)])
         h, w = files.read_manifest(self.tokens)["image_size"]
-        return found | {"sun_first": sun_first(orders.numpy(), causes, tokens.grid, (h, w))}
+        own = orders[: len(causes)].numpy()  # mirrored copies are behind
+        return found | {"sun_first": sun_first(own, causes, tokens.grid, (h, w))}
 
     def _batch_sizes(self, note: Path, model: AnyOrderNetwork, tokens: TokenSet) -> list[int]:
         """All batch sizes that the work was done with, the one to go on with last; kept in the file `note`.
