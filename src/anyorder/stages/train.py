@@ -300,15 +300,13 @@ class TrainStage(common.TrainingStage):
                 folder, tokens, self.online, self.online_every, per_step, warm=self.init is not None
             )
         if cache is not None and self.orders_as == "class_mean":
-            return lambda rows, *_: order_sources.flagged(cache.of_classes(tokens.batch(rows)[1]), True)
+            return lambda rows, _: cache.of_classes(tokens.batch(rows)[1])
         if cache is not None:
-            return lambda rows, *_: order_sources.flagged(cache.batch(rows), True)
+            return lambda rows, _: cache.batch(rows)
         if self.order == "random":
-            return lambda rows, step, generator: order_sources.flagged(
-                static.random_orders(len(rows), tokens.grid, generator), False
-            )
+            return lambda *_: None
         fixed = static.static_order(self.order, tokens.grid)
-        return lambda rows, *_: order_sources.flagged(fixed.expand(len(rows), -1), True)
+        return lambda rows, _: fixed.expand(len(rows), -1)
 
     def _steps(self, n: int, generator: torch.Generator) -> losses.Steps:
         """How many positions each step of the batch reveals; nothing where that is one."""

@@ -23,17 +23,14 @@ from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Streams
 from anyorder.orders import inverse, random_orders
 
-Source = Callable[[np.ndarray, int, torch.Generator], tuple[Tensor, Tensor]]
-"""(rows (B,), step from 1, CPU generator) -> orders (B, N) int64, and which are not random ones (B,) bool."""
+Source = Callable[[np.ndarray, int], Tensor | None]
+"""(rows (B,), step from 1) -> orders (B, N) int64; None for random ones."""
+Orders = Callable[[np.ndarray, int, torch.Generator], tuple[Tensor, Tensor]]
+"""(rows (B,), step from 1, generator) -> orders (B, N) int64, and which are not random ones (B,) bool."""
 _UNKNOWN = np.iinfo(np.uint16).max
 
 
-def flagged(orders: Tensor, known: bool) -> tuple[Tensor, Tensor]:
-    """What a `Source` returns: orders (B, N) int64 that are all `known` or all random."""
-    return orders, torch.full((len(orders),), known)
-
-
-def mixed_orders(source: Source, grid: Grid, share: Callable[[int], float], jitter: float) -> Source:
+def mixed_orders(source: Source, grid: Grid, share: Callable[[int], float], jitter: float) -> Orders:
     """Orders of a source, with random ones among them, by a probability that `share` gives for each step.
 
     `jitter` is the deviation in steps of Gaussian noise on the ranks of the source's orders.
@@ -41,7 +38,9 @@ def mixed_orders(source: Source, grid: Grid, share: Callable[[int], float], jitt
 
     def orders(rows: np.ndarray, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         on_cpu = torch.Generator().manual_seed(generator.initial_seed())  # the same orders on any device
-        order, from_source = source(rows, step, on_cpu)
+        found = source(rows, step)
+        from_source = torch.full((len(rows),), found is not None)
+        order = random_orders(len(rows), grid, on_cpu) if found is None else found
         if jitter:
             order = (inverse(order) + jitter * torch.randn(order.shape, generator=on_cpu)).argsort(1)
         if share(step):
@@ -78,11 +77,11 @@ class OnlineOrders:
         """Take the scoring model; the trainer calls this before the first step."""
         self.scorer = scorer
 
-    def __call__(self, rows: np.ndarray, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def __call__(self, rows: np.ndarray, step: int) -> Tensor | None:
         """See `Source`."""
         current = (step - 1) // self.steps
         if not (current or self.warm):
-            return flagged(random_orders(len(rows), self.tokens.grid, generator), False)
+            return None
         if current != self.round:
             path, shape = self.folder / f"round-{current:03d}.npy", (len(self.tokens), self.tokens.grid.n)
             if processes.leads() and not path.is_file():
@@ -96,7 +95,7 @@ class OnlineOrders:
             if len(some):
                 self.orders[some, 1:] = found[:, 1:]
                 self.orders[some, 0] = found[:, 0]  # last: a kill in between leaves them missing
-        return flagged(torch.from_numpy(self.orders[rows].astype(np.int64)), True)
+        return torch.from_numpy(self.orders[rows].astype(np.int64))
 
     def evaluations(self) -> int:
         """Candidate evaluations of all extractions so far, from the round files."""
