@@ -83,7 +83,11 @@ def read_stored(config_class: type, values: Mapping[str, Any]) -> dict[str, Any]
 
 
 def as_overrides(arguments: Iterable[str], flags: Sequence[str] = ()) -> list[str]:
-    """Arguments with `--key value` and `--key=value` as `key=value`; `flags` have no value, others must."""
+    """Arguments with `--key value` and `--key=value` as `key=value`; `flags` have no value and stay.
+
+    Raises:
+        ValueError: an option without a value.
+    """
     found, rest = [], iter(arguments)
     for argument in rest:
         if argument.startswith("--") and argument not in flags:

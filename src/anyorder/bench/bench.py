@@ -178,7 +178,12 @@ def _table(rows: list[dict[str, Any]], *without: str) -> Table:
 
 
 def load_result(path: Path) -> dict[str, Any]:
-    """A file that `bench` wrote; a FileNotFoundError or ValueError if it is none."""
+    """A file that `bench` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not the result of a bench.
+    """
     result = files.read_json(path)
     if not isinstance(result, dict) or not {"config", "device", "rows"} <= set(result):
         raise ValueError(f"{path} is not a result of anyorder bench: give the JSON file that it wrote")

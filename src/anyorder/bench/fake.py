@@ -32,7 +32,11 @@ class Pass:
 
 @contextmanager
 def imagined() -> Iterator[None]:
-    """All tensors that are made have shapes and types, but no memory; an ImportError if PyTorch cannot."""
+    """All tensors that are made have shapes and types, but no memory.
+
+    Raises:
+        ImportError: this PyTorch has no fake tensors.
+    """
     try:
         from torch._subclasses import fake_tensor
     except ImportError as e:

@@ -22,7 +22,11 @@ KINDS = {
 
 
 def plan(experiment: Experiment, config: PlanConfig) -> dict[str, Any]:
-    """Costs of each stage and of all, and the machine; a ValueError for sizes that nothing says."""
+    """Costs of every stage that is counted, and of all together; the machine they are for.
+
+    Raises:
+        ValueError: sizes that neither the file nor the settings say.
+    """
     kind = Kind(*estimates.speeds()) if config.kind == "cpu" else KINDS[config.kind]
     with fake.imagined():
         planner = Planner(experiment, config, kind)

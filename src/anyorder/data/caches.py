@@ -107,7 +107,11 @@ class ImageSet(_Split):
         return self._copied(self._attribute_values(len(self) // self.copies))
 
     def labels_of(self, attribute: str | None) -> tuple[np.ndarray, list[str]]:
-        """Labels (n,) int64, -1 for none, and their names: of the class (None) or of a known attribute."""
+        """Labels (n,) int64, -1 for none, and their names: of the class (None) or of an attribute.
+
+        Raises:
+            ValueError: there is no such attribute; the message suggests one.
+        """
         if attribute is None:
             return self.labels, self.classes
         column = texts.index_of(attribute, list(self.attributes), "attribute")

@@ -37,7 +37,11 @@ class TextConfig:
 
 
 class CaptionTokenizer:
-    """Byte-pair encoding of lower-case text; an ImportError without the library `tokenizers`."""
+    """Byte-pair encoding of lower-case text.
+
+    Raises:
+        ImportError: when it learns or encodes, and the library `tokenizers` is not installed.
+    """
 
     def __init__(self, definition: str):
         """From JSON as `train` makes it and the `tokenizers` library reads it."""
@@ -135,7 +139,11 @@ class Vocabulary:
 
 
 def index_of(name: str, allowed: Sequence[str], what: str) -> int:
-    """Where a name stands among those allowed; for another one, a ValueError suggests the closest."""
+    """Where a name stands among those allowed.
+
+    Raises:
+        ValueError: it does not; the message suggests the closest one.
+    """
     if name not in allowed:
         same = (f", did you mean '{other}'?" for other in allowed if other.lower() == name.lower())
         hint = did_you_mean(name, allowed) or next(same, ":")

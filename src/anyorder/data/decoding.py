@@ -95,7 +95,11 @@ class Reader:
         return whole[top : top + h, left : left + w], checksum
 
     def stream(self, batches: Batches) -> Generator[Found]:
-        """Read batches of row numbers in this sequence, ahead; a ValueError if the source cannot be read."""
+        """Read `batches` of row numbers in this sequence; workers read ahead of what is asked for.
+
+        Raises:
+            ValueError: the source as a whole cannot be read.
+        """
         batches, most = iter(batches), _workers()
         first = list(itertools.islice(batches, max(2, most)))
         batches = itertools.chain(first, batches)
@@ -172,7 +176,11 @@ class Decoded:
             require(same, f"{self._reader.name(row)} {text}: {mend}")
 
     def cropped(self) -> Decoded:
-        """(5 n, H, W, 3), row k * n + i is crop k of image i; a ValueError for images too small for crops."""
+        """(5 n, H, W, 3), where row k * n + i is crop k of image i; see `CROP_RANGE`.
+
+        Raises:
+            ValueError: images are too small to have different crops.
+        """
         size = self._reader.decoding["size"]
         require(min(size) >= 10, f"crops need images of at least 10 x 10 pixels, got size={size}")
         reader = Reader(self._reader.source, self._reader.names, self._reader.decoding, CROPS)

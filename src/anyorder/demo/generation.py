@@ -230,8 +230,12 @@ def _events_of_order(pipe: Pipeline, steps: Iterator[tuple[Unfinished, Step]], o
 
 def paint(pipe: Pipeline, begun: Unfinished, tokens: Tensor, revealed: Tensor) -> bytes:
     """The images so far, side by side in one PNG, transparent where nothing is revealed.
-    Takes what was known before, tokens (n, N) int64 in raster order, and where they count (n, N) bool, in
-    each row at least once.
+
+    Args:
+        pipe: its tokenizer paints.
+        begun: what was known before.
+        tokens: (n, N) int64, raster order; ignored where nothing is revealed.
+        revealed: (n, N) bool, at least one in each row.
     """
     grid, factor = begun.grid, pipe.tokenizer.factor
     filled = tokens.gather(1, nearest_revealed(revealed, grid))
@@ -284,7 +288,11 @@ class AnimationRequest:
 
 
 def animation_events(pipe: Pipeline, asked: AnimationRequest) -> Iterator[Event]:
-    """One event: `file`, an animation in base64; a ValueError, at once, for what does not fit."""
+    """One event: `file`, an animation in base64.
+
+    Raises:
+        ValueError: an image that cannot be read, or orders that do not fit; at once.
+    """
     n, (h, w) = len(asked.order), asked.grid
     text = f"orders must have a row of {h * w} patches for each image"
     require(all(len(row) == h * w for row in asked.order), text)

@@ -54,7 +54,10 @@ class Line:
 
 class EventStream(StreamingResponse):
     """Server-sent events: `waiting` (place), `step` (as given), at last `end` or `error` (a sentence).
-    The `events` are sampled one step at a time, in another thread, when the turn comes in the `line`.
+
+    Args:
+        events: what is sampled, one step at a time, in another thread.
+        line: where the stream waits for its turn.
     """
 
     def __init__(self, events: Iterator[dict[str, Any]], line: Line) -> None:

@@ -80,7 +80,11 @@ def serve(config: DemoConfig) -> None:
 
 def create_app(pipe: Pipeline, hosts: Sequence[str] = (), name: str = "PIPELINE") -> applications.Starlette:
     """The web application around one pipeline; one request is served at a time, others wait their turn.
-    Browsers may ask for the page under the names `hosts`, besides localhost and its addresses.
+
+    Args:
+        pipe: generates the images.
+        hosts: names under which browsers may ask for the page, besides localhost and its addresses.
+        name: of the pipeline, as `Pipeline.from_pretrained` takes it.
     """
     waiting = line.Line()
 

@@ -42,7 +42,11 @@ class FeatureStatistics:
         self._logits: list[Tensor] = []
 
     def update(self, features: Tensor, logits: Tensor) -> None:
-        """Add features (B, dim) and logits (B, num_classes); a ValueError if one is not finite."""
+        """Add features (B, dim) and logits (B, num_classes).
+
+        Raises:
+            ValueError: a feature or logit is NaN or infinite; the message names the first such image.
+        """
         features, logits = features.detach().float().cpu(), logits.detach().float().cpu()
         broken = ~(features.isfinite().all(1) & logits.isfinite().all(1))
         if broken.any():

@@ -39,7 +39,11 @@ _STYLE: dict[Any, Any] = {
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:
-    """Write an image atomically, in the format of the file's ending; a ValueError if Pillow has none such."""
+    """Write an image atomically, in the format that the file's ending names.
+
+    Raises:
+        ValueError: Pillow writes no such format.
+    """
     with atomic(path) as temporary:
         image.save(temporary, format=_format(path))
 
@@ -90,7 +94,11 @@ def _require_images(images: np.ndarray) -> None:
 
 
 def ranks(orders: np.ndarray, grid: Grid) -> np.ndarray:
-    """Orders (n, N), which must be permutations, to the step of each position, (n, h, w)."""
+    """Orders (n, N) to the step at which each position is revealed, (n, h, w).
+
+    Raises:
+        ValueError: a row is not a permutation of the grid's positions.
+    """
     orders = np.asarray(orders)
     if orders.shape[1:] != (grid.n,) or (np.sort(orders, axis=1) != np.arange(grid.n)).any():
         raise ValueError(

@@ -50,10 +50,13 @@ def _own(order: str) -> Any:
 
 
 def make_policy(order: Order, grid: Grid, streams: Streams) -> OrderPolicy:
-    """A policy from what users write, for images with these streams, from which random orders come.
+    """A policy from what users write.
 
-    That is a name as in `PolicyConfig.order`, an order (N,) or (B, N) of integers, a `PolicyConfig`, a
-    policy, or a function from the grid to one of these.
+    Args:
+        order: a name as in `PolicyConfig.order`, an order (N,) or (B, N) of integers, a `PolicyConfig`, a
+            policy, or a function from the grid to one of these.
+        grid: the grid to cover.
+        streams: one per image; random orders come from them.
 
     Raises:
         ValueError: unknown name, no permutation of the grid, or orders for another number of images.

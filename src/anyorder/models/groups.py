@@ -46,7 +46,11 @@ ONE_BY_ONE = Layout(1, slice(0, -1), slice(None), slice(None), slice(None), None
 
 
 def layout(sizes: Sequence[int] | None, n: int, device: torch.device) -> Layout:
-    """The inputs for steps of these sizes, which must be >= 1 and sum to n; None reveals one by one."""
+    """The inputs for steps that reveal so many of n positions; None reveals one by one.
+
+    Raises:
+        ValueError: sizes below 1, or whose sum is not n.
+    """
     if sizes is None or set(sizes) == {1} == {len(sizes) // n}:
         return ONE_BY_ONE
     valid = min(sizes, default=0) >= 1 and sum(sizes) == n

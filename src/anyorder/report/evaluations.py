@@ -130,7 +130,11 @@ def _together(values: list[Any]) -> Any:
 
 
 def find_artifacts(folders: Sequence[Path]) -> Found:
-    """Folder and manifest of every finished artifact in run folders, oldest first; each must hold one."""
+    """Folder and manifest of every finished artifact in the run folders, oldest first.
+
+    Raises:
+        FileNotFoundError: a folder that holds none.
+    """
     found: dict[Path, dict[str, Any]] = {}
     for folder in folders:
         paths = [path for path in sorted(Path(folder).rglob(MANIFEST)) if path.parent.name != ".replaced"]

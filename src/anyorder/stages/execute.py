@@ -37,8 +37,15 @@ def execute(name: str, stage: Any, out: Path, *, overwrite: bool = False) -> boo
     A stage may say which settings (dotted names) do not change what it writes, `aside`, and which continue
     the work that is there when they become larger, `grows`. Of several processes the leader runs it alone
     unless it works `together`; then `run` returns what the manifest holds in the leader.
-    `name` is what the manifest calls it; `overwrite` replaces what other settings made. Returns whether
-    anything was done.
+
+    Args:
+        name: what its manifest calls the stage.
+        stage: its configuration.
+        out: folder of the artifact.
+        overwrite: replace what was made there under other settings.
+
+    Returns:
+        Whether anything was done.
 
     Raises:
         ValueError, FileNotFoundError: bad configuration or inputs; `out` is as it was before.

@@ -168,7 +168,12 @@ def discriminator_loss(discriminator: Discriminator, real: Tensor, fake: Tensor)
 
 
 def adaptive_weight(reconstruction: Tensor, generator: Tensor, last_layer: Tensor) -> Tensor:
-    """Weight in [0, 10,000] that makes both gradients at the last layer equally large (VQGAN, Eq. 7)."""
+    """Weight in [0, 10,000] that makes both gradients at the last layer equally large (VQGAN, Eq. 7).
+
+    Args:
+        reconstruction, generator: scalar losses that depend on `last_layer`.
+        last_layer: the decoder's last weight.
+    """
     losses = (reconstruction, generator)
     norms = [torch.autograd.grad(x, last_layer, retain_graph=True)[0].norm() for x in losses]
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()

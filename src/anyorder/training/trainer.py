@@ -346,7 +346,11 @@ class Trainer:
     # --- checkpoints ------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint, unless this step has one; a NonFiniteLoss if the weights are not finite."""
+        """Write a checkpoint, unless this step has one.
+
+        Raises:
+            NonFiniteLoss: the weights are not finite although the losses so far were.
+        """
         if self.saved_step == self.step_number:
             return
         with self._clock_stopped():
