@@ -69,11 +69,11 @@ def test_presets_run_as_they_are_and_have_the_same_stages(name):
 @pytest.mark.parametrize(
     ("changes", "seconds", "name"),
     [
-        ({}, 1800, "small"),
-        ({}, 600, "tiny"),
-        ({"cores": 8}, 600, "small"),
-        ({"train": 50}, 1800, "tiny"),
-        ({"side": 32}, 1800, "tiny"),
+        ({}, 7200, "small"),
+        ({}, 1800, "tiny"),
+        ({"cores": 8}, 1800, "small"),
+        ({"train": 50}, 7200, "tiny"),
+        ({"side": 32}, 7200, "tiny"),
         ({"gpu": 24}, 600, "small"),
         ({"gpu": 24, "side": 256, "train": 5000}, 3600, "base"),
         ({"side": 256, "train": 5000}, 36000, "small"),

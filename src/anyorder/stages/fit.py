@@ -56,7 +56,7 @@ class FitConfig:
     time: str = ""
     """Time to spend, such as 20m or 1h30m; by default 30m on a CPU and 1h on a GPU."""
     preset: Literal["tiny", "small", "base"] | None = None
-    """Size of images and models: tiny (32 pixels, minutes), small (64 pixels, half an hour on a CPU) or base
+    """Size of images and models: tiny (32 pixels, minutes), small (64 pixels, hours on a CPU) or base
     (128 pixels, for a GPU); by default by machine, time and images."""
     label: str | None = None
     """Column of the class (parquet and Hugging Face)."""
@@ -162,8 +162,8 @@ def choose_preset(facts: Facts, seconds: float) -> tuple[str, str]:
         return "tiny", f"{facts.train} images are too few for a larger model"
     if facts.side < 48:
         return "tiny", f"the images are small ({facts.side} pixels)"
-    if not facts.gpu and seconds * facts.cores < 1800:
-        return "tiny", "little time for a CPU; small needs 30 minutes on one core, 15 on two"
+    if not facts.gpu and seconds * facts.cores < 14_400:
+        return "tiny", "little time for a CPU; small (64 pixels) needs 4 hours on one core, 2 on two"
     return "small", "enough images and time"
 
 
