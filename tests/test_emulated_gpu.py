@@ -55,6 +55,7 @@ def test_training_steps_never_wait(bf16, tmp_path):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(torch, "Generator", GeneratorOfCPU)
                 patch.setattr("anyorder.inference.device.native_bf16", lambda device: True)
+                patch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
                 train(transformer(), loss, 8, config, tmp_path / str(steps), device="cuda")
         reads[steps] = gpu.reads
     assert reads[2] == reads[6]
