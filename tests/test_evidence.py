@@ -56,10 +56,19 @@ def test_the_same_classes_agree_in_full() -> None:
 
 def test_matched_rows_have_the_labels_of_the_samples() -> None:
     pool = np.array([0, 0, 0, 1, 1, 2, 3, 3])
-    rows = matched_rows(np.array([1, 0, 0, 1, 2, 2]), pool)
-    assert pool[rows].tolist() == [0, 0, 1, 1, 2]  # a class that is too small gives all it has
+    rows = matched_rows(np.array([1, 0, 0, 1, 2]), pool)
+    assert pool[rows].tolist() == [0, 0, 1, 1, 2]
     assert len(set(rows.tolist())) == 5
-    assert (rows == matched_rows(np.array([0, 0, 1, 1, 2, 2]), pool)).all()
+    assert (rows == matched_rows(np.array([0, 0, 1, 1, 2]), pool)).all()
+
+
+def test_matched_rows_keep_the_mix_where_the_pool_has_too_few() -> None:
+    """A class cut short alone would move FD by the mix and not by the images."""
+    pool = np.repeat([0, 1, 2], [300, 80, 1])
+    found = pool[matched_rows(np.repeat([0, 1, 2, 3], [200, 100, 2, 2]), pool)]
+    assert np.bincount(found).tolist() == [160, 80, 1]  # the rare ones do not decide
+    scarce = pool[matched_rows(np.repeat([0, 2], [10, 10]), pool)]
+    assert np.bincount(scarce).tolist() == [5, 0, 1]  # not below half
 
 
 # --- copies ------------------------------------------------------------------------------------------------

