@@ -58,7 +58,12 @@ def plan(config: fit.FitConfig, out: Path, overrides: Sequence[str]) -> str:
     values = fit.put(fit.adapt(yaml.safe_load(file.read_text(encoding="utf-8")), facts, config), given)
     rates = fit.rehearse(values, facts)
     values = fit.fill(values, rates, facts, seconds, list(given)) | {"out": str(out)}
-    lines = describe(values, fit.expected(values, rates, facts), facts, preset)
+    times = fit.expected(values, rates, facts)
+    lines = describe(values, times, facts, preset)
+    if sum(times.values()) < 0.8 * seconds:
+        lines.append(
+            f"the rest of {seconds / 60:.0f} min is not used: more passes over the images teach nothing new"
+        )
     return "".join(f"# {line}\n" for line in lines) + fit.as_yaml(values)
 
 
