@@ -70,6 +70,19 @@ def test_model_round_trip(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_colleagues_can_read_weights_as_the_umask_says(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        save_model(tmp_path, Tiny(TinyConfig()), TinyConfig(), "tiny")
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "config.json": mode,
+        "model.safetensors": mode,
+    }
+
+
 def test_load_model_refuses(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no model"):
         load_model(tmp_path)

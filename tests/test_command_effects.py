@@ -261,6 +261,7 @@ COMMANDS: dict[str, Command] = {
         **refused("attributes", {"hue": "red"}, "unknown attribute"), **change("num_images", 3),
         **group("sampling", "temperature", 0), **change("scale", 2), **change("compile", True),
         **group("policy", "order", "raster"), **change("guidance_scale", 9.0), **change("seed", 5),
+        **change("batch_size", 1),
     }),
     "complete": Command({"pipeline": "toy", "image": "image.png", "pad": (8, 8, 8, 8)}, {
         **change("pipeline", "toy2"), **change("image", "image2.png"),
@@ -273,6 +274,7 @@ COMMANDS: dict[str, Command] = {
         **change("feather", 0), **change("margin", 1), **group("policy", "order", "raster"),
         **group("sampling", "temperature", 0),
         **change("guidance_scale", 9.0, class_labels=("dog",)), **change("seed", 5),
+        **change("batch_size", 1, num_images=2),
     }),
     "convert": Command({"source": "arpg.pt", "grid": (2, 2), "tokenizer": "vq.pt"}, {
         **change("source", "arpg2.pt"), **change("tokenizer", "vq2.pt"),
@@ -388,6 +390,7 @@ def asked(monkeypatch):
     for owner in (caches.TokenSet, caches.ImageSet):
         watch(owner, "batch", lambda self, indices: ("batch", len(indices)))
     watch(sampling.Streams, "__init__", lambda self, seeds, *_: ("streams", len(seeds)))
+    watch(sampling.Streams, "subset", lambda self, rows: ("streams", len(rows)))
     for module in (inference, orders_stage, workloads):
         monkeypatch.setattr(module, "compile_decoding", lambda model: found.append("compiled"))
     monkeypatch.setenv("ANYORDER_BF16", "on")

@@ -386,7 +386,8 @@ def test_numbers_of_workers_are_checked(monkeypatch, tmp_path):
         ingest(FolderSource(folder(tmp_path / "in")), tmp_path / "out", (8, 8))
     monkeypatch.delenv(decoding.WORKERS)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
-    assert decoding._workers() == 1
+    assert decoding._workers(alone=False) == 1
+    assert decoding._workers(alone=True) == len(os.sched_getaffinity(0))
 
 
 def test_sunsets_are_always_kept():

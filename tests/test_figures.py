@@ -127,6 +127,16 @@ def test_mean_rank_per_class_has_a_map_for_each_class_that_occurs(monkeypatch) -
     assert image == mean_rank_per_class(orders, labels, ["shoes", "never", long], GRID, columns=2)
 
 
+def test_mean_rank_per_class_shows_the_largest_of_many_classes(monkeypatch) -> None:
+    shown = []
+    rendered = figures.rendered
+    monkeypatch.setattr(figures, "rendered", lambda figure: shown.append(figure) or rendered(figure))
+    monkeypatch.setattr(figures, "CLASS_MAPS", 2)
+    labels = np.array([0, 1, 1, 2, 3, 3])
+    mean_rank_per_class(permutations(6), labels, ["a", "b", "c", "d"], GRID)
+    assert [axis.get_title() for axis in shown[0].axes if axis.images] == ["all (6)", "b (2)", "d (2)"]
+
+
 def test_animations_need_two_frames() -> None:
     with pytest.raises(ValueError, match="at least 2 frames, got 1"):
         generation_frames(images_of(1), permutations(1), GRID, frames=1)

@@ -291,6 +291,25 @@ def test_batches_change_nothing_and_show_a_bar(capsys):
         PIPE(num_images=5, order=orders[:2], batch_size=2)
 
 
+def test_too_little_memory_names_a_batch(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PIPE.model, "start", full)
+    monkeypatch.setattr(PIPE.model, "forward", full)
+    image = np.stack([IMAGE] * 2)
+    for work in (
+        lambda: PIPE(num_images=2, batch_size=2),
+        lambda: PIPE.complete(IMAGE, HOLE, batch_size=2),
+        lambda: PIPE.score(image, order="token_likelihood", batch_size=2),
+        lambda: PIPE.extract_order(image, batch_size=2),
+    ):
+        with pytest.raises(
+            ValueError, match="out of memory with batch_size=2: batch_size=1 needs about half"
+        ):
+            work()
+
+
 def test_memory_is_that_of_one_batch():
     seen = []
     original = PIPE.model.start

@@ -44,8 +44,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
             left.unlink()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # processes may share the folder
     with _locked(temporary, os.O_WRONLY | os.O_CREAT):
+        mode = temporary.stat().st_mode  # by the umask; safetensors puts a file of its own in this place
         try:
             yield temporary
+            temporary.chmod(mode)
             with open(temporary, "rb+") as f:
                 os.fsync(f.fileno())
             os.replace(temporary, path)

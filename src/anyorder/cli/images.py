@@ -38,6 +38,8 @@ class _ImageConfig:
     guidance_scale: float | None = None
     """Scale of classifier-free guidance: 1 is none, larger follows class and prompt closer. By default
     what the pipeline says, which is none unless it was made with some."""
+    batch_size: int = 64
+    """Images at once; fewer take less memory and give the same images."""
     seed: int = 0
     """Image i is generated from seed + i; by default 0."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -132,6 +134,7 @@ def _sample_into(config: SampleConfig, out: Path) -> None:
         sampling=config.sampling,
         prompt=config.prompts or None,
         attributes=config.attributes,
+        batch_size=config.batch_size,
     )  # fmt: skip
     _save(made.images, out)
     images, orders = np.stack([np.asarray(image) for image in made.images]), made.order.cpu().numpy()
@@ -160,7 +163,7 @@ def _completed(config: CompleteConfig) -> list[Image.Image]:
     return pipe.complete(
         image, mask, labels, config.num_images, config.policy, config.guidance_scale, config.seed,
         pad=config.pad, keep=config.keep, feather=config.feather, margin=config.margin, prompt=config.prompt,
-        sampling=config.sampling,
+        sampling=config.sampling, batch_size=config.batch_size,
     ).images  # fmt: skip
 
 

@@ -94,13 +94,15 @@ class Reader:
         top, left = corners[row // len(self.names)]
         return whole[top : top + h, left : left + w], checksum
 
-    def stream(self, batches: Batches) -> Generator[Found]:
+    def stream(self, batches: Batches, alone: bool = False) -> Generator[Found]:
         """Read `batches` of row numbers in this sequence; workers read ahead of what is asked for.
+
+        `alone` where the other processes of torchrun do not read: all cores are then this one's.
 
         Raises:
             ValueError: the source as a whole cannot be read.
         """
-        batches, most = iter(batches), _workers()
+        batches, most = iter(batches), _workers(alone)
         first = list(itertools.islice(batches, max(2, most)))
         batches = itertools.chain(first, batches)
         if most == 0 or len(first) < 2:
@@ -114,11 +116,12 @@ class Reader:
             yield _sound(found._replace(pixels=found.pixels.numpy()))
 
 
-def _workers() -> int:
+def _workers(alone: bool) -> int:
     given = os.environ.get(WORKERS, "")
     require(not given or given.isdecimal(), f"{WORKERS} must be a number from 0 on, got '{given}'")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(given) if given else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    sharers = 1 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(given) if given else max(1, cores // sharers)
 
 
 def _sound(found: Found) -> Found:

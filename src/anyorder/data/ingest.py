@@ -188,7 +188,7 @@ def _ingest_split(
     captions = [item.caption or "" for item in items[:begin] if item.name not in lost_names]
     blocks = list(slices(len(items), _BLOCK, begin))
     with (
-        contextlib.closing(Reader(source, names, decoding).stream(blocks)) as stream,
+        contextlib.closing(Reader(source, names, decoding).stream(blocks, alone=True)) as stream,
         tqdm(total=len(items), initial=begin, desc=f"{split} images", unit="image") as bar,
     ):
         for block, found in zip(blocks, stream, strict=True):

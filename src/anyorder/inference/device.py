@@ -97,6 +97,14 @@ def memory_explained(advice: Callable[[], str]) -> Iterator[None]:
         raise ValueError(advice()) from e
 
 
+def smaller_batch(size: int | None) -> str:
+    """What to do where memory is too small for so many images at once."""
+    if size is None:
+        return "out of memory: give a smaller batch_size where there is one, a smaller model, or device=cpu"
+    half = f"batch_size={size // 2} needs about half" if size > 1 else "choose a smaller model"
+    return f"out of memory with batch_size={size}: {half}"
+
+
 LARGEST = {"cpu": 64, "cuda": 1024}
 """Images in a batch: more keep a device no busier, and a killed run loses more of its work."""
 

@@ -145,13 +145,18 @@ def _with_key(panel: Image.Image, steps: int, height: int = 26) -> Image.Image:
     return canvas
 
 
+CLASS_MAPS = 29
+"""Maps of classes in a figure, those with the most images: a figure of a thousand takes minutes."""
+
+
 def mean_rank_per_class(
     orders: np.ndarray, labels: np.ndarray, classes: Sequence[str], grid: Grid, columns: int = 6
 ) -> Image.Image:
-    """Mean step of each position: a map for all images, and for each class that `labels` (n,) hold."""
+    """Mean step of each position: a map for all, and for each of the largest classes in `labels` (n,)."""
     rank, labels = ranks(orders, grid), np.asarray(labels)
     maps = [(f"all ({len(rank)})", rank.mean(0))]
-    for label in np.unique(labels):
+    found, images = np.unique(labels, return_counts=True)
+    for label in np.sort(found[np.argsort(-images, kind="stable")[:CLASS_MAPS]]):
         members = rank[labels == label]
         name = display_name(classes[label])
         name = name if len(name) <= 16 else f"{name[:15]}…"

@@ -17,7 +17,7 @@ from anyorder.contracts import Grid, require
 from anyorder.data.captions import index_of
 from anyorder.data.images import to_uint8
 from anyorder.inference import folders, inpainting, masks
-from anyorder.inference.device import find_device
+from anyorder.inference.device import find_device, memory_explained, smaller_batch
 from anyorder.inference.output import PipelineOutput
 from anyorder.inference.request import VALUES, ImageRequest, takes_request
 from anyorder.method import decoding, policy_config
@@ -136,10 +136,11 @@ class Pipeline(folders.Parts):
         """
         prepared = self._prepare(ImageRequest.of(*request, **settings), callback_on_step_end)
         made = []
-        for _, model, policy, streams, options in self._batches(batch_size, *prepared):
-            # Unpacked here, so that the generator runs without a frame of `trace` on the stack.
-            found = decoding.trace([*decoding.generate(model, policy, streams, **options)])
-            made.append(self._output(found, options["grid"]))
+        with memory_explained(lambda: smaller_batch(batch_size)):
+            for _, model, policy, streams, options in self._batches(batch_size, *prepared):
+                # Unpacked here, so that the generator runs without a frame of `trace` on the stack.
+                found = decoding.trace([*decoding.generate(model, policy, streams, **options)])
+                made.append(self._output(found, options["grid"]))
         return PipelineOutput.joined(made)
 
     @takes_request
@@ -191,12 +192,13 @@ class Pipeline(folders.Parts):
         asked, filling = ImageRequest.of(*request, **settings), {"margin": margin, "feather": feather}
         begin, prepared = self._unfinished(image, mask, asked, pad, keep, filling, callback_on_step_end)
         made = []
-        for rows, model, policy, streams, options in self._batches(batch_size, *prepared):
-            begun = begin(rows, streams)
-            found, known, trace = begun.complete(model, self.tokenizer, policy, streams, **options)
-            shown = [Image.fromarray(one) for one in found.permute(0, 2, 3, 1).cpu().numpy()]
-            numbers = trace.order, trace.tokens, trace.log_prob, begun.grid, trace.steps
-            made.append(PipelineOutput(shown, *numbers, known))
+        with memory_explained(lambda: smaller_batch(batch_size)):
+            for rows, model, policy, streams, options in self._batches(batch_size, *prepared):
+                begun = begin(rows, streams)
+                found, known, trace = begun.complete(model, self.tokenizer, policy, streams, **options)
+                shown = [Image.fromarray(one) for one in found.permute(0, 2, 3, 1).cpu().numpy()]
+                numbers = trace.order, trace.tokens, trace.log_prob, begun.grid, trace.steps
+                made.append(PipelineOutput(shown, *numbers, known))
         return PipelineOutput.joined(made)
 
     @takes_request
@@ -260,18 +262,17 @@ class Pipeline(folders.Parts):
         Takes images as `complete` does and the fields of `ImageRequest` but `grid` and `sampling`. Orders
         that are inferred are extracted first; which orders make this a density: docs/concepts/likelihood.md.
         """
-        found = []
-        for tokens, model, policy, streams, options in self._given(images, batch_size, request, settings):
-            condition, grid = options.get("condition"), options["grid"]
-            n = tokens.shape[1]
-            if (
-                isinstance(policy, policy_config.policies.FixedOrder) and len(policy.sizes(n)) == n
-            ):  # one pass of the model
-                nll = image_nll(model, tokens, condition, policy.order.expand_as(tokens), grid)["nll"]
-                found.append(-nll * n)
-            else:
-                made = decoding.extract_orders(model, tokens, policy, streams, **options)
-                found.append(made.log_prob.double().sum(1))
+        found, given = [], self._given(images, batch_size, request, settings)
+        with memory_explained(lambda: smaller_batch(batch_size)):
+            for tokens, model, policy, streams, options in given:
+                condition, grid, n = options.get("condition"), options["grid"], tokens.shape[1]
+                fixed = isinstance(policy, policy_config.policies.FixedOrder)
+                if fixed and len(policy.sizes(n)) == n:  # one pass of the model
+                    nll = image_nll(model, tokens, condition, policy.order.expand_as(tokens), grid)["nll"]
+                    found.append(-nll * n)
+                else:
+                    made = decoding.extract_orders(model, tokens, policy, streams, **options)
+                    found.append(made.log_prob.double().sum(1))
         return torch.cat(found)
 
     @takes_request
@@ -284,10 +285,11 @@ class Pipeline(folders.Parts):
         if settings.get("order") is None and len(request) < 3 and not self.policy.decided:
             settings["order"] = "token_likelihood"
         given = self._given(images, batch_size, request, settings)
-        orders = [
-            decoding.extract_orders(model, tokens, policy, streams, **options).order
-            for tokens, model, policy, streams, options in given
-        ]
+        with memory_explained(lambda: smaller_batch(batch_size)):
+            orders = [
+                decoding.extract_orders(model, tokens, policy, streams, **options).order
+                for tokens, model, policy, streams, options in given
+            ]
         return torch.cat(orders)
 
     @takes_request

@@ -14,7 +14,7 @@ from typing import Any
 from anyorder.contracts import require
 from anyorder.files import read_manifest
 from anyorder.inference import processes
-from anyorder.inference.device import memory_explained
+from anyorder.inference.device import memory_explained, smaller_batch
 from anyorder.settings import defaults, read_stored
 from anyorder.stages.artifacts import Artifact, Completion, recorded_input
 
@@ -62,19 +62,12 @@ def execute(name: str, stage: Any, out: Path, *, overwrite: bool = False) -> boo
             return False
         log.info("%s -> %s", name, out)
         if artifact or getattr(stage, "together", False):
-            with memory_explained(lambda: _advice(stage)):
+            with memory_explained(lambda: smaller_batch(getattr(stage, "batch_size", None))):
                 found = stage.run(artifact or seen)
         if artifact:
             artifact.finish(**found)
         processes.barrier()
     return True
-
-
-def _advice(stage: Any) -> str:
-    """What to change if memory is too small for what a stage does at once."""
-    size = getattr(stage, "batch_size", None)
-    half = f"batch_size={size // 2} needs about half" if size and size > 1 else "choose a smaller model"
-    return f"out of memory with batch_size={size}: {half}"
 
 
 def _begin(name: str, stage: Any, out: Path, overwrite: bool) -> tuple[Any, Artifact]:

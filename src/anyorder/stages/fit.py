@@ -11,7 +11,6 @@ import io
 import json
 import logging
 import math
-import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -116,7 +115,7 @@ def rehearse(values: Values, facts: Facts) -> dict[str, float]:
 
     The unit of a training is a step; of other stages an image, see `_images`.
     """
-    tried = 8 * (os.cpu_count() or 1).bit_length()  # steps that try out numbers of threads
+    tried = 8 * facts.cores.bit_length()  # steps that try out numbers of threads
     short = rehearsal(values, tried + 8)
     with tempfile.TemporaryDirectory() as name, _quiet():
         folder = Path(name)
