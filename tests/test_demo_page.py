@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -285,6 +286,14 @@ def test_painting_by_keyboard(visit):
     mask = edited(page)[1]
     assert mask.any()
     assert mask[:, 4:].sum() == 0
+    spoken = page.locator("#spoken").inner_text()
+    assert re.match(r"Column \d+, row \d+. \d+ percent of the image is painted.", spoken)
+    page.get_by_role("button", name="Clear").click()
+    page.get_by_role("radio", name="Rectangle").check()
+    page.locator("#mask").focus()
+    for key in ("Space", *["ArrowRight"] * 3, *["ArrowDown"] * 2, "Space"):
+        page.keyboard.press(key)
+    assert edited(page)[1].sum() == 6
     tile = page.locator(".tile").first
     tile.focus()
     page.keyboard.press("Enter")

@@ -271,6 +271,7 @@ def test_the_same_command_goes_on_with_the_stored_plan(fitted, capsys, monkeypat
     assert main(typed) == 0
     said = capsys.readouterr().out
     assert said.startswith("images: ")
+    assert f"going on with this plan, which is {out}/experiment.yaml" in said
     assert "the model's order" in said
     assert "raster order" in said
     assert "next: anyorder sample pipeline=" in said
@@ -303,8 +304,12 @@ def test_a_dry_run_shows_the_file_and_writes_nothing(tmp_path, capsys, monkeypat
     assert "features" not in values["stages"]
     assert not (tmp_path / "run").exists()
     typed[3] = "5h"
+    typed.append("data.size=16")
     assert main(typed) == 0
-    assert "# the rest of 300 min is not used" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "# the rest of 300 min is not used" in text
+    assert "used at 16\n" in text
+    assert "# model: patches of 4 x 4 pixels, 3 blocks of width 96" in text
 
 
 def test_what_is_wrong_is_said_at_once(tmp_path, capsys):

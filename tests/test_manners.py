@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from anyorder import settings
 from anyorder.cli import commands, main, runs
@@ -58,7 +59,11 @@ def test_bash_completes_commands_and_settings(capsys, tmp_path):
     script = tmp_path / "anyorder.bash"
     script.write_text(capsys.readouterr().out)
     ask = "source {}; COMP_WORDS=({}); COMP_CWORD={}; _anyorder; echo ${{COMPREPLY[@]}}"
-    for words, wanted in [("anyorder tok", "tokenizer tokens"), ("anyorder tokens mir", "mirror=")]:
+    for words, wanted in [
+        ("anyorder tok", "tokenizer tokens"),
+        ("anyorder tokens mir", "mirror="),
+        ("anyorder train overw", "overwrite="),
+    ]:
         typed = ask.format(script, words, len(words.split()) - 1)
         found = subprocess.run(["bash", "-c", typed], capture_output=True, text=True, check=True)
         assert found.stdout.strip() == wanted
@@ -157,6 +162,25 @@ def test_ls_says_what_is_up_to_date_and_why_not(run, capsys):
     (run / "data" / ".identity.json").write_text("{}")
     assert main.main(["ls", str(run)]) == 0
     assert "unfinished" in capsys.readouterr().out
+
+
+def test_ls_sees_that_photos_were_added_or_are_gone(tmp_path):
+    (photos := tmp_path / "photos").mkdir()
+    for i in range(6):
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(photos / f"{i}.png")
+    assert main.main(["data", f"source={photos}", "size=8", f"out={tmp_path}/data"]) == 0
+    assert runs.state(tmp_path / "data") == "up to date"
+    Image.new("RGB", (8, 8)).save(photos / "more.png")
+    assert runs.state(tmp_path / "data") == f"out of date: {photos} has changed since then"
+    shutil.rmtree(photos)
+    assert runs.state(tmp_path / "data") == f"its source {photos} can no longer be read"
+
+
+def test_what_is_watched_is_known_before_the_training(tmp_path, data, capsys):
+    typed = ["tokenizer", f"data={data}", "train.steps=100000", "train.patience=2", f"out={tmp_path}/out"]
+    assert main.main([*typed, "train.watch=validation_psnr"]) == 2
+    text = "watch=validation_psnr is not evaluated: choose one of test_psnr, test_ssim"
+    assert text in capsys.readouterr().err
 
 
 def test_clean_deletes_checkpoints_of_finished_trainings_alone(run, capsys):

@@ -468,7 +468,9 @@ def test_a_command_says_what_it_wrote_and_what_comes_next(tmp_path, capsys):
     for _ in range(2):
         assert cli.main(command) == 0
         last = capsys.readouterr().out.splitlines()[-1]
-        assert last == f"wrote {out}; next: anyorder tokenizer data={out} out={out.parent}/tokenizer"
+        what = "images of one size, with classes and splits"
+        after = f"anyorder tokenizer data={out} out={out.parent}/tokenizer"
+        assert last == f"wrote {out}: {what}; next: {after}"
     assert cli.main([*command, "seed=1"]) == 2
     assert "(seed 0 -> 1): add overwrite=true" in capsys.readouterr().err
     assert cli.main([*command, "seed=1", "--overwrite", "true"]) == 0

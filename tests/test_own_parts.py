@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import sys
+from types import SimpleNamespace
 
 import own_parts
 import pytest
@@ -107,6 +108,16 @@ def test_an_installed_package_registers_a_name(monkeypatch):
     assert torch.equal(drawn(PolicyConfig("gini")).order, drawn(PolicyConfig("own_parts:gini")).order)
     with pytest.raises(ValueError, match=r"unknown name 'gini': .* registers it as anyorder.networks"):
         families.resolve("networks", "gini")
+
+
+def test_a_model_is_trained_on_an_own_order(tmp_path):
+    stage = parse(TrainStage, {"tokens": tmp_path, "order": "own_parts:backwards"})
+    tokens = SimpleNamespace(grid=Grid(2, 3))
+    assert stage._general_orders(tokens, 2).tolist() == [[5, 4, 3, 2, 1, 0]] * 2
+    assert stage._source(tmp_path, tokens, None)([0, 1], 0).tolist() == [[5, 4, 3, 2, 1, 0]] * 2
+    chooses = parse(TrainStage, {"tokens": tmp_path, "order": "own_parts:Nearest"})
+    with pytest.raises(ValueError, match="order=own_parts:Nearest chooses as it generates: give a function"):
+        chooses._general_orders(tokens, 2)
 
 
 # --- networks, and pipelines that hold own parts

@@ -338,8 +338,10 @@ def test_make_policy():
     random = make_policy("random", GRID, Streams(range(3)))
     assert random.name == "random"
     assert torch.equal(inverse(random.rank), Streams(range(3)).permutation(6))
-    with pytest.raises(ValueError, match="unknown order 'zigzag': choose one of random, raster"):
-        make_policy("zigzag", GRID, streams)
+    with pytest.raises(
+        ValueError, match=r"unknown order 'rastre', did you mean 'raster'\?: choose one of random, raster"
+    ):
+        make_policy("rastre", GRID, streams)
 
 
 @pytest.mark.parametrize("order", ["random", *STATIC, *SCORES])

@@ -125,7 +125,10 @@ def test_an_experiment_file_comes_before_a_recipe(tmp_path, monkeypatch, capsys)
     Path("imagenet64").write_text("stages: {}")
     assert find_experiment("imagenet64") == Path("imagenet64")
     assert cli.main(["run", "imagenet46", "--dry-run"]) == 2
-    assert "no configuration file imagenet46; recipes are celebahq256, " in capsys.readouterr().err
+    assert (
+        "no configuration file imagenet46, did you mean 'imagenet64'? Recipes are celebahq256, "
+        in capsys.readouterr().err
+    )
 
 
 def test_recipes_are_data_of_the_package():

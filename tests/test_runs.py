@@ -17,6 +17,7 @@ from PIL import Image
 from anyorder import Pipeline
 from anyorder.cli import main as cli
 from anyorder.contracts import Grid
+from anyorder.data import caches
 from anyorder.data.caches import TokenSet
 from anyorder.evaluation.metrics import FeatureStatistics, frechet_distance
 from anyorder.files import RowWriter, fingerprint, load_array, read_json, read_manifest
@@ -193,6 +194,18 @@ def test_groups_are_learnt_drawn_and_measured(experiment):
     )
     assert found["bound"] == pytest.approx(found["bound_tokens"] + found["bound_location"])
     assert found.keys() == facts.keys()
+
+
+def test_pictures_while_training_show_the_orders_that_are_trained_on(experiment):
+    orders, labels = experiment / "orders", torch.tensor([2, 0])
+    own, of_class = {"orders": orders}, {"orders": orders, "orders_as": "class_mean"}
+    shown = [
+        TrainStage(tokens=experiment / "tokens", **settings)._shown_order(labels)
+        for settings in (own, of_class, {"order": "halton"})
+    ]
+    assert shown[0] == parse(PolicyConfig, read_manifest(orders)["config"]["policy"])
+    assert torch.equal(shown[1], caches.OrderSet(orders).of_classes(labels))
+    assert shown[2] == "halton"
 
 
 def test_class_orders_are_drawn_and_measured(experiment):

@@ -21,6 +21,11 @@ import torch
 from torch import Tensor, nn
 
 
+def exact(x: Tensor) -> Tensor:
+    """`x` in float64; on the CPU where it was on one of Apple's GPUs, which have none."""
+    return (x.cpu() if x.is_mps else x).double()
+
+
 def require(holds: bool, message: str) -> None:
     """Raise a ValueError with this message, unless the condition holds."""
     if not holds:

@@ -15,7 +15,6 @@ from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from anyorder.bench import costs
 from anyorder.models import layers
@@ -84,7 +83,7 @@ class _Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
+        for x in torch.utils._pytree.tree_leaves(result):
             if (
                 isinstance(x, torch.Tensor)
                 and (key := (storage := x.untyped_storage())._cdata) not in self.known

@@ -112,6 +112,16 @@ NEXT = {
     "pipeline": "sample pipeline={out} out={run}/images",
 }
 """What to type after a stage."""
+MEANING = {
+    "data": "images of one size, with classes and splits", "tokenizer": "turns images into tokens and back",
+    "features": "the space that images are compared in", "tokens": "the images as tokens",
+    "train": "a model of the tokens", "orders": "an order for each training image",
+    "iterate": "the best of several rounds of orders and training", "sample": "generated images",
+    "eval": "distances to held-out images, and likelihoods", "compare": "the difference of two evaluations",
+    "tune": "temperature and guidance, searched", "completion": "how well holes are filled",
+    "grid": "the model on a larger grid", "pipeline": "all that generates images, in one folder",
+}  # fmt: skip
+"""What a stage has written."""
 
 
 EXAMPLES = {
@@ -157,7 +167,7 @@ def stage(call: Call) -> str:
     known = {role: path for role in config.inputs if (path := getattr(config, role)) is not None}
     names = {"data": "DATA", "tokenizer": "TOKENIZER", "tokens": "TOKENS", "features": "FEATURES"}
     after = NEXT.get(call.name, "report {run}").format(**(names | known | {"out": out, "run": out.parent}))
-    return f"{out}; next: anyorder {after}"
+    return f"{out}: {MEANING[call.name]}; next: anyorder {after}"
 
 
 def sample(call: Call) -> str:
@@ -256,7 +266,8 @@ def fit(call: Call) -> str:
         raise ValueError("fit measures one process and plans for it: start it without torchrun")
     from anyorder.cli.fit import fit_folder
 
-    source = str(Path(call.paths.pop()).expanduser())
+    source = call.paths.pop()
+    source = source if "://" in source else str(Path(source).expanduser())
     out, overwrite = call.out(f"runs/{Path(source).resolve().stem}"), call.flag("overwrite")
     overrides = call.of_stages()
     fit_folder(call.parse(source=source), out, overrides, dry_run=call.dry_run, overwrite=overwrite)

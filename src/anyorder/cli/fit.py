@@ -27,7 +27,9 @@ def fit_folder(
         return
     lines = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")]
     print("\n".join(lines), flush=True)
-    if not path.is_file():
+    if path.is_file():
+        print(f"going on with this plan, which is {path}; delete it for another", flush=True)
+    else:
         write_text(path, text)
     load_experiment(path, overrides).run(overwrite)
     table = report([out], out / "report.html")
@@ -77,17 +79,19 @@ def describe(
 ) -> list[str]:
     """The plan in lines: what was found, what was chosen and why, the minutes of each stage."""
     stages, n, total = values["stages"], facts.train, sum(times.values())
+    patch, model = fit.patch_side(stages["tokenizer"]), stages["any-order"]["model"]
     classes = f"{facts.classes} classes" if facts.classes > 1 else "one class"
     classes += ", captions" * ("captions" in stages["data"])
     size = stages["data"]["size"]
-    size = size if isinstance(size, str) else "x".join(map(str, size))
+    size = "x".join(map(str, size)) if isinstance(size, list) else size
     lines = [
         f"images: {n:,} to train, {facts.validation} to stop early, {facts.test:,} held out; {classes}; "
         f"about {facts.side} pixels, used at {size}",
         f"machine: {f'GPU of {facts.gpu} GiB' if facts.gpu else f'CPU, {facts.cores} threads'}, "
         f"{'bfloat16' if facts.bf16 else 'float32'}",
         f"preset {preset[0]}: {preset[1]}",
-        f"against learning by heart: dropout {stages['any-order']['model']['dropout']}, "
+        f"model: patches of {patch} x {patch} pixels, {model['depth']} blocks of width {model['width']}",
+        f"against learning by heart: dropout {model['dropout']}, "
         f"{'mirrored copies, ' if stages['tokens']['mirror'] else ''}early stop",
     ]
     if n < fit.FEW:

@@ -47,6 +47,10 @@ class _ImageConfig:
     renamed: ClassVar[dict[str, str]] = {"guidance": "guidance_scale"}
     """Earlier names, see `settings.read_stored`."""
 
+    def __post_init__(self) -> None:
+        for name in ("num_images", "batch_size"):
+            require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+
 
 @dataclass(kw_only=True)
 class SampleConfig(_ImageConfig):
@@ -69,12 +73,16 @@ class SampleConfig(_ImageConfig):
     compile: bool = False
     """Generate through compiled code: pays for many images only, since compiling takes a while."""
 
-    renamed: ClassVar[dict[str, str]] = {"n": "num_images", "labels": "class_labels"} | _ImageConfig.renamed
+    renamed: ClassVar[dict[str, str]] = {
+        "n": "num_images",
+        "labels": "class_labels",
+        "prompt": "prompts",
+    } | _ImageConfig.renamed
     """Earlier names, see `settings.read_stored`."""
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "scale"):
-            require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        super().__post_init__()
+        require(self.scale >= 1, f"scale must be >= 1, got {self.scale}")
 
 
 @dataclass(kw_only=True)
@@ -109,6 +117,7 @@ class CompleteConfig(_ImageConfig):
     """Earlier names, see `settings.read_stored`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.mask is None or self.box is None, "give either mask=... or box=..., not both")
 
 

@@ -130,7 +130,8 @@ def _completion() -> str:
     lines = ["_anyorder() {", "  local words", "  case ${COMP_WORDS[1]} in"]
     for name in COMMANDS:
         keys = dict.fromkeys(key for config in _configs(name) for key in settings.names(config))
-        lines.append(f'    {name}) words="{" ".join(f"{key}=" for key in keys)}" ;;')
+        common = [f"{key}=" for key in (*keys, "out", "overwrite", "device")]
+        lines.append(f'    {name}) words="{" ".join([*common, *FLAGS])}" ;;')
     lines += ["  esac", f'  [ "$COMP_CWORD" -eq 1 ] && words="{" ".join(COMMANDS)}"']
     lines += ['  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))', "}"]
     return "\n".join([*lines, "complete -o nospace -o default -F _anyorder anyorder"])

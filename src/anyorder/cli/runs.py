@@ -11,6 +11,7 @@ from anyorder import files
 from anyorder.contracts import require
 from anyorder.report.tables import Table
 from anyorder.stages.artifacts import IDENTITY, REPLACED, input_folders
+from anyorder.stages.data import source_state
 
 
 def artifacts(run: Path) -> list[Path]:
@@ -45,7 +46,7 @@ def state(folder: Path) -> str:
             return f"its {role} is no longer at {source}"
         if files.fingerprint(source) != manifest["inputs"][role]:
             return f"out of date: its {role} {source} was made again"
-    return "up to date"
+    return source_state(manifest["config"]) if manifest["stage"] == "data" else "up to date"
 
 
 def checkpoints(runs: Sequence[Path]) -> list[Path]:

@@ -237,6 +237,7 @@ class OrderSet:
         self.fingerprint: str = manifest["fingerprint"]
         self.tokens: str = manifest["tokens"]  # fingerprint of the token cache that the orders are for
         self.policy: str = manifest["policy"]  # name of the policy that extracted them
+        self.policy_settings = manifest.get("config", {}).get("policy", {})
         self.scorer = manifest.get("scorer", {})  # training behind the model that scored
         path, rows = self.folder / "train.order.npy", manifest["rows"]
         self.orders = files.load_array(path)  # (n, N), a permutation of raster positions in every row

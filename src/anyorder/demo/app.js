@@ -43,13 +43,14 @@ function chip(order) {
   return made;
 }
 
+const OPENED = 2;  // orders side by side on opening: more keep the first images waiting
 const boxes = () => [...document.querySelectorAll("[name=orders]")];
 const editing = () => field.task.value === "edit";
 
 /** Settings come from the address, so that a view can be kept and shared; what cannot be set is an error. */
 function readAddress() {
   const given = new URLSearchParams(location.search), names = about.orders.map(order => order.name);
-  const wanted = given.has("orders") ? given.getAll("orders") : about.orders.filter(order => order.good).map(order => order.name);
+  const wanted = given.has("orders") ? given.getAll("orders") : about.orders.filter(order => order.good).map(order => order.name).slice(0, OPENED);
   for (const box of boxes()) box.checked = wanted.slice(0, about.max_orders).includes(box.value);
   $("experiments").open = about.orders.some(order => !order.good && wanted.includes(order.name));
   const wrong = wanted.filter(name => !names.includes(name)).map(name => `unknown order '${name}'`);

@@ -12,6 +12,7 @@ export class Editor {
   version = 0;
   past = [];
   cursor = null;
+  corner = null;   // of a rectangle that the keyboard has begun
 
   /** `changed` is called after each change, `fail` with a sentence that says what is wrong. */
   constructor(about, changed, fail) {
@@ -30,7 +31,7 @@ export class Editor {
     this.listenToPointer();
     for (const handle of document.querySelectorAll(".handle")) this.listenToHandle(handle);
     $("mask").onkeydown = event => this.key(event);
-    $("mask").onblur = () => { this.cursor = null; this.paint(); };
+    $("mask").onblur = () => { this.cursor = this.corner = null; this.paint(); };
     new ResizeObserver(() => this.fit()).observe($("stage"));
     this.paint();
   }
@@ -231,13 +232,23 @@ export class Editor {
   key(event) {
     const moves = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}, {width, height} = this.image;
     if (event.key === "z" && (event.ctrlKey || event.metaKey)) this.undo();
-    else if (event.key === " ") this.change(() => this.dab(...this.cursor ?? [width / 2, height / 2]));
+    else if (event.key === " ") this.space(this.cursor ?? [width / 2, height / 2]);
     else if (moves[event.key]) {
       const [x, y] = this.cursor ?? [width / 2, height / 2], far = event.shiftKey ? this.factor : 1, [dx, dy] = moves[event.key];
       this.cursor = [Math.min(Math.max(x + dx * far, 0), width), Math.min(Math.max(y + dy * far, 0), height)];
     } else return;
     event.preventDefault();
     this.paint();
+    const [x, y] = (this.cursor ?? [width / 2, height / 2]).map(Math.floor), share = this.mask.filter(value => value).length / this.mask.length;
+    const open = this.corner ? "Move to the opposite corner and press Space. " : "";
+    $("spoken").textContent = `${open}Column ${x}, row ${y}. ${Math.round(100 * share)} percent of the image is painted.`;
+  }
+
+  /** Brush and eraser dab where the cursor is; a rectangle takes two corners. */
+  space(at) {
+    const corner = this.corner;
+    this.corner = checked("tool") === "rectangle" && !corner ? at : null;
+    if (!this.corner) this.change(() => corner ? this.rectangle(corner, at) : this.dab(...at));
   }
 
   // --- on the screen ----------------------------------------------------------------------------------

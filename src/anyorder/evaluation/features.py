@@ -72,7 +72,7 @@ class Inception2015:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except (ImportError, RuntimeError) as e:  # RuntimeError: a torchvision built for another torch
             raise ImportError(
-                f"FID needs torch-fidelity ({e}): `pip install torch-fidelity` with the torchvision of your "
+                f"FID needs torch-fidelity ({e}): pip install 'anyorder[fid]', with the torchvision of your "
                 "torch, or evaluate with a classifier"
             ) from e
         path, self.device = inception_weights(weights), device

@@ -97,12 +97,13 @@ def memory_explained(advice: Callable[[], str]) -> Iterator[None]:
         raise ValueError(advice()) from e
 
 
-def smaller_batch(size: int | None) -> str:
-    """What to do where memory is too small for so many images at once."""
-    if size is None:
-        return "out of memory: give a smaller batch_size where there is one, a smaller model, or device=cpu"
-    half = f"batch_size={size // 2} needs about half" if size > 1 else "choose a smaller model"
-    return f"out of memory with batch_size={size}: {half}"
+def memory_for(batch_size: int | None) -> contextlib.AbstractContextManager[None]:
+    """A ValueError that names a smaller batch where memory is too small for work on so many images."""
+    size = batch_size or 0
+    advice = (
+        f"batch_size={size // 2} needs about half" if size > 1 else "choose a smaller model, or device=cpu"
+    )
+    return memory_explained(lambda: f"out of memory with batch_size={batch_size}: {advice}")
 
 
 LARGEST = {"cpu": 64, "cuda": 1024}

@@ -16,8 +16,8 @@ from anyorder import contracts, orders
 from anyorder.contracts import Grid, require
 from anyorder.data.captions import index_of
 from anyorder.data.images import to_uint8
+from anyorder.inference import device as devices
 from anyorder.inference import folders, inpainting, masks
-from anyorder.inference.device import find_device, memory_explained, smaller_batch
 from anyorder.inference.output import PipelineOutput
 from anyorder.inference.request import VALUES, ImageRequest, takes_request
 from anyorder.method import decoding, policy_config
@@ -66,7 +66,7 @@ class Pipeline(folders.Parts):
             ValueError: the folder is damaged, a known repository has no such file, own parts that are not
                 allowed or not installed, or no such device.
         """
-        pipe = cls(**vars(folders.find_parts(path_or_hub_id, allow_own))).to(find_device(device))
+        pipe = cls(**vars(folders.find_parts(path_or_hub_id, allow_own))).to(devices.find_device(device))
         return pipe if dtype is None else pipe.to(dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -136,7 +136,7 @@ class Pipeline(folders.Parts):
         """
         prepared = self._prepare(ImageRequest.of(*request, **settings), callback_on_step_end)
         made = []
-        with memory_explained(lambda: smaller_batch(batch_size)):
+        with devices.memory_for(batch_size):
             for _, model, policy, streams, options in self._batches(batch_size, *prepared):
                 # Unpacked here, so that the generator runs without a frame of `trace` on the stack.
                 found = decoding.trace([*decoding.generate(model, policy, streams, **options)])
@@ -192,7 +192,7 @@ class Pipeline(folders.Parts):
         asked, filling = ImageRequest.of(*request, **settings), {"margin": margin, "feather": feather}
         begin, prepared = self._unfinished(image, mask, asked, pad, keep, filling, callback_on_step_end)
         made = []
-        with memory_explained(lambda: smaller_batch(batch_size)):
+        with devices.memory_for(batch_size):
             for rows, model, policy, streams, options in self._batches(batch_size, *prepared):
                 begun = begin(rows, streams)
                 found, known, trace = begun.complete(model, self.tokenizer, policy, streams, **options)
@@ -263,7 +263,7 @@ class Pipeline(folders.Parts):
         that are inferred are extracted first; which orders make this a density: docs/concepts/likelihood.md.
         """
         found, given = [], self._given(images, batch_size, request, settings)
-        with memory_explained(lambda: smaller_batch(batch_size)):
+        with devices.memory_for(batch_size):
             for tokens, model, policy, streams, options in given:
                 condition, grid, n = options.get("condition"), options["grid"], tokens.shape[1]
                 fixed = isinstance(policy, policy_config.policies.FixedOrder)
@@ -272,7 +272,7 @@ class Pipeline(folders.Parts):
                     found.append(-nll * n)
                 else:
                     made = decoding.extract_orders(model, tokens, policy, streams, **options)
-                    found.append(made.log_prob.double().sum(1))
+                    found.append(contracts.exact(made.log_prob).sum(1))
         return torch.cat(found)
 
     @takes_request
@@ -285,7 +285,7 @@ class Pipeline(folders.Parts):
         if settings.get("order") is None and len(request) < 3 and not self.policy.decided:
             settings["order"] = "token_likelihood"
         given = self._given(images, batch_size, request, settings)
-        with memory_explained(lambda: smaller_batch(batch_size)):
+        with devices.memory_for(batch_size):
             orders = [
                 decoding.extract_orders(model, tokens, policy, streams, **options).order
                 for tokens, model, policy, streams, options in given

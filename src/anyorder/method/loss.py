@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyorder.contracts import AnyOrderModel, Grid, LocatingModel
+from anyorder.contracts import AnyOrderModel, Grid, LocatingModel, exact
 from anyorder.orders import permute
 
 
@@ -89,6 +89,6 @@ def image_nll(
         inputs = (tokens[some], None if condition is None else condition[some], order[some], grid)
         joint = location and joint_nll(model, *inputs, **steps)  # type: ignore[arg-type]
         parts = joint or (token_nll(model, *inputs, **steps),)
-        found.append(torch.stack([part.double().mean(1) for part in parts]))
+        found.append(torch.stack([exact(part).mean(1) for part in parts]))
     content, *where = torch.cat(found, dim=1)
     return {"nll": content} | ({"bound": content + where[0]} if location else {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from anyorder.method import policies
 from anyorder.method.sampling import SCORES, Streams
 from anyorder.method.schedules import ParallelSchedule
 from anyorder.orders import STATIC, static_order
+from anyorder.settings import did_you_mean, parse, read_stored
 
 INFERRED = (*SCORES, "information")
 """Orders that score every open position at every step."""
@@ -47,6 +48,11 @@ def _own(order: str) -> Any:
     text = f"{order} must be a class or function of (grid, ...), or a score of (log_p) or (log_p, tokens)"
     require(first in ("grid", "log_p"), text)
     return own if first == "grid" else None
+
+
+def stored_policy(values: Mapping[str, Any]) -> PolicyConfig:
+    """The configuration in a manifest, of this version or an earlier one."""
+    return parse(PolicyConfig, read_stored(PolicyConfig, values))
 
 
 def make_policy(order: Order, grid: Grid, streams: Streams) -> OrderPolicy:
@@ -119,7 +125,8 @@ class PolicyConfig(ParallelSchedule):
     def __post_init__(self) -> None:
         known = self.order in _SETTINGS or families.is_own("policies", self.order)
         names = f"{', '.join(_SETTINGS)}, or package.module:Name"
-        require(known, f"unknown order '{self.order}': choose one of {names}")
+        hint = did_you_mean(self.order, _SETTINGS)
+        require(known, f"unknown order '{self.order}'{hint}: choose one of {names}")
         if self.order not in ("information", "location"):  # their defaults are others
             object.__setattr__(self, "sign", None if self.sign == 1 else self.sign)
             object.__setattr__(self, "temperature", self.temperature or None)

@@ -18,6 +18,7 @@ from anyorder.data.decoding import described
 from anyorder.data.ingest import ingest
 from anyorder.data.sources import Columns, Source, open_source
 from anyorder.data.sunsets import write_sunsets
+from anyorder.settings import parse, read_stored
 from anyorder.stages.artifacts import Artifact
 
 LISTING = "source.gz"
@@ -140,3 +141,14 @@ class DataStage:
         if self._stats:
             (artifact.folder / LISTING).write_bytes(gzip.compress(json.dumps(self._stats).encode(), mtime=0))
         return facts
+
+
+def source_state(config: dict[str, Any]) -> str:
+    """Whether the files of a source are those that were read; which is not known of older artifacts."""
+    stored = {name: value for name, value in config.items() if name != "listing"}
+    try:
+        found = parse(DataStage, read_stored(DataStage, stored)).observed()
+    except (OSError, ValueError, ImportError):
+        return f"its source {config['source']} can no longer be read"
+    known = {"listing": config["listing"]} if "listing" in config else found
+    return "up to date" if found == known else f"out of date: {config['source']} has changed since then"

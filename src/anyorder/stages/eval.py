@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from anyorder import files, settings
+from anyorder import files
 from anyorder.contracts import AnyOrderNetwork, require
 from anyorder.data import caches
 from anyorder.data import rows as select
@@ -22,7 +22,7 @@ from anyorder.inference.device import device
 from anyorder.inference.weights import load_any_order
 from anyorder.method.decoding import extract_orders
 from anyorder.method.loss import image_nll
-from anyorder.method.policy_config import PolicyConfig
+from anyorder.method.policy_config import PolicyConfig, stored_policy
 from anyorder.method.sampling import Streams
 from anyorder.stages import common, floors
 from anyorder.stages import features as spaces
@@ -193,7 +193,7 @@ class EvalStage:
         -log q(order, x) of the greedily most likely order bounds -log p(x). None where another model or
         temperature samples the locations.
         """
-        policy = settings.parse(PolicyConfig, settings.read_stored(PolicyConfig, made["config"]["policy"]))
+        policy = stored_policy(made["config"]["policy"])
         exact = policy.token_blind and (policy.deterministic or policy.order == "random")
         located = policy.order == "location" and policy.temperature in (None, 1) and self.scorer is None
         if not self.nll_images or not (exact or located):
@@ -237,7 +237,7 @@ class EvalStage:
                 model, tokens, order, streams, condition=condition, grid=test.grid, scorer=scorer
             )
             if policy.parallel and exact:
-                return {"nll": -found.log_prob.double().mean(1).cpu()}
+                return {"nll": -found.log_prob.cpu().double().mean(1)}
             steps: Any = {"sizes": policy.sizes(test.grid.n)} if policy.parallel else {}
             inputs = (tokens, condition, found.order, test.grid)
             each = image_nll(model, *inputs, location=not exact, **steps)

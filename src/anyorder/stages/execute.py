@@ -14,7 +14,7 @@ from typing import Any
 from anyorder.contracts import require
 from anyorder.files import read_manifest
 from anyorder.inference import processes
-from anyorder.inference.device import memory_explained, smaller_batch
+from anyorder.inference.device import memory_for
 from anyorder.settings import defaults, read_stored
 from anyorder.stages.artifacts import Artifact, Completion, recorded_input
 
@@ -62,7 +62,7 @@ def execute(name: str, stage: Any, out: Path, *, overwrite: bool = False) -> boo
             return False
         log.info("%s -> %s", name, out)
         if artifact or getattr(stage, "together", False):
-            with memory_explained(lambda: smaller_batch(getattr(stage, "batch_size", None))):
+            with memory_for(getattr(stage, "batch_size", None)):
                 found = stage.run(artifact or seen)
         if artifact:
             artifact.finish(**found)

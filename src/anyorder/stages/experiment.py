@@ -87,7 +87,8 @@ def find_experiment(name: str) -> Path:
     path = Path(name).expanduser()
     found = path if path.is_file() else recipes.get(name)
     if found is None:
-        raise FileNotFoundError(f"no configuration file {name}; recipes are {', '.join(recipes)}")
+        hint = did_you_mean(name, recipes)
+        raise FileNotFoundError(f"no configuration file {name}{hint} Recipes are {', '.join(recipes)}")
     return found
 
 

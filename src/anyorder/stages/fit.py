@@ -25,6 +25,7 @@ import yaml
 from anyorder import files
 from anyorder.contracts import require
 from anyorder.data import images, sources
+from anyorder.inference import folders, weights
 from anyorder.inference.device import device, native_bf16
 from anyorder.stages.experiment import load_experiment, refuse_unknown
 
@@ -197,6 +198,13 @@ def put(values: Values, changes: Mapping[str, Any]) -> Values:
             inner = inner.setdefault(group, {})
         inner[last] = value
     return found
+
+
+def patch_side(tokenizer: Values) -> int:
+    """Pixels of a patch's side: of the tokenizer to start from, or of a new one."""
+    if init := tokenizer.get("init"):
+        return weights.load_tokenizer(Path(init) if Path(init).is_dir() else folders.BUNDLED / init).factor
+    return 2 ** (len(tokenizer["model"]["multipliers"]) - 1)
 
 
 def rehearsal(values: Values, steps: int) -> Values:

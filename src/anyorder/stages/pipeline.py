@@ -14,7 +14,7 @@ from anyorder.data.caches import TokenSet
 from anyorder.files import read_manifest
 from anyorder.inference.folders import save_parts
 from anyorder.method.guidance import GuidanceConfig
-from anyorder.method.policy_config import PolicyConfig
+from anyorder.method.policy_config import PolicyConfig, stored_policy
 from anyorder.settings import parse, read_stored
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import class_names, require_made_from
@@ -76,7 +76,7 @@ class PipelineStage:
         policy, guidance = self.policy or PolicyConfig(), GuidanceConfig()
         if self.samples and not self.policy:
             made = read_manifest(self.samples)
-            policy = parse(PolicyConfig, read_stored(PolicyConfig, made["config"]["policy"]))
+            policy = stored_policy(made["config"]["policy"])
             stored = read_stored(GuidanceConfig, made["config"].get("guidance", {}))
             if (scale := made.get("guidance_scale", 1)) != 1:  # of a search, if there was one
                 guidance = parse(GuidanceConfig, stored | {"scale": scale})

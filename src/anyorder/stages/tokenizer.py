@@ -78,6 +78,7 @@ class TokenizerStage(common.TrainingStage):
         images = ImageSet(self.data, crops=self.crops, mirror=self.mirror)
         test = ImageSet(self.data, "test")
         held_out = ImageSet(self.data, splits(self.data)[1])
+        self.train.require_watched([f"{held_out.split}_{value}" for value in ("psnr", "ssim")], samples=False)
         torch.manual_seed(self.train.seed)
         model = VQModel(self.model) if self.init is None else weights.load_tokenizer(self.init).train()
         trainable = f"init={self.init} is no VQ tokenizer: choose one that anyorder tokenizer trained"

@@ -91,7 +91,9 @@ class TrainStage(common.TrainingStage):
 
     def __post_init__(self) -> None:
         allowed = ("random", *static.STATIC)
-        require(self.order in allowed, f"order must be one of {', '.join(allowed)}, got '{self.order}'")
+        known = self.order in allowed or families.is_own("policies", self.order)
+        text = f"order must be one of {', '.join(allowed)}, or package.module:Name, got '{self.order}'"
+        require(known, text)
         for share in (self.random_share, self.random_share_end or 0.0):
             require(0 <= share <= 1, f"random_share must lie in [0, 1], got {share}")
         begin, until = self.random_share_ramp
@@ -305,7 +307,7 @@ class TrainStage(common.TrainingStage):
             return lambda rows, _: cache.batch(rows)
         if self.order == "random":
             return lambda *_: None
-        fixed = static.static_order(self.order, tokens.grid)
+        fixed = self._fixed_order(tokens)
         return lambda rows, _: fixed.expand(len(rows), -1)
 
     def _steps(self, n: int, generator: torch.Generator) -> losses.Steps:
@@ -348,7 +350,15 @@ class TrainStage(common.TrainingStage):
         """The static order of training for n images, or random ones."""
         if self.order == "random":
             return static.random_orders(n, tokens.grid, torch.Generator().manual_seed(0))
-        return static.static_order(self.order, tokens.grid).expand(n, -1)
+        return self._fixed_order(tokens).expand(n, -1)
+
+    def _fixed_order(self, tokens: caches.TokenSet) -> torch.Tensor:
+        """The order of every image, (N,) int64: a static one, or what an own function says of the grid."""
+        policy = policy_config.make_policy(self.order, tokens.grid, Streams([0]))
+        text = f"order={self.order} chooses as it generates: give a function of the grid, or extract orders"
+        require(isinstance(policy, policy_config.policies.FixedOrder) and policy.order.ndim == 1, text)
+        assert isinstance(policy, policy_config.policies.FixedOrder)
+        return policy.order
 
     def _nll_of_general_orders(self, model: torch.nn.Module, held: caches.TokenSet) -> dict[str, float]:
         """Under the order of training on the whole split; for extracted orders, under random ones."""
@@ -370,8 +380,7 @@ class TrainStage(common.TrainingStage):
             assert isinstance(model, AnyOrderNetwork)
             streams = Streams(range(common.SHOWN), device())
             labels = torch.arange(common.SHOWN, device=device()) % max(1, model.num_classes)
-            order = "location" if self.learn_orders else self.order
-            made = sample(model, order, streams, condition=labels)
+            made = sample(model, self._shown_order(labels), streams, condition=labels)
             images = to_uint8(weights.load_tokenizer(tokenizer).decode(made.tokens, model.grid))
             shown = figures.image_grid(images)
             figures.save_image(shown, folder / f"samples/step-{step:08d}.png")
@@ -379,6 +388,14 @@ class TrainStage(common.TrainingStage):
             return {"samples": shown, "orders": figures.order_panel(images[:8], orders, model.grid)}
 
         return preview
+
+    def _shown_order(self, labels: torch.Tensor) -> policy_config.Order:
+        """The order that the model is trained on, for images of some classes."""
+        if self.orders is None:
+            return "location" if self.learn_orders else self.online or self.order
+        if self.orders_as == "class_mean":
+            return caches.OrderSet(self.orders).of_classes(labels)
+        return policy_config.stored_policy(caches.OrderSet(self.orders).policy_settings)
 
 
 def _mean_nll(model: torch.nn.Module, data: Measured) -> dict[str, float]:
