@@ -6,9 +6,12 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from anyorder.cli.main import main
+from anyorder.contracts import Grid
+from anyorder.files import read_manifest
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -104,6 +107,35 @@ def test_commands_have_known_settings(command, page, at_page, capsys):
     if arguments[0] in ("report", "run", "fit") or "--dry-run" in arguments:
         pytest.skip("needs images or finished runs")
     assert main([*arguments, "--dry-run"]) == 0, capsys.readouterr().err
+
+
+def test_the_parts_of_extending_go_through_every_stage(at_page, capsys):
+    """What the page defines is not only defined: each part does its work in the command that takes it."""
+    at_page(ROOT / "docs/how-to/extend.md")
+    small = "train.steps=2 train.batch_size=4 train.log_every=1 train.eval_every=0"
+    model = "model.depth=1 model.width=32 model.heads=1"
+    for command in (
+        "data source=mine:Greys size=32,32 out=run/data",
+        "convert mine:tokenizer run/tokenizer",
+        "tokens data=run/data tokenizer=run/tokenizer out=run/tokens",
+        f"train tokens=run/tokens order=mine:border_first {model} {small} train.logger=mine:Printer "
+        "out=run/model",
+        "data source=sunsets size=32,32 max_train=20 max_test=8 out=run/suns",
+        "tokens data=run/suns tokenizer=run/tokenizer out=run/suns-tokens",
+        f"train tokens=run/suns-tokens network=mine:Counts network_settings='smoothing: 0.5' {small} "
+        "out=run/counts",
+        "features data=run/data extractor=mine:Moments out=run/features",
+        "sample model=run/model policy.order=mine:border_first num_images=4 out=run/samples",
+        "sample model=run/counts policy.order=mine:Rows num_images=4 out=run/rows",
+        "eval samples=run/samples features=run/features nll_images=2 out=run/eval",
+    ):
+        assert main(shlex.split(command)) == 0, command
+    said = capsys.readouterr().out
+    assert "goes on after step 0" in said
+    assert "{'loss':" in said
+    order = np.load("run/samples/order.npy")
+    assert (order[0] == sys.modules["mine"].border_first(Grid(8, 8)).numpy()).all()
+    assert read_manifest("run/eval")["metrics"]["metric_name"] == "FD (moments)"
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs/tutorials").glob("*.md")), ids=name_of)

@@ -1,11 +1,11 @@
-"""The model that comes with the package."""
+"""The models that come with the package."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from anyorder import Pipeline
+from anyorder import Pipeline, Sampling
 from anyorder.cli import main as cli
 from anyorder.inference.folders import BUNDLED, bundled
 from anyorder.method.policy_config import PolicyConfig
@@ -19,10 +19,33 @@ def pipe():
 
 
 def test_it_is_small_and_says_what_it_is():
-    assert bundled() == ["fashion32"]
-    folder = BUNDLED / "fashion32"
-    assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 12e6
-    assert "Licence" in (folder / "README.md").read_text()
+    assert bundled() == ["emoji64", "fashion32"]
+    assert sum(path.stat().st_size for path in BUNDLED.rglob("*.safetensors")) <= 24e6  # a wheel of 25 MB
+    for name in bundled():
+        assert "Licence" in (BUNDLED / name / "README.md").read_text()
+
+
+@pytest.mark.parametrize("order", [None, "class_mean", "random"])
+def test_smileys_are_yellow_in_every_order_on_offer(order):
+    emoji = Pipeline.from_pretrained("emoji64")
+    assert order is None or order in emoji.good_orders
+    out = emoji("Smileys and Emotion", 12, generator=0, order=order, sampling=Sampling(temperature=0.8))
+    images = np.stack([np.asarray(image) for image in out.images]).astype(int)
+    assert images.shape == (12, 64, 64, 3)
+    corners = images[:, [0, 0, -1, -1], [0, -1, 0, -1]].mean((1, 2))
+    assert np.median(corners) > 240
+    red, green, blue = np.median(images[:, 16:48, 16:48], (1, 2)).T
+    assert np.mean((red > 200) & (green > 130) & (blue < 120)) >= 0.5
+
+
+def test_emoji_are_completed_with_what_is_given_left_alone():
+    emoji = Pipeline.from_pretrained("emoji64")
+    image = emoji("Smileys and Emotion", generator=1, sampling=Sampling(temperature=0.8)).images[0]
+    mask = np.zeros((64, 64), bool)
+    mask[40:] = True
+    made = np.asarray(emoji.complete(image, mask, "Smileys and Emotion", generator=2).images[0])
+    np.testing.assert_array_equal(made[:40], np.asarray(image)[:40])
+    assert (made[40:] != np.asarray(image)[40:]).any()
 
 
 @pytest.mark.parametrize("order", [None, "class_mean", "random", "raster"])

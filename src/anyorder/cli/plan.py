@@ -60,5 +60,9 @@ def describe(found: dict[str, Any]) -> str:
     if found["not counted"]:
         lines.append(f"not counted: {', '.join(found['not counted'])}")
     return "\n".join(
-        [*lines, "not counted anywhere: decoding of image files, evaluations during training, start-up"]
+        [
+            *lines,
+            "not counted anywhere: decoding of image files, evaluations during training, start-up; of eval the "
+            "floors, likelihoods and reconstructions",
+        ]
     )

@@ -46,7 +46,7 @@ class TokenizerStage(common.TrainingStage):
     data: Path
     """Images to train on."""
     init: Path | None = None
-    """VQ tokenizer to start from, a folder or "fashion32" (comes with the package); it brings its
+    """VQ tokenizer to start from, a folder, or "fashion32" or "emoji64" of the package; it brings its
     architecture."""
     mirror: bool = False
     """Train on mirrored images, too."""
