@@ -19,6 +19,10 @@ KINDS = {
     "rtx4090": Kind(*PEAKS["RTX 4090"], 1.008e12, 24e9),
 }
 """Bytes/s and bytes of memory are of the same data sheets as the peaks."""
+UNCOUNTED = (
+    "not counted anywhere: decoding of image files, evaluations during training, start-up, and what eval does "
+    "beside features: floors, likelihoods, reconstructions"
+)
 
 
 def plan(experiment: Experiment, config: PlanConfig) -> dict[str, Any]:
@@ -59,10 +63,4 @@ def describe(found: dict[str, Any]) -> str:
     ]
     if found["not counted"]:
         lines.append(f"not counted: {', '.join(found['not counted'])}")
-    return "\n".join(
-        [
-            *lines,
-            "not counted anywhere: decoding of image files, evaluations during training, start-up; of eval the "
-            "floors, likelihoods and reconstructions",
-        ]
-    )
+    return "\n".join([*lines, UNCOUNTED])
