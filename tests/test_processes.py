@@ -6,6 +6,7 @@ ANYORDER_KILLS says how many kills (6).
 """
 
 import copy
+import hashlib
 import importlib
 import json
 import os
@@ -19,6 +20,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -40,8 +42,14 @@ DEEPER = {
                            "discriminator_channels": 8}},
     "any": {"model": {"depth": 2, "width": 32, "heads": 2, "dropout": 0.1, "token_dropout": 0.1}},
     "ordered": {"model": {"location": True}},
+    "tune": {"batch_size": 3},
+    "eval": {"batch_size": 1},
 }  # fmt: skip
-"""Further settings of `test_kill.EXPERIMENT`: what draws random numbers, and what is trained apart."""
+"""Further settings of `test_kill.EXPERIMENT`: what draws random numbers, what is trained apart or shared."""
+FEW = ("data", "tokenizer", "tokens", "any")
+"""Stages that show in seconds whether processes train and encode as one."""
+SHARED = (*FEW, "features", "orders", "ordered", "sample", "tune", "eval", "completion")
+"""These, and one stage of each further kind of shared work."""
 
 
 # --- worlds of forks --------------------------------------------------------------------------------------
@@ -95,10 +103,11 @@ def run(size, folder, *arguments, **options):
     return said
 
 
-def experiment(folder, **train):
-    """An experiment of every stage, in which a step has two passes."""
-    stages = copy.deepcopy(EXPERIMENT)
-    stages["photos"]["source"] = str(photos(folder / "photos"))
+def experiment(folder, names=tuple(EXPERIMENT), **train):
+    """An experiment of every stage, or of these, in which a step has two passes."""
+    stages = copy.deepcopy({name: stage for name, stage in EXPERIMENT.items() if name in names})
+    if "photos" in stages:
+        stages["photos"]["source"] = str(photos(folder / "photos"))
     for name, stage in stages.items():
         stage |= DEEPER.get(name, {})
         if "train" in stage:
@@ -107,32 +116,115 @@ def experiment(folder, **train):
     return folder / "x.yaml"
 
 
-def differing(a, b):
+def differing(a, b, names=tuple(EXPERIMENT)):
     """Names of the artifacts of two runs that are not the same bytes."""
     from anyorder.files import read_manifest
 
-    return [x for x in EXPERIMENT if len({read_manifest(out / x)["fingerprint"] for out in (a, b)}) > 1]
+    return [x for x in names if len({read_manifest(out / x)["fingerprint"] for out in (a, b)}) > 1]
+
+
+def finer(rank):
+    """Arms a world: work is shared in pieces so small that each process gets some."""
+    from anyorder.data.rows import batches
+    from anyorder.stages import common, features, floors
+
+    common._PART = 1
+    for module in (features, floors):
+        module.batches = lambda rows, size: batches(rows, min(size, 3))
+
+
+def compared(rank):
+    """Arms a world, as `finer`: after each step, what processes hold whole must be the same in all."""
+    from anyorder.training.trainer import Trainer
+
+    finer(rank)
+    step = Trainer.step
+
+    def and_compare(self):
+        step(self)
+        parts = [x for m in self.modules.values() for x in (*m.parameters(), *m.buffers())]
+        whole = [x.detach().numpy().tobytes() for x in parts if not hasattr(x, "full_tensor")]
+        hashes = {*processes.gathered(hashlib.sha256(b"".join(whole)).hexdigest())}
+        assert len(hashes) == 1, f"processes differ after step {self.step_number} in {self.folder.name}"
+
+    Trainer.step = and_compare
 
 
 # --- the scenarios ----------------------------------------------------------------------------------------
 
 
+def few_steps(folder):
+    """Artifacts that differ between one process and two, which hold the same weights after each step."""
+    path = experiment(folder, FEW, steps=5)
+    run(1, folder, "run", path, f"out={folder / 'one'}")
+    run(2, folder, "run", path, f"out={folder / 'two'}", arm=compared)
+    return differing(folder / "one", folder / "two", FEW)
+
+
 def every_stage(folder):
-    """One, two and three processes write the same bytes; two with sharded weights nearly the same weights."""
+    """One and two processes write the same bytes; two with sharded weights nearly the same weights."""
     from anyorder.inference.weights import read_tensors
 
     path = experiment(folder)
-    run(1, folder, "run", path, f"out={folder / 'one'}")
-    said = run(2, folder, "run", path, f"out={folder / 'two'}")
+    run(1, folder, "run", path, f"out={folder / 'one'}", arm=finer)
+    said = run(2, folder, "run", path, f"out={folder / 'two'}", arm=compared)
     assert "->" in said[0]
     assert "->" not in said[1]  # one process talks
     found = {"two": differing(folder / "one", folder / "two")}
     sharded = experiment(folder, shard=True)
-    run(2, folder, "run", sharded, f"out={folder / 'sharded'}")
+    run(2, folder, "run", sharded, f"out={folder / 'sharded'}", arm=compared)
     for name in ("tokenizer", "features", "any", "ordered", "online"):
         a, b = (read_tensors(folder / out / name / "model.safetensors") for out in ("one", "sharded"))
         found[name] = max(float((a[key].double() - b[key].double()).abs().max()) for key in a)
     return found
+
+
+def shared(folder):
+    """Artifacts that differ from those of one process; where one of several is killed, others go on.
+
+    The trainings are those of one process: three would take sums of three terms in another sequence.
+    """
+    path, found = experiment(folder, SHARED), {}
+    run(1, folder, "run", path, f"out={folder / 'one'}", arm=finer)
+    untrained = [name for name in SHARED if "train" not in EXPERIMENT[name]]
+    deaths = [(3, "tokens"), (2, "orders"), (3, "sample"), (2, "tune"), (3, "eval"), (2, "completion")]
+    for name, runs in {"three": [(3, "")], "killed": [*deaths, (3, "")]}.items():
+        out = folder / name
+        shutil.copytree(folder / "one", out, ignore=lambda path, names: {*untrained} & {*names})
+        for size, target in runs:
+            codes = ended(start(size, folder, ["run", path, f"out={out}"], killed_in(target)))
+            assert (-signal.SIGKILL in codes) == bool(target), (folder / "0.log").read_text()[-3000:]
+            assert (0 in codes) != bool(target), codes
+            assert not target or not (out / target / "manifest.json").exists()
+        found[name] = differing(folder / "one", out, SHARED)
+    return found
+
+
+def killed_in(target):
+    """Arms a world, as `finer`: process 1 is killed when it has made a batch of that artifact."""
+
+    def arm(rank):
+        from anyorder.stages.common import Rows
+
+        finer(rank)
+        append, mapped = Rows.append, processes.mapped
+
+        def die():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def and_append(self, **arrays):
+            append(self, **arrays)
+            return die() if target in self.folder.parts else None
+
+        def and_map(work, batches, what):
+            after = die if what == "likelihood" else lambda: None
+            return mapped(lambda batch: (work(batch), after())[0], batches, what)
+
+        if rank == 1 and target:
+            Rows.append = and_append
+            processes.mapped = and_map if target == "eval" else mapped
+
+    return arm
 
 
 SMALL = {"steps": 8, "batch_size": 2, "accumulation": 2, "save_every": 1, "log_every": 1, "eval_every": 4}
@@ -146,7 +238,7 @@ def trained(folder, out, **train):
     return ["train", f"tokens={folder / 'tokens'}", f"out={out}", *settings]
 
 
-def tokens(folder):
+def tokens(folder, classes=0):
     """A small token cache, without a tokenizer's work."""
     from anyorder.files import save_array
     from anyorder.stages.artifacts import Artifact
@@ -155,10 +247,11 @@ def tokens(folder):
     with Artifact(folder / "tokens", "tokens", {}, {}) as artifact:
         for split, n in (("train", 24), ("test", 6)):
             save_array(artifact.folder / f"{split}.tokens.npy", rng.integers(0, 16, (n, 16), np.int32))
-            save_array(artifact.folder / f"{split}.labels.npy", np.zeros(n, np.int64))
+            save_array(artifact.folder / f"{split}.labels.npy", np.arange(n) % max(1, classes))
         artifact.finish(
-            grid=[4, 4], vocab_size=16, classes=[], tokenizer="none", data="none", image_size=[16, 16]
-        )
+            grid=[4, 4], vocab_size=16, classes=["a", "b"][:classes], tokenizer="none", data="none",
+            image_size=[16, 16],
+        )  # fmt: skip
 
 
 def distance(a, b):
@@ -211,19 +304,31 @@ def two_hundred_steps(folder):
 
 
 def resharded(folder):
-    """Difference of the weights of a run in 2, 1 and 2 processes; SIGTERM to one of them stops all."""
+    """Differences of the weights after stops and in other numbers of processes; SIGTERM to one stops all.
+
+    All are differences from one process, but for the last one: from two that were not stopped.
+    """
     tokens(folder)
-    length = {"steps": 30, "save_every": 1000, "log_every": 1, "eval_every": 0, "ema": 0.9}
-    run(1, folder, *trained(folder, folder / "one", **length))
-    command = trained(folder, folder / "parts", **length)
-    for size, stop, shard in ((2, 10, "true"), (1, 20, "false"), (2, 0, "true")):
-        arm = stopping_at(stop, size - 1) if stop else (lambda rank: None)
-        codes = ended(start(size, folder, [*command, f"train.shard={shard}"], arm))
-        assert codes == [130 if stop else 0] * size, (folder / "0.log").read_text()[-3000:]
-        said = (folder / "0.log").read_text()
-        assert "Traceback" not in said
-        assert not stop or (folder / f"parts/checkpoints/step-{stop:08d}").is_dir()
-    return distance(folder / "one", folder / "parts")
+    length = {"accumulation": 4, "save_every": 1000, "log_every": 1, "eval_every": 0, "ema": 0.9}
+    command = partial(trained, folder, steps=24, **length)
+    run(1, folder, *command(folder / "one"))
+    run(2, folder, *command(folder / "two", shard=True))
+    found = {}
+    for name, parts in {
+        "4": [(4, 0, False)],
+        "4 sharded": [(4, 0, True)],
+        "2 sharded, 1, 2 sharded": [(2, 8, True), (1, 16, False), (2, 0, True)],
+        "4 sharded, 2, 2 sharded, 2": [(4, 6, True), (2, 12, False), (2, 18, True), (2, 0, False)],
+        "2 sharded, 2 sharded": [(2, 12, True), (2, 0, True)],
+    }.items():
+        for size, stop, shard in parts:
+            arm = stopping_at(stop, size - 1) if stop else (lambda rank: None)
+            codes = ended(start(size, folder, command(folder / name, shard=shard), arm))
+            assert codes == [130 if stop else 0] * size, (folder / "0.log").read_text()[-3000:]
+            assert "Traceback" not in (folder / "0.log").read_text()
+            assert not stop or (folder / name / f"checkpoints/step-{stop:08d}").is_dir()
+        found[name] = distance(folder / ("two" if name == "2 sharded, 2 sharded" else "one"), folder / name)
+    return found
 
 
 def three(folder):
@@ -260,7 +365,7 @@ def kills(folder):
     """Kill one process or all, at random, some while they save; go on in another number of processes."""
     tokens(folder)
     run(1, folder, *trained(folder, folder / "quiet", steps=24))
-    found, rng, done = {}, random.Random(KILLS), 0
+    found, rng, done, saving = {}, random.Random(KILLS), 0, 0
     for shard in (False, True):
         out = folder / f"shard-{shard}"
         for attempt in range(1000):
@@ -270,7 +375,9 @@ def kills(folder):
             if attempt < KILLS // 2:
                 saved = len([*out.glob("checkpoints/step-*")])
                 wait_for(lambda out=out, saved=saved: [*out.glob("checkpoints/.step*")] or saved, begun)
-                time.sleep(rng.uniform(0, 0.5))
+                if attempt % 2:
+                    time.sleep(rng.uniform(0, 0.5))
+                saving += bool([*out.glob("checkpoints/.step*")])
                 for pid in pids if rng.random() < 0.3 else [rng.choice(pids)]:
                     os.kill(pid, signal.SIGKILL)
             codes = ended(pids)
@@ -281,7 +388,84 @@ def kills(folder):
             assert -signal.SIGKILL in codes, said[-3000:]
             assert "Traceback" not in said, said[-3000:]
         found[str(shard)] = distance(folder / "quiet", out)
-    return {"kills": done, **found}
+    return {"kills": done, "while a state was written": saving, **found}
+
+
+def kinds(folder):
+    """Largest difference of the weights of each kind of training, in two processes, from one process."""
+    from conftest import published
+
+    from anyorder.adapters import arpg, randar
+
+    tokens(folder, classes=2)
+    for name, model in {"randar": randar.RandAR, "arpg": arpg.ARPG}.items():
+        network = published(model, width=64, vocab_size=16, num_classes=2, grid=[4, 4])
+        torch.save({"model": network.state_dict()}, folder / f"{name}.pt")
+        run(1, folder, "convert", folder / f"{name}.pt", folder / name, "heads=1", "grid=4,4")
+    small = {"depth": 2, "width": 32, "heads": 2, "dropout": 0.1}
+    special = {
+        "bf16": {"model": small, "train": {"bf16": True}},
+        "checkpointing": {"model": {**small, "checkpointing": True}},
+        "groups": {"model": small, "groups": [8, 4]},
+        "lora": {"init": "checkpointing", "lora": 2},
+        "randar": {"init": str(folder / "randar")},
+        "randar-lora": {"init": str(folder / "randar"), "lora": 2},
+        "arpg": {"init": str(folder / "arpg")},
+        "learn_orders": {"model": {**small, "location": True}, "learn_orders": 2},
+    }
+    always = {**SMALL, "steps": 5, "save_every": 5, "bf16": False, "ema": 0.5}
+    for size, shard in ((1, False), (2, False), (2, True)):
+        names = [name for name in special if not (shard and name == "learn_orders")]
+        stages = {
+            name: {
+                "stage": "train", "tokens": str(folder / "tokens"), **special[name],
+                "train": {**always, "shard": shard, **special[name].get("train", {})},
+            }
+            for name in names
+        }  # fmt: skip
+        (folder / "x.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+        run(size, folder, "run", folder / "x.yaml", f"out={folder / f'{size}-{shard}'}", arm=with_bf16)
+    alone, two, sharded = (folder / name for name in ("1-False", "2-False", "2-True"))
+    return {
+        "DDP": {name: distance(alone / name, two / name) for name in special},
+        "shard": {name: distance(alone / name, sharded / name) for name in names},
+    }
+
+
+def with_bf16(rank):
+    """Arms a world: bfloat16 is computed wherever a training asks for it."""
+    os.environ["ANYORDER_BF16"] = "on"
+
+
+def in_use(folder):
+    """A second run in a folder is refused; where one of two processes is killed, the other says so."""
+    tokens(folder)
+    second, out = folder / "second", folder / "out"
+    second.mkdir()
+    command = trained(folder, out, steps=100_000, save_every=1000)
+    for victim in (1, 0):
+        before, pids = logged(out), start(2, folder, command)
+        wait_for(lambda before=before: logged(out) > before, time.perf_counter() + 300)
+        for size in (1, 2):
+            codes = ended(start(size, second, command))
+            said = (second / "0.log").read_text()
+            assert codes[0] == 2, said
+            assert 0 not in codes
+            assert f"out is being written by process {pids[0]} " in said
+        os.kill(pids[victim], signal.SIGKILL)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]  # nobody else ends it
+        said = (folder / f"{1 - victim}.log").read_text()
+        assert (codes[victim], codes[1 - victim]) == (-signal.SIGKILL, 1), said[-3000:]
+        assert "Traceback" not in said
+        error = "anyorder: error: another process of this run ended: its error is above, or it was killed"
+        assert said.splitlines()[-1].startswith(error)
+    return {}
+
+
+def logged(out):
+    """Bytes of the log of a training so far."""
+    lines = out / "metrics.jsonl"
+    return lines.stat().st_size if lines.is_file() else 0
 
 
 def wait_for(holds, begun):
@@ -451,6 +635,17 @@ def test_rows_are_the_same_bytes_in_any_number_of_processes(tmp_path):
     assert max(found.values()) <= 3 * 16 * 2  # of each killed process, and of each that it took along, a part
 
 
+@pytest.mark.timeout(600)
+def test_a_few_steps_are_the_same_in_two_processes(tmp_path):
+    assert scenario("few_steps", tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_shared_work_is_the_same_in_three_processes_and_in_others_after_kills(tmp_path):
+    assert scenario("shared", tmp_path) == {"three": [], "killed": []}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_every_stage_is_the_same_in_two_processes(tmp_path):
@@ -466,6 +661,7 @@ def test_killed_processes_go_on_in_any_number(tmp_path):
     found = scenario("kills", tmp_path)
     print(found)
     assert found["kills"] >= KILLS // 2 * 2
+    assert found["while a state was written"] > 0
     assert found["False"] < 1e-6
     assert found["True"] < 1e-5
 
@@ -482,29 +678,25 @@ def test_two_hundred_steps_end_as_in_one_process(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
-    assert scenario("resharded", tmp_path) < 1e-6
+    found = scenario("resharded", tmp_path)
+    print(found)
+    assert found.pop("2 sharded, 2 sharded") == 0
+    assert max(found.values()) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_each_kind_of_training_is_the_same_in_two_processes(tmp_path):
+    found = scenario("kinds", tmp_path)
+    print(found)
+    assert {name for name, apart in found["DDP"].items() if apart} == set()
+    assert max(found["shard"].values()) < 1e-6
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_torchrun_starts_stops_and_goes_on(tmp_path):
-    """SIGTERM to torchrun stops all after the same step; one process goes on to the end."""
-    subprocess.run([sys.executable, __file__, "tokens", tmp_path], check=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ANYORDER_BF16": "off"}
-    arguments = trained(tmp_path, tmp_path / "out", steps=2000, save_every=1000)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    with open(tmp_path / "log", "w") as log:
-        running = subprocess.Popen([*torchrun, "-m", "anyorder", *arguments], stderr=log, env=environment)
-        lines = tmp_path / "out" / "metrics.jsonl"
-        wait_for(lambda: lines.is_file() and lines.stat().st_size, time.perf_counter() + 300)
-        running.terminate()
-        running.wait(60)
-    said = (tmp_path / "log").read_text()
-    [state] = (tmp_path / "out" / "checkpoints").glob("step-*")
-    assert said.count("anyorder: interrupted") == 1, said[-3000:]
-    step = int(state.name.removeprefix("step-"))
-    assert 0 < step < 2000
-    assert json.loads((state / "facts.json").read_text())["step"] == step
+def test_a_folder_in_use_is_refused_and_a_killed_process_is_missed(tmp_path):
+    scenario("in_use", tmp_path)
 
 
 @pytest.mark.slow
