@@ -20,8 +20,8 @@ KINDS = {
 }
 """Bytes/s and bytes of memory are of the same data sheets as the peaks."""
 UNCOUNTED = (
-    "not counted anywhere: decoding of image files, evaluations during training, start-up, and what eval does "
-    "beside features: floors, likelihoods, reconstructions"
+    "not counted anywhere: decoding of image files, evaluations during training, start-up, and what eval "
+    "does beside features: floors, likelihoods, reconstructions"
 )
 
 
