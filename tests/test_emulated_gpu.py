@@ -8,6 +8,7 @@ from emulated_gpu import CUDA, EmulatedGPU
 
 from anyorder.contracts import Grid
 from anyorder.method.decoding import complete, extract_orders, sample
+from anyorder.method.guidance import GuidanceConfig, Guided
 from anyorder.method.loss import token_nll
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Streams
@@ -61,10 +62,11 @@ def test_training_steps_never_wait(bf16, tmp_path):
     assert reads[2] == reads[6]
 
 
-def reads_of(run, grid: Grid, **changes) -> dict[str, int]:
+def reads_of(run, grid: Grid, guided: bool = False, **changes) -> dict[str, int]:
     """Blocking reads of a run on a model of a grid."""
     with EmulatedGPU() as gpu, torch.no_grad():
         model = transformer(num_classes=3, location=True, **changes).to("cuda")
+        model = Guided(model, GuidanceConfig(scale=2.0)) if guided else model
         tokens = torch.randint(5, (B, grid.n)).to("cuda")
         condition = torch.arange(B, device="cuda")
         trace = run(model, tokens, condition, grid)
@@ -108,6 +110,7 @@ def test_more_positions_are_no_more_waiting(name, rotary):
     assert {line.split(":")[0] for line in more} <= {"attention.py"}
     one_candidate = name in ("fixed", "random", "location")
     assert sum(more.values()) <= (0 if one_candidate else Grid(3, 4).n - GRID.n)
+    assert reads_of(RUNS[name], GRID, guided=True, rotary=rotary) == few, "guidance must not wait more"
 
 
 @pytest.mark.parametrize("order", ["random", "location"])

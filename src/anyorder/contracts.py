@@ -59,6 +59,12 @@ def class_labels(condition: Tensor) -> Tensor:
     return condition if condition.ndim == 1 else condition[:, 0]
 
 
+def same_memory(positions: Tensor, scored: Tensor, version: int) -> bool:
+    """Whether these are the first of the positions that were scored; values, on a GPU, would take a wait."""
+    same = positions.data_ptr() == scored.data_ptr() and positions.stride() == scored.stride()
+    return same and positions.shape[1] <= scored.shape[1] and scored._version == version
+
+
 @runtime_checkable
 class Tokenizer(Protocol):
     """Turns images into a grid of codebook indices and back."""

@@ -81,6 +81,7 @@ class GuidedState:
     revealed: int | Tensor
     n: int
     unguided: Tensor | None = None  #: (B, M, V), the last conditional logits, for unguided locations.
+    twice: tuple[Tensor, int, Tensor] | None = None  #: The last positions, their version, and (2B, M).
 
 
 def rating_log_probs(state: Any, log_p: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ class Guided:
 
     def score(self, state: GuidedState, positions: Tensor) -> Tensor:
         """Guided logits (B, M, V)."""
-        return self._guided(state, self.model.score(state.inner, positions.repeat(2, 1)))
+        return self._guided(state, self.model.score(state.inner, _twice(state, positions)))
 
     def _guided(self, state: GuidedState, logits: Tensor) -> Tensor:
         if self.config.locations == "unguided":
@@ -137,7 +138,7 @@ class Guided:
 
     def append(self, state: GuidedState, positions: Tensor, tokens: Tensor) -> GuidedState:
         """Both halves see the same tokens."""
-        inner = self.model.append(state.inner, positions.repeat(2, 1), tokens.repeat(2, 1))
+        inner = self.model.append(state.inner, _twice(state, positions), tokens.repeat(2, 1))
         return GuidedState(inner, state.revealed + positions.shape[1], state.n)
 
     def append_some(
@@ -183,6 +184,15 @@ def _both(condition: Tensor | None) -> Tensor:
         text = "guidance needs class labels, attributes or a prompt: give one, or leave guidance_scale at 1"
         raise ValueError(text)
     return torch.cat((condition, torch.full_like(condition, -1)))
+
+
+def _twice(state: GuidedState, positions: Tensor) -> Tensor:
+    """Positions of both halves: for those of the last call the same memory, by which a model knows them."""
+    if state.twice is not None and contracts.same_memory(positions, *state.twice[:2]):
+        return state.twice[2][:, : positions.shape[1]]
+    twice = positions.repeat(2, 1)
+    state.twice = None if positions.is_inference() else (positions, positions._version, twice)
+    return twice
 
 
 def _mix(logits: Tensor, scale: float | Tensor) -> Tensor:

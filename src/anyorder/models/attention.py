@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyorder.contracts import require
+from anyorder.contracts import require, same_memory
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys, values, each (B, H, T, D / H), to outputs of the same shape."""
@@ -281,7 +281,7 @@ class Scored:
         if not self.count:
             return None
         m = positions.shape[1]
-        if self.latest is not None and _same_memory(positions, *self.latest[:2]):
+        if self.latest is not None and same_memory(positions, *self.latest[:2]):
             known = self.latest[2]
             return known[:, :m] if isinstance(known, Tensor) else slice(known.start, known.start + m)
         match = positions[:, :, None] == self.positions[:, None, : self.count]
@@ -317,12 +317,6 @@ class Scored:
 
     def _remember(self, positions: Tensor, columns: Columns) -> None:
         self.latest = None if positions.is_inference() else (positions, positions._version, columns)
-
-
-def _same_memory(positions: Tensor, scored: Tensor, version: int) -> bool:
-    """Whether these are the first of the positions that were scored; values, on a GPU, would take a wait."""
-    same = positions.data_ptr() == scored.data_ptr() and positions.stride() == scored.stride()
-    return same and positions.shape[1] <= scored.shape[1] and scored._version == version
 
 
 @dataclass
