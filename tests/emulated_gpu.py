@@ -7,9 +7,10 @@ mixing them with tensors of the CPU is an error, and what would wait for the dev
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ READS = {
     "allclose", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__", "bincount",
 }  # fmt: skip
 """Functions whose results the host waits for."""
+UPLOADS = {"tensor", "as_tensor", "new_tensor"}
+"""Functions that copy numbers of the host, which waits until that is done."""
 MAY_MIX = {
     "__getitem__",
     "__setitem__",
@@ -35,19 +38,29 @@ MAY_MIX = {
     "_has_compatible_shallow_copy_type",
 }
 """Functions that take tensors of both devices."""
+COPIES = {"__getitem__", "__setitem__", "copy_", "index_put_", "index"}
+"""Those of them that copy from one to the other."""
 KERNELS = {
     "aten._scaled_dot_product_flash_attention": torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 }
 
 
 class EmulatedGPU(TorchFunctionMode):
-    """See above; `reads` counts blocking reads by "file.py:line" of the package."""
+    """See above; counts by "file.py:line" of the package."""
 
     def __init__(self) -> None:
         super().__init__()
         self.reads: Counter[str] = Counter()
+        """Blocking reads."""
+        self.uploads: Counter[str] = Counter()
+        """Blocking copies to the device."""
         self.storages: dict[int, Any] = {}
         """Of the GPU's tensors, by address; held, so that no address is used again."""
+
+    @property
+    def waits(self) -> Counter[str]:
+        """All that the host waits for."""
+        return self.reads + self.uploads
 
     def on_gpu(self, x: Any) -> bool:
         return isinstance(x, Tensor) and x.untyped_storage().data_ptr() in self.storages
@@ -68,9 +81,13 @@ class EmulatedGPU(TorchFunctionMode):
             return self._attribute(func, args, here)
         if name in ("to", "cuda", "cpu"):
             return self._move(func, name, args, kwargs, here)
+        if name == "pin_memory":
+            return args[0]
         if here:
-            self._check(name, args, tensors)
+            self._check(name, args, kwargs, tensors)
         asked = _is_cuda(kwargs.get("device"))
+        if (asked or here) and name in UPLOADS:
+            self.uploads[_line()] += 1
         if asked:
             kwargs["device"] = "cpu"
         result = KERNELS.get(str(func), func)(*args, **kwargs)
@@ -98,20 +115,51 @@ class EmulatedGPU(TorchFunctionMode):
         result = func(x, *rest, **kwargs) if name == "to" else x
         if there != here:
             result = result.clone()
-            if here and not kwargs.get("non_blocking"):
-                self._count()
+            if not kwargs.get("non_blocking"):
+                (self.reads if here else self.uploads)[_line()] += 1
         return self.put(result) if there else result
 
-    def _check(self, name: str, args: Any, tensors: list[Tensor]) -> None:
-        if name in READS or (name == "__getitem__" and _has_mask(args[1])):
-            self._count()
+    def _check(self, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
+        if name in READS or _waits(name, args, kwargs):
+            self.reads[_line()] += 1
         others = [x for x in tensors if x.numel() and x.ndim and not self.on_gpu(x)]
         if others and name not in MAY_MIX:
             shapes = [tuple(x.shape) for x in others]
             raise RuntimeError(f"{name} got tensors on cuda:0 and on the CPU: {shapes} at {_line()}")
+        if others and name in COPIES and not kwargs.get("non_blocking"):
+            (self.uploads if self.on_gpu(args[0]) else self.reads)[_line()] += 1
 
-    def _count(self) -> None:
-        self.reads[_line()] += 1
+
+class RealGPU:
+    """The same of a GPU that is there: what PyTorch warns of in its debug mode."""
+
+    def __enter__(self) -> Self:
+        self._catching = warnings.catch_warnings(record=True)
+        self._caught = self._catching.__enter__()
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        self._catching.__exit__(*reason)
+
+    @property
+    def waits(self) -> Counter[str]:
+        """All that the host waits for, by "file.py:line"."""
+        found = [w for w in self._caught or () if "synchronizing CUDA operation" in str(w.message)]
+        return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in found)
+
+
+def _waits(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether these arguments make a function's result depend on values that the host reads."""
+    if name == "multinomial":
+        return not kwargs.get("replacement")
+    if name == "repeat_interleave":
+        return any(isinstance(x, Tensor) for x in args[1:])
+    if name == "__setitem__" and not (isinstance(args[2], Tensor) and args[2].numel() > 1):
+        return False
+    return name in ("__getitem__", "__setitem__") and _has_mask(args[1])
 
 
 def _is_cuda(device: Any) -> bool:

@@ -22,6 +22,7 @@ from anyorder.inference import device
 from anyorder.inference.weights import read_tensors
 from anyorder.method.loss import token_nll
 from anyorder.orders import random_orders
+from anyorder.stages.common import training_facts
 from anyorder.training import checkpoint, log, trainer
 from anyorder.training.checkpoint import Checkpoints
 from anyorder.training.config import TrainConfig, batch_indices, learning_rate
@@ -428,13 +429,16 @@ def test_progress_shows_the_share_of_the_peak(tmp_path, monkeypatch):
         return seen[-1][-1]
 
     monkeypatch.setattr(trainer.Trainer, "shown", noted)
-    run(tmp_path / "a", plain, linear())
+    result = run(tmp_path / "a", plain, linear())
+    logged = [line["mfu"] for line in lines(tmp_path / "a") if "loss" in line]
+    assert logged[-1] == training_facts(result)["mfu"] > 0
     for flops, speed, line in seen:
         assert flops == 2 * (2 * 4 * 4 + 2 * 4 * 4)
         assert float(line["mfu"].rstrip("%")) == pytest.approx(100 * flops * speed / 8 / 1e4, abs=0.06)
     seen.clear()
     run(tmp_path / "b", plain, linear(), compile=True, steps=3)
     assert [line for *_, line in seen if "mfu" in line] == [], "compiled code hides what it computes"
+    assert all({"mfu", "peak_memory"}.isdisjoint(line) for line in lines(tmp_path / "b"))
 
 
 def test_peaks_are_found_by_the_name_of_the_gpu(monkeypatch):

@@ -354,6 +354,50 @@ def test_resumed_training_is_bit_identical(update: str) -> None:
         assert torch.equal(value, resumed.state_dict()[key]), key
 
 
+def update_by_values(self: Quantizer, latents: Tensor, tokens: Tensor, generator: torch.Generator) -> None:
+    """`Quantizer.update` as it reads: it looks at which codes are dead, and at how many."""
+
+    def reseed(dead: Tensor) -> None:
+        error, count = 1 - (latents * self.lookup(tokens)).sum(-1), int(dead.sum())
+        again = count > len(error)
+        chosen = torch.multinomial(error.clamp_min(1e-6), count, replacement=again, generator=generator)
+        self.embedding.weight[dead] = latents[chosen]
+        self.idle[dead] = 0
+
+    if self.idle[0] < 0:
+        return reseed(torch.ones_like(self.idle, dtype=torch.bool))
+    used = torch.bincount(tokens, minlength=len(self.idle)) > 0
+    if self.config.codebook_update == "ema":
+        self._follow(latents, tokens, used)
+    self.idle.copy_(torch.where(used, 0, self.idle + 1))
+    dead = self.idle >= self.config.revive_after
+    if self.config.revive_after and dead.any():
+        reseed(dead)
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+@pytest.mark.parametrize(("vocab_size", "revive_after"), [(32, 1), (32, 2), (300, 1), (300, 2), (80, 0)])
+@torch.no_grad()
+def test_codes_are_revived_without_looking_as_by_looking(update, vocab_size, revive_after) -> None:
+    """64 outputs a step: fewer than there are codes, dead codes, or enough for all."""
+    if update == "gradient" and not revive_after:
+        return
+    config = VQConfig(vocab_size=vocab_size, code_dim=4, codebook_update=update, revive_after=revive_after)
+    blind, looking, revived = Quantizer(config), Quantizer(config), []
+    looking.load_state_dict(blind.state_dict())
+    for step in range(8):
+        latents = directions(64, 4, seed=step)
+        tokens = blind.nearest(latents)
+        before = blind.embedding.weight.clone()
+        blind.update(latents, tokens, seeded(step))
+        update_by_values(looking, latents, tokens, seeded(step))
+        assert torch.equal(blind.embedding.weight, looking.embedding.weight)
+        assert torch.equal(blind.idle, looking.idle)
+        moved = (blind.embedding.weight != before).any(1)
+        revived.append(int(moved.sum() - moved[tokens.unique()].sum()))
+    assert any(revived[1:]) == (revive_after > 0)
+
+
 def test_same_seed_same_codebook() -> None:
     first, second, other = (small(codebook_update="ema") for _ in range(3))
     for model, seed in ((first, 5), (second, 5), (other, 6)):

@@ -28,6 +28,12 @@ def splits(folder: str | Path) -> list[str]:
     return ["train", *["validation"] * cut, "test"]
 
 
+def without_waiting(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """`x` on a device; a GPU copies it from pinned memory while the host continues."""
+    here = torch.device(device).type == x.device.type
+    return x if here else x.pin_memory().to(device, non_blocking=True)
+
+
 class _Split:
     """What all caches of images have, one split at a time, memory-mapped."""
 
@@ -141,10 +147,10 @@ class ImageSet(_Split):
         """Images (B, 3, H, W) float32 in [-1, 1] on a device, labels (B,) int64 of the given rows."""
         rows, n = np.asarray(indices), len(self.images)
         # As bytes to the device: a quarter of what floats are.
-        pixels = torch.from_numpy(np.array(self.images[rows % n])).to(device).permute(0, 3, 1, 2)
-        pixels = pixels.float().div_(127.5).sub_(1).contiguous()
+        pixels = without_waiting(torch.from_numpy(np.array(self.images[rows % n])), device)
+        pixels = pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
         if (rows >= n).any():
-            mirrored = torch.from_numpy(rows >= n).to(device)[:, None, None, None]
+            mirrored = without_waiting(torch.from_numpy(rows >= n), device)[:, None, None, None]
             pixels = torch.where(mirrored, pixels.flip(-1), pixels)
         return pixels, torch.from_numpy(np.array(self.labels[rows]))
 

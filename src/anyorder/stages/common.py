@@ -139,6 +139,7 @@ def _append(writer: RowWriter, arrays: Iterable[np.ndarray]) -> None:
 def training_facts(result: TrainResult) -> dict[str, Any]:
     """What the manifest records of a training."""
     facts = {name: getattr(result, name) for name in ("steps", "seconds", "examples")}
+    facts |= {name: result.metrics[name] for name in ("mfu", "peak_memory") if name in result.metrics}
     parameters = sum(p.numel() for p in result.model.parameters())
     return {"parameters": parameters, **facts, "device": str(device())}
 

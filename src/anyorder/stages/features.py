@@ -108,10 +108,10 @@ class FeaturesStage(TrainingStage):
             model.load_state_dict(load_model(self.init, "classifier").state_dict())
 
         def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
-            targets = torch.from_numpy(labels[known[rows]])
+            targets = caches.without_waiting(torch.from_numpy(labels[known[rows]]), device())
             pixels = images.batch(known[rows], device=device())[0]
             # Not as a method, which a compiled model would take from the one that is not.
-            return features.Classifier.loss(model, pixels, targets.to(device()))  # type: ignore[arg-type]
+            return features.Classifier.loss(model, pixels, targets)  # type: ignore[arg-type]
 
         def evaluate(model: nn.Module, step: int) -> dict[str, float]:
             hits = 0

@@ -130,7 +130,7 @@ def _measured(model: nn.Module, images: ImageSet, limit: int) -> dict[str, float
             psnr += float(metrics.psnr(decoded, pixels).sum())
             ssim += float(metrics.ssim(decoded, pixels).sum())
             tokens.append(found.cpu())
-    usage, perplexity = codebook_usage(torch.cat(tokens), model.vocab_size)  # type: ignore[arg-type]
+    usage, perplexity = codebook_usage(torch.cat(tokens), model.vocab_size).tolist()  # type: ignore[arg-type]
     return {"psnr": psnr / n, "ssim": ssim / n, "codebook_usage": usage, "codebook_perplexity": perplexity}
 
 

@@ -182,10 +182,12 @@ class TrainStage(common.TrainingStage):
         orders = order_sources.mixed_orders(source, tokens.grid, self._random_share, self.jitter)
 
         def loss(model: torch.nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
-            batch, labels = map(_without_waiting, tokens.batch(rows, generator=generator))
+            found = tokens.batch(rows, generator=generator)
+            batch, labels = (caches.without_waiting(x, device()) for x in found)
             if self.learn_orders:
                 return learnt_orders.loss(model, batch, labels, self.learn_orders, generator)
-            order, learnt = map(_without_waiting, orders(rows, step, generator))
+            found = orders(rows, step, generator)
+            order, learnt = (caches.without_waiting(x, device()) for x in found)
             steps = self._steps(tokens.grid.n, generator)
             if not _has_location(model):
                 return losses.token_nll(model, batch, labels, order, **steps).mean(), {}  # type: ignore[arg-type]
@@ -405,11 +407,6 @@ def _mean_nll(model: torch.nn.Module, data: Measured) -> dict[str, float]:
         return {}
     found = losses.image_nll(model, tokens, condition, order, location=_has_location(model))  # type: ignore[arg-type]
     return {name: float(value.mean()) for name, value in found.items()}
-
-
-def _without_waiting(x: torch.Tensor) -> torch.Tensor:
-    """On the device; a GPU copies it from pinned memory while the host continues."""
-    return x.pin_memory().to(device(), non_blocking=True) if device().type != x.device.type else x
 
 
 def _has_location(model: torch.nn.Module) -> bool:

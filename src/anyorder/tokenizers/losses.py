@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from anyorder.contracts import require
+from anyorder.contracts import exact, require
 from anyorder.tokenizers.vq import VQModel
 
 
@@ -142,19 +142,21 @@ class TokenizerLoss(nn.Module):
         seed = int(np.random.SeedSequence((self.config.seed, step)).generate_state(1)[0])
         recent = model.quantize.codebook_used
         model.update_codebook(latents, tokens, torch.Generator(recent.device).manual_seed(seed))
-        found = recent.new_tensor(codebook_usage(recent[recent >= 0].long(), model.vocab_size))
+        found = codebook_usage(recent.long(), model.vocab_size).to(recent)
         return dict(zip(("codebook_usage", "codebook_perplexity"), found, strict=True))
 
 
-def codebook_usage(tokens: Tensor, vocab_size: int) -> tuple[float, float]:
+def codebook_usage(tokens: Tensor, vocab_size: int) -> Tensor:
     """How much of a codebook of V codes is used by tokens, int64 of any shape in [0, V), at least one.
 
-    Returns:
-        The share of codes that occur, in (0, 1], and the perplexity of their frequencies, in [1, V].
+    Entries of -1 are no tokens. Returns (2,) float64, without waiting for a GPU: the share of codes that
+    occur, in (0, 1], and the perplexity of their frequencies, in [1, V].
     """
-    frequency = torch.bincount(tokens.flatten(), minlength=vocab_size).double() / tokens.numel()
+    index = tokens.flatten() + 1
+    count = exact(index.new_zeros(vocab_size + 1).index_add_(0, index, torch.ones_like(index))[1:])
+    frequency = count / count.sum()
     entropy = torch.special.entr(frequency).sum()
-    return (frequency > 0).double().mean().item(), entropy.exp().item()
+    return torch.stack(((frequency > 0).double().mean(), entropy.exp()))
 
 
 def generator_loss(discriminator: Discriminator, fake: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ the layout of LlamaGen (arXiv 2406.06525, Sec. 3.1): its published VQ-16 and VQ-
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -192,15 +193,13 @@ class Quantizer(nn.Module):
         self.codebook_used.copy_(recent[-WINDOW:])
         if not hasattr(self, "idle"):
             return
-        if self.idle[0] < 0:
-            return self._reseed(torch.ones_like(self.idle, dtype=torch.bool), latents, tokens, generator)
-        used = torch.bincount(tokens, minlength=len(self.idle)) > 0
+        first = self.idle[0] < 0  # read by the host, this and the like would make a GPU wait
+        used = torch.zeros_like(self.idle, dtype=torch.bool).index_fill_(0, tokens, True)
         if self.config.codebook_update == "ema":
-            self._follow(latents, tokens, used)
+            self._follow(latents, tokens, used & ~first)
         self.idle.copy_(torch.where(used, 0, self.idle + 1))
-        dead = self.idle >= self.config.revive_after
-        if self.config.revive_after and dead.any():
-            self._reseed(dead, latents, tokens, generator)
+        dead = first | (self.idle >= (self.config.revive_after or math.inf))
+        self._reseed(dead, latents, tokens, generator)
 
     def _follow(self, latents: Tensor, tokens: Tensor, used: Tensor) -> None:
         """Moving average of the sums of encoder outputs (VQ-VAE, Appendix A.1), for the codes in use."""
@@ -210,13 +209,20 @@ class Quantizer(nn.Module):
         weight.copy_(torch.where(used[:, None], decay * weight + (1 - decay) * sums, weight))
 
     def _reseed(self, dead: Tensor, latents: Tensor, tokens: Tensor, generator: torch.Generator) -> None:
-        """Put dead codes on encoder outputs, sampled in proportion to how badly they are represented now."""
-        error = 1 - (latents * self.lookup(tokens)).sum(-1)
-        count = int(dead.sum())
-        again = count > len(error)
-        chosen = torch.multinomial(error.clamp_min(1e-6), count, replacement=again, generator=generator)
-        self.embedding.weight[dead] = latents[chosen].to(self.embedding.weight.dtype)
-        self.idle[dead] = 0
+        """Put dead codes on encoder outputs, sampled in proportion to how badly they are represented now.
+
+        Without replacement, unless more are dead than there are outputs.
+        """
+        error = (1 - (latents * self.lookup(tokens)).sum(-1)).clamp_min(1e-6)
+        most, again = min(len(dead), len(error)), generator.clone_state()
+        # `multinomial` without replacement, which waits, for as many as may be dead.
+        chosen = (error / torch.empty_like(error).exponential_(generator=generator)).topk(most).indices
+        if most < len(dead):
+            repeated = error.multinomial(len(dead), replacement=True, generator=again)
+            chosen = torch.where(dead.sum() > most, repeated, F.pad(chosen, (0, len(dead) - most)))
+        weight, new = self.embedding.weight, latents[chosen[(dead.cumsum(0) - 1).clamp_min(0)]]
+        weight.copy_(torch.where(dead[:, None], new.to(weight.dtype), weight))
+        self.idle.masked_fill_(dead, 0)
 
 
 def read_config(tensors: dict[str, Tensor], grid: tuple[int, int], heads: int) -> VQConfig:

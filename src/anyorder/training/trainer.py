@@ -289,7 +289,7 @@ class Trainer:
         self.threads.resume()
 
     def summary(self) -> dict[str, float]:
-        """Means over the steps since the last summary, and the speed."""
+        """Means over the steps since the last summary, the speed, and what is reached of a GPU."""
         self._synchronize()
         names = dict.fromkeys(name for row in self.window for name in row)
         means = {name: fmean(row[name] for row in self.window if name in row) for name in names}
@@ -297,6 +297,10 @@ class Trainer:
         speed, norm = self.examples_per_step / means.pop("seconds"), means.pop("grad_norm")
         rate = self.optimizer.param_groups[0]["lr"]
         line = {**means, "lr": rate, "grad_norm": norm, "examples_per_second": round(speed, 1)}
+        if self.peak and self.flops:
+            line["mfu"] = round(self.flops * speed / self.examples_per_step / self.peak, 4)
+        if self.device.type == "cuda":
+            line["peak_memory"] = torch.cuda.max_memory_allocated(self.device)
         self.metrics |= line
         return line
 
@@ -338,9 +342,7 @@ class Trainer:
         """What stands behind the progress bar."""
         each = self.metrics["examples_per_second"] / processes.size()
         alone = {"per_process": f"{each:.1f}/s"} if processes.size() > 1 else {}
-        if self.peak and self.flops:
-            steps = self.metrics["examples_per_second"] / self.examples_per_step
-            alone["mfu"] = f"{self.flops * steps / self.peak:.1%}"
+        alone |= {"mfu": f"{self.metrics['mfu']:.1%}"} if "mfu" in self.metrics else {}
         return {"step": self.step_number, "loss": self.metrics["loss"], **alone}
 
     # --- checkpoints ------------------------------------------------------------------------------------
