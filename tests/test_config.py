@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import subprocess
 import sys
 import typing
@@ -97,7 +98,7 @@ runs = st.builds(
 @given(runs)
 def test_yaml_round_trip(run):
     values = {**asdict(run), "out": str(run.out)}
-    run.out = run.out.expanduser()
+    run.out = Path(os.path.expanduser(run.out))
     assert parse(Run, yaml.safe_load(yaml.safe_dump(values))) == run
 
 

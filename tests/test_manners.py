@@ -176,6 +176,12 @@ def test_ls_sees_that_photos_were_added_or_are_gone(tmp_path):
     assert runs.state(tmp_path / "data") == f"its source {photos} can no longer be read"
 
 
+def test_a_home_of_nobody_is_one_line(capsys):
+    assert main.main(["data", "source=sunsets", "size=16", "out=~nobody-of-this-name/data"]) != 0
+    assert "Traceback" not in (said := capsys.readouterr().err)
+    assert "home directory" in said
+
+
 def test_what_is_watched_is_known_before_the_training(tmp_path, data, capsys):
     typed = ["tokenizer", f"data={data}", "train.steps=100000", "train.patience=2", f"out={tmp_path}/out"]
     assert main.main([*typed, "train.watch=validation_psnr"]) == 2

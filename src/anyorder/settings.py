@@ -15,6 +15,7 @@ import functools
 import inspect
 import itertools
 import json
+import os
 import re
 import textwrap
 import types
@@ -309,7 +310,7 @@ def _prepare(hint: Any, value: Any) -> Any:
     if hint is str and isinstance(value, bool | int | float | None):
         return json.dumps(value)
     if hint is Path and isinstance(value, str | Path):
-        return Path(value).expanduser()
+        return Path(os.path.expanduser(value))  # which leaves "~0" alone, where there is no such user
     if typing.get_origin(hint) is Literal:
         return {str(arg): arg for arg in typing.get_args(hint)}.get(str(value))
     if isinstance(value, bool) != (hint is bool) and not isinstance(value, str):

@@ -233,8 +233,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not follows:
             print("anyorder: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, MemoryError) as e:
-        if "--traceback" in arguments:
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as e:
+        unforeseen = isinstance(e, RuntimeError) and "home directory" not in str(e)  # of pathlib, for ~nobody
+        if unforeseen or "--traceback" in arguments:
             raise
         if follows:  # torchrun ends it meanwhile if the first process has the same to say
             time.sleep(5)
