@@ -8,7 +8,7 @@ discriminator's term sees the reconstructions detached.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -315,7 +315,7 @@ class LitePerceptualLoss(nn.Module):
         """
         h, w = fake.shape[2:]
         require(min(h, w) >= 32, f"lpips takes images of 32 x 32 pixels or more, got {h} x {w}: set lpips=0")
-        return _distance(self._features, fake, real, itertools.repeat(1.0))
+        return _distance(self._features, fake, real, [1.0] * len(LITE_STAGES))
 
     def _features(self, images: Tensor) -> list[Tensor]:
         """Unit-length features (B, C, h, w) float32 at the end of each stage."""
@@ -330,12 +330,12 @@ class LitePerceptualLoss(nn.Module):
 
 
 def _distance(
-    features: Callable[[Tensor], list[Tensor]], fake: Tensor, real: Tensor, weights: Iterable[Tensor | float]
+    features: Callable[[Tensor], list[Tensor]], fake: Tensor, real: Tensor, weights: Sequence[Tensor | float]
 ) -> Tensor:
     """Squared distances of unit-length features, weighted by channel, their means over places summed."""
     with torch.no_grad():
         targets = features(real)
-    triples = zip(features(fake), targets, weights, strict=False)
+    triples = zip(features(fake), targets, weights, strict=True)
     return torch.stack([(weight * (a - b) ** 2).sum(1).mean() for a, b, weight in triples]).sum()
 
 
