@@ -45,7 +45,7 @@ gpu: $(VENV)/.installed-dev  ## on a GPU: its tests and the bench, in float32 an
 
 demo: $(VENV)/.installed  ## watch the model that comes with the package generate, in a browser
 	$(INSTALL) -e '.[demo]'
-	$(BIN)/anyorder demo pipeline=fashion32
+	$(BIN)/anyorder demo pipeline=emoji64
 
 coverage: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered --cov-fail-under=90

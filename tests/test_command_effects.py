@@ -252,8 +252,8 @@ COMMANDS: dict[str, Command] = {
     "pipeline": Command({"model": "any"}, {
         **change("samples", "scored"), **change("model", "any2"), **refused("tokens", "tokens2", MOVED),
         **refused("tokenizer", "vq2", MOVED), **change("scorer", "any2"), **change("orders", "orders"),
-        **group("policy", "order", "raster"), **change("good_orders", ("random",)),
-        **change("example_class", "orange"),
+        **group("policy", "order", "raster"), **group("sampling", "temperature", 0),
+        **change("good_orders", ("random",)), **change("example_class", "orange"),
     }),
     "sample pipeline": Command({"pipeline": "toy", "num_images": 2, "policy.order": "entropy"}, {
         **change("pipeline", "toy2"), **change("class_labels", ("dog",)),

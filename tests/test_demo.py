@@ -134,7 +134,9 @@ def test_classes_without_names_are_numbered():
 
 @pytest.mark.parametrize("order", ["entropy", "random", "hilbert"])
 def test_an_order_of_the_page_is_the_one_of_the_pipeline(order):
-    stream = events(orders=order, label="green", n=3, seed=5, temperature=0.8, guidance=1.5)
+    stream = events(
+        orders=order, class_labels="green", num_images=3, seed=5, temperature=0.8, guidance_scale=1.5
+    )
     steps = steps_of(0, stream)
     expected = PIPE("green", 3, order, 1.5, 5, sampling=Sampling(0.8))
     positions = column(steps, "positions")
@@ -152,7 +154,7 @@ def test_an_order_of_the_page_is_the_one_of_the_pipeline(order):
 
 
 def test_orders_grow_side_by_side():
-    stream = events(orders=["raster", "entropy", "raster"], n=2)
+    stream = events(orders=["raster", "entropy", "raster"], num_images=2)
     assert [step["order"] for name, step in stream if name == "step"] == [0, 1] * 12
     for order in (0, 1):
         steps = steps_of(order, stream)
@@ -178,16 +180,16 @@ def test_defaults_are_the_pipelines_own():
 
 def test_labels_are_names_before_they_are_numbers():
     def tokens(**query):
-        return column(steps_of(0, events(n=4, orders="raster", **query)), "tokens")
+        return column(steps_of(0, events(num_images=4, orders="raster", **query)), "tokens")
 
-    assert torch.equal(tokens(label="1"), tokens(label="green"))
-    assert torch.equal(tokens(label="7"), PIPE(2, 4, "raster").tokens)
-    assert torch.equal(tokens(label=""), PIPE(None, 4, "raster").tokens)
+    assert torch.equal(tokens(class_labels="1"), tokens(class_labels="green"))
+    assert torch.equal(tokens(class_labels="7"), PIPE(2, 4, "raster").tokens)
+    assert torch.equal(tokens(class_labels=""), PIPE(None, 4, "raster").tokens)
 
 
 def test_large_grids_are_painted_now_and_then(monkeypatch):
     monkeypatch.setattr(generation, "FRAMES", 5)
-    steps = steps_of(0, events(orders="raster", n=1))
+    steps = steps_of(0, events(orders="raster", num_images=1))
     assert [step["done"] for step in steps if "png" in step] == [1, 4, 7, 10, 12]
 
 
@@ -218,21 +220,24 @@ def test_blank_patches_borrow_from_the_nearest():
     [
         ("orders=zigzag", "unknown order 'zigzag': choose from entropy; "),
         ("orders=" + "&orders=".join(STATIC), "at most 6 orders, got 9"),
-        ("label=blue", "unknown class 'blue': choose one of red, green, 7"),
-        ("label=3", "class labels lie in [0, 3), got 3"),
-        ("label=-1", "unknown class '-1'"),
-        ("n=17", "n must lie in [1, 16], got 17"),
-        ("n=0", "n must lie in [1, 16], got 0"),
-        ("n=many", "n='many': expected int"),
-        ("n=", "n='': expected int"),
+        ("class_labels=blue", "unknown class 'blue': choose one of red, green, 7"),
+        ("class_labels=3", "class labels lie in [0, 3), got 3"),
+        ("class_labels=-1", "unknown class '-1'"),
+        ("num_images=17", "num_images must lie in [1, 16], got 17"),
+        ("num_images=0", "num_images must lie in [1, 16], got 0"),
+        ("num_images=many", "num_images='many': expected int"),
+        ("num_images=", "num_images='': expected int"),
         ("seed=1.5", "seed='1.5': expected int"),
         ("seed=-1", "seed must lie in"),
         ("seed=2147483648", "seed must lie in"),
         ("temperature=warm", "temperature='warm': expected float"),
         ("temperature=nan", "temperature='nan': expected float"),
         ("temperature=1e-9", "temperature must be 0 or lie in"),
-        ("label=red&guidance=inf", "guidance='inf': expected float | null, a finite number"),
-        ("guidance=2", "guidance 2 pulls towards a class or text"),
+        (
+            "class_labels=red&guidance_scale=inf",
+            "guidance_scale='inf': expected float | null, a finite number",
+        ),
+        ("guidance_scale=2", "guidance_scale=2 pulls towards a class or text"),
         ("prompt=a+red+shoe", "captions"),
         ("order=raster", "unknown setting 'order', did you mean orders?"),
     ],
@@ -262,7 +267,9 @@ def test_an_unexpected_error_is_500_and_one_short_line_in_the_log(monkeypatch, c
 # --- other web sites -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/", "/about", "/draw?n=1&orders=raster", "/draw?n=0", "/x", "500", "host"])
+@pytest.mark.parametrize(
+    "path", ["/", "/about", "/draw?num_images=1&orders=raster", "/draw?num_images=0", "/x", "500", "host"]
+)
 def test_every_answer_has_the_headers(path, monkeypatch):
     client = CLIENT
     if path == "500":
@@ -290,7 +297,7 @@ def test_every_answer_has_the_headers(path, monkeypatch):
 )  # fmt: skip
 def test_only_known_host_names_are_answered(name, status):
     client = client_of(PIPE, ["192.168.1.5", "fd00::5", "lab.example.org", "*.lab.test"])
-    for path in ("/", "/about", "/draw?n=1&orders=raster"):
+    for path in ("/", "/about", "/draw?num_images=1&orders=raster"):
         assert client.get(path, headers={"host": name}).status_code == status
 
 
@@ -308,14 +315,14 @@ def test_only_known_host_names_are_answered(name, status):
         ({"origin": "http://evil.example"}, 403),
         ({"origin": "null"}, 403),
         ({"origin": "http://["}, 403),
-        ({"referer": "http://localhost:8000/?n=1"}, 200),
+        ({"referer": "http://localhost:8000/?num_images=1"}, 200),
         ({"referer": "http://evil.example/localhost:8000"}, 403),
         ({"origin": "http://localhost:8000", "referer": "https://evil.example/"}, 403),
     ],
 )
 def test_other_sites_cannot_start_work(headers, status, monkeypatch):
     taken = watched(monkeypatch)
-    answer = CLIENT.get("/draw?n=1&orders=raster", headers=headers)
+    answer = CLIENT.get("/draw?num_images=1&orders=raster", headers=headers)
     assert answer.status_code == status
     assert len(taken) == (12 if status == 200 else 0)
     assert CLIENT.get("/", headers=headers).status_code == 200
@@ -368,9 +375,9 @@ def test_a_client_that_leaves_stops_the_sampling(monkeypatch):
     app = create_app(PIPE)
 
     async def visits():
-        text = await request(app, "orders=raster&n=1", leave_after=4)
+        text = await request(app, "orders=raster&num_images=1", leave_after=4)
         steps = len(taken)
-        again = await request(app, "orders=raster&n=1&seed=1")  # the turn was given back
+        again = await request(app, "orders=raster&num_images=1&seed=1")  # the turn was given back
         return text, steps, again
 
     text, steps, again = asyncio.run(visits())
@@ -404,15 +411,17 @@ def test_a_client_that_does_not_read_lets_the_others_pass(monkeypatch):
 
     async def visits():
         reads_again = asyncio.Event()
-        stalled = asyncio.create_task(request(app, "orders=raster&n=1&seed=1", stall=(4, reads_again)))
-        others = await asyncio.gather(*(request(app, f"orders=raster&n=1&seed={s}") for s in (2, 3)))
+        stalled = asyncio.create_task(
+            request(app, "orders=raster&num_images=1&seed=1", stall=(4, reads_again))
+        )
+        others = await asyncio.gather(*(request(app, f"orders=raster&num_images=1&seed={s}") for s in (2, 3)))
         reads_again.set()
         return others, await stalled
 
     others, late = asyncio.run(visits())
     assert taken == [1] * 3 + [2] * 12 + [3] * 12 + [1] * 9
     assert all(text.endswith("event: end\ndata: {}\n\n") for text in (*others, late))
-    assert tokens_in(late) == tokens_in(CLIENT.get("/draw?orders=raster&n=1&seed=1").text)
+    assert tokens_in(late) == tokens_in(CLIENT.get("/draw?orders=raster&num_images=1&seed=1").text)
 
 
 def tokens_in(text):
@@ -427,8 +436,8 @@ def test_a_client_that_never_reads_is_cut_off(monkeypatch, caplog):
     app = create_app(PIPE)
 
     async def visits():
-        text = await request(app, "orders=raster&n=1", stall=(4, asyncio.Event()))
-        return text, await request(app, "orders=raster&n=1&seed=1")
+        text = await request(app, "orders=raster&num_images=1", stall=(4, asyncio.Event()))
+        return text, await request(app, "orders=raster&num_images=1&seed=1")
 
     text, again = asyncio.run(visits())
     assert "event: end" not in text
@@ -443,13 +452,13 @@ def test_more_requests_than_the_limit_are_refused(monkeypatch):
 
     async def visits():
         leaves = asyncio.Event()
-        waiting = [asyncio.create_task(request(app, "n=1", stall=(2, leaves))) for _ in range(2)]
+        waiting = [asyncio.create_task(request(app, "num_images=1", stall=(2, leaves))) for _ in range(2)]
         await asyncio.sleep(0.01)
-        refused = await asyncio.to_thread(TestClient(app, "http://localhost").get, "/draw?n=1")
+        refused = await asyncio.to_thread(TestClient(app, "http://localhost").get, "/draw?num_images=1")
         page = await asyncio.to_thread(TestClient(app, "http://localhost").get, "/")
         leaves.set()
         await asyncio.gather(*waiting)
-        return refused, page, await request(app, "n=1")
+        return refused, page, await request(app, "num_images=1")
 
     refused, page, later = asyncio.run(visits())
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "30")
@@ -473,15 +482,15 @@ def failing(monkeypatch, message="no memory\nhere is a stack of C++ calls"):
 
 def test_an_error_while_sampling_is_an_event(monkeypatch, caplog):
     failing(monkeypatch)
-    found = events(orders="raster", n=1, seed=7)
+    found = events(orders="raster", num_images=1, seed=7)
     error = {"error": "The images could not be generated: RuntimeError: no memory"}
     assert [name for name, _ in found] == ["step", "step", "error"]
     assert found[-1][1] == error
     assert caplog.messages == ["sampling failed: RuntimeError: no memory"]
     assert caplog.records[0].exc_info is None
-    assert events(orders="raster", n=1)[-1] == ("end", {}), "the next request is served"
+    assert events(orders="raster", num_images=1)[-1] == ("end", {}), "the next request is served"
     failing(monkeypatch, "x" * 60_000)
-    assert len(events(orders="raster", n=1, seed=7)[-1][1]["error"]) < 300
+    assert len(events(orders="raster", num_images=1, seed=7)[-1][1]["error"]) < 300
 
 
 def test_the_page_answers_while_images_are_sampled(monkeypatch):
@@ -498,7 +507,7 @@ def test_the_page_answers_while_images_are_sampled(monkeypatch):
 
     async def visit():
         loop.append(asyncio.get_running_loop())
-        return await request(app, "orders=raster&n=1")
+        return await request(app, "orders=raster&num_images=1")
 
     assert asyncio.run(visit()).count("event: step") == 12
     assert loop_is_free == [True] * 12
@@ -609,11 +618,11 @@ sys.exit(main(["demo", "pipeline=fashion32", "port=0"]))
 
 def test_ctrl_c_ends_quietly_and_the_log_stays_short():
     async def visits(served):
-        long = await served.ask("label=" + "x" * 60_000)
-        stalled = await served.stall("n=16&orders=raster")
-        heard, query = [[], [], []], "n=16&orders=raster&orders=entropy"
+        long = await served.ask("class_labels=" + "x" * 60_000)
+        stalled = await served.stall("num_images=16&orders=raster")
+        heard, query = [[], [], []], "num_images=16&orders=raster&orders=entropy"
         asking = [asyncio.create_task(served.ask(query, found=found)) for found in heard]
-        await served.ask("n=1&orders=raster&seed=1", steps=0)  # and leave while waiting
+        await served.ask("num_images=1&orders=raster&seed=1", steps=0)  # and leave while waiting
         async with asyncio.timeout(60):
             while "step" not in {name for found in heard for name, _ in found}:
                 await asyncio.sleep(0.1)
@@ -637,14 +646,16 @@ def test_fifty_clients_some_stalled_some_vanishing():
 
     async def visits(served):
         for _ in range(3):
-            await served.ask("n=1&orders=raster")
+            await served.ask("num_images=1&orders=raster")
         begin, memory, files = time.monotonic(), [served.rss()], served.files()
-        stalled = [await served.stall("n=16&orders=raster") for _ in range(5)]
-        vanishing = [asyncio.create_task(served.ask("n=1&orders=raster", steps=2)) for _ in range(10)]
-        reading = [asyncio.create_task(served.ask("n=1&orders=raster")) for _ in range(34)]
+        stalled = [await served.stall("num_images=16&orders=raster") for _ in range(5)]
+        vanishing = [
+            asyncio.create_task(served.ask("num_images=1&orders=raster", steps=2)) for _ in range(10)
+        ]
+        reading = [asyncio.create_task(served.ask("num_images=1&orders=raster")) for _ in range(34)]
         reading[16].add_done_callback(lambda _: memory.append(served.rss()))
         await asyncio.sleep(0.5)
-        last = await served.ask("n=1&orders=raster")
+        last = await served.ask("num_images=1&orders=raster")
         await asyncio.gather(*vanishing)
         found = [*await asyncio.gather(*reading), last]
         end, memory = time.monotonic(), [*memory, served.rss()]
@@ -703,9 +714,9 @@ def test_orders_of_classes_and_location_heads_are_on_offer():
     assert about["orders"][0]["name"] == "entropy, rate_every 8"
     assert {"random", "class_mean", "raster"} <= {order["name"] for order in about["orders"]}
     assert all(order["text"] for order in about["orders"])
-    steps = steps_of(0, events(client, label="Shoes", n=1))
+    steps = steps_of(0, events(client, class_labels="Shoes", num_images=1))
     assert len(steps) == 64
-    assert len(steps_of(0, events(client, n=1))) == 64, "without a class, too"
+    assert len(steps_of(0, events(client, num_images=1))) == 64, "without a class, too"
     located = client_of(pipeline(location=True)).get("/about").json()
     assert "location" in {order["name"] for order in located["orders"]}
 
@@ -719,12 +730,12 @@ def test_texts_are_asked_for_where_they_are_taken():
     assert not CLIENT.get("/about").json()["takes_text"]
     prompts = ("", "a red shoe", "a green bag")
     drawn = [
-        column(steps_of(0, events(client, orders="raster", n=2, prompt=prompt)), "log_prob")
+        column(steps_of(0, events(client, orders="raster", num_images=2, prompt=prompt)), "log_prob")
         for prompt in prompts
     ]
     assert not torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[1], drawn[2])
-    events(client, orders="raster", n=1, prompt="a red shoe", guidance=2)
+    events(client, orders="raster", num_images=1, prompt="a red shoe", guidance_scale=2)
 
 
 # --- completions, animations and code --------------------------------------------------------------------
@@ -755,7 +766,13 @@ def streamed(answer):
 @pytest.mark.parametrize("how", [{"mask": EDIT["mask"]}, {"keep": "0.5"}], ids=["mask", "keep"])
 @pytest.mark.parametrize("order", ["entropy", "random"])
 def test_a_completion_of_the_page_is_the_one_of_the_pipeline(order, how):
-    settings = {"label": "red", "n": "2", "orders": [order, "raster"], "seed": 3, "temperature": 0.7}
+    settings = {
+        "class_labels": "red",
+        "num_images": "2",
+        "orders": [order, "raster"],
+        "seed": 3,
+        "temperature": 0.7,
+    }
     found = streamed(post("/draw", image=EDIT["image"], **how, **settings))
     steps = [step for step in found if step["order"] == 0]
     given = {"mask": MASK} if "mask" in how else {"keep": 0.5}
@@ -780,7 +797,9 @@ def test_a_border_is_on_a_larger_grid():
     wide, mask = Image.new("RGB", (12, 6)), Image.new("L", (12, 6), 255)
     wide.paste(IMAGE)
     mask.paste(0, (0, 0, 8, 6))
-    found = streamed(post("/draw", image=base64_of(wide), mask=base64_of(mask), n=1, orders=["raster"]))
+    found = streamed(
+        post("/draw", image=base64_of(wide), mask=base64_of(mask), num_images=1, orders=["raster"])
+    )
     assert [step["positions"][0][0] for step in found] == [4, 5, 10, 11, 16, 17]
     assert strip(found[-1]).shape == (6, 12, 4)
 
@@ -800,9 +819,9 @@ def test_a_border_is_on_a_larger_grid():
         ({"image": base64_of(Image.new("RGB", (7, 6))), "keep": 0.5}, "cannot be cut into patches"),
         ({"image": base64_of(Image.new("RGB", (16, 14))), "keep": 0.5}, "too many pixels: 16 x 14 pixels"),
         ({"image": base64_of(Image.new("1", (40_000, 40_000))), "keep": 0.5}, "too many pixels"),
-        ({**EDIT, "label": "blue"}, "unknown class 'blue'"),
-        ({"n": [1]}, "n=[1]: expected int"),
-        ({"n": {"a": 1}}, "expected int"),
+        ({**EDIT, "class_labels": "blue"}, "unknown class 'blue'"),
+        ({"num_images": [1]}, "num_images=[1]: expected int"),
+        ({"num_images": {"a": 1}}, "expected int"),
         ({"orders": "raster\\0"}, "unknown order"),
     ],
 )
@@ -818,10 +837,10 @@ def test_bodies_are_refused_that_are_foreign_large_or_no_settings(path, monkeypa
     taken = watched(monkeypatch)
     kind = {"content-type": "application/json"}
     for headers in ({"sec-fetch-site": "cross-site"}, {"origin": "http://evil.example"}):
-        assert post(path, headers=headers, n=1).status_code == 403
-    assert post(path, client_of(PIPE, name="evil.example"), n=1).status_code == 400
+        assert post(path, headers=headers, num_images=1).status_code == 403
+    assert post(path, client_of(PIPE, name="evil.example"), num_images=1).status_code == 400
     assert CLIENT.post(path, content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
-    assert CLIENT.post(path, data={"n": 1}).status_code == 415
+    assert CLIENT.post(path, data={"num_images": 1}).status_code == 415
     assert CLIENT.post(path, content=b" " * 2001, headers=kind).status_code == 413
     for body in (b"[1]", b"{", b"\xff", b"[" * 1500, b""):
         answer = CLIENT.post(path, content=body, headers=kind)
@@ -889,11 +908,16 @@ def test_animations_that_make_no_sense_are_400(changes, message):
 
 OWN = PolicyConfig("max_prob", distance=0.5)
 SNIPPETS = {
-    "class": {"label": "green", "orders": ["random", OWN.label], "n": 2, "seed": 4},
-    "number, guidance, temperature": {"label": "1", "n": 1, "guidance": 2, "temperature": 0.5},
-    "no class": {"n": 2, "orders": ["hilbert"]},
-    "mask": {**EDIT, "label": "red", "n": 2, "orders": ["random"], "temperature": 0},
-    "keep": {"image": EDIT["image"], "keep": 0.5, "orders": ["random"], "n": 2},
+    "class": {"class_labels": "green", "orders": ["random", OWN.label], "num_images": 2, "seed": 4},
+    "number, guidance, temperature": {
+        "class_labels": "1",
+        "num_images": 1,
+        "guidance_scale": 2,
+        "temperature": 0.5,
+    },
+    "no class": {"num_images": 2, "orders": ["hilbert"]},
+    "mask": {**EDIT, "class_labels": "red", "num_images": 2, "orders": ["random"], "temperature": 0},
+    "keep": {"image": EDIT["image"], "keep": 0.5, "orders": ["random"], "num_images": 2},
 }
 
 
@@ -911,7 +935,7 @@ def test_the_code_and_the_commands_make_the_same_images(asked, tmp_path, monkeyp
     for number, command in enumerate(code["command"].splitlines()):
         assert cli.main(shlex.split(command)[1:]) == 0
         folder = tmp_path / shlex.split(command)[-1].removeprefix("out=")
-        n = asked["n"]
+        n = asked["num_images"]
         last = [step for step in found if step["order"] == number][-1]
         for i, expected in enumerate(np.split(strip(last), n, axis=1)):
             for path in (tmp_path / f"order-{number}-{i}.png", folder / f"{i:04d}.png"):
@@ -924,17 +948,36 @@ def test_the_guidance_of_the_pipeline_is_the_default():
     pipe.guidance = GuidanceConfig(2.0, "linear")
     client = client_of(pipe)
     assert client.get("/about").json()["guidance"] == 2
-    asked = {"label": "red", "n": 1, "orders": ["raster"]}
-    scales = ({}, {"guidance": 2}, {"guidance": 1})
+    asked = {"class_labels": "red", "num_images": 1, "orders": ["raster"]}
+    scales = ({}, {"guidance_scale": 2}, {"guidance_scale": 1})
     own, same, none = (streamed(post("/draw", client, **asked, **scale)) for scale in scales)
     expected = pipe("red", 1, "raster")
     assert torch.equal(column(own, "log_prob"), expected.log_prob)
     assert torch.equal(column(same, "log_prob"), expected.log_prob)
     assert torch.equal(column(none, "log_prob"), pipe("red", 1, "raster", 1.0).log_prob)
     assert not torch.equal(column(none, "log_prob"), expected.log_prob)
-    codes = [post("/code", client, **asked, guidance=scale).json() for scale in (2, 1)]
+    codes = [post("/code", client, **asked, guidance_scale=scale).json() for scale in (2, 1)]
     assert "guidance" not in str(codes[0])
     assert ["guidance_scale=1.0" in codes[1][name] for name in ("python", "command")] == [True, True]
+
+
+def test_the_sampling_of_the_pipeline_is_the_default():
+    pipe = pipeline()
+    pipe.sampling = Sampling(0.5, top_k=3)
+    client = client_of(pipe)
+    assert client.get("/about").json()["temperature"] == 0.5
+    asked = {"num_images": 4, "orders": ["raster"]}
+    heats = ({}, {"temperature": 0.5}, {"temperature": 2}, {"temperature": 0})
+    made = [column(streamed(post("/draw", client, **asked, **heat)), "tokens") for heat in heats]
+    kept = [None, None, Sampling(2.0, top_k=3), Sampling(0)]
+    expected = [pipe(None, 4, "raster", sampling=sampling).tokens for sampling in kept]
+    assert [torch.equal(*pair) for pair in zip(made, expected, strict=True)] == [True] * 4
+    assert not torch.equal(made[0], made[2])
+    codes = [post("/code", client, **asked, **heat).json() for heat in heats]
+    assert "sampling" not in str(codes[:2])
+    assert "sampling.temperature=2.0 sampling.top_k=3" in codes[2]["command"]
+    assert "sampling={'temperature': 2.0, 'top_k': 3}" in codes[2]["python"]
+    assert "top_k" not in str(codes[3])
 
 
 def test_names_with_commas_and_texts_become_one_item():
@@ -973,10 +1016,10 @@ def test_orders_that_a_model_is_good_at_come_first(tmp_path):
 def test_the_first_samples_take_less_than_two_seconds():
     """Of one core's time, with what the page opens with: on an idle machine the visitor waits no longer."""
     pipe = Pipeline.from_pretrained("fashion32")
-    [*generation.generate_events(pipe, generation.GenerateRequest(n=1))]
+    [*generation.generate_events(pipe, generation.GenerateRequest(num_images=1))]
     begin, first = time.process_time(), None
     opened = generation._good(pipe)[:2]
-    for _ in generation.generate_events(pipe, generation.GenerateRequest(label="Bags", orders=opened)):
+    for _ in generation.generate_events(pipe, generation.GenerateRequest(class_labels="Bags", orders=opened)):
         first = first or time.process_time() - begin
     print(f"first patch after {first:.2f} s, all images after {time.process_time() - begin:.2f} s")
     assert time.process_time() - begin < 2
@@ -986,7 +1029,7 @@ def test_images_that_reveal_different_numbers_at_a_step():
     """Every position comes once in each image, and the patches that are done are those of the slowest."""
     policy = PolicyConfig("random", per_step=4, entropy_limit=1.7)
     pipe = pipeline(policy=policy)
-    steps = steps_of(0, events(client_of(pipe), n=3, seed=1))
+    steps = steps_of(0, events(client_of(pipe), num_images=3, seed=1))
     expected = pipe(num_images=3, generator=1)
     orders = [[p for step in steps for p in step["positions"][i]] for i in range(3)]
     assert orders == expected.order.tolist()

@@ -127,7 +127,7 @@ def test_it_opens_with_what_the_model_is_good_at(visit):
     said(page, "Done: 8 images, 12 patches each, seed 0.")
     summary = "toy: 6 \u00d7 8 pixels in 3 \u00d7 4 patches, made for entropy, random"
     assert page.locator("#summary").inner_text() == summary
-    assert page.locator("[name=label]").input_value() == "green"
+    assert page.locator("[name=class_labels]").input_value() == "green"
     heads = [text.split("\n") for text in page.locator(".panel h2").all_inner_texts()]
     assert heads == [["entropy", "inferred by the model"], ["random", "given beforehand"]]
     assert page.locator("#good .chip").all_inner_texts() == ["entropy", "random"]
@@ -151,9 +151,9 @@ def test_images_and_the_button_are_in_the_first_screen(visit, size):
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        ("?label=blue", "unknown class 'blue'"),
+        ("?class_labels=blue", "unknown class 'blue'"),
         ("?orders=zigzag", "unknown order 'zigzag'"),
-        ("?n=99", "n=99 is not possible"),
+        ("?num_images=99", "num_images=99 is not possible"),
         ("?seed=x", "seed=x is not possible"),
         ("?colour=red", "colour=red is not possible"),
         ("?task=dance", "task=dance is not possible"),
@@ -167,7 +167,7 @@ def test_an_address_that_asks_for_what_is_not_there_is_an_error(visit, query, me
 
 
 def test_settings_that_no_longer_match_are_said_and_the_link_reproduces_them(visit, site):
-    page = visit("?label=red&n=2&orders=hilbert&seed=3&temperature=0.5")
+    page = visit("?class_labels=red&num_images=2&orders=hilbert&seed=3&temperature=0.5")
     said(page, "Done: 2 images")
     before = save(page, "Download PNG of hilbert")
     assert not page.locator("#stale").is_visible()
@@ -175,14 +175,14 @@ def test_settings_that_no_longer_match_are_said_and_the_link_reproduces_them(vis
     assert page.locator("#stale").is_visible()
     page.locator("[name=seed]").fill("3")
     assert not page.locator("#stale").is_visible()
-    page.locator("[name=label]").select_option("green")
+    page.locator("[name=class_labels]").select_option("green")
     generate(page)
     assert not page.locator("#stale").is_visible()
     page.get_by_role("button", name="Copy link").click()
     said(page, "The link is copied", "#copied")
     link = page.evaluate("() => navigator.clipboard.readText()")
     assert save(page, "Download PNG of hilbert")[0] != before[0]
-    again = visit(link.removeprefix(site[1]).replace("label=green", "label=red"))
+    again = visit(link.removeprefix(site[1]).replace("class_labels=green", "class_labels=red"))
     said(again, "Done: 2 images")
     assert save(again, "Download PNG of hilbert") == before
     page.get_by_role("button", name="Another seed").click()
@@ -190,7 +190,7 @@ def test_settings_that_no_longer_match_are_said_and_the_link_reproduces_them(vis
 
 
 def test_an_order_is_replayed_step_by_step(visit):
-    page = visit("?n=1&orders=raster")
+    page = visit("?num_images=1&orders=raster")
     said(page, "Done")
     head, tile = page.locator("#head"), page.locator(".tile")
 
@@ -217,7 +217,7 @@ def test_an_order_is_replayed_step_by_step(visit):
 
 
 def test_the_files_of_a_run(visit, site):
-    page = visit("?label=red&n=3&orders=entropy&seed=2")
+    page = visit("?class_labels=red&num_images=3&orders=entropy&seed=2")
     said(page, "Done")
     expected = Pipeline.from_pretrained(site[0] / "toy")("red", 3, "entropy", generator=2)
     sheet, name = save(page, "Download PNG")
@@ -232,14 +232,19 @@ def test_the_files_of_a_run(visit, site):
         assert Image.open(io.BytesIO(film)).n_frames == 13
     found = json.loads(save(page, "Download JSON")[0])
     assert torch.equal(torch.tensor(found["order"]), expected.order)
-    assert (found["pipeline"], found["label"], found["grid"], found["known"]) == ("toy", "red", [3, 4], 0)
+    assert (found["pipeline"], found["class_labels"], found["grid"], found["known"]) == (
+        "toy",
+        "red",
+        [3, 4],
+        0,
+    )
 
 
 # --- editing ---------------------------------------------------------------------------------------------
 
 
-def opened_editor(visit, query="&n=1&orders=random", **how):
-    page = visit(f"?label=red{query}", **how)
+def opened_editor(visit, query="&num_images=1&orders=random", **how):
+    page = visit(f"?class_labels=red{query}", **how)
     said(page, "Done")
     page.locator(".tile").first.click()
     page.locator("#mask").wait_for()
@@ -327,7 +332,7 @@ def test_the_border_grows_by_fields_and_by_dragging(visit):
 
 
 def test_what_is_edited_can_be_saved_and_done_in_python_and_by_command(visit, site, tmp_path, monkeypatch):
-    page = opened_editor(visit, "&n=2&orders=random&orders=raster")
+    page = opened_editor(visit, "&num_images=2&orders=random&orders=raster")
     paint(page, (0.3, 0.3), (0.7, 0.5))
     generate(page)
     monkeypatch.chdir(tmp_path)
@@ -352,7 +357,7 @@ def test_what_is_edited_can_be_saved_and_done_in_python_and_by_command(visit, si
 
 
 def test_variations(visit):
-    page = opened_editor(visit, "&n=2&orders=random")
+    page = opened_editor(visit, "&num_images=2&orders=random")
     page.locator("[name=keep]").select_option("0.5")
     generate(page)
     said(page, "Done: 2 images, 6 patches each")
@@ -362,7 +367,7 @@ def test_variations(visit):
 
 
 def test_a_sample_is_dragged_into_the_editor(visit):
-    page = visit("?label=red&n=1&orders=random")
+    page = visit("?class_labels=red&num_images=1&orders=random")
     said(page, "Done")
     shown = opened(save(page, "Download PNG")[0])[::32, ::32]
     page.get_by_role("radio", name="Edit an image").check()
@@ -414,7 +419,9 @@ def test_photos_are_scaled_down_and_hostile_files_are_refused(visit):
 @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
 def test_axe_finds_nothing_serious(visit, size, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs 'anyorder[dev]'").Axe()
-    page = opened_editor(visit, "&n=2&orders=random&orders=token_likelihood", size=size, scheme=scheme)
+    page = opened_editor(
+        visit, "&num_images=2&orders=random&orders=token_likelihood", size=size, scheme=scheme
+    )
     paint(page, (0.3, 0.3), (0.7, 0.5))
     page.get_by_role("button", name="Copy Python").click()
     page.locator("#code").wait_for()
@@ -426,20 +433,22 @@ def test_axe_finds_nothing_serious(visit, size, scheme):
 
 
 def test_everything_is_reached_by_tab(visit):
-    page = visit("?n=1")
+    page = visit("?num_images=1")
     said(page, "Done")
     reached = set()
     for _ in range(40):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("() => document.activeElement.id || document.activeElement.name"))
-    top = {"task", "label", "draw"}
+    top = {"task", "class_labels", "draw"}
     player = {"head", "play", "speed", "show", "numbers", "arrows", "link", "python", "command"}
-    assert top | player | {"orders", "n", "seed", "next", "temperature", "guidance"} <= reached
+    assert top | player | {"orders", "num_images", "seed", "next", "temperature", "guidance_scale"} <= reached
 
 
 def test_the_page_says_that_the_server_is_gone(visit):
     with Served() as served:
-        page = visit("?n=16&orders=raster&orders=entropy", address=f"http://127.0.0.1:{served.port}/")
+        page = visit(
+            "?num_images=16&orders=raster&orders=entropy", address=f"http://127.0.0.1:{served.port}/"
+        )
         page.locator("#panels .panel").first.wait_for(timeout=MINUTE)
         served.process.send_signal(signal.SIGINT)
         assert (served.process.wait(30), served.process.communicate()[1]) == (0, "")

@@ -16,6 +16,7 @@ from anyorder.files import read_manifest
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+TUTORIALS = sorted((ROOT / "docs/tutorials").glob("*.md"))
 METHOD = (ROOT / "docs/concepts/method.md").read_text()
 ROWS = re.findall(r"^\|.*\| `([\w.]+)`(?:, `[\w.]+`)? \| `(test_\w+)` \|$", METHOD, re.M)
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
@@ -85,7 +86,9 @@ def at_page(tmp_path, monkeypatch):
     return enter
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p, "python") and p not in TUTORIALS], ids=name_of
+)
 def test_python_snippets_run(page, at_page):
     exec("\n".join(at_page(page)), {})
 
@@ -138,9 +141,10 @@ def test_the_parts_of_extending_go_through_every_stage(at_page, capsys):
     assert read_manifest("run/eval")["metrics"]["metric_name"] == "FD (moments)"
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs/tutorials").glob("*.md")), ids=name_of)
-def test_a_tutorial_is_a_notebook(page, monkeypatch):
-    """Its code cells are the snippets that run above, its commands begin with an exclamation mark."""
+@pytest.mark.parametrize("page", TUTORIALS, ids=name_of)
+def test_a_tutorial_is_a_notebook_that_runs(page, at_page, monkeypatch):
+    """Its code cells are the blocks of the page, its commands begin with an exclamation mark."""
+    at_page(page)
     monkeypatch.syspath_prepend(ROOT / "docs")
     made = importlib.import_module("notebooks").notebook(page.read_text())
     cells = [cell["source"] for cell in made["cells"] if cell["cell_type"] == "code"]
@@ -151,3 +155,9 @@ def test_a_tutorial_is_a_notebook(page, monkeypatch):
     ]
     assert len({cell["id"] for cell in made["cells"]}) == len(made["cells"])
     assert not any("```" in cell["source"] or "{download}" in cell["source"] for cell in made["cells"])
+    variables: dict = {}
+    for cell in cells:
+        if cell.startswith("!"):
+            assert main(shlex.split(cell, comments=True)[1:]) == 0, cell
+        else:
+            exec(cell, variables)

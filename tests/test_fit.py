@@ -49,7 +49,7 @@ def steps(values):
 def test_generating_costs_at_most_twice_a_fixed_order(name):
     """172 ratings for 64 positions were measured at 1.6 times."""
     stages = load_experiment(resources.files("anyorder.stages") / f"{name}.yaml").stages
-    positions = 64 if stages["data"][1].size == (32, 32) else 256
+    positions = {"tiny": 64, "small": 64, "base": 256}[name]
     for _, stage in stages.values():
         policy = getattr(stage, "policy", None)
         if isinstance(policy, PolicyConfig) and not isinstance(stage, OrdersStage):
@@ -70,8 +70,10 @@ def test_presets_run_as_they_are_and_have_the_same_stages(name):
     ("changes", "seconds", "name"),
     [
         ({}, 7200, "small"),
-        ({}, 1800, "tiny"),
-        ({"cores": 8}, 1800, "small"),
+        ({}, 1800, "small"),
+        ({}, 1200, "tiny"),
+        ({"cores": 1}, 1800, "tiny"),
+        ({"cores": 8}, 600, "small"),
         ({"train": 50}, 7200, "tiny"),
         ({"side": 32}, 7200, "tiny"),
         ({"gpu": 24}, 600, "small"),
@@ -98,8 +100,10 @@ def test_few_images_are_mirrored_and_dropped_out():
 
 
 def test_images_are_not_enlarged_much():
-    sizes = [planned(dataclasses.replace(PHOTOS, side=side))["stages"]["data"]["size"] for side in (60, 40)]
-    assert sizes == [[64, 64], [32, 32]]
+    stages = [planned(dataclasses.replace(PHOTOS, side=side))["stages"] for side in (60, 40)]
+    assert [stage["data"]["size"] for stage in stages] == [[64, 64], [32, 32]]
+    patches = [stage["data"]["size"][0] // fit.patch_side(stage["tokenizer"]) for stage in stages]
+    assert patches == [8, 8]
 
 
 def test_one_class_has_no_features():

@@ -456,13 +456,22 @@ def test_parts_that_do_not_fit_are_refused(parts, message):
         Pipeline(**{"model": MODEL, "tokenizer": TOKENIZER, **parts})
 
 
-def test_what_the_page_offers_is_kept(tmp_path):
-    shown = {"good_orders": ["random", "class_mean"], "example_class": CLASSES[1]}
+def test_what_the_page_offers_and_the_sampling_are_kept(tmp_path):
+    shown = {
+        "good_orders": ["random", "class_mean"],
+        "example_class": CLASSES[1],
+        "sampling": Sampling(0.5, top_k=3),
+    }
     pipe = Pipeline(MODEL, TOKENIZER, CLASSES, class_orders=CLASS_ORDERS, **shown)
     pipe.save_pretrained(tmp_path / "a")
     Pipeline.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
     loaded = Pipeline.from_pretrained(tmp_path / "b")
     assert {name: getattr(loaded, name) for name in shown} == shown
+    assert "Sampling(temperature=0.5, top_k=3" in repr(loaded)
+    assert torch.equal(
+        loaded(num_images=4).tokens, PIPE(num_images=4, order="entropy", sampling=shown["sampling"]).tokens
+    )
+    assert not torch.equal(loaded(num_images=4).tokens, PIPE(num_images=4, order="entropy").tokens)
     PIPE.save_pretrained(tmp_path / "b")
     assert not {*shown} & {*json.loads((tmp_path / "b/pipeline.json").read_text())}
     assert (PIPE.good_orders, PIPE.example_class) == ([], None)
@@ -583,6 +592,11 @@ def test_policies_on_other_grids_in_few_steps():
         ({"format": 1, "classes": 3, "policy": {}}, "pipeline.json is damaged: TypeError"),
         ({"format": 1, "classes": [], "policy": [1]}, "pipeline.json is damaged"),
         ({"format": 1, "classes": [], "policy": {"heat": 1}}, "heat"),
+        ({"format": 1, "classes": [], "policy": {}, "sampling": {"heat": 1}}, "heat"),
+        (
+            {"format": 1, "classes": [], "policy": {}, "sampling": {"temperature": -1}},
+            "temperature must be >= 0",
+        ),
     ],
 )
 def test_damaged_indices_are_named_in_one_line(tmp_path, damage, message):

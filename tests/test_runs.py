@@ -25,6 +25,7 @@ from anyorder.inference import device, pipeline
 from anyorder.inference.weights import load_model
 from anyorder.method.decoding import extract_orders
 from anyorder.method.policy_config import PolicyConfig
+from anyorder.method.sampling import Sampling
 from anyorder.models import compiled as compiled_module
 from anyorder.report.summary import report
 from anyorder.settings import parse
@@ -92,7 +93,7 @@ EXPERIMENT = {
         "classes": {"stage": "train", "tokens": "tokens", "orders": "orders", "orders_as": "class_mean",
                     "model": TINY_MODEL, "train": STEPS},
         "by-class": {"stage": "sample", "model": "classes", "orders": "orders", **MADE, "num_images": 10,
-                     "policy": {"order": "class_mean"}},
+                     "policy": {"order": "class_mean"}, "sampling": {"temperature": 0.9, "top_k": 20}},
         "eval-by-class": {"stage": "eval", "samples": "by-class", **MEASURED, "nll_images": 8},
         "grouped": {"stage": "train", "tokens": "tokens", "init": "any", "orders": "orders", "groups": [8, 4],
                     "groups_schedule": "cosine", "model": {"location": True}, "train": STEPS},
@@ -422,7 +423,8 @@ def test_a_pipeline_of_samples_generates_as_they_were(experiment, tmp_path):
     assert pipe.scorer is not None
     assert pipe.policy == PolicyConfig()
     assert cli.main(["pipeline", f"samples={out}/by-class", f"out={tmp_path}/q"]) == 0
-    assert Pipeline.from_pretrained(tmp_path / "q").policy.order == "class_mean"
+    pipe = Pipeline.from_pretrained(tmp_path / "q")
+    assert (pipe.policy.order, pipe.sampling) == ("class_mean", Sampling(0.9, top_k=20))
     assert cli.main(["pipeline", f"out={tmp_path}/r"]) == 2
 
 

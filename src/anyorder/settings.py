@@ -55,6 +55,11 @@ def parse(
     return _build(config_class, {key: _convert(key, settings[key].hint, v) for key, v in given.items()})
 
 
+def parse_stored(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    """The configuration that this or an older version stored; errors as of `parse` and `read_stored`."""
+    return parse(config_class, read_stored(config_class, values))
+
+
 def read_stored(config_class: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """What an older version stored, under today's names; for `parse` or the constructor.
 

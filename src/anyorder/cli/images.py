@@ -42,7 +42,8 @@ class _ImageConfig:
     """Images at once; fewer take less memory and give the same images."""
     seed: int = 0
     """Image i is generated from seed + i; by default 0."""
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling | None = None
+    """How tokens are sampled; by default what the pipeline says."""
 
     renamed: ClassVar[dict[str, str]] = {"guidance": "guidance_scale"}
     """Earlier names, see `settings.read_stored`."""

@@ -19,7 +19,7 @@ FLAGS = ("--dry-run", "--traceback", "--help", "--help-all", "--yes", "-q", "--q
 FIRST = """anyorder: any-order autoregressive image models. Begin with one of these:
 
   anyorder sample pipeline=fashion32 out=images   generate images with the model that comes with the package
-  anyorder demo pipeline=fashion32                the same in a browser
+  anyorder demo pipeline=emoji64                  the same in a browser
   anyorder fit FOLDER                             train a model on your own images, in the time you give
   anyorder quickstart                             train a model on procedural images, with a report
 

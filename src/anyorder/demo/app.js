@@ -6,7 +6,7 @@ import {share, shareButtons} from "./share.js";
 import {ask, steps} from "./stream.js";
 
 const form = $("form"), field = form.elements;
-const FIELDS = ["task", "label", "prompt", "n", "seed", "temperature", "guidance", "keep"];
+const FIELDS = ["task", "class_labels", "prompt", "num_images", "seed", "temperature", "guidance_scale", "keep"];
 const GENERATING = "Generating…";
 let about, editor, player, request = null, shown = null;
 
@@ -19,15 +19,16 @@ function fillForm() {
     + good.map(order => title(order.name)).join(", ");
   $("pipeline").textContent = about.pipeline;
   const options = about.classes.map(name => element("option", {value: name, textContent: name}));
-  field.label.append(...options, element("option", {value: "", textContent: "none: whatever comes"}));
-  field.label.value = about.example_class;
+  field.class_labels.append(...options, element("option", {value: "", textContent: "none: whatever comes"}));
+  field.class_labels.value = about.example_class;
   $("class-field").hidden = !options.length;
   $("text-field").hidden = !about.takes_text;
   $("guidance-field").hidden = !options.length && !about.takes_text;
   $("weak").hidden = about.completes;
-  field.n.max = about.max_images;
-  field.guidance.max = Math.max(8, 2 * about.guidance);
-  field.guidance.value = about.guidance;
+  field.num_images.max = about.max_images;
+  field.guidance_scale.max = Math.max(8, 2 * about.guidance);
+  field.guidance_scale.value = about.guidance;
+  field.temperature.value = about.temperature;
   $("good").append(...good.map(chip));
   $("others").append(...others.map(chip));
   $("experiments").hidden = !others.length;
@@ -57,18 +58,18 @@ function readAddress() {
   if (given.has("orders") && wanted.length > about.max_orders) wrong.push(`at most ${about.max_orders} orders, got ${wanted.length}`);
   for (const [name, value] of given) {
     if (FIELDS.includes(name)) field[name].value = value;
-    if (name === "label" && field.label.value !== value) wrong.push(`unknown class '${value}', choose one of the list`);
+    if (name === "class_labels" && field.class_labels.value !== value) wrong.push(`unknown class '${value}', choose one of the list`);
     else if (FIELDS.includes(name) ? field[name].value !== value : name !== "orders") wrong.push(`${name}=${value} is not possible`);
   }
   if (wrong.length) throw new Error(`The address asks for what is not there: ${wrong.join("; ")}.`);
 }
 
 function showSettings() {
-  for (const name of ["n", "temperature", "guidance"]) {
+  for (const name of ["num_images", "temperature", "guidance_scale"]) {
     const value = +field[name].value;
-    field[name].closest("label").querySelector("output").textContent = name === "guidance" && value === 1 ? "off" : value;
+    field[name].closest("label").querySelector("output").textContent = name === "guidance_scale" && value === 1 ? "off" : value;
   }
-  field.guidance.disabled = field.label.value === "" && field.prompt.value === "";
+  field.guidance_scale.disabled = field.class_labels.value === "" && field.prompt.value === "";
   const chosen = boxes().filter(box => box.checked).length;
   for (const box of boxes()) box.disabled = !box.checked && chosen >= about.max_orders;
   $("chosen").textContent = `${chosen} of at most ${about.max_orders}`;
@@ -108,7 +109,7 @@ async function draw() {
     const answer = await ask("draw", now.settings, mine.signal);
     history.replaceState(null, "", `?${asked}`);
     shown = now;
-    player.begin(shown.settings.orders, +asked.get("n"), shown.grid);
+    player.begin(shown.settings.orders, +asked.get("num_images"), shown.grid);
     share(shown.settings);
     showSettings();
     say(GENERATING);
@@ -150,7 +151,7 @@ form.onsubmit = event => {
   event.preventDefault();
   if (request) { request.abort(); say("Stopped."); } else draw();
 };
-$("next").onclick = () => { field.seed.value = +field.seed.value + +field.n.value; draw(); };
+$("next").onclick = () => { field.seed.value = +field.seed.value + +field.num_images.value; draw(); };
 
 (async () => {
   try {

@@ -9,7 +9,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from anyorder.data.images import load_image, load_mask
 from anyorder.inference import figures
 from anyorder.inference.inpainting import Unfinished
 from anyorder.inference.pipeline import Pipeline
-from anyorder.method import sampling
 from anyorder.method.policy_config import PolicyConfig
+from anyorder.method.sampling import SCORES, Sampling
 from anyorder.orders import STATIC
 
 Event = dict[str, Any]
@@ -41,17 +41,17 @@ class GenerateRequest:
 
     orders: list[str] = field(default_factory=list)
     """Names of orders, side by side; by default the pipeline's policy."""
-    label: str = ""
+    class_labels: str = ""
     """Name or number of a class; empty (default) generates without one."""
     prompt: str = ""
     """A text, for a pipeline that was trained with captions; empty (default) is none."""
-    n: int = 4
+    num_images: int = 4
     """Images in each order; by default 4."""
     seed: int = 0
     """Image i is generated from seed + i; by default 0."""
-    temperature: float = 1.0
-    """Temperature of the tokens; 0 takes the most likely one."""
-    guidance: float | None = None
+    temperature: float | None = None
+    """Temperature of the tokens; 0 takes the most likely one; by default what the pipeline says."""
+    guidance_scale: float | None = None
     """Scale of classifier-free guidance; 1 is none; by default what the pipeline says."""
     image: str = ""
     """An image file in base64, parts of which are generated anew; empty (default) generates whole images."""
@@ -62,15 +62,18 @@ class GenerateRequest:
 
     def __post_init__(self) -> None:
         self.orders = list(dict.fromkeys(self.orders))
-        heat, scale = self.temperature, 1 if self.guidance is None else self.guidance
-        asked = self.label != "" or self.prompt != ""
+        heat, scale = (1 if n is None else n for n in (self.temperature, self.guidance_scale))
+        asked = self.class_labels != "" or self.prompt != ""
         require(len(self.orders) <= MAX_ORDERS, f"at most {MAX_ORDERS} orders, got {len(self.orders)}")
-        require(1 <= self.n <= MAX_IMAGES, f"n must lie in [1, {MAX_IMAGES}], got {self.n}")
+        require(
+            1 <= self.num_images <= MAX_IMAGES,
+            f"num_images must lie in [1, {MAX_IMAGES}], got {self.num_images}",
+        )
         require(0 <= self.seed < 2**31, f"seed must lie in [0, 2**31), got {self.seed}")
         require(heat == 0 or 0.01 <= heat <= 10, f"temperature must be 0 or lie in [0.01, 10], got {heat}")
-        require(0 <= scale <= 20, f"guidance must lie in [0, 20], got {scale}")
-        pulls = f"guidance {scale:g} pulls towards a class or text"
-        require(scale == 1 or asked, f"{pulls}: give label= or prompt=, or leave guidance at 1")
+        require(0 <= scale <= 20, f"guidance_scale must lie in [0, 20], got {scale}")
+        pulls = f"guidance_scale={scale:g} pulls towards a class or text"
+        require(scale == 1 or asked, f"{pulls}: give class_labels= or prompt=, or leave it at 1")
         part = self.mask != "" or self.keep is not None
         require(self.image != "" or not part, "mask and keep say what of an image is generated: give image=")
 
@@ -80,7 +83,7 @@ class GenerateRequest:
 
 def choices(pipe: Pipeline) -> dict[str, PolicyConfig]:
     """Every order on offer by its label: the pipeline's policy, what else it is good at, experiments."""
-    names = [*pipe.good_orders, *sampling.SCORES, "random", *STATIC]
+    names = [*pipe.good_orders, *SCORES, "random", *STATIC]
     names += ["class_mean"] if pipe.class_orders is not None else []
     names += ["location"] if getattr(pipe.model.config, "location", False) else []
     return {policy.label: policy for policy in (pipe.policy, *map(PolicyConfig, names))}
@@ -96,6 +99,7 @@ def describe_pipeline(pipe: Pipeline, name: str = "") -> dict[str, Any]:
         "classes": classes,
         "example_class": pipe.example_class or next(iter(classes), ""),
         "guidance": pipe.guidance.scale,
+        "temperature": pipe.sampling.temperature,
         "takes_text": pipe.vocabulary.length > 0,
         "grid": [grid.h, grid.w],
         "image": [grid.h * factor, grid.w * factor],
@@ -112,7 +116,7 @@ def _good(pipe: Pipeline) -> list[str]:
 
 
 def _about_order(pipe: Pipeline, name: str, policy: PolicyConfig) -> dict[str, Any]:
-    found: dict[str, Any] = {**sampling.SCORES, **STATIC}
+    found: dict[str, Any] = {**SCORES, **STATIC}
     text = _DESCRIPTIONS.get(policy.order) or getattr(found.get(policy.order), "__doc__", "") or ""
     kind, good = "inferred" if policy.decided else "given", name in _good(pipe)
     made_for = ", ".join(_good(pipe)).replace("_", " ")
@@ -143,7 +147,15 @@ def chosen(pipe: Pipeline, asked: GenerateRequest) -> list[PolicyConfig]:
 
 def guidance_scale(pipe: Pipeline, asked: GenerateRequest) -> float | None:
     """What differs from the pipeline's own guidance; None: nothing."""
-    return None if asked.guidance == pipe.guidance.scale else asked.guidance
+    return None if asked.guidance_scale == pipe.guidance.scale else asked.guidance_scale
+
+
+def sampling_settings(pipe: Pipeline, asked: GenerateRequest) -> dict[str, Any]:
+    """The fields of `sampling` where the temperature is not the pipeline's own; empty: nothing differs."""
+    if asked.temperature in (None, pipe.sampling.temperature):
+        return {}
+    own = asdict(pipe.sampling).items() if asked.temperature else []
+    return {name: v for name, v in own if v != getattr(Sampling, name)} | {"temperature": asked.temperature}
 
 
 # --- generation ----------------------------------------------------------------------------------------
@@ -190,17 +202,17 @@ def _file(name: str, text: str) -> bytes:
 def _steps(
     pipe: Pipeline, asked: GenerateRequest, policy: PolicyConfig, given: dict[str, Any]
 ) -> Iterator[tuple[Unfinished, Step]]:
-    label = None if asked.label == "" else pipe.typed(asked.label)
-    how: dict[str, Any] = {"sampling": sampling.Sampling(asked.temperature), "prompt": asked.prompt or None}
+    label = None if asked.class_labels == "" else pipe.typed(asked.class_labels)
+    how: dict[str, Any] = {"sampling": sampling_settings(pipe, asked) or None, "prompt": asked.prompt or None}
     if given:
         return pipe.stream_completion(
-            given["image"], given["mask"], label, asked.n, policy, guidance_scale(pipe, asked), asked.seed,
-            keep=given["keep"], **how,
+            given["image"], given["mask"], label, asked.num_images, policy, guidance_scale(pipe, asked),
+            asked.seed, keep=given["keep"], **how,
         )  # fmt: skip
     grid = pipe.model.grid
-    unknown = torch.zeros(asked.n, grid.n, dtype=torch.bool, device=pipe.device)
+    unknown = torch.zeros(asked.num_images, grid.n, dtype=torch.bool, device=pipe.device)
     blank = Unfinished(unknown.long(), unknown, grid)
-    steps = pipe.stream(label, asked.n, policy, guidance_scale(pipe, asked), asked.seed, **how)
+    steps = pipe.stream(label, asked.num_images, policy, guidance_scale(pipe, asked), asked.seed, **how)
     return ((blank, step) for step in steps)
 
 

@@ -8,7 +8,7 @@ import re
 import shlex
 from typing import Any
 
-from anyorder.demo.generation import GenerateRequest, chosen, guidance_scale
+from anyorder.demo.generation import GenerateRequest, chosen, guidance_scale, sampling_settings
 from anyorder.inference.pipeline import Pipeline
 from anyorder.method.policy_config import PolicyConfig
 
@@ -35,10 +35,10 @@ def _changed(policy: PolicyConfig) -> dict[str, Any]:
 def _python(pipe: Pipeline, name: str, asked: GenerateRequest, policies: list[PolicyConfig]) -> str:
     orders = [_order(policy) for policy in policies]
     arguments = {
-        "class_labels": pipe.typed(asked.label) if asked.label else None, "prompt": asked.prompt or None,
-        "num_images": asked.n, "generator": asked.seed,
+        "class_labels": pipe.typed(asked.class_labels) if asked.class_labels else None,
+        "prompt": asked.prompt or None, "num_images": asked.num_images, "generator": asked.seed,
         "guidance_scale": guidance_scale(pipe, asked), "keep": asked.keep,
-        "sampling": {"temperature": asked.temperature} if asked.temperature != 1 else None,
+        "sampling": sampling_settings(pipe, asked) or None,
     }  # fmt: skip
     given = [f'"{IMAGE}"'] * bool(asked.image) + [f'"{MASK}"'] * bool(asked.mask) + ["order=order"]
     given += [f"{key}={value!r}" for key, value in arguments.items() if value is not None]
@@ -65,17 +65,17 @@ def _order(policy: PolicyConfig) -> str:
 def _command(pipe: Pipeline, name: str, asked: GenerateRequest, policy: PolicyConfig) -> str:
     scale = guidance_scale(pipe, asked)
     settings: dict[str, Any] = {
-        "pipeline": name, "class_labels": _items(asked.label),
+        "pipeline": name, "class_labels": _items(asked.class_labels),
         **({"prompt": asked.prompt} if asked.image else {"prompts": _items(asked.prompt)}),
-        "num_images": asked.n, "seed": asked.seed,
+        "num_images": asked.num_images, "seed": asked.seed,
         "guidance_scale": "" if scale is None else scale,
-        "sampling.temperature": asked.temperature if asked.temperature != 1 else "",
+        **{f"sampling.{name}": value for name, value in sampling_settings(pipe, asked).items()},
         **{f"policy.{key}": value for key, value in _changed(policy).items()},
         "image": IMAGE if asked.image else "", "mask": MASK if asked.mask else "",
         "keep": "" if asked.keep is None else asked.keep,
         "out": re.sub(r"\W+", "-", policy.label).strip("-"),
     }  # fmt: skip
-    if not asked.image and not asked.label and not asked.prompt and pipe.model.num_classes:
+    if not asked.image and not asked.class_labels and not asked.prompt and pipe.model.num_classes:
         settings["class_labels"] = "null"
     words = [f"{key}={value}" for key, value in settings.items() if value != ""]
     return shlex.join(["anyorder", "complete" if asked.image else "sample", *words])

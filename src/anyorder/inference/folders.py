@@ -19,6 +19,7 @@ from anyorder.data.captions import CaptionTokenizer, Vocabulary
 from anyorder.inference import weights
 from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.policy_config import PolicyConfig
+from anyorder.method.sampling import Sampling
 from anyorder.orders import validate
 
 INDEX, CLASS_ORDERS = "pipeline.json", "class_order.npy"
@@ -47,6 +48,8 @@ class Parts:
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     #: The guidance of conditional images unless a call gives another.
     guidance: GuidanceConfig = GuidanceConfig()  # noqa: RUF009 - frozen
+    #: How tokens are sampled unless a call says it.
+    sampling: Sampling = Sampling()  # noqa: RUF009 - frozen
     #: Names of orders that the model is good at, beside the policy; the web page offers these first.
     good_orders: Sequence[str] = ()
     #: Name of the class that the web page opens with; by default the first.
@@ -90,8 +93,9 @@ def save_parts(folder: str | Path, parts: Parts) -> None:
             weights.save_model(folder / role, network, network.config, families.kind_of(network))
     policy, scored = asdict(parts.policy), parts.scorer is not None
     index = {"format": 1, "classes": parts.classes, "policy": policy, "scorer": scored}
-    if parts.guidance != GuidanceConfig():
-        index["guidance"] = asdict(parts.guidance)
+    for name, default in (("guidance", GuidanceConfig()), ("sampling", Sampling())):
+        if (given := getattr(parts, name)) != default:
+            index[name] = asdict(given)
     if parts.good_orders:
         index["good_orders"] = parts.good_orders
     if parts.example_class is not None:
@@ -120,10 +124,9 @@ def _load_parts(folder: Path) -> Parts:
     require(found == 1, f"{folder / INDEX} has format {found}, this version reads 1: update anyorder")
     try:
         classes, length = [str(name) for name in index["classes"]], int(index.get("text_length", 0))
-        policy = settings.parse(PolicyConfig, settings.read_stored(PolicyConfig, index["policy"]))
-        guidance = settings.parse(
-            GuidanceConfig, settings.read_stored(GuidanceConfig, index.get("guidance", {}))
-        )
+        policy = settings.parse_stored(PolicyConfig, index["policy"])
+        guidance = settings.parse_stored(GuidanceConfig, index.get("guidance", {}))
+        sampling = settings.parse_stored(Sampling, index.get("sampling", {}))
         captions = CaptionTokenizer((folder / TEXT).read_text("utf-8")) if length else None
         good, example = [str(name) for name in index.get("good_orders", [])], index.get("example_class")
         vocabulary = Vocabulary(classes, dict(index.get("attributes", {})), captions, length)
@@ -140,6 +143,7 @@ def _load_parts(folder: Path) -> Parts:
         torch.from_numpy(files.load_array(orders).astype(np.int64)) if orders.is_file() else None,
         vocabulary,
         guidance,
+        sampling,
         good,
         example,
     )

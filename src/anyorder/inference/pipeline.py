@@ -23,7 +23,7 @@ from anyorder.inference.request import VALUES, ImageRequest, takes_request
 from anyorder.method import decoding, policy_config
 from anyorder.method.guidance import Guided
 from anyorder.method.loss import image_nll
-from anyorder.method.sampling import Streams
+from anyorder.method.sampling import Sampling, Streams
 from anyorder.models.compiled import compile_decoding
 
 Callback = Callable[["Pipeline", int, contracts.Step], Any]
@@ -109,6 +109,7 @@ class Pipeline(folders.Parts):
             "attributes": ", ".join(self.vocabulary.attributes),
             "order": self.policy.label,
             "guidance": f"{scale:g}, {schedule}" if scale != 1 else "",
+            "sampling": "" if self.sampling == Sampling() else str(self.sampling),
             "scorer": "" if self.scorer is None else type(self.scorer).__name__,
         }
         shown = [f"  {name:10} {text}" for name, text in lines.items() if text]
@@ -405,7 +406,7 @@ class Pipeline(folders.Parts):
         guidance.require_effect(rated=rated, scored=scorer is not None, scaled=guidance.scale != 1)
         guided = scorer is not None and guidance.locations == "guided"
         options = decoding.GenerationOptions(
-            condition=condition, grid=grid, sampling=request.tokens,
+            condition=condition, grid=grid, sampling=request.tokens or self.sampling,
             scorer=Guided(scorer, guidance) if scorer is not None and guided else scorer,
             on_step=callback and (lambda step: callback(self, step.index, step)),
         )  # fmt: skip

@@ -52,7 +52,7 @@ class ImageRequest:
     guidance_schedule: Schedule | None = None
     """How the scale grows while the image is generated: "constant" (default), "linear" or "power-cosine"."""
     sampling: Sampling | Mapping[str, Any] | None = None
-    """Temperature, top-k, top-p, min-p; a `Sampling` or its fields."""
+    """Temperature, top-k, top-p, min-p; a `Sampling` or its fields. By default the pipeline's."""
     grid: Grid | tuple[int, int] | None = None
     """Rows and columns of patches, where they are not those of training."""
     prompt: str | Sequence[str] | None = None
@@ -89,11 +89,11 @@ class ImageRequest:
         return GuidanceConfig(float(scale), schedule or "constant")
 
     @property
-    def tokens(self) -> Sampling:
-        """How tokens are sampled."""
+    def tokens(self) -> Sampling | None:
+        """How tokens are sampled, if it is given."""
         given = self.sampling
         if given is None or isinstance(given, Sampling):
-            return given or Sampling()
+            return given
         try:
             return Sampling(**given)
         except TypeError as e:

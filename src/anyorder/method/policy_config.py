@@ -15,7 +15,7 @@ from anyorder.method import policies
 from anyorder.method.sampling import SCORES, Streams
 from anyorder.method.schedules import ParallelSchedule
 from anyorder.orders import STATIC, static_order
-from anyorder.settings import did_you_mean, parse, read_stored
+from anyorder.settings import did_you_mean, parse_stored
 
 INFERRED = (*SCORES, "information")
 """Orders that score every open position at every step."""
@@ -52,7 +52,7 @@ def _own(order: str) -> Any:
 
 def stored_policy(values: Mapping[str, Any]) -> PolicyConfig:
     """The configuration in a manifest, of this version or an earlier one."""
-    return parse(PolicyConfig, read_stored(PolicyConfig, values))
+    return parse_stored(PolicyConfig, values)
 
 
 def make_policy(order: Order, grid: Grid, streams: Streams) -> OrderPolicy:

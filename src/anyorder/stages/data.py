@@ -18,7 +18,7 @@ from anyorder.data.decoding import described
 from anyorder.data.ingest import ingest
 from anyorder.data.sources import Columns, Source, open_source
 from anyorder.data.sunsets import write_sunsets
-from anyorder.settings import parse, read_stored
+from anyorder.settings import parse_stored
 from anyorder.stages.artifacts import Artifact
 
 LISTING = "source.gz"
@@ -147,7 +147,7 @@ def source_state(config: dict[str, Any]) -> str:
     """Whether the files of a source are those that were read; which is not known of older artifacts."""
     stored = {name: value for name, value in config.items() if name != "listing"}
     try:
-        found = parse(DataStage, read_stored(DataStage, stored)).observed()
+        found = parse_stored(DataStage, stored).observed()
     except (OSError, ValueError, ImportError):
         return f"its source {config['source']} can no longer be read"
     known = {"listing": config["listing"]} if "listing" in config else found

@@ -57,8 +57,8 @@ class FitConfig:
     time: str = ""
     """Time to spend, such as 20m or 1h30m; by default 30m on a CPU and 1h on a GPU."""
     preset: Literal["tiny", "small", "base"] | None = None
-    """Size of images and models: tiny (32 pixels, minutes), small (64 pixels, hours on a CPU) or base
-    (128 pixels, for a GPU); by default by machine, time and images."""
+    """Size of images and models: tiny (32 pixels, minutes), small (64 pixels, from half an hour on two cores)
+    or base (128 pixels, for a GPU); by default by machine, time and images."""
     label: str | None = None
     """Column of the class (parquet and Hugging Face)."""
     captions: str | None = None
@@ -163,8 +163,8 @@ def choose_preset(facts: Facts, seconds: float) -> tuple[str, str]:
         return "tiny", f"{facts.train} images are too few for a larger model"
     if facts.side < 48:
         return "tiny", f"the images are small ({facts.side} pixels)"
-    if not facts.gpu and seconds * facts.cores < 14_400:
-        return "tiny", "little time for a CPU; small (64 pixels) needs 4 hours on one core, 2 on two"
+    if not facts.gpu and seconds * facts.cores < 3600:
+        return "tiny", "little time for a CPU; small (64 pixels) needs 1 hour on one core, 30 minutes on two"
     return "small", "enough images and time"
 
 
@@ -174,6 +174,8 @@ def adapt(values: Values, facts: Facts, config: FitConfig) -> Values:
     size = side if facts.side >= 0.75 * side else max(16, side // 2)
     total = n + facts.validation + facts.test
     changes = {"data.source": config.source, "data.size": [size, size], "tokens.mirror": n < 20_000}
+    if size < side and "init" in values["stages"]["tokenizer"]:
+        changes["tokenizer.init"] = "fashion32"  # smaller patches, so that as many remain
     changes |= {"data.test_fraction": held_out_share(total), "data.max_validation": facts.validation}
     captions = config.captions or (sources.SIDECAR if facts.captions else None)
     columns = {"data.label": config.label, "data.captions": captions}

@@ -15,7 +15,8 @@ from anyorder.files import read_manifest
 from anyorder.inference.folders import save_parts
 from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.policy_config import PolicyConfig, stored_policy
-from anyorder.settings import parse, read_stored
+from anyorder.method.sampling import Sampling
+from anyorder.settings import parse_stored
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import class_names, require_made_from
 from anyorder.stages.generation import GeneratingStage, load_parts
@@ -36,7 +37,7 @@ class PipelineStage:
     }
     required: ClassVar[tuple[str, ...]] = ("model", "tokens", "tokenizer")
     samples: Path | None = None
-    """Samples whose model, scoring model, orders, order policy and guidance the pipeline takes."""
+    """Samples whose model, scoring model, orders, order policy, sampling and guidance the pipeline takes."""
     model: Path | None = None
     """Any-order model; by default the one of the samples."""
     tokenizer: Path | None = None
@@ -49,6 +50,9 @@ class PipelineStage:
     """Order cache that holds the orders of the classes, for order class_mean and for class_weight."""
     policy: PolicyConfig | None = None
     """Order unless a call gives another; by default the one of the samples, else entropy."""
+    sampling: Sampling | None = None
+    """How tokens are sampled unless a call says it; by default as those of the samples were, else at
+    temperature 1."""
     good_orders: tuple[str, ...] = ()
     """Names of further orders that the model is good at, such as random; the web page of `anyorder demo`
     offers these first and calls all others experiments. By default none but the policy."""
@@ -73,19 +77,23 @@ class PipelineStage:
             require_made_from(self.samples, role, getattr(self, role))  # type: ignore[arg-type]
         tokens = TokenSet(self.tokens, "test")
         pipe = load_parts(self, artifact, tokens)
-        policy, guidance = self.policy or PolicyConfig(), GuidanceConfig()
-        if self.samples and not self.policy:
+        policy, guidance, sampling = self.policy or PolicyConfig(), GuidanceConfig(), self.sampling
+        if self.samples:
             made = read_manifest(self.samples)
-            policy = stored_policy(made["config"]["policy"])
-            stored = read_stored(GuidanceConfig, made["config"].get("guidance", {}))
-            if (scale := made.get("guidance_scale", 1)) != 1:  # of a search, if there was one
-                guidance = parse(GuidanceConfig, stored | {"scale": scale})
+            config = made["config"]
+            # The manifest says temperature and scale of a search, if there was one.
+            drawn = config.get("sampling", {}) | {"temperature": made.get("temperature", 1.0)}
+            sampling = sampling or parse_stored(Sampling, drawn)
+            if not self.policy:
+                policy = stored_policy(config["policy"])
+                if (scale := made.get("guidance_scale", 1)) != 1:
+                    guidance = parse_stored(GuidanceConfig, config.get("guidance", {}) | {"scale": scale})
         classes = class_names(self.model, pipe.model, tokens)
         vocabulary = dataclasses.replace(tokens.vocabulary, classes=classes)
         example = self.example_class or (classes[np.bincount(tokens.labels).argmax()] if classes else None)
         parts = dataclasses.replace(
             pipe, classes=classes, policy=policy, vocabulary=vocabulary, guidance=guidance,
-            good_orders=self.good_orders, example_class=example,
+            sampling=sampling or Sampling(), good_orders=self.good_orders, example_class=example,
         )  # fmt: skip
         save_parts(artifact.folder, parts)
         return {"parameters": read_manifest(self.model)["parameters"]}
