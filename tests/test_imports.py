@@ -12,7 +12,7 @@ import anyorder
 ROOT = Path(anyorder.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-LEAF = {"contracts", "orders", "families", "files", "settings"}
+LEAF = {"contracts", "orders", "families", "files", "settings", "efficientnet"}
 GROUPS = ("method", "models", "tokenizers", "data", "evaluation")
 """Groups that do not import one another."""
 LAYERS: tuple[set[str], ...] = (

