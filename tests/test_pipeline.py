@@ -16,7 +16,7 @@ import anyorder
 from anyorder import Pipeline
 from anyorder.cli import main as cli
 from anyorder.contracts import Grid
-from anyorder.data.images import BadImage
+from anyorder.data.images import BadImage, to_uint8
 from anyorder.inference.request import ImageRequest
 from anyorder.inference.weights import default_dtype
 from anyorder.method.decoding import extract_orders
@@ -402,6 +402,12 @@ def test_device_and_dtype(tmp_path):
     assert pipe.device == torch.device("cpu")
     assert {p.dtype for p in pipe.model.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in pipe.tokenizer.parameters()} == {torch.float32}
+    tokens = torch.arange(12).view(1, 12) % 5
+    fast, slow = (np.asarray(each.decode(tokens)[0]).astype(int) for each in (pipe, PIPE))
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        expected = to_uint8(TOKENIZER.decode(tokens, GRID))
+    np.testing.assert_array_equal(fast, expected[0])
+    assert 0 < abs(fast - slow).max() < 16
     for wrong in ("cuda:99", "gpu", 1.5):
         with pytest.raises(ValueError, match="device must be cuda, mps or cpu, and be there, got") as e:
             Pipeline.from_pretrained(tmp_path, device=wrong)

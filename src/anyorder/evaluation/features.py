@@ -222,12 +222,14 @@ class PretrainedFeatures:
 
     def __init__(
         self, name: str, network: nn.Module, pooled: Callable[[Tensor], Tensor], head: nn.Module | None,
-        size: tuple[int, int], mean: Any, std: Any, mode: str, device: torch.device | str,
+        size: tuple[int, int], mean: Any, std: Any, mode: str, device: torch.device | str, bf16: bool,
     ):  # fmt: skip
         """Features are `pooled` of images (B, 3, *size) normalised by `mean` and `std`; logits are `head`'s.
 
-        Images in [0, 1] are resized by `mode`, with antialiasing; other aspect ratios are stretched.
+        Images in [0, 1] are resized by `mode`, with antialiasing; other aspect ratios are stretched. With
+        `bf16` the network computes under bfloat16 autocast, and name and metric say so.
         """
+        self.bf16, name = bf16, f"{name}, bf16" if bf16 else name
         self.network, self.device = network.to(device).eval(), device
         self.pooled, self.head, self.size, self.mode = pooled, head, size, mode
         self.mean, self.std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (mean, std))
@@ -240,7 +242,8 @@ class PretrainedFeatures:
         """Images (B, 3, H, W) uint8 to features (B, dim) and logits (B, num_classes), both float32."""
         pixels = images.to(self.device).float() / 255
         resized = F.interpolate(pixels, self.size, mode=self.mode, antialias=True).clamp(0, 1)
-        features = self.pooled((resized - self.mean) / self.std).float()
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16):
+            features = self.pooled((resized - self.mean) / self.std).float()
         return features, features[:, :0] if self.head is None else self.head(features).float()
 
 
@@ -249,7 +252,7 @@ TIMM = "timm:"
 """Before the name of a model of the library timm."""
 
 
-def efficientnet_lite(device: torch.device | str = "cpu") -> PretrainedFeatures:
+def efficientnet_lite(device: torch.device | str = "cpu", bf16: bool = False) -> PretrainedFeatures:
     """EfficientNet-Lite0, trained on ImageNet, see `efficientnet`.
 
     Features are the 1,280 channels before the classes, averaged over 4x4 places of images of 128 pixels;
@@ -261,11 +264,11 @@ def efficientnet_lite(device: torch.device | str = "cpu") -> PretrainedFeatures:
     network = efficientnet.load(f"extractor={LITE}")
     return PretrainedFeatures(
         LITE, network, lambda x: network.extract_features(x).mean((2, 3)), network._fc,
-        (128, 128), [127 / 255], [128 / 255], "bilinear", device,
+        (128, 128), [127 / 255], [128 / 255], "bilinear", device, bf16,
     )  # fmt: skip
 
 
-def timm_features(name: str, device: torch.device | str = "cpu") -> PretrainedFeatures:
+def timm_features(name: str, device: torch.device | str = "cpu", bf16: bool = False) -> PretrainedFeatures:
     """A pretrained model of the library timm, say `timm:vit_small_patch14_dinov2.lvd142m`, downloaded once.
 
     Features are what its classes are made from; size and normalisation are those of its training.
@@ -287,5 +290,5 @@ def timm_features(name: str, device: torch.device | str = "cpu") -> PretrainedFe
     head = network.get_classifier() if network.num_classes else None
     return PretrainedFeatures(
         name, network, lambda x: network.forward_head(network.forward_features(x), pre_logits=True), head,
-        made["input_size"][1:], made["mean"], made["std"], made["interpolation"], device,
+        made["input_size"][1:], made["mean"], made["std"], made["interpolation"], device, bf16,
     )  # fmt: skip

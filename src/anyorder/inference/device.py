@@ -57,6 +57,17 @@ def fast_dtype(device: torch.device, bf16: bool) -> torch.dtype:
     return torch.bfloat16 if bf16 and native_bf16(device) else torch.float32
 
 
+def device_of(network: torch.nn.Module) -> torch.device:
+    """Where a network is; the CPU if it has no weights."""
+    return next(network.parameters(), torch.empty(0)).device
+
+
+def autocast_like(network: torch.nn.Module) -> torch.autocast:
+    """Autocast to bfloat16 beside a network that has bfloat16 weights; else without effect."""
+    bf16 = next(network.parameters(), torch.empty(0)).dtype == torch.bfloat16
+    return torch.autocast(device_of(network).type, torch.bfloat16, enabled=bf16)
+
+
 @cache
 def _named(name: str, gpus: int) -> torch.device:
     """A device that is there; "" is the first GPU if there is one (not an Apple GPU), else the CPU."""

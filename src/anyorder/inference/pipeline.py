@@ -57,7 +57,8 @@ class Pipeline(folders.Parts):
         Args:
             path_or_hub_id: a published model is named by its file, such as "hp-l33/ARPG/arpg_300m.pt".
             device: "cuda", "mps" or "cpu"; by default the first GPU if there is one.
-            dtype: of the any-order models, torch.bfloat16 say; by default float32. Other orders come out.
+            dtype: of the any-order models, torch.bfloat16 say; by default float32. Other orders come out,
+                and images are decoded under autocast.
             allow_own: load own parts (docs/how-to/extend.md) that a pipeline of the hub names: modules that
                 are installed here. Code of the repository itself is never run.
 
@@ -332,7 +333,8 @@ class Pipeline(folders.Parts):
     def decode(self, tokens: Tensor, grid: Grid | tuple[int, int] | None = None) -> list[Image.Image]:
         """Tokens (B, N) to Pillow images; `grid` by default that of training."""
         where = ImageRequest(grid=grid).shape or self.model.grid
-        pixels = self.tokenizer.decode(tokens.to(_device_of(self.tokenizer)), where)
+        with devices.autocast_like(self.model):
+            pixels = self.tokenizer.decode(tokens.to(devices.device_of(self.tokenizer)), where)
         return [Image.fromarray(image) for image in to_uint8(pixels)]
 
     def typed(self, label: str) -> int | str:
@@ -342,7 +344,7 @@ class Pipeline(folders.Parts):
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return _device_of(self.model)
+        return devices.device_of(self.model)
 
     def _pixels(self, images: np.ndarray) -> tuple[Tensor, Grid]:
         """Images (B, H, W, 3) uint8 as (B, 3, H, W) beside the weights, and their grid."""
@@ -444,7 +446,3 @@ class Pipeline(folders.Parts):
         rows, streams = orders.of_classes(self.class_orders, labels), Streams([], self.device)
         build = order.build
         return lambda grid: build(grid, streams, orders.stretch(rows, self.model.grid, grid))
-
-
-def _device_of(network: torch.nn.Module) -> torch.device:
-    return next((p.device for p in network.parameters()), torch.device("cpu"))
