@@ -63,6 +63,7 @@ hooks: $(VENV)/.installed-dev  ## check style and types before every commit
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "anyorder needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@echo "installing about 1.3 GB into $(VENV), which takes some minutes"
 	@begin=$$(date +%s); $(PYTHON) -m venv $(VENV) && $(INSTALL) -e . && echo "installed in $$(($$(date +%s) - begin)) s"
 	@touch $@
 

@@ -382,8 +382,7 @@ def test_work_of_another_configuration_is_discarded(tmp_path):
         Artifact(tmp_path, "encode", {"seed": 2}, {})
     assert RowWriter(tmp_path, ARRAYS).rows == 2
     Artifact(tmp_path, "encode", {"seed": 2}, {}, overwrite=True)
-    assert names(tmp_path) == [".identity.json", "checkpoints", "mine.txt"]
-    assert not [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
+    assert names(tmp_path) == [".identity.json", "mine.txt"]
     assert RowWriter(tmp_path, ARRAYS).rows == 0
 
 

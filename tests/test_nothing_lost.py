@@ -128,6 +128,23 @@ def test_a_kill_while_an_artifact_is_set_aside_loses_nothing(done, moved, monkey
     assert content(done) == before
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_checkpoint_that_is_given_up_leaves_no_empty_folder(tmp_path, finished):
+    """Training would take it for a damaged checkpoint, and refuse to go on."""
+    saved = tmp_path / "run/checkpoints/step-00000002/state.bin"
+    with Artifact(tmp_path / "run", "stage", {"value": 0}, {}) as artifact:
+        write_text(saved, "2")
+        if finished:
+            artifact.finish()
+    with Artifact(tmp_path / "run", "stage", {"value": 1}, {}, overwrite=True):
+        assert not saved.parent.exists()
+        assert (tmp_path / "run/.replaced/checkpoints/step-00000002/state.bin").exists() == finished
+    if finished:
+        with pytest.raises(ValueError, match="overwrite=true"):
+            execute("stage", Stage(value=2), tmp_path / "run")
+        assert saved.read_text() == "2", "what is given up before it wrote anything comes back"
+
+
 # --- A2: only the stage's files are touched
 
 

@@ -145,11 +145,11 @@ def test_table_cells_by_column(tmp_path) -> None:
     rows = [
         {"order": "raster", "fd": 31.234, "recall": 0.5, "n": 5000},
         {"order": "random", "fd": math.nan, "recall": 0.5, "n": 5000},
-        {"order": "ordered", "fd": 27.1, "n": None},
+        {"order": "ordered", "fd": 27.1, "recall": 0.4, "n": None},
     ]
-    table = Table(["order", "fd", "recall", "n"], rows, best={"fd": "min", "recall": "max"})
+    table = Table(["order", "fd", "recall", "n"], rows, best={"fd": "min", "recall": "max", "n": "max"})
     result = page(tmp_path, Section("Quality", items=[table]))
-    assert [text for text, _ in result.all("th", scope="col")] == ["order", "fd ↓", "recall ↑", "n"]
+    assert [text for text, _ in result.all("th", scope="col")] == ["order", "fd ↓", "recall ↑", "n ↑"]
     assert [text for text, _ in result.all("th", scope="row")] == ["raster", "random", "ordered"]
     cells = result.all("td")
     assert [text for text, _ in cells] == [
@@ -160,7 +160,7 @@ def test_table_cells_by_column(tmp_path) -> None:
         "0.5000",
         "5,000",
         "27.10",
-        DASH,
+        "0.4000",
         DASH,
     ]
     assert [text for text, attrs in cells if "best" in attrs["class"]] == ["0.5000", "0.5000", "27.10"]

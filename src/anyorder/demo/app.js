@@ -117,8 +117,8 @@ async function draw() {
       player.take(step);
       if ($("status").textContent !== GENERATING) say(GENERATING);
     }
-    const {runs} = player;
-    say(`Done: ${runs.length * runs[0].n} images, ${runs[0].total} patches each, seed ${asked.get("seed")}.`);
+    const {runs} = player, count = runs.length * runs[0].n;
+    say(`Done: ${count} image${count > 1 ? "s" : ""}, ${runs[0].total} patches each, seed ${asked.get("seed")}.`);
   } catch (error) {
     if (error.name !== "AbortError") say(error.message, true);
   } finally {

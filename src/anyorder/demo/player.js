@@ -298,14 +298,14 @@ function paintChart(runs, shown, total) {
   pen.textBaseline = "middle";
   const every = tick(highest - lowest);
   for (let value = Math.ceil(lowest / every) * every; value <= highest; value += every) {
-    pen.fillText(value ? number(value, every < 1 ? 1 : 0) : "0", left - 8, y(value));
+    pen.fillText(Math.abs(value) < every / 2 ? "0" : number(value, every < 1 ? 1 : 0), left - 8, y(value));
     pen.beginPath();
     pen.moveTo(left, y(value));
     pen.lineTo(width - right, y(value));
     pen.stroke();
   }
   pen.textBaseline = "bottom";
-  for (const share of [0, .25, .5, .75, 1]) {
+  for (const share of width < 420 ? [0, .5, 1] : [0, .25, .5, .75, 1]) {
     pen.textAlign = share === 1 ? "right" : share ? "center" : "left";
     pen.fillText(`${Math.round(share * total)}${share === 1 ? " patches" : ""}`, x(share * total), height - 4);
   }

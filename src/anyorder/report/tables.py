@@ -65,7 +65,7 @@ class Table:
         targets = {}
         for column, end in self.best.items():
             values = [row[column] for row in ranked if _is_number(row.get(column))]
-            if len(values) > 1:  # a single one has nothing to be better than
+            if len({format_value(value) for value in values}) > 1:  # none is better than its equals
                 targets[column] = _BEST[end](values)
 
         def cell(column: str, value: Any, competes: bool) -> Cell:

@@ -198,6 +198,7 @@ class Artifact:
             log.warning("%s: %d files of unfinished work are discarded", self.folder, len(work))
             for name in work:
                 (self.folder / name).unlink()
+                _leave_no_empty_folders(self.folder, name)
         if not (done or goes_on) and self._is_aside():
             log.info("%s: what was set aside was made just so, and is put back", self.folder)
             (self.folder / IDENTITY).unlink()
@@ -421,3 +422,11 @@ def _move(source: Path, target: Path, name: str) -> None:
     if os.path.lexists(path) and path.parent.resolve() == source.resolve() / Path(name).parent:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target / name)
+        _leave_no_empty_folders(source, name)
+
+
+def _leave_no_empty_folders(folder: Path, name: str) -> None:
+    """Remove the folders between `folder` and a file that is gone: an empty one passes for a checkpoint."""
+    with contextlib.suppress(OSError):  # not empty
+        for parent in list(Path(name).parents)[:-1]:
+            (folder / parent).rmdir()

@@ -275,7 +275,8 @@ def fill(
     like = {name: rates["any-order" if name in GENERATORS else name] * (1 + EVALUATED) for name in free}
     needed = max((LEAST * like[name] * parts / SHARES[name] for name in free), default=0.0)
     minutes = math.ceil(1.4 * (seconds - left + needed) / 60)
-    require(left >= needed, f"{seconds / 60:.0f} min are too few: give time={minutes}m or more")
+    text = f"{seconds / 60:.0f} min are too few: give time={minutes}m or more"
+    require(left >= needed or not free, text)  # who gives all steps decides the time
     chosen = {}
     for name, rate in like.items():
         most = PASSES[name] * facts.train / int(stages[name]["train"]["batch_size"])
