@@ -172,6 +172,14 @@ def names(checkpoints):
     return [p.name for p in sorted(checkpoints.folder.iterdir())]
 
 
+def test_an_empty_folder_is_no_checkpoint(tmp_path):
+    (tmp_path / "checkpoints/step-00000009").mkdir(parents=True)
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.load_latest() is None
+    checkpoints.save(9, {"w": torch.ones(2)}, {})
+    assert checkpoints.load_latest()[0] == 9
+
+
 def test_checkpoints_round_trip_and_prune(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     assert checkpoints.load_latest() is None

@@ -204,6 +204,11 @@ def test_too_little_time_is_refused_with_a_time_that_is_enough():
     assert enough < 8
 
 
+def test_who_gives_all_steps_decides_the_time():
+    given = {f"{name}.train.steps": 1000 for name in fit.SHARES}
+    assert steps(planned(minutes=1, given=given)) == dict.fromkeys(fit.SHARES, 1000)
+
+
 def test_the_rehearsal_is_short():
     short = fit.rehearsal(planned(), 24)
     assert set(steps(short).values()) == {24}

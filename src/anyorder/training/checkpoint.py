@@ -84,7 +84,8 @@ class Checkpoints:
         return None
 
     def _folders(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"))
+        # Earlier versions left empty folders where they discarded checkpoints.
+        return sorted(folder for folder in self.folder.glob("step-*") if any(folder.iterdir()))
 
     def prune(self, step: int) -> None:
         """Keep the state after `step` and those before it, `keep` in all."""
