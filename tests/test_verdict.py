@@ -326,7 +326,7 @@ def test_extraction_is_counted_once_along_the_chain(tmp_path):
         evaluation(run, f"ordered-{model}", 1.0 + number, model=f"run/{model}")
     evaluation(run, "ordered-itself", 9.0, extraction_evaluations=5, model="run/second")
     evaluation(run, "raster", 2.0)
-    assert " 130 |" in line(markdown(run), "| ordered-second | entropy | yes | **2.500** |")
+    assert " 130 |" in line(markdown(run), "| ordered-second | entropy | yes | 2.500 |")
     found = {e.name: e.extraction for e in evaluations.read_evaluations(evaluations.find_artifacts([run]))}
     expected = {"any": None, "first": 100, "second": 130, "told": 7, "itself": 5}
     assert found == {"raster": None, **{f"ordered-{name}": value for name, value in expected.items()}}
