@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -59,7 +59,7 @@ def plan(config: fit.FitConfig, out: Path, overrides: Sequence[str]) -> str:
     file: Any = resources.files("anyorder.stages") / f"{preset[0]}.yaml"
     given = {key: _typed(value) for key, _, value in (text.partition("=") for text in overrides)}
     values = fit.put(fit.adapt(yaml.safe_load(file.read_text(encoding="utf-8")), facts, config), given)
-    print(f"timing a few steps of preset {preset[0]} ...", file=sys.stderr, flush=True)
+    logging.getLogger("anyorder").info("timing a few steps of preset %s ...", preset[0])
     rates = fit.rehearse(values, facts)
     values = fit.fill(values, rates, facts, seconds, list(given)) | {"out": str(out)}
     times = fit.expected(values, rates, facts)

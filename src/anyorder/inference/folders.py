@@ -92,8 +92,8 @@ def save_parts(folder: str | Path, parts: Parts) -> None:
             weights.save_model(folder / role, network, network.config, families.kind_of(network))
     policy, scored = asdict(parts.policy), parts.scorer is not None
     index = {"format": 1, "classes": parts.classes, "policy": policy, "scorer": scored}
-    for name, default in (("guidance", GuidanceConfig()), ("sampling", Sampling())):
-        if (given := getattr(parts, name)) != default:
+    for name in ("guidance", "sampling"):
+        if (given := getattr(parts, name)) != getattr(Parts, name):
             index[name] = asdict(given)
     if parts.good_orders:
         index["good_orders"] = parts.good_orders

@@ -85,7 +85,7 @@ class Checkpoints:
 
     def _folders(self) -> list[Path]:
         # Earlier versions left empty folders where they discarded checkpoints.
-        return sorted(folder for folder in self.folder.glob("step-*") if any(folder.iterdir()))
+        return sorted(folder for folder in self.folder.glob("step-*") if any(folder.glob("*")))
 
     def prune(self, step: int) -> None:
         """Keep the state after `step` and those before it, `keep` in all."""
