@@ -17,7 +17,7 @@ quickstart: $(VENV)/.installed  ## the whole method on procedural sunsets, with 
 	$(BIN)/anyorder quickstart
 
 test: $(VENV)/.installed-dev  ## all tests that need neither a GPU, nor weights, nor more than 5 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-precision: $(VENV)/.installed-dev  ## the tests that ANYORDER_BF16=on or off affects
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(PRECISION)

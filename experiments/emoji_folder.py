@@ -1,5 +1,7 @@
 """Write the emoji without skin-tone variants as a folder of images: GROUP/NAME.png below train and test.
 
+Beside each image NAME.txt holds its name, for a data stage with captions=txt.
+
     python experiments/emoji_folder.py ../shared/data/noto-emoji runs/emoji
 
 Variants are near copies: they would let a model that learns by heart look good on held-out images. The
@@ -29,6 +31,7 @@ def main(source: str, out: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         name = "".join(c if c.isalnum() else "-" for c in row["name"])
         (folder / f"{name}-{place}.png").write_bytes(row["image"]["bytes"])
+        (folder / f"{name}-{place}.txt").write_text(row["name"], encoding="utf-8")
     print(f"{len(bases)} images in {out}: {TRAIN} to train, {len(bases) - TRAIN} to test")
 
 

@@ -254,7 +254,7 @@ COMMANDS: dict[str, Command] = {
         **change("samples", "scored"), **change("model", "any2"), **refused("tokens", "tokens2", MOVED),
         **refused("tokenizer", "vq2", MOVED), **change("scorer", "any2"), **change("orders", "orders"),
         **group("policy", "order", "raster"), **group("sampling", "temperature", 0),
-        **change("good_orders", ("random",)), **change("example_class", "orange"),
+        **change("good_orders", ("random",)), **change("example_class", "orange"), **change("half", True),
     }),
     "sample pipeline": Command({"pipeline": "toy", "num_images": 2, "policy.order": "entropy"}, {
         **change("pipeline", "toy2"), **change("class_labels", ("dog",)),

@@ -428,6 +428,22 @@ def test_a_pipeline_of_samples_generates_as_they_were(experiment, tmp_path):
     assert cli.main(["pipeline", f"out={tmp_path}/r"]) == 2
 
 
+def test_half_a_pipeline_is_its_rounded_weights(experiment, tmp_path):
+    _, out = experiment
+    for name in ("false", "true"):
+        assert cli.main(["pipeline", f"model={out}/any", f"half={name}", f"out={tmp_path}/{name}"]) == 0
+    whole, half = (Pipeline.from_pretrained(tmp_path / name) for name in ("false", "true"))
+    for role in ("model", "tokenizer"):
+        sizes = [(tmp_path / name / role / "model.safetensors").stat().st_size for name in ("false", "true")]
+        assert sizes[1] < 0.7 * sizes[0]  # names of tensors and integers stay
+        found = getattr(half, role).state_dict()
+        for key, tensor in getattr(whole, role).state_dict().items():
+            assert found[key].dtype == tensor.dtype
+            expected = tensor.half().float() if tensor.is_floating_point() else tensor
+            assert torch.equal(found[key], expected)
+    assert len(half(num_images=2).images) == 2
+
+
 def test_evaluations_reproduce_and_keep_times_apart(experiment, tmp_path):
     path, out = experiment
     kind, stage = load_experiment(path).stages["eval-drawn"]

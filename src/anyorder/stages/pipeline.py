@@ -51,23 +51,21 @@ class PipelineStage:
     policy: PolicyConfig | None = None
     """Order unless a call gives another; by default the one of the samples, else entropy."""
     sampling: Sampling | None = None
-    """How tokens are sampled unless a call says it; by default as those of the samples were, else at
-    temperature 1."""
+    """How tokens are sampled unless a call says it; by default as the samples were, else at temperature 1."""
     good_orders: tuple[str, ...] = ()
     """Names of further orders that the model is good at, such as random; the web page of `anyorder demo`
     offers these first and calls all others experiments. By default none but the policy."""
     example_class: str | None = None
     """Class that the web page opens with; by default the one with most images."""
+    half: bool = False
+    """Write all weights as float16: half the size on disk. They are read as float32."""
 
     def __post_init__(self) -> None:
-        text = "say what to put together: give samples=FOLDER or model=FOLDER"
-        require(bool(self.samples or self.model), text)
-        ordered = self.orders or self.samples or not self.policy or not self.policy.by_class
-        text = "this policy needs the orders of the classes: give orders=FOLDER"
-        require(bool(ordered), text)
-        for name in self.good_orders:
-            text = f"good_orders={name} needs the orders of the classes: give orders=FOLDER"
-            require(not PolicyConfig(name).by_class or bool(self.orders or self.samples), text)
+        require(bool(self.samples or self.model), "give samples=FOLDER or model=FOLDER to put together")
+        named = {f"good_orders={name}": PolicyConfig(name) for name in self.good_orders}
+        for name, policy in {"this policy": self.policy, **named}.items():
+            fits = self.orders or self.samples or not policy or not policy.by_class
+            require(bool(fits), f"{name} needs the orders of the classes: give orders=FOLDER")
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write the folder."""
@@ -95,5 +93,7 @@ class PipelineStage:
             pipe, classes=classes, policy=policy, vocabulary=vocabulary, guidance=guidance,
             sampling=sampling or Sampling(), good_orders=self.good_orders, example_class=example,
         )  # fmt: skip
+        for network in filter(None, (parts.model, parts.tokenizer, parts.scorer) if self.half else ()):
+            network.half()
         save_parts(artifact.folder, parts)
         return {"parameters": read_manifest(self.model)["parameters"]}
