@@ -468,6 +468,7 @@ def ran(command: str, settings: Settings, out: Path) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # the bench takes a minute alone, and longer beside other work
 @pytest.mark.parametrize(
     ("command", "name"), [(command, name) for command, (_, cases) in COMMANDS.items() for name in cases]
 )

@@ -58,8 +58,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{statistics.mean(values):.4f} ± {statistics.pstdev(values):.4f}"
+    """Mean and, of several, standard deviation."""
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread}"
 
 
 def main(arguments: list[str]) -> None:
