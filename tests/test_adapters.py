@@ -16,6 +16,7 @@ from anyorder.adapters.randar import RandAR
 from anyorder.contracts import AnyOrderModel, Grid, Tokenizer
 from anyorder.method.decoding import complete, sample
 from anyorder.method.guidance import GuidanceConfig, Guided
+from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Streams
 from anyorder.orders import random_orders
 from anyorder.tokenizers.maskgit_vq import MaskGITVQ, MaskGITVQConfig
@@ -300,6 +301,16 @@ def test_randar_joint_step_leaves_what_training_saw():
     model.score(state, order[:, :4])
     state = model.append(state, order[:, :4], TOKENS.gather(1, order[:, :4]))
     assert_close(model.score(state, order[:, 4:5]), forward[:, 4:5], **CLOSE)
+
+
+def test_a_joint_step_is_the_same_in_any_batch():
+    model, policy = joint(published(RandAR)), PolicyConfig("random", per_step=GRID.n // 2)
+    together = sample(model, policy, Streams(range(3)), chunk=1)
+    for seed in range(3):
+        alone = sample(model, policy, Streams([seed]))
+        assert torch.equal(alone.tokens[0], together.tokens[seed])
+    with pytest.raises(ValueError, match="joint_steps is for given and random orders"):
+        sample(model, "entropy", Streams([0]))
 
 
 def test_arpg_joint_tokens_see_one_another_whatever_their_sequence():

@@ -144,6 +144,21 @@ def test_an_image_does_not_depend_on_its_batch(policy, guided):
         assert_close(again.log_prob, made.log_prob[rows], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("order", ["entropy", "random"])
+def test_logits_that_are_not_finite_are_named(order):
+    model = transformer()
+    with torch.no_grad():
+        model.head.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        sample(model, PolicyConfig(order, per_step=4, entropy_limit=1.0), Streams([0]))
+
+
+def test_images_and_streams_are_as_many():
+    tokens = torch.zeros(4, transformer().grid.n, dtype=torch.int64)
+    with pytest.raises(ValueError, match="got 4 images and 2 random streams"):
+        extract_orders(transformer(), tokens, "entropy", Streams([0, 1]))
+
+
 def test_log_probabilities_are_those_of_the_positions_before_the_step():
     model, policy = transformer(), PolicyConfig("entropy", per_step=4, entropy_limit=1.1)
     steps = list(generate(model, policy, Streams(SEEDS)))

@@ -144,6 +144,11 @@ def test_variations_keep_a_share_of_the_tokens(pipe):
     assert torch.equal(alone.tokens[0], out.tokens[2])
 
 
+def test_a_share_below_one_leaves_something_to_generate(pipe):
+    out = pipe.complete(images_of(1), keep=0.999)
+    assert (~out.known).sum() == 1
+
+
 @pytest.mark.parametrize("how", [{"mask": HOLES["box"]}, {"keep": 0.5}, {"pad": (4, 0, 0, 4)}], ids=str)
 @pytest.mark.parametrize("order", ["entropy", "random"])
 def test_a_completion_step_by_step_is_the_same(ours, order, how):

@@ -158,6 +158,20 @@ def test_frames_reveal_patches_in_order(seed: int, count: int) -> None:
         assert (frame[revealed] == images[revealed]).all()
 
 
+def test_what_each_image_knows_is_never_grey() -> None:
+    orders, known = permutations(2), np.array([1, GRID.n - 2])
+    frames = generation_frames(images_of(2), orders, GRID, GRID.n, known)
+    first = (frames[0] != UNREVEALED).all(3).sum((1, 2)) // 4
+    assert first.tolist() == known.tolist()
+    assert (frames[-1] == images_of(2)).all()
+
+
+@pytest.mark.parametrize("name", ["x.psd", "x.fli", "x.what"])
+def test_formats_that_pillow_only_reads_are_refused(tmp_path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"cannot write '\.\w+' images"):
+        save_image(Image.new("RGB", (4, 4)), tmp_path / name)
+
+
 @pytest.mark.parametrize("suffix", ["gif", "webp"])
 def test_animation_shows_every_frame_and_holds_the_last(tmp_path, suffix: str) -> None:
     path = tmp_path / f"generation.{suffix}"

@@ -227,6 +227,47 @@ def test_a_scorer_is_guided_only_where_asked():
     assert torch.equal(first.order, along.order)
 
 
+@pytest.mark.parametrize("locations", ["guided", "unguided"])
+def test_the_guidance_of_a_pipeline_is_for_every_order(locations):
+    of_class = PolicyConfig("entropy", class_weight=1.0)
+    parts = {"class_orders": CLASS_ORDERS, "guidance": GuidanceConfig(2.0, locations=locations)}
+    for policy in (PolicyConfig(), of_class):
+        pipe = Pipeline(MODEL, TOKENIZER, CLASSES, policy=policy, **parts)
+        for order in (None, "raster", "random", "class_mean", "entropy", of_class):
+            validate(pipe("cat", order=order).order, GRID)
+
+
+def test_class_weight_leaves_an_order_what_it_is():
+    both = Pipeline(MODEL, TOKENIZER, CLASSES, scorer=SCORER, class_orders=CLASS_ORDERS)
+    peeking = PolicyConfig("token_likelihood", class_weight=1.0)
+    alone = Pipeline(MODEL, TOKENIZER, CLASSES, class_orders=CLASS_ORDERS)
+    assert torch.equal(both("cat", order=peeking).order, alone("cat", order=peeking).order)
+    weighted = PolicyConfig("entropy", class_weight=1.0)
+    both("cat", order=weighted, guidance_scale=GuidanceConfig(2.0, locations="guided"))
+    with pytest.raises(ValueError, match=r"labels lie in \[0, 3\)"):
+        both(condition=torch.tensor([7]), order="class_mean")
+
+
+def test_a_folder_is_as_it_was_if_a_part_cannot_be_saved(tmp_path):
+    class Local(type(TOKENIZER)):
+        """Of no importable name."""
+
+    Pipeline(MODEL, TOKENIZER, CLASSES, class_orders=CLASS_ORDERS).save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    other = Pipeline(SCORER, TOKENIZER, CLASSES)
+    other.tokenizer = Local(TOKENIZER.config)
+    with pytest.raises(ValueError, match="cannot be saved"):
+        other.save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+def test_what_is_completed_and_the_true_images_go_together():
+    made = PIPE.complete(IMAGE, HOLE, "dog", num_images=3, order="raster")
+    for completed in (made, PIPE("dog", order="raster")):
+        with pytest.raises(ValueError, match="one true image for each of its images"):
+            PIPE.log_prob_of(IMAGE, completed, "dog", order="raster")
+
+
 def test_several_labels_for_one_image():
     out = PIPE.complete(IMAGE, HOLE, ["cat", "owl"], order="raster", generator=4)
     alone = PIPE.complete(IMAGE, HOLE, "owl", order="raster", generator=5)

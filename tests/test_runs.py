@@ -963,7 +963,8 @@ def test_push_to_hub_uploads_the_folder(pipe, monkeypatch):
         def create_repo(self, repo_id, private, exist_ok):
             seen["repo"] = (repo_id, private, exist_ok)
 
-        def upload_folder(self, repo_id, folder_path):
+        def upload_folder(self, repo_id, folder_path, delete_patterns):
+            assert delete_patterns == ["class_order.npy"]
             seen["files"] = sorted(p.name for p in __import__("pathlib").Path(folder_path).rglob("*.*"))
             return "address"
 

@@ -161,6 +161,7 @@ def of_classes(table: Tensor, labels: Tensor) -> Tensor:
 
     Labels (B,) int64 lie in [-1, classes); -1, no class, takes the order of the mean rank over all classes.
     """
+    require(bool((labels < len(table)).all()), f"labels lie in [0, {len(table)}), got {labels.tolist()}")
     of_all = inverse(table).double().mean(0).argsort(stable=True)
     return torch.where(labels[:, None] < 0, of_all, table[labels.clamp(min=0)])
 

@@ -42,7 +42,8 @@ class GPTConfig:
     while the others are stretched to the extent of training (RandAR uses 2); null stretches none."""
     joint_steps: bool = False
     """Positions of one step see one another as in the published sampler (RandAR: queries see the earlier
-    ones; ARPG: tokens see all), unlike in training; matters only with several positions per step."""
+    ones; ARPG: tokens see all), unlike in training. For given and random orders of several positions per
+    step; one at a time it changes nothing, but that ARPG takes the known patches of a hole as one step."""
 
     def __post_init__(self) -> None:
         self.grid = (self.grid[0], self.grid[1])
@@ -111,6 +112,11 @@ class PublishedModel(AnyOrderNetwork):
     def _start(self, labels: Tensor, rotations: Tensor, cache: attention.Cache) -> attention.DecodingState:
         """The state with an empty cache."""
         raise NotImplementedError
+
+    @property
+    def joint_steps(self) -> bool:
+        """Whether the positions of one step see one another."""
+        return self.config.joint_steps
 
     @property
     def _weight(self) -> Tensor:

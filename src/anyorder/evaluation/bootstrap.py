@@ -157,7 +157,8 @@ def _difference(a: Tensor, b: Tensor, confidence: float) -> Difference:
     low, high = _interval(a - b, confidence)
     ratios: tuple[Any, Any, Any] = (None, None, None)
     if (b > 0).all():
-        ratio = a / b - 1
+        # To first order around the estimates: resamples, of leading dimensions alone, lie elsewhere.
+        ratio = a[0] / b[0] - 1 + (a - b * a[0] / b[0]) / b[0]
         ratios = float(ratio[0]), *_interval(ratio, confidence)
     estimate, resampled = (a - b)[0], (a - b)[1:]
     draws = [float(f"{x:.5g}") for x in resampled - resampled.mean() + estimate]

@@ -270,7 +270,9 @@ def _comparable(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, float]
             f"images and targets must agree in shape and dtype, got {tuple(images.shape)} {images.dtype} "
             f"and {tuple(targets.shape)} {targets.dtype}"
         )
-    return images.float(), targets.float(), 255.0 if images.dtype == torch.uint8 else 2.0
+    if images.dtype == torch.uint8:
+        return images.float(), targets.float(), 255.0
+    return images.float() + 1, targets.float() + 1, 2.0  # SSIM compares means: none may be negative
 
 
 def bits_per_dim(nll_per_token: float, tokens_per_image: int, dimensions: int) -> float:

@@ -50,7 +50,7 @@ def save_image(image: Image.Image, path: str | Path) -> None:
 
 def _format(path: str | Path) -> str:
     suffix = Path(path).suffix.lower()
-    if suffix not in (known := Image.registered_extensions()):
+    if (known := Image.registered_extensions()).get(suffix) not in Image.SAVE:
         raise ValueError(f"cannot write '{suffix}' images ({path}): choose .png, .webp or .gif")
     return known[suffix]
 
@@ -178,9 +178,9 @@ def mean_rank_per_class(
 
 
 def generation_frames(
-    images: np.ndarray, orders: np.ndarray, grid: Grid, frames: int = 24, known: int = 0
+    images: np.ndarray, orders: np.ndarray, grid: Grid, frames: int = 24, known: int | np.ndarray = 0
 ) -> np.ndarray:
-    """Images as they are revealed in their orders, from the first `known` positions to the full grid.
+    """Images as they are revealed in their orders, from the first `known` positions, one or (n,), to all.
 
     Returns:
         (T, n, H, W, 3) uint8, 2 <= T <= frames, evenly spaced over the steps; grey where not yet revealed.
@@ -191,9 +191,10 @@ def generation_frames(
     rows, columns = (
         np.arange(size) * k // size for size, k in zip(images.shape[1:3], (grid.h, grid.w), strict=True)
     )
-    rank = ranks(orders, grid)[:, rows][:, :, columns, None]
-    moments = np.unique(np.linspace(known, grid.n, frames).round().astype(int))
-    return np.stack([np.where(rank < moment, images, np.uint8(UNREVEALED)) for moment in moments])
+    rank, given = ranks(orders, grid)[:, rows][:, :, columns, None], np.reshape(known, (-1, 1, 1, 1))
+    moments = np.unique(np.linspace(given.min(), grid.n, frames).round().astype(int))
+    shown = [rank < np.maximum(moment, given) for moment in moments]
+    return np.stack([np.where(seen, images, np.uint8(UNREVEALED)) for seen in shown])
 
 
 def save_sample_figures(

@@ -84,12 +84,13 @@ class Parts:
 def save_parts(folder: str | Path, parts: Parts) -> None:
     """Write `pipeline.json`, `model/` and `tokenizer/`, and if given scorer, orders and vocabulary."""
     folder, vocabulary = Path(folder), parts.vocabulary
+    networks = {role: getattr(parts, role) for role in ("scorer", "model", "tokenizer")}
+    kinds = {role: families.kind_of(one) for role, one in networks.items() if one is not None}  # or refuse
     (folder / CLASS_ORDERS).unlink(missing_ok=True)  # of an older pipeline in the same folder
     if parts.class_orders is not None:
         files.save_array(folder / CLASS_ORDERS, parts.class_orders.cpu().numpy().astype(np.uint16))
-    for role in ("scorer", "model", "tokenizer"):
-        if (network := getattr(parts, role)) is not None:
-            weights.save_model(folder / role, network, network.config, families.kind_of(network))
+    for role, kind in kinds.items():
+        weights.save_model(folder / role, networks[role], networks[role].config, kind)
     policy, scored = asdict(parts.policy), parts.scorer is not None
     index = {"format": 1, "classes": parts.classes, "policy": policy, "scorer": scored}
     for name in ("guidance", "sampling"):
@@ -156,7 +157,8 @@ def upload(parts: Parts, repo_id: str, token: str | None, private: bool) -> str:
     api.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         save_parts(folder, parts)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+        # Class orders of an earlier model would be read as those of this one.
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=[CLASS_ORDERS]))
 
 
 def find_parts(path_or_hub_id: str | Path, allow_own: bool = False) -> Parts:

@@ -108,7 +108,7 @@ def with_part(tokenizer: Tokenizer, images: Tensor, keep: float, streams: Stream
     """
     grid = grid_of(images, tokenizer.factor)
     # By rank rather than by threshold: every image keeps equally many, and all run as one batch.
-    known = streams.permutation(grid.n) < round(keep * grid.n)
+    known = streams.permutation(grid.n) < min(round(keep * grid.n), grid.n - 1)
     return Unfinished(tokenizer.encode(to_float(images)), known, grid)
 
 

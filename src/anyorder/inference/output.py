@@ -34,7 +34,7 @@ class PipelineOutput:
         `scale` enlarges each pixel, by default to 128 screen pixels per image or more. A ValueError refuses
         other formats.
         """
-        known = 0 if self.known is None else int(self.known.sum(1).min())
+        known = 0 if self.known is None else self.known.sum(1).cpu().numpy()
         frames = figures.generation_frames(*self._arrays(), self.grid, known=known)
         figures.save_animation(Path(path), frames, columns, scale or self._scale)
 

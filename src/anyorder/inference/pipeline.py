@@ -58,7 +58,7 @@ class Pipeline(folders.Parts):
             path_or_hub_id: a published model is named by its file, such as "hp-l33/ARPG/arpg_300m.pt".
             device: "cuda", "mps" or "cpu"; by default the first GPU if there is one.
             dtype: of the any-order models, torch.bfloat16 say; by default float32. Other orders come out,
-                and images are decoded under autocast.
+                and samples are decoded under autocast.
             allow_own: load own parts (docs/how-to/extend.md) that a pipeline of the hub names: modules that
                 are installed here. Code of the repository itself is never run.
 
@@ -263,7 +263,7 @@ class Pipeline(folders.Parts):
         Takes images as `complete` does and the fields of `ImageRequest` but `grid` and `sampling`. Orders
         that are inferred are extracted first; which orders make this a density: docs/concepts/likelihood.md.
         """
-        found, given = [], self._given(images, batch_size, request, settings)
+        found, given = [], self._given(images, batch_size, ImageRequest.of(*request, **settings))
         with devices.memory_for(batch_size):
             for tokens, model, policy, streams, options in given:
                 condition, grid, n = options.get("condition"), options["grid"], tokens.shape[1]
@@ -283,9 +283,10 @@ class Pipeline(folders.Parts):
         Takes what `score` takes; `order` is by default the pipeline's if that is inferred, else
         "token_likelihood", the paper's rule.
         """
-        if settings.get("order") is None and len(request) < 3 and not self.policy.decided:
-            settings["order"] = "token_likelihood"
-        given = self._given(images, batch_size, request, settings)
+        asked = ImageRequest.of(*request, **settings)
+        if asked.order is None and not self.policy.decided:
+            asked = ImageRequest(**vars(asked) | {"order": "token_likelihood"})
+        given = self._given(images, batch_size, asked)
         with devices.memory_for(batch_size):
             orders = [
                 decoding.extract_orders(model, tokens, policy, streams, **options).order
@@ -318,7 +319,8 @@ class Pipeline(folders.Parts):
         model, order, streams, options = self._prepare(
             ImageRequest.of(*request, **settings), None, grid, len(pixels)
         )
-        assert completed.known is not None
+        if completed.known is None or len(completed.known) != len(pixels):
+            raise ValueError("give what complete returned, and one true image for each of its images")
         kept = inpainting.positions_of(completed.known)
         known = kept, completed.tokens.gather(1, kept)
         targets = self.tokenizer.encode(inpainting.to_float(pixels))
@@ -351,11 +353,8 @@ class Pipeline(folders.Parts):
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(self.device)
         return pixels, inpainting.grid_of(pixels, self.tokenizer.factor)
 
-    def _given(
-        self, images: Any, batch_size: int, request: Sequence[Any], settings: dict[str, Any]
-    ) -> Iterator[tuple[Any, ...]]:
+    def _given(self, images: Any, batch_size: int, asked: ImageRequest) -> Iterator[tuple[Any, ...]]:
         """Batches of given images: their tokens, and the arguments of `decoding.extract_orders`."""
-        asked = ImageRequest.of(*request, **settings)
         given = asked.grid is None and asked.sampling is None
         require(given, "the images are given: leave out grid and sampling")
         pixels, grid = self._pixels(masks.read_images(images))
@@ -375,7 +374,7 @@ class Pipeline(folders.Parts):
         """At most `size` images at a time."""
         require(size >= 1, f"batch_size must be a whole number >= 1, got {size!r}")
         n, condition = len(streams), options.get("condition")
-        policy = policy_config.make_policy(order, options.get("grid") or self.model.grid, streams)
+        policy = policy_config.make_policy(order, options["grid"] or self.model.grid, streams)
         with tqdm(total=n, unit="image", disable=n <= size) as bar:
             for rows in torch.arange(n, device=self.device).split(size):
                 part = options.copy()
@@ -399,12 +398,13 @@ class Pipeline(folders.Parts):
         condition = self._condition(n, given)
         if request.guidance_scale is None and sampled and condition is not None:
             guidance = self.guidance
-        order = self._order(request, condition, n)
+        named, order = self._order(request, condition, n)
         # An order that looks at tokens needs those of the model that samples them.
-        scorer = self.scorer if getattr(order, "token_blind", True) else None
+        scorer = self.scorer if getattr(named, "token_blind", True) else None
         model = self.model if guidance.scale == 1 else Guided(self.model, guidance)
-        rated = getattr(order, "rated", getattr(order, "inferred", False))
-        guidance.require_effect(rated=rated, scored=scorer is not None, scaled=guidance.scale != 1)
+        rated = getattr(named, "rated", getattr(named, "inferred", False))
+        if guidance is not self.guidance:  # the pipeline's own is there for every order
+            guidance.require_effect(rated=rated, scored=scorer is not None, scaled=guidance.scale != 1)
         guided = scorer is not None and guidance.locations == "guided"
         options = decoding.GenerationOptions(
             condition=condition, grid=grid, sampling=request.tokens or self.sampling,
@@ -431,13 +431,13 @@ class Pipeline(folders.Parts):
         require(0 <= label < self.model.num_classes, text)
         return int(label)
 
-    def _order(self, request: ImageRequest, condition: Tensor | None, n: int) -> policy_config.Order:
-        """The order of the request; class_mean as a function of the grid, from the class of each image."""
+    def _order(self, request: ImageRequest, condition: Tensor | None, n: int) -> tuple[Any, Any]:
+        """The order of the request, and as decoding takes it: by class, a function of the grid."""
         order = self.policy if request.order is None else request.order
         if isinstance(order, str):
             order = policy_config.PolicyConfig(order)
         if not isinstance(order, policy_config.PolicyConfig) or not order.by_class:
-            return order
+            return order, order
         if self.class_orders is None:
             raise ValueError(
                 f"this pipeline has no orders of classes: choose another order than {order.label}"
@@ -445,4 +445,4 @@ class Pipeline(folders.Parts):
         labels = torch.full((n,), -1) if condition is None else contracts.class_labels(condition).cpu()
         rows, streams = orders.of_classes(self.class_orders, labels), Streams([], self.device)
         build = order.build
-        return lambda grid: build(grid, streams, orders.stretch(rows, self.model.grid, grid))
+        return order, lambda grid: build(grid, streams, orders.stretch(rows, self.model.grid, grid))

@@ -90,6 +90,8 @@ def generate(
     # The last of the models decides where; it needs a state only if the policy asks it anything.
     models = [model, scorer] if scorer is not None and (policy.rated or policy.located) else [model]
 
+    seen = "joint_steps is for given and random orders, in which nothing is rated: convert without it"
+    require(not (policy.rated and getattr(models[-1], "joint_steps", False)), seen)
     for each in models if adaptive else ():
         text = f"entropy_limit is not for a {type(each).__name__}, whose images keep in step: leave it out"
         require(hasattr(each, "append_some"), text)
@@ -210,6 +212,8 @@ def score_candidates(
     rates by log-probability. `together`: they are one step of a `GroupingModel`. The state is unchanged.
     """
     score, parts = model.score_group if together else model.score, []  # type: ignore[attr-defined]
+    if getattr(model, "joint_steps", False):  # they see one another
+        chunk = candidates.shape[1]
     for positions in candidates.split(chunk or _chunk(model, candidates), dim=1):
         # On a GPU the kernel casts, so that no float32 logits exist.
         log_p = score(state, positions).log_softmax(-1, dtype=torch.float32)
@@ -359,6 +363,8 @@ def sample_coarse_to_fine(
 
 
 def _checked(tokens: Tensor, grid: Grid, streams: Streams) -> Tensor:
+    counts = f"got {len(tokens)} images and {len(streams)} random streams: give one for each image"
+    require(len(tokens) == len(streams), counts)
     message = f"{tokens.shape[1]} tokens per image do not fill a {grid.h} x {grid.w} grid"
     require(tokens.shape[1] == grid.n, message)
     return tokens.to(streams.device, torch.int64)

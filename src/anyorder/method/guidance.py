@@ -99,6 +99,7 @@ class Guided:
         """Wrap `model`; it is not copied."""
         self.model, self.config = model, config
         self.vocab_size, self.grid = model.vocab_size, model.grid
+        self.joint_steps = getattr(model, "joint_steps", False)
 
     def forward(
         self,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anyorder import families
-from anyorder.contracts import require
+from anyorder.contracts import exact, require
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,7 @@ class Streams:
     def gumbel(self, step: int | Tensor, positions: Tensor) -> Tensor:
         """For the choice of positions: standard Gumbel numbers (B, M) float32; arguments as of `uniform`."""
         # In float64, since the last bits of logarithms differ between devices; rounding hides them.
-        uniform = _uniform(self._bits(1, step, positions))
-        uniform = (uniform.cpu() if uniform.is_mps else uniform).double()  # Apple's GPUs have no float64
+        uniform = exact(_uniform(self._bits(1, step, positions)))
         return uniform.log_().neg_().log_().neg_().float().to(self.device)
 
     def permutation(self, n: int) -> Tensor:

@@ -130,7 +130,7 @@ class ParallelSchedule:
         """
         assert self.entropy_limit is not None
         dependence = entropies.cumsum(1) - entropies.cummax(1).values
-        return (dependence <= self.entropy_limit).sum(1).minimum((~progress.revealed).sum(1))
+        return (~(dependence > self.entropy_limit)).sum(1).minimum((~progress.revealed).sum(1))
 
     def first(self, progress: Progress, positions: Tensor, priority: Tensor) -> Tensor:
         """Columns (B, K) of the `positions` (B, M) to reveal now, the highest `priority` (B, M) first.
