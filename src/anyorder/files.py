@@ -101,15 +101,15 @@ def plain(value: Any) -> Any:
     return value
 
 
-def read_json(path: str | Path) -> Any:
-    """Read JSON.
+def read_json(path: str | Path, largest: int = LARGEST_JSON) -> Any:
+    """Read JSON of at most `largest` bytes.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is not JSON, too large or nested too deeply; the message names it.
     """
     path, damage = Path(path), ""
-    if (size := path.stat().st_size) > LARGEST_JSON:
+    if (size := path.stat().st_size) > largest:
         raise ValueError(f"{path} is too large ({size >> 20} MiB): it is no file of anyorder's")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -207,10 +207,13 @@ class RowWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.specs = {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in arrays.items()}
         self._files: dict[str, BinaryIO] = {}
-        finished = [self.folder / f"{name}.npy" for name in self.specs]
-        if all(path.is_file() for path in finished):
+        finished = [path for name in self.specs if (path := self.folder / f"{name}.npy").is_file()]
+        if len(finished) == len(self.specs):
             self.rows = min(len(load_array(path)) for path in finished)
-            return
+            if self.rows <= most:
+                return
+        for path in finished:  # a kill came while they were closed
+            os.replace(path, f"{path}.partial")
         for name in self.specs:
             self._partial(name).touch()
             self._files[name] = open(self._partial(name), "rb+")  # noqa: SIM115

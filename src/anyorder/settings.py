@@ -253,7 +253,7 @@ def _split(override: str) -> tuple[str, str]:
 
 def _refuse_unknown(keys: Sequence[str], settings: Mapping[str, Any], old: Mapping[str, str]) -> None:
     problems = []
-    for key in (key for key in keys if key not in settings):
+    for key in [key for key in keys if key not in settings][:5]:
         close = [known for known in settings if known.startswith(f"{key}.") or known.endswith(f".{key}")][:3]
         close = close or difflib.get_close_matches(key, settings)
         if key in old:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from anyorder.contracts import require
-from anyorder.files import read_manifest, write_text
+from anyorder.files import atomic, read_manifest
 from anyorder.report.summary import report
 from anyorder.stages import fit
 from anyorder.stages.experiment import load_experiment
@@ -31,7 +31,9 @@ def fit_folder(
     if path.is_file():
         print(f"going on with this plan, which is {path}; delete it for another", flush=True)
     else:
-        write_text(path, text)
+        with atomic(path) as temporary:
+            temporary.write_text(text, "utf-8")
+            load_experiment(temporary, overrides)  # or refuse
     load_experiment(path, overrides).run(overwrite)
     table = report([out], out / "report.html")
     print(comparison(out) if table is None else f"{table.text()}\n{comparison(out)}")
@@ -73,7 +75,8 @@ def plan(config: fit.FitConfig, out: Path, overrides: Sequence[str]) -> str:
 
 def _typed(text: str) -> Any:
     """Numbers and truth values as YAML has them; other texts are read by their settings."""
-    return int(text) if text.isdecimal() else {"true": True, "false": False, "null": None}.get(text, text)
+    known = {"true": True, "false": False, "null": None}
+    return int(text) if text.isdecimal() else known.get(text.lower(), text)
 
 
 def describe(

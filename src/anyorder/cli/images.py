@@ -14,13 +14,13 @@ from PIL import Image
 
 from anyorder.contracts import require
 from anyorder.data.images import load_image
-from anyorder.files import MANIFEST, sha256
+from anyorder.files import sha256
 from anyorder.inference import figures, masks
 from anyorder.inference.folders import BUNDLED
 from anyorder.inference.pipeline import Pipeline
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Sampling
-from anyorder.stages.artifacts import IDENTITY, Artifact
+from anyorder.stages.artifacts import Artifact
 
 log = logging.getLogger("anyorder")
 
@@ -185,13 +185,16 @@ def _open(stage: str, config: Any, out: Path, overwrite: bool, names: Sequence[s
     folders = (Path(config.pipeline).expanduser(), BUNDLED / config.pipeline)
     paths = [getattr(config, role, None) for role in ("image", "mask")]
     paths += sorted(next(filter(Path.is_dir, folders), BUNDLED).rglob("*.*"))
-    hashes = [sha256(path) for path in paths if path is not None and path.is_file()]
+    own = out.resolve()  # which may lie in the folder of the pipeline
+    hashes = [sha256(p) for p in paths if p is not None and p.is_file() and own not in p.resolve().parents]
     identity = {**dataclasses.asdict(config), "sha256": hashes}
-    foreign = [name for name in names if (out / name).exists()]
-    known = any((out / name).is_file() for name in (MANIFEST, IDENTITY))
-    text = f"{out} holds files that no manifest vouches for ({', '.join(foreign[:3])}): move them away, or "
-    require(known or not foreign, f"{text}choose another out=")
     artifact = Artifact(out, stage, identity, {}, overwrite=overwrite)
+    if foreign := sorted({*names} & artifact._found):
+        artifact.close()
+        text = (
+            f"{out} holds files that no manifest vouches for ({', '.join(foreign[:3])}): move them away, or "
+        )
+        raise ValueError(f"{text}choose another out=")
     if artifact.current:
         log.info("%s is up to date", out)
     return artifact

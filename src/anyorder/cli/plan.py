@@ -7,6 +7,7 @@ from typing import Any
 
 from anyorder.bench import estimates, fake
 from anyorder.cli.planner import GIB, Kind, PlanConfig, Planner
+from anyorder.contracts import require
 from anyorder.inference.device import PEAKS
 from anyorder.report.tables import Table
 from anyorder.stages.experiment import Experiment
@@ -36,6 +37,7 @@ def plan(experiment: Experiment, config: PlanConfig) -> dict[str, Any]:
         planner = Planner(experiment, config, kind)
         found = {path.name: planner.costs(path) for path in planner.stages}
     rows = [costs.row(name) for name, costs in found.items() if costs]
+    require(bool(rows), f"none of these stages is counted: {', '.join(found) or 'there are none'}")
     largest = max((costs.memory for costs in found.values() if costs), default=0.0)
     totals = {name: sum(row[name] or 0 for row in rows) or None for name in ("PFLOP", "hours", "disk (GB)")}
     together = {"stage": "together", **totals, "GiB per GPU": largest / GIB}

@@ -131,7 +131,8 @@ class Planner:
     def costs(self, path: Path) -> Costs | None:
         """Of one stage; None for those that are not counted."""
         count: Callable[[Any], Costs] | None = getattr(self, f"_of_{self.kinds[path]}", None)
-        return count(self.stages[path]) if count else None
+        own = getattr(self.stages[path], "network", "")  # an own model, of which nothing is known
+        return count(self.stages[path]) if count and not own else None
 
     def _once(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """The result of a pure function, worked out once."""
@@ -400,7 +401,7 @@ class Facts(NamedTuple):
 def _source(stage: Any) -> Facts:
     """Of the source of a data stage on this machine; zeros where it is not."""
     if (name := stage.source) == "sunsets":
-        return Facts(20_000, 0, 2_000, 4)
+        return Facts(stage.max_train or 20_000, 0, stage.max_test or 2_000, 4)
     if not Path(name).expanduser().exists():
         return Facts(0, 0, 0, 0)
     source = sources.open_source(name, sources.Columns(stage.label, image=stage.image), stage.test_fraction)

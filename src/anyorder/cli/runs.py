@@ -51,7 +51,8 @@ def state(folder: Path) -> str:
 
 def checkpoints(runs: Sequence[Path]) -> list[Path]:
     """Files of checkpoints that finished trainings left, as their manifests list them."""
-    return [file for run in runs for path in artifacts(run) for file in _checkpoints(path)]
+    found = (file for run in runs for path in artifacts(run) for file in _checkpoints(path))
+    return [*{file.resolve(): file for file in found}.values()]  # runs may lie in one another
 
 
 def _checkpoints(folder: Path) -> Iterator[Path]:

@@ -132,7 +132,7 @@ class ImageSet(_Split):
         path = self.folder / f"{self.split}.captions.json"
         if not path.is_file():
             return None
-        texts, n = files.read_json(path), len(self) // self.copies
+        texts, n = files.read_json(path, largest=1 << 36), len(self) // self.copies
         _check(len(texts) == n, path, f"got {len(texts)} captions, there are {n} images")
         return texts * self.copies
 

@@ -122,16 +122,17 @@ def split_and_class(names: Sequence[str]) -> list[tuple[str | None, str | None]]
     # Folders that all images share may lie around the splits: data/train/cat/1.png.
     shared = next(i for i in itertools.count() if len({*at(i)}) > 1 or None in at(i))
     level = next((i for i in range(shared + 1) if any(kinds(i))), None)
-    if level is None and not all(kinds(1)):
-        if "train" in kinds(1) and len({*kinds(1)} - {None}) > 1:
-            raise _unclear(at(1), kinds(1))
+    below = shared + 1  # cat/train/1.png
+    if level is None and not all(kinds(below)):
+        if "train" in kinds(below) and len({*kinds(below)} - {None}) > 1:
+            raise _unclear(at(below), kinds(below))
         return [("train", label) for label in at(0 if None in at(shared) else shared)]
-    found = 1 if level is None else level  # 1: cat/train/1.png
+    found = below if level is None else level
     splits, named = kinds(found), _listed(at(found))
     mend = "none names the training split: call its folder train"
     require("train" in splits, f"the folders {named} name a test split, and {mend}")
     if level is None:
-        return list(zip(splits, at(0), strict=True))
+        return list(zip(splits, at(shared), strict=True))
     if None in splits and len({*splits} - {None}) < 2:  # a single name may as well be a class
         raise _unclear(at(level), splits)
     while kinds(level + 1) == splits:  # train/train/cat/1.png, as archives unpack

@@ -333,7 +333,13 @@ class OwnSource(Source):
     @cached_property
     def _sets(self) -> dict[str, Any]:
         made = families.resolve("data", self.name)()
-        return made if isinstance(made, dict) else {"train": made}
+        sets = made if isinstance(made, dict) else {"train": made}
+        fits = all(hasattr(one, "__len__") for one in sets.values()) and len(sets.get("train", ())) > 0
+        text = (
+            f"{self.name} must return a data set that has a length, or {{'train': ..., 'test': ...}} of such"
+        )
+        require(fits, f"{text}, and training images")
+        return sets
 
     @cached_property
     def _parts(self) -> Parts:
@@ -365,7 +371,10 @@ class OwnSource(Source):
         image, label, caption = given[:3]
         if isinstance(image, Tensor):
             image = image.movedim(0, -1).cpu().numpy()
-        if label is not None:
-            label = classes[int(label)] if classes and not isinstance(label, str) else str(label)
+        if classes and label is not None and not isinstance(label, str):  # -1 is none, as in Hugging Face's
+            text = f"{self.name}: label {label} of item {i} of {part}; classes has {len(classes)} names"
+            require(-1 <= int(label) < len(classes), text)
+            label = classes[int(label)] if int(label) >= 0 else None
+        label = None if label is None else str(label)
         caption = joined([caption] if isinstance(caption, str) else caption) if caption is not None else None
         return Item(image, label, f"{part} {i}", caption=caption)

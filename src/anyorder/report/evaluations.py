@@ -5,6 +5,7 @@ Several run folders of one experiment are its seeds: evaluations of equal name a
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -137,8 +138,11 @@ def find_artifacts(folders: Sequence[Path]) -> Found:
     """
     found: dict[Path, dict[str, Any]] = {}
     for folder in folders:
-        paths = [path for path in sorted(Path(folder).rglob(MANIFEST)) if path.parent.name != ".replaced"]
-        manifests = {path.parent: read_manifest(path.parent) for path in paths}
+        paths = [path for path in sorted(Path(folder).rglob(MANIFEST)) if ".replaced" not in path.parts]
+        manifests = {}
+        for path in paths:
+            with contextlib.suppress(ValueError):  # of a web page, say
+                manifests[path.parent] = read_manifest(path.parent)
         if not manifests:
             raise FileNotFoundError(f"{folder} holds no finished artifact: run its experiment first")
         found |= dict(sorted(manifests.items(), key=_finished))

@@ -243,7 +243,9 @@ KINDS = (
 
 
 def _losses(trained: Found) -> list[Section]:
-    logged = [path for path, _ in trained if (path / LOG).is_file()]
+    # A training that stopped before its first logged step holds no loss.
+    files = [path for path, _ in trained if (path / LOG).is_file()]
+    logged = [path for path in files if any("loss" in line for line in curves.read_metrics(path / LOG))]
     if not logged:
         return []
     starts = [_steps_before(path, trained) for path in logged]
@@ -272,6 +274,7 @@ def _steps_before(path: Path, trained: Found) -> int:
 
 
 def _times(artifacts: Found) -> Table:
-    total = {"stage": "", "seconds": sum(m.get("seconds") or 0 for _, m in artifacts)}
+    # The rounds of iterate are artifacts of their own.
+    total = sum(m.get("seconds") or 0 for _, m in artifacts if m["stage"] != "iterate")
     columns = {"stage": "stage", "seconds": "seconds", "examples/s": "examples_per_second"}
-    return _table([*artifacts, (Path("all"), total)], "artifact", columns)
+    return _table([*artifacts, (Path("all"), {"stage": "", "seconds": total})], "artifact", columns)

@@ -138,7 +138,8 @@ class Artifact:
 
     def close(self) -> None:
         """Let go of the folder; where nothing was written, it is as it was before."""
-        if self._opened and not (self.folder / files.MANIFEST).is_file() and not self._written():
+        unfinished = self._opened and not (self.folder / files.MANIFEST).is_file()
+        if unfinished and (not self._written() or self._untouched()):
             (self.folder / IDENTITY).unlink(missing_ok=True)
             self._recover()
         self._opened = False
@@ -178,7 +179,16 @@ class Artifact:
     def _open(self, overwrite: bool) -> None:
         """Begin, resume or replace: the only place where what is there is moved or deleted."""
         done, begun = _record(self.folder / files.MANIFEST), _record(self.folder / IDENTITY)
+        if begun and not done:
+            self._found = set(begun.get("found", ()))
+            if self._untouched():
+                (self.folder / IDENTITY).unlink()
+                self._recover()
+                return self._open(overwrite)
         then = done or begun
+        if done and not begun and not _differences(done, self.identity, self._completed):
+            self.current = True
+            return
         if then is None:
             if orphans := [name for name in _walk(self.folder) if _is_work(name)]:
                 raise ValueError(
@@ -206,6 +216,13 @@ class Artifact:
             self.current = True
             return
         self._write_identity(self._found)
+
+    def _untouched(self) -> bool:
+        """Whether nothing was written since what was set aside, to grow, was finished."""
+        if not (aside := self.folder / REPLACED / files.MANIFEST).is_file() or not self._written():
+            return False
+        times = [(self.folder / name).lstat().st_mtime_ns for name in self._written()]
+        return max(times) <= aside.stat().st_mtime_ns
 
     def _is_aside(self) -> bool:
         """Whether what waits to be replaced is the very artifact that is asked for, and whole."""
@@ -326,10 +343,11 @@ def verify(folder: str | Path, seen: set[Path] | None = None) -> list[str]:
 
 def require_no_artifact(path: Path) -> None:
     """A ValueError if a finished artifact has this file: nothing else may write it."""
-    with contextlib.suppress(FileNotFoundError):
+    listed: Any = ()
+    with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: the manifest of a web page, say
         listed = _listed(files.read_manifest(path.parent), path.parent)
-        if path.name in {*listed, files.MANIFEST}:
-            raise ValueError(f"{path} is a file of a finished artifact: choose another out=")
+    if path.name in {*listed, *([files.MANIFEST] if listed else [])}:
+        raise ValueError(f"{path} is a file of a finished artifact: choose another out=")
 
 
 def input_folders(folder: str | Path, manifest: Mapping[str, Any]) -> dict[str, Path]:

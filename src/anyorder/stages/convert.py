@@ -40,7 +40,7 @@ class ConvertConfig:
     heads: int = 0
     """Number of attention heads, which the file does not say either; 0: as published for its width."""
     joint_steps: bool = False
-    """Positions of one step see one another, as in the published samplers; see docs/adapters.md."""
+    """Positions of one step see one another, as in the published samplers (published-weights.md)."""
     extrapolated: int | None = None
     """Number of rotary frequencies that are not stretched on other grids (RandAR: 2); null stretches none."""
     policy: PolicyConfig | None = None

@@ -88,7 +88,7 @@ def find_experiment(name: str) -> Path:
     found = path if path.is_file() else recipes.get(name)
     if found is None:
         hint = did_you_mean(name, recipes)
-        raise FileNotFoundError(f"no configuration file {name}{hint} Recipes are {', '.join(recipes)}")
+        raise FileNotFoundError(f"no configuration file {name}{hint or '.'} Recipes are {', '.join(recipes)}")
     return found
 
 

@@ -18,9 +18,8 @@ from anyorder.data.images import uint8_batches
 from anyorder.data.rows import batches, evenly_spaced
 from anyorder.evaluation import features, metrics
 from anyorder.files import read_json, read_manifest, write_json
-from anyorder.inference import processes
+from anyorder.inference import processes, weights
 from anyorder.inference.device import device
-from anyorder.inference.weights import load_model, save_model
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import TrainingStage, training_facts
 from anyorder.training.config import TrainConfig
@@ -110,7 +109,7 @@ class FeaturesStage(TrainingStage):
         torch.manual_seed(self.train.seed)
         model = features.Classifier(config)
         if self.init is not None:
-            model.load_state_dict(load_model(self.init, "classifier").state_dict())
+            weights.load_state(model, weights.load_model(self.init, "classifier").state_dict(), self.init)
 
         def loss(model: nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
             targets = caches.without_waiting(torch.from_numpy(labels[known[rows]]), device())
@@ -131,7 +130,7 @@ class FeaturesStage(TrainingStage):
             ahead=lambda upcoming: images.ahead(known[rows] for rows in upcoming),
         )  # fmt: skip
         if artifact.leads:
-            save_model(artifact.folder, result.model, config, "classifier")
+            weights.save_model(artifact.folder, result.model, config, "classifier")
         processes.barrier()
         return {"test": evaluate(result.model, result.steps), **training_facts(result)}
 
@@ -163,7 +162,7 @@ def load_extractor(folder: Path) -> features.FeatureExtractor:
         return features.timm_features(name, device(), bf16)
     if name != "classifier":
         return families.resolve("features", name)()
-    model = load_model(folder, "classifier").to(device())
+    model = weights.load_model(folder, "classifier").to(device())
     assert isinstance(model, features.Classifier)
     return features.ClassifierFeatures(model)
 

@@ -78,6 +78,7 @@ class Facts:
     bf16: bool
     gpu: int  # GiB of memory, 0 without a GPU
     captions: bool = False  # in text files beside the images
+    test_fraction: float = 0.1
 
 
 def seconds_of(text: str) -> int:
@@ -96,7 +97,7 @@ def look(config: FitConfig) -> Facts:
     """Count the images and their classes, measure some, and look at the machine; errors as `open_source`."""
     columns = sources.Columns(config.label, config.captions)
     source = sources.open_source(config.source, columns)
-    share = held_out_share(source.count("train") + source.count("test"))
+    share = 0.1 if source.has_test_split else held_out_share(source.count("train") + source.count("test"))
     source = sources.open_source(config.source, columns, share)
     sides = []
     for item in islice(source.items("train"), 64):
@@ -108,7 +109,7 @@ def look(config: FitConfig) -> Facts:
     counts = found - validation, validation, source.count("test"), len(source.classes())
     gpu = torch.cuda.get_device_properties(0).total_memory >> 30 if device().type == "cuda" else 0
     machine = torch.get_num_threads(), native_bf16(device()), gpu
-    return Facts(*counts, int(median(sides)), *machine, bool(getattr(source, "captions", ())))
+    return Facts(*counts, int(median(sides)), *machine, bool(getattr(source, "captions", ())), share)
 
 
 def rehearse(values: Values, facts: Facts) -> dict[str, float]:
@@ -152,7 +153,7 @@ def _measured(folder: Path, images: int) -> float:
 
 def held_out_share(images: int) -> float:
     """Share of the images for the test split where the source has none: a tenth, of few images a fifth."""
-    return round(min(0.2, max(0.1, 16 / images)), 3)
+    return round(min(0.2, max(0.1, 16 / max(1, images))), 3)
 
 
 def choose_preset(facts: Facts, seconds: float) -> tuple[str, str]:
@@ -172,11 +173,10 @@ def adapt(values: Values, facts: Facts, config: FitConfig) -> Values:
     """A preset's experiment for these images: all but the numbers of steps and samples."""
     side, n = values["stages"]["data"]["size"][0], facts.train
     size = side if facts.side >= 0.75 * side else max(16, side // 2)
-    total = n + facts.validation + facts.test
     changes = {"data.source": config.source, "data.size": [size, size], "tokens.mirror": n < 20_000}
     if size < side and "init" in values["stages"]["tokenizer"]:
         changes["tokenizer.init"] = "fashion32"  # smaller patches, so that as many remain
-    changes |= {"data.test_fraction": held_out_share(total), "data.max_validation": facts.validation}
+    changes |= {"data.test_fraction": facts.test_fraction, "data.max_validation": facts.validation}
     captions = config.captions or (sources.SIDECAR if facts.captions else None)
     columns = {"data.label": config.label, "data.captions": captions}
     changes |= {key: value for key, value in columns.items() if value is not None}

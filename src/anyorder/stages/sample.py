@@ -56,6 +56,7 @@ class SampleStage(GeneratingStage):
     def __post_init__(self) -> None:
         text = f"num_images and batch_size must be >= 1, got {self.num_images} and {self.batch_size}"
         require(min(self.num_images, self.batch_size) >= 1, text)
+        require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
         super().__post_init__()
         kept = self.sampling.temperature == self.guidance.scale == 1
         found = "settings brings temperature and scale: leave sampling.temperature and guidance.scale out"

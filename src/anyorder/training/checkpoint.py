@@ -84,8 +84,9 @@ class Checkpoints:
         return None
 
     def _folders(self) -> list[Path]:
-        # Earlier versions left empty folders where they discarded checkpoints.
-        return sorted(folder for folder in self.folder.glob("step-*") if any(folder.glob("*")))
+        # Earlier versions left empty folders where they discarded checkpoints; step-7-best is not ours.
+        found = (folder for folder in self.folder.glob("step-*") if folder.name[5:].isdecimal())
+        return sorted(folder for folder in found if any(folder.glob("*")))
 
     def prune(self, step: int) -> None:
         """Keep the state after `step` and those before it, `keep` in all."""

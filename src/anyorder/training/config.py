@@ -22,7 +22,7 @@ class TrainConfig:
     """How to train: AdamW (Loshchilov & Hutter, arXiv 1711.05101), linear warm-up, cosine decay."""
 
     steps: int = 10_000
-    """Number of weight updates. A larger number extends a run, also a finished one."""
+    """Number of weight updates. A larger number extends a run, unless `patience` ended it."""
     batch_size: int = 64
     """Examples per forward and backward pass."""
     accumulation: int = 1

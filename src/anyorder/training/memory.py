@@ -27,7 +27,8 @@ def _advice(trainer: Trainer) -> str:
     size = next((n for n in halves if not alone or _fits(trainer, n)), 0)
     accumulation = trainer.config.accumulation * before // max(size, 1)
     instead = f"train.batch_size={size} train.accumulation={accumulation} {'fits' if alone else 'may fit'}"
-    smaller = f"{instead}, with steps of the same size" if size else "choose a smaller model"
+    same = ", with steps of the same size" if size and before % size == 0 else ""
+    smaller = f"{instead}{same}" if size else "choose a smaller model"
     return f"out of memory with train.batch_size={before}: {smaller}"
 
 

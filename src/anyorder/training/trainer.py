@@ -327,7 +327,8 @@ class Trainer:
         if self.config.patience:
             self.config.require_watched(line)
             sign = -1 if self.config.watch.endswith(("psnr", "ssim", "accuracy")) else 1
-            self.watched.append(sign * line[self.config.watch])
+            value = line[self.config.watch]  # JSON knows no NaN
+            self.watched.append(sign * value if math.isfinite(value) else 1e300)
             if self.watched[-1] <= min(self.watched):
                 self.best.load_state_dict(self.average.state_dict())
         return line
@@ -374,6 +375,8 @@ class Trainer:
             return
         self.step_number, tensors, facts = found
         self.saved_step = self.step_number
+        for name in self.RESUMED:
+            setattr(self, name, facts[name])
         self._require_same_config(facts["config"])
         source = f"the checkpoint of step {self.step_number}"
         for name, module in self.modules.items():
@@ -383,8 +386,6 @@ class Trainer:
             index, name = key.split(".")
             state.setdefault(int(index), {})[name] = tensor
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
-        for name in self.RESUMED:
-            setattr(self, name, facts[name])
         self.threads = devices.Threads(self.device, facts.get("threads"))
         self.clock = time.perf_counter()
         self.checkpoints.prune(self.step_number)  # a kill may have come between saving and pruning
@@ -412,7 +413,7 @@ class Trainer:
                 f"the checkpoint in {self.checkpoints.folder} was made with {listed}: use these values to "
                 "resume (only steps may grow), or another folder to start anew"
             )
-        if steps > before["steps"]:
+        if steps > before["steps"] and not self.finished:
             weights.log.info(
                 "extended from %d to %d steps: from step %d on, the learning rate follows the schedule of "
                 "the new length (next: %.3g)", before["steps"], steps, self.step_number + 1,

@@ -1,0 +1,333 @@
+"""Faults that were found by reading: each would come back here."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+
+from anyorder import files
+from anyorder.cli import fit as fit_command
+from anyorder.cli import images as image_commands
+from anyorder.cli import runs
+from anyorder.cli.plan import plan
+from anyorder.cli.planner import PlanConfig
+from anyorder.data import ingest
+from anyorder.data.sources import open_source
+from anyorder.files import RowWriter, read_json
+from anyorder.report import evaluations
+from anyorder.report.summary import report
+from anyorder.settings import parse
+from anyorder.stages import fit
+from anyorder.stages.artifacts import Artifact, require_no_artifact
+from anyorder.stages.experiment import load_experiment
+from anyorder.stages.sample import SampleStage
+from anyorder.training import memory
+from anyorder.training.checkpoint import Checkpoints
+from anyorder.training.config import TrainConfig
+from anyorder.training.trainer import train
+
+
+def photographs(folder: Path, n: int) -> None:
+    folder.mkdir(parents=True)
+    for i in range(n):
+        Image.fromarray(np.full((16, 16, 3), 4 * i, np.uint8)).save(folder / f"{folder.name}{i}.png")
+
+
+# --- what a kill leaves -----------------------------------------------------------------------------------
+
+
+def test_a_kill_while_rows_are_closed_loses_none(tmp_path, monkeypatch):
+    arrays = {"a": ((2,), np.int64), "b": ((), np.int64)}
+    writer, real = RowWriter(tmp_path, arrays), os.replace
+    writer.append(a=np.ones((9, 2)), b=np.arange(9))
+
+    def killed(source, target):
+        if str(target).endswith("b.npy"):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        writer.close()
+    monkeypatch.undo()
+    again = RowWriter(tmp_path, arrays)
+    assert again.rows == 9
+    again.append(a=np.ones((1, 2)), b=np.array([9]))
+    again.close()
+    assert np.load(tmp_path / "b.npy").tolist() == list(range(10))
+
+
+def test_reading_images_goes_on_after_a_kill_between_rows_and_count(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        photographs(tmp_path / "photos" / name, 20)
+    times, real = iter([0, 31, 31]), files.write_json
+    clock = type("Clock", (), {"monotonic": staticmethod(lambda: next(times, 32))})
+    monkeypatch.setattr(ingest, "time", clock)
+
+    def killed(path, value):
+        if str(path).endswith("train.partial") and "count" in value:
+            raise KeyboardInterrupt
+        real(path, value)
+
+    monkeypatch.setattr(files, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ingest.ingest(open_source(str(tmp_path / "photos")), tmp_path / "out", (16, 16))
+    monkeypatch.undo()
+    ingest.ingest(open_source(str(tmp_path / "photos")), tmp_path / "out", (16, 16))
+    ingest.ingest(open_source(str(tmp_path / "photos")), tmp_path / "whole", (16, 16))
+    for name in ("train.images.npy", "train.labels.npy", "test.images.npy"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def grown(folder: Path, steps: int, **settings) -> Artifact:
+    return Artifact(folder, "train", {"train": {"steps": steps}}, {}, grows=("train.steps",), **settings)
+
+
+def test_an_extension_that_did_nothing_leaves_what_was_finished(tmp_path):
+    artifact = grown(tmp_path, 100)
+    (tmp_path / "model.safetensors").write_text("100")
+    artifact.finish()
+    grown(tmp_path, 200).close()
+    assert grown(tmp_path, 100).current
+    # Killed at once: nothing is closed.
+    code = f"import test_regressions as t; t.grown(t.Path({str(tmp_path)!r}), 200); t.os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent).returncode == 9
+    assert not (tmp_path / "manifest.json").exists()
+    assert grown(tmp_path, 100).current
+    assert (tmp_path / "model.safetensors").read_text() == "100"
+
+
+# --- what is not ours -------------------------------------------------------------------------------------
+
+
+def test_new_images_never_take_the_place_of_a_picture_of_the_user(tmp_path):
+    def made(n, **settings):
+        config = image_commands.SampleConfig(pipeline="fashion32", num_images=n)
+        names = [*image_commands._numbered(n), *image_commands.SAMPLE_FIGURES]
+        with image_commands._open("images", config, tmp_path, settings.get("overwrite", False), names) as it:
+            for name in image_commands._numbered(n):
+                (tmp_path / name).write_text("generated")
+            it.finish(n)
+
+    made(2)
+    (tmp_path / "0003.png").write_text("the user's")
+    with pytest.raises(ValueError, match=r"no manifest vouches for \(0003.png\)"):
+        made(4, overwrite=True)
+    assert (tmp_path / "0003.png").read_text() == "the user's"
+
+
+def test_images_in_the_folder_of_their_pipeline_are_up_to_date(tmp_path):
+    shutil.copytree(Path(fit.folders.BUNDLED) / "fashion32", tmp_path / "pipe")
+    config = image_commands.SampleConfig(pipeline=str(tmp_path / "pipe"), num_images=1)
+    for current in (False, True):
+        out = tmp_path / "pipe" / "images"
+        with image_commands._open("images", config, out, False, ["0000.png"]) as artifact:
+            assert artifact.current == current
+            if not current:
+                (out / "0000.png").write_text("generated")
+                artifact.finish(1)
+
+
+def test_copies_of_checkpoints_are_left_alone(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        checkpoints.save(step, {"w": torch.ones(2)}, {})
+    mine = tmp_path / "checkpoints/step-best-of-mine"
+    shutil.copytree(tmp_path / "checkpoints/step-00000001", mine)
+    checkpoints.save(3, {"w": torch.ones(2)}, {})
+    assert mine.is_dir()
+    assert Checkpoints(tmp_path).load_latest()[0] == 3
+
+
+def test_the_manifest_of_a_web_page_stops_nothing(tmp_path):
+    Artifact(tmp_path / "run", "data", {}, {}).finish()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/manifest.json").write_text('{"name": "a web app"}')
+    require_no_artifact(tmp_path / "site" / "bench.json")
+    assert [path.name for path, _ in evaluations.find_artifacts([tmp_path])] == ["run"]
+
+
+def test_nested_runs_are_cleaned_once(tmp_path):
+    artifact = Artifact(tmp_path / "run/t", "train", {}, {})
+    folder = tmp_path / "run/t/checkpoints/step-00000001"
+    folder.mkdir(parents=True)
+    (folder / "state.safetensors").write_text("x")
+    artifact.finish()
+    assert len(runs.checkpoints([tmp_path, tmp_path / "run"])) == 1
+
+
+# --- trainings --------------------------------------------------------------------------------------------
+
+
+def trained(folder: Path, values, steps: int = 200):
+    torch.manual_seed(0)
+    seen = iter(values)
+
+    def loss(model, rows, step, generator):
+        return model(torch.ones(len(rows), 2)).pow(2).mean(), {}
+
+    config = TrainConfig(steps=steps, batch_size=2, eval_every=5, patience=2, save_every=1000)
+    return train(nn.Linear(2, 1), loss, 4, config, folder, evaluate=lambda *_: {"test_nll": next(seen)})
+
+
+def test_a_value_that_is_no_number_is_never_the_best(tmp_path):
+    first = trained(tmp_path, [float("nan"), 3.0, 2.0, 4.0, 5.0])
+    assert first.steps == 25
+    assert trained(tmp_path, [], steps=400).steps == 25  # resumed: what JSON holds can be compared
+
+
+def test_more_steps_after_patience_are_not_announced(tmp_path, caplog):
+    assert trained(tmp_path, [1.0, 2.0, 3.0]).steps == 15
+    with caplog.at_level("INFO", "anyorder"):
+        assert trained(tmp_path, [], steps=400).steps == 15
+    assert "extended" not in caplog.text
+
+
+def test_a_report_of_a_training_that_stopped_before_its_first_logged_step(tmp_path):
+    trained(tmp_path / "any-order", [1.0, 2.0, 3.0, 4.0])
+    shutil.rmtree(tmp_path / "any-order/checkpoints")
+    log = (tmp_path / "any-order/metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "any-order")
+    artifact = Artifact(tmp_path / "any-order", "train", {"order": "random", "train": {"steps": 15}}, {})
+    (tmp_path / "any-order/metrics.jsonl").write_text(log)
+    artifact.finish()
+    report([tmp_path], tmp_path / "report.html")
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_advice_on_memory_keeps_its_word(monkeypatch):
+    trainer = type("Trainer", (), {"config": TrainConfig(batch_size=5)})
+    monkeypatch.setattr(memory, "_fits", lambda trainer, n: n <= 2)
+    assert memory._advice(trainer).endswith("accumulation=2 fits")
+    trainer.config = TrainConfig(batch_size=4)
+    assert memory._advice(trainer).endswith("accumulation=2 fits, with steps of the same size")
+
+
+# --- data -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside", ["", "data"])
+def test_splits_inside_classes_are_found_below_a_folder_around_all(tmp_path, inside):
+    for label in ("cat", "dog"):
+        for split, n in (("train", 6), ("test", 3)):
+            photographs(tmp_path / "given" / inside / label / split, n)
+    source = open_source(str(tmp_path / "given"))
+    assert source.has_test_split
+    assert (source.count("train"), source.count("test")) == (12, 6)
+    assert not any("/test" in item.name for item in source.items("train", False))
+
+
+def test_long_captions_are_no_foreign_file(tmp_path, monkeypatch):
+    (tmp_path / "x.json").write_text(json.dumps(["a caption"] * 9))
+    with pytest.raises(ValueError, match="too large"):
+        read_json(tmp_path / "x.json", largest=10)
+    assert len(read_json(tmp_path / "x.json")) == 9
+
+
+class Labelled:
+    """Three images of two classes; label -1 is hidden."""
+
+    classes = ("x", "y")
+    labels = (0, 1, -1)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return np.zeros((8, 8, 3), np.uint8), self.labels[i]
+
+
+def nothing_to_train() -> dict:
+    return {"test": Labelled()}
+
+
+def both() -> dict:
+    return {"train": Labelled(), "test": Labelled()}
+
+
+class Beyond(Labelled):
+    """A label that has no name."""
+
+    labels = (0, 2)
+
+
+def test_own_data_sets_say_what_is_wrong():
+    found = open_source(f"{__name__}:both").items("train", False)
+    assert [item.label for item in found] == ["x", "y", None]
+    with pytest.raises(ValueError, match="training images"):
+        open_source(f"{__name__}:nothing_to_train").count("train")
+    with pytest.raises(ValueError, match="label 2 of item 1 of train; classes has 2 names"):
+        list(open_source(f"{__name__}:Beyond").items("train", False))
+
+
+# --- fit --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untimed(monkeypatch):
+    """`fit` without its trial."""
+    rates = dict.fromkeys(("samples-random", "orders"), 0.01)
+    rates |= dict.fromkeys(("any-order", "tokenizer", "features"), 0.05)
+    monkeypatch.setattr(fit, "rehearse", lambda values, facts: dict.fromkeys(values["stages"], 0.01) | rates)
+
+
+def test_a_folder_with_its_own_few_test_images_can_be_fitted(tmp_path, untimed):
+    for split, n in (("train", 40), ("test", 12)):
+        for label in ("a", "b"):
+            photographs(tmp_path / "photos" / split / label, n)
+    config = fit.FitConfig(source=str(tmp_path / "photos"), time="10m", preset="tiny")
+    with redirect_stdout(said := io.StringIO()):
+        fit_command.fit_folder(config, tmp_path / "out", [], dry_run=True, overwrite=False)
+    assert "test_fraction: 0.1" in said.getvalue()
+
+
+def test_a_refused_override_is_not_kept(tmp_path, untimed):
+    photographs(tmp_path / "photos" / "a", 60)
+    config = fit.FitConfig(source=str(tmp_path / "photos"), time="10m", preset="tiny")
+    wrong = ["any-order.train.steps=10"]
+    with pytest.raises(ValueError, match="warmup"):
+        fit_command.fit_folder(config, tmp_path / "out", wrong, dry_run=False, overwrite=False)
+    assert not (tmp_path / "out/experiment.yaml").exists()
+
+
+def test_truth_values_of_overrides_are_those_of_settings():
+    assert [fit_command._typed(text) for text in ("False", "true", "7", "x")] == [False, True, 7, "x"]
+
+
+# --- settings ---------------------------------------------------------------------------------------------
+
+
+def test_many_unknown_settings_are_answered_briefly():
+    with pytest.raises(ValueError, match="unknown setting") as error:
+        parse(TrainConfig, {f"nothing{i}": 1 for i in range(5000)})
+    assert len(str(error.value)) < 10_000
+
+
+def test_seeds_are_not_negative():
+    with pytest.raises(ValueError, match="seed must be >= 0, got -1"):
+        SampleStage(model=Path("m"), seed=-1)
+
+
+# --- plan -------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_counts_the_images_that_are_asked_for_and_no_own_model(tmp_path):
+    stages = {"data": {"size": [16, 16], "max_train": 50_000}}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({"out": str(tmp_path), "stages": stages}))
+    found = plan(load_experiment(tmp_path / "x.yaml"), PlanConfig(kind="h100"))
+    assert found["stages"][0]["disk (GB)"] > 50_000 * 16 * 16 * 3 / 1e9
+    stages = {"model": {"stage": "train", "tokens": "runs/tokens", "network": "mine:Net"}}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({"out": str(tmp_path), "stages": stages}))
+    with pytest.raises(ValueError, match="none of these stages is counted: model"):
+        plan(load_experiment(tmp_path / "x.yaml"), PlanConfig(kind="h100"))
