@@ -32,7 +32,7 @@ SAMPLE_FIGURES = ("grid.png", "orders.png", "generation.webp")
 @dataclass(kw_only=True)
 class _ImageConfig:
     pipeline: str
-    """Folder of a pipeline, "fashion32" or "emoji64" of the package, or a Hugging Face hub id."""
+    """Folder of a pipeline, "fashion32", "fashion64" or "emoji64" of the package, or a hub id."""
     policy: PolicyConfig | None = None
     """The order to generate in; by default the pipeline's policy."""
     guidance_scale: float | None = None

@@ -52,7 +52,7 @@ class Pipeline(folders.Parts):
         dtype: torch.dtype | None = None,
         allow_own: bool = False,
     ) -> Pipeline:
-        """Load a folder, "fashion32" or "emoji64" of the package, or a pipeline from the Hugging Face hub.
+        """Load a folder, "fashion32", "fashion64" or "emoji64" of the package, or one of the hub.
 
         Args:
             path_or_hub_id: a published model is named by its file, such as "hp-l33/ARPG/arpg_300m.pt".

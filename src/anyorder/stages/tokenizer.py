@@ -46,8 +46,8 @@ class TokenizerStage(common.TrainingStage):
     data: Path
     """Images to train on."""
     init: Path | None = None
-    """VQ tokenizer to start from, a folder, or "fashion32" or "emoji64" of the package; it brings its
-    architecture."""
+    """VQ tokenizer to start from, a folder, or "fashion32", "fashion64" or "emoji64" of the package; it
+    brings its architecture."""
     mirror: bool = False
     """Train on mirrored images, too."""
     crops: bool = False
