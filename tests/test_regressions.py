@@ -10,6 +10,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -32,6 +34,7 @@ from anyorder.stages import fit
 from anyorder.stages.artifacts import Artifact, require_no_artifact
 from anyorder.stages.experiment import load_experiment
 from anyorder.stages.sample import SampleStage
+from anyorder.stages.tune import TuneStage
 from anyorder.training import memory
 from anyorder.training.checkpoint import Checkpoints
 from anyorder.training.config import TrainConfig
@@ -319,6 +322,17 @@ def test_seeds_are_not_negative():
         SampleStage(model=Path("m"), seed=-1)
 
 
+def test_endings_are_read_in_either_case(tmp_path):
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "png")
+    table = pa.table({"image": [image.getvalue()] * 3, "label": ["a"] * 3})
+    for path in (tmp_path / "TRAIN.PARQUET", tmp_path / "inside" / "TRAIN.PARQUET"):
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(table, path)
+    for given in (tmp_path / "TRAIN.PARQUET", tmp_path / "inside"):
+        assert open_source(str(given)).count("train") + open_source(str(given)).count("test") == 3
+
+
 # --- plan -------------------------------------------------------------------------------------------------
 
 
@@ -331,3 +345,8 @@ def test_a_plan_counts_the_images_that_are_asked_for_and_no_own_model(tmp_path):
     (tmp_path / "x.yaml").write_text(yaml.safe_dump({"out": str(tmp_path), "stages": stages}))
     with pytest.raises(ValueError, match="none of these stages is counted: model"):
         plan(load_experiment(tmp_path / "x.yaml"), PlanConfig(kind="h100"))
+
+
+def test_points_of_a_search_are_refused_before_the_first_is_sampled():
+    with pytest.raises(ValueError, match="temperature must be >= 0"):
+        TuneStage(model=Path("m"), features=Path("f"), temperatures=(1.0, -1.0))

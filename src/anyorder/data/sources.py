@@ -182,8 +182,8 @@ def open_source(where: str | Path, columns: Columns = NO_COLUMNS, test_fraction:
     if path.is_file():
         kinds: dict[str, Any] = {".tar": TarSource, ".parquet": ParquetSource}
         text = f"{where} is no parquet file and no tar file without compression: unpack it into a folder"
-        require(path.suffix in kinds, text)
-        return kinds[path.suffix](path, columns, test_fraction)
+        require(path.suffix.lower() in kinds, text)
+        return kinds[path.suffix.lower()](path, columns, test_fraction)
     if not path.is_dir():
         if path.exists() or str(where).count("/") > 1 or str(where).startswith((".", "/", "~")):
             raise FileNotFoundError(f"{where}: no such file or folder")

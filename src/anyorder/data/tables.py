@@ -47,7 +47,7 @@ class Shards(sources.Source):
     @cached_property
     def _parts(self) -> sources.Parts:
         splits: sources.Parts = defaultdict(list)
-        names = [name for name in self._listed() if name.endswith(self.ending)]
+        names = [name for name in self._listed() if name.lower().endswith(self.ending)]
         if self._single:
             return {"train": names}
         for name in names:

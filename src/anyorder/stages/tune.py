@@ -68,6 +68,8 @@ class TuneStage(GeneratingStage):
         require(fits, f"num_images must be >= 4 and batch_size >= 1, {counts}")
         searched = self.sampling.temperature == self.guidance.scale == 1
         require(searched, "temperature and scale are searched: set temperatures and scales instead")
+        for point in itertools.product(self.temperatures, self.scales):
+            self._samples(*point)  # or refuse
 
     @property
     def _scaled(self) -> bool:
