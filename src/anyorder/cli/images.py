@@ -189,7 +189,7 @@ def _open(stage: str, config: Any, out: Path, overwrite: bool, names: Sequence[s
     hashes = [sha256(p) for p in paths if p is not None and p.is_file() and own not in p.resolve().parents]
     identity = {**dataclasses.asdict(config), "sha256": hashes}
     artifact = Artifact(out, stage, identity, {}, overwrite=overwrite)
-    if foreign := sorted({*names} & artifact._found):
+    if foreign := sorted({*names} & artifact.found):
         artifact.close()
         text = (
             f"{out} holds files that no manifest vouches for ({', '.join(foreign[:3])}): move them away, or "

@@ -244,8 +244,8 @@ KINDS = (
 
 def _losses(trained: Found) -> list[Section]:
     # A training that stopped before its first logged step holds no loss.
-    files = [path for path, _ in trained if (path / LOG).is_file()]
-    logged = [path for path in files if any("loss" in line for line in curves.read_metrics(path / LOG))]
+    kept = [path for path, _ in trained if (path / LOG).is_file()]
+    logged = [path for path in kept if any("loss" in line for line in curves.read_metrics(path / LOG))]
     if not logged:
         return []
     starts = [_steps_before(path, trained) for path in logged]

@@ -74,7 +74,7 @@ class Artifact:
             FileNotFoundError: an input is not a finished artifact.
             ValueError: `folder` is or holds an input, is being written, or holds something else.
         """
-        self.folder, self._descriptor, self._opened, self._found = Path(folder), -1, False, set[str]()
+        self.folder, self._descriptor, self._opened, self.found = Path(folder), -1, False, set[str]()  # found: names that are not ours
         self._inputs, self._completed, self._grows = dict(inputs), completed, grows
         self.identity = _identity(stage, config, inputs)
         self._begin = time.perf_counter()
@@ -180,7 +180,7 @@ class Artifact:
         """Begin, resume or replace: the only place where what is there is moved or deleted."""
         done, begun = _record(self.folder / files.MANIFEST), _record(self.folder / IDENTITY)
         if begun and not done:
-            self._found = set(begun.get("found", ()))
+            self.found = set(begun.get("found", ()))
             if self._untouched():
                 (self.folder / IDENTITY).unlink()
                 self._recover()
@@ -196,11 +196,11 @@ class Artifact:
                     "move them away, or choose another out="
                 )
             return self._write_identity(_walk(self.folder))
-        self._found = set(then.get("found", ()))
+        self.found = set(then.get("found", ()))
         goes_on = self._goes_on(then, overwrite, done is not None)
         if done:
             listed = _listed(done, self.folder)
-            self._found = set(_walk(self.folder)) - listed
+            self.found = set(_walk(self.folder)) - listed
             log.info("%s: what is there is kept until the new artifact is finished", self.folder)
             for name in [*([] if goes_on else sorted(listed)), files.MANIFEST]:
                 _move(self.folder, self.folder / REPLACED, name)  # the manifest last: valid until then
@@ -215,7 +215,7 @@ class Artifact:
             self._recover()
             self.current = True
             return
-        self._write_identity(self._found)
+        self._write_identity(self.found)
 
     def _untouched(self) -> bool:
         """Whether nothing was written since what was set aside, to grow, was finished."""
@@ -254,10 +254,10 @@ class Artifact:
         return False
 
     def _write_identity(self, found: Iterable[str]) -> None:
-        self._found = set(found)
+        self.found = set(found)
         since = datetime.now().astimezone().isoformat(" ", timespec="seconds")
         writer = f"process {os.getpid()} on {socket.gethostname()} since {since}"
-        facts = {**self.identity, "found": sorted(self._found), "writer": writer}
+        facts = {**self.identity, "found": sorted(self.found), "writer": writer}
         files.write_json(self.folder / IDENTITY, facts)
         self._opened = True
         self._sweep()
@@ -270,7 +270,7 @@ class Artifact:
 
     def _written(self) -> list[str]:
         """The stage's files: without what was there before and what is the user's."""
-        return sorted(set(_walk(self.folder)) - self._found)
+        return sorted(set(_walk(self.folder)) - self.found)
 
     def _recover(self) -> None:
         """Complete what a kill interrupted: the end of `finish`, or putting back what was set aside."""
