@@ -191,10 +191,8 @@ def _open(stage: str, config: Any, out: Path, overwrite: bool, names: Sequence[s
     artifact = Artifact(out, stage, identity, {}, overwrite=overwrite)
     if foreign := sorted({*names} & artifact.found):
         artifact.close()
-        text = (
-            f"{out} holds files that no manifest vouches for ({', '.join(foreign[:3])}): move them away, or "
-        )
-        raise ValueError(f"{text}choose another out=")
+        text = f"{out} holds files that no manifest vouches for ({', '.join(foreign[:3])}): move them away,"
+        raise ValueError(f"{text} or choose another out=")
     if artifact.current:
         log.info("%s is up to date", out)
     return artifact

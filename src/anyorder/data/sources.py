@@ -335,9 +335,7 @@ class OwnSource(Source):
         made = families.resolve("data", self.name)()
         sets = made if isinstance(made, dict) else {"train": made}
         fits = all(hasattr(one, "__len__") for one in sets.values()) and len(sets.get("train", ())) > 0
-        text = (
-            f"{self.name} must return a data set that has a length, or {{'train': ..., 'test': ...}} of such"
-        )
+        text = f"{self.name} must return a data set with a length, or {{'train': ..., 'test': ...}} of such"
         require(fits, f"{text}, and training images")
         return sets
 

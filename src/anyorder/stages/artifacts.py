@@ -74,7 +74,7 @@ class Artifact:
             FileNotFoundError: an input is not a finished artifact.
             ValueError: `folder` is or holds an input, is being written, or holds something else.
         """
-        self.folder, self._descriptor, self._opened, self.found = Path(folder), -1, False, set[str]()  # found: names that are not ours
+        self.folder, self._descriptor, self._opened, self.found = Path(folder), -1, False, set[str]()
         self._inputs, self._completed, self._grows = dict(inputs), completed, grows
         self.identity = _identity(stage, config, inputs)
         self._begin = time.perf_counter()
