@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +77,9 @@ def test_what_a_kill_left_is_removed_and_what_others_write_is_not(tmp_path):
     path = tmp_path / "report.html"
     left = tmp_path / ".report.html.01234567.tmp"
     left.write_text("half")
+    os.utime(left, (0, 0))
+    fresh = tmp_path / ".report.html.76543210.tmp"
+    fresh.write_text("about to be locked by another process")
     (tmp_path / ".other.html.01234567.tmp").write_text("of another file")
     with artifacts.atomic(path) as theirs:
         theirs.write_text("theirs")
@@ -83,6 +87,8 @@ def test_what_a_kill_left_is_removed_and_what_others_write_is_not(tmp_path):
         assert theirs.read_text() == "theirs"
         assert not left.exists()
     assert path.read_text() == "theirs"
+    assert fresh.exists()
+    fresh.unlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == [".other.html.01234567.tmp", "report.html"]
 
 

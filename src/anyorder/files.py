@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,8 +41,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError), _locked(left, os.O_WRONLY):  # who writes it now holds the lock
-            left.unlink()
+        with contextlib.suppress(OSError):  # who writes it now holds the lock, or takes it within seconds
+            if time.time() - left.stat().st_mtime > 10:
+                with _locked(left, os.O_WRONLY):
+                    left.unlink()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # processes may share the folder
     with _locked(temporary, os.O_WRONLY | os.O_CREAT):
         mode = temporary.stat().st_mode  # by the umask; safetensors puts a file of its own in this place
