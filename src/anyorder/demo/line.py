@@ -1,4 +1,4 @@
-"""Requests wait in a line for the model; no client can hold up the others.
+"""Requests wait in a line for the model; no request can hold up the others.
 
 A client that does not read has its turn taken, and is cut off later: while the server sends, `EventStream`
 counts the seconds outside of the sampling. The next event is sampled only after the last one was sent, so

@@ -41,7 +41,7 @@ class DemoConfig:
     """TCP port to listen on, 0 to 65535; by default 8000."""
     host: str = "127.0.0.1"
     """Address to listen on; by default 127.0.0.1, this machine only. 0.0.0.0 lets other machines in, under
-    the names that `allow_host` lists."""
+    the names that `allow_host` lists; connections that send nothing are not limited, so only trusted ones."""
     allow_host: list[str] = field(default_factory=list)
     """Further names or addresses under which browsers may ask for the page, without port: for example
     lab.example.org,192.168.1.5. By default localhost, 127.0.0.1, [::1] and `host`; * allows every name."""
