@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -76,7 +77,8 @@ def plan(config: fit.FitConfig, out: Path, overrides: Sequence[str]) -> str:
 def _typed(text: str) -> Any:
     """Numbers and truth values as YAML has them; other texts are read by their settings."""
     known = {"true": True, "false": False, "null": None}
-    return int(text) if text.isdecimal() else known.get(text.lower(), text)
+    whole = re.fullmatch(r"\d+(e\+?\d{1,2})?", text.lower())  # 5e2, too
+    return int(float(text)) if whole else known.get(text.lower(), text)
 
 
 def describe(

@@ -206,7 +206,8 @@ def patch_side(tokenizer: Values) -> int:
     """Pixels of a patch's side: of the tokenizer to start from, or of a new one."""
     if init := tokenizer.get("init"):
         return weights.load_tokenizer(Path(init) if Path(init).is_dir() else folders.BUNDLED / init).factor
-    return 2 ** (len(tokenizer["model"]["multipliers"]) - 1)
+    levels = tokenizer["model"]["multipliers"]
+    return 2 ** (levels.count(",") if isinstance(levels, str) else len(levels) - 1)
 
 
 def rehearsal(values: Values, steps: int) -> Values:
