@@ -179,16 +179,7 @@ class Artifact:
     def _open(self, overwrite: bool) -> None:
         """Begin, resume or replace: the only place where what is there is moved or deleted."""
         done, begun = _record(self.folder / files.MANIFEST), _record(self.folder / IDENTITY)
-        if begun and not done:
-            self.found = set(begun.get("found", ()))
-            if self._untouched():
-                (self.folder / IDENTITY).unlink()
-                self._recover()
-                return self._open(overwrite)
         then = done or begun
-        if done and not begun and not _differences(done, self.identity, self._completed):
-            self.current = True
-            return
         if then is None:
             if orphans := [name for name in _walk(self.folder) if _is_work(name)]:
                 raise ValueError(
@@ -273,8 +264,15 @@ class Artifact:
         return sorted(set(_walk(self.folder)) - self.found)
 
     def _recover(self) -> None:
-        """Complete what a kill interrupted: the end of `finish`, or putting back what was set aside."""
-        replaced = self.folder / REPLACED
+        """Complete what a kill interrupted: the end of `finish`, or putting back what was set aside.
+
+        That is also what was to be extended, if nothing was written since.
+        """
+        replaced, begun = self.folder / REPLACED, _record(self.folder / IDENTITY)
+        if begun and not (self.folder / files.MANIFEST).is_file():
+            self.found = set(begun.get("found", ()))
+            if self._untouched():
+                (self.folder / IDENTITY).unlink()
         if not (self.folder / IDENTITY).is_file():
             paths = [path for path in replaced.rglob("*") if path.is_symlink() or not path.is_dir()]
             for path in sorted(paths, key=lambda path: path == replaced / files.MANIFEST):
