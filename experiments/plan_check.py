@@ -5,8 +5,8 @@
 What the file holds already is kept: delete it to measure anew.
 
 Memory: the largest sum of live tensors in a real training step, as PyTorch's profiler sees it, and what
-lives between steps. Time: processor time of one thread, so that a busy machine matters less. The share of the
-matrix products' rate is measured at the first size of each kind; the plan then says the time of the others.
+lives between steps. Time: processor time of one thread, so that a busy machine matters less. The efficiency
+is measured at the first size of each kind; the plan then says the time of the others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from anyorder import files
 from anyorder.bench import estimates, fake
 from anyorder.bench.memory import _peak_of_cpu
 from anyorder.cli.plan import plan
-from anyorder.cli.planner import PlanConfig
+from anyorder.cli.planner import PlanConfig, update_bytes
 from anyorder.method.loss import token_nll
 from anyorder.models.architecture import TransformerConfig
 from anyorder.models.transformer import AnyOrderTransformer
@@ -65,6 +65,7 @@ def generator(config: TransformerConfig, batch: int, folder: str) -> tuple[Train
     train = TrainConfig(batch_size=batch, ema=0.99, bf16=False, steps=1000)
     with fake.imagined():
         size, trained, one = estimates.train_generator("transformer", config, 0, batch, False, 1, None)
+        one = with_update(one, size, trained)
     return (
         Trainer(model, loss, batch, train, Path(folder), torch.device("cpu"), None),
         4 * (2 * size + 2 * trained),
@@ -87,26 +88,40 @@ def tokenizer(config: VQConfig, side: int, batch: int, folder: str) -> tuple[Tra
     with fake.imagined():
         size, one = estimates.train_tokenizer(config, TERMS, (side, side), batch, False, 1)
         own = estimates.parameters("vq", config)  # the discriminator has no average
+        one = with_update(one, own, size)
     trainer = Trainer(model, loss, batch, train, Path(folder), torch.device("cpu"), objective)
     return trainer, 4 * (3 * size + own), one
 
 
+def with_update(one: fake.Pass, averaged: int, trained: int) -> fake.Pass:
+    """A pass and the update of the weights."""
+    moved = one.cost.elementwise + update_bytes(averaged, trained, True)
+    return dataclasses.replace(one, cost=dataclasses.replace(one.cost, elementwise=moved))
+
+
 def checked(made: tuple[Trainer, int, fake.Pass], what: str) -> dict[str, Any]:
-    """Memory in MiB and seconds of a step; the plan's seconds are those at the rate of matrix products."""
+    """Memory in MiB and seconds of a step; the plan's seconds are those at the measured peaks."""
     trainer, between, one = made
     trainer.step()  # AdamW makes its moments
     peak = _peak_of_cpu(trainer.step)
-    a = torch.randn(1024, 1024)
-    products, steps = [], []
-    for _ in range(ROUNDS):  # in turns, so that a change of the machine's speed affects both
-        for times, work in ((products, lambda: a @ a), (steps, trainer.step)):
+    a, b = torch.randn(1024, 1024), torch.ones(2**22)
+    works = {
+        "products": lambda: a @ a,
+        "functions": lambda: torch.nn.functional.silu(b),
+        "steps": trainer.step,
+    }
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(ROUNDS):  # in turns, so that a change of the machine's speed affects all
+        for times, work in zip(found.values(), works.values(), strict=True):
             begin = time.process_time()
             work()
             times.append(time.process_time() - begin)
     modules = [*trainer.trained.values(), trainer.average]
     alive = sum(x.nbytes for m in modules for x in m.parameters())
     alive += sum(x.nbytes for s in trainer.optimizer.state.values() for x in s.values() if x.ndim)
-    rate = 2 * 1024**3 / statistics.median(products)
+    products, functions, step = map(statistics.median, found.values())
+    rate, bandwidth = 2 * 1024**3 / products, 2 * b.nbytes / functions
+    seconds = one.cost.flops / rate + one.cost.elementwise / bandwidth
     planned, measured = between + one.peak, alive + peak
     return {
         "what": what,
@@ -114,9 +129,11 @@ def checked(made: tuple[Trainer, int, fake.Pass], what: str) -> dict[str, Any]:
         "memory measured (MiB)": measured / 2**20,
         "memory planned / measured": planned / measured,
         "matmul (GFLOP/s)": rate / 1e9,
-        "seconds measured": statistics.median(steps),
-        "seconds at the rate of matmul": one.cost.flops / rate,
-        "share of matmul": one.cost.flops / rate / statistics.median(steps),
+        "elementwise (GB/s)": bandwidth / 1e9,
+        "seconds measured": step,
+        "seconds at these peaks": seconds,
+        "efficiency": seconds / step,
+        "share of matmul": one.cost.flops / rate / step,
     }
 
 
@@ -129,10 +146,7 @@ def checks() -> list[dict[str, Any]]:
             for number, size in enumerate(sizes):
                 what = ", ".join(f"{k}={v}" for k, v in _changed(size[0]).items())
                 rows.append(checked(make(*size, f"{folder}/{kind}{number}"), f"{kind}: {what}; {size[1:]}"))
-                row, mfu = rows[-1], rows[0]["share of matmul"]
-                row["seconds planned / measured"] = (
-                    row["seconds at the rate of matmul"] / mfu / row["seconds measured"]
-                )
+                rows[-1]["seconds planned / measured"] = rows[-1]["efficiency"] / rows[0]["efficiency"]
             found += rows
     return found
 

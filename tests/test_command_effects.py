@@ -295,7 +295,7 @@ COMMANDS: dict[str, Command] = {
         **change("captions", "text", source="single.parquet"),
     }),
     "plan": Command({"images": 100, "classes": 3}, {
-        **change("gpus", 2), **change("kind", "a100"), **change("mfu", 0.2), **change("images", 50),
+        **change("gpus", 2), **change("kind", "a100"), **change("efficiency", 0.2), **change("images", 50),
         **change("classes", 5),
     }),
     "demo": Command({"pipeline": "toy", "port": 0}, {

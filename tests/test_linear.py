@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from anyorder import Pipeline
 from anyorder.method.decoding import sample
 from anyorder.method.sampling import Streams
-from anyorder.models.layers import FEW, SWITCH, Linear, pack, unpack
+from anyorder.models.layers import SWITCH, Linear, pack, unpack
 
 private = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
@@ -29,25 +29,35 @@ def plain(linear, x):
 
 
 @torch.no_grad()
-def packed(bias=False):
-    linear = layer(bias)
-    pack(linear, 1)
+def packed(bias=False, dtype=torch.float32):
+    linear = layer(bias).to(dtype)
+    pack(linear)
     return linear
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(
-    "shape", [(1,), (3, 1), (2, 5), (8,), (2, 4), (8, 3), (FEW // 2,), (FEW // 2, 2), (FEW, 2), (0, 3)]
-)
+@pytest.mark.parametrize("shape", [(1,), (3, 1), (2, 5), (8,), (2, 4), (8, 3), (64, 2), (300, 2), (0, 3)])
 @torch.no_grad()
-def test_equals_the_plain_product(bias, shape):
-    linear, x = packed(bias), torch.randn(*shape, 24)
-    assert_close(linear(x), plain(linear, x), rtol=1e-5, atol=1e-5)
-    strided = torch.randn(*shape[:-1], 24, max(1, shape[-1])).transpose(-1, -2)
-    assert_close(linear(strided), plain(linear, strided), rtol=1e-5, atol=1e-5)
+def test_equals_the_plain_product(bias, shape, dtype):
+    linear, x = packed(bias, dtype), torch.randn(*shape, 24, dtype=dtype)
+    close = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    assert_close(linear(x), plain(linear, x), **close)
+    strided = torch.randn(*shape[:-1], 24, max(1, shape[-1]), dtype=dtype).transpose(-1, -2)
+    assert_close(linear(strided), plain(linear, strided), **close)
 
 
-@pytest.mark.parametrize("rows", [8, 16, FEW // 2])
+@private
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_rows_are_the_same_in_any_batch(dtype):
+    linear, x = packed(dtype=dtype), torch.randn(300, 24, dtype=dtype)
+    if linear.packed is not None:
+        for rows in (slice(0, 1), slice(7, 12), slice(100, 299)):
+            assert torch.equal(linear(x[rows]), linear(x)[rows])
+
+
+@pytest.mark.parametrize("rows", [8, 16, 64])
 @torch.no_grad()
 def test_inputs_may_lie_in_any_way(rows):
     """Transposed, with gaps, repeated: the product of few rows reads them where they are."""
@@ -61,15 +71,18 @@ def test_inputs_may_lie_in_any_way(rows):
 def test_weights_are_packed_only_where_they_serve():
     assert packed().packed is not None
     linear = layer()
-    pack(linear, FEW + 1)
-    assert linear.packed is None
-    pack(linear.train(), 1)
+    pack(linear.train())
     assert linear.packed is None
     with torch.enable_grad():
-        pack(linear.eval(), 1)
+        pack(linear.eval())
     assert linear.packed is None
-    pack(linear.bfloat16(), 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        pack(linear)
     assert linear.packed is None
+    pack(linear.double())
+    assert linear.packed is None
+    pack(linear.bfloat16())
+    assert (linear.packed is not None) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @private

@@ -100,7 +100,7 @@ class PublishedModel(AnyOrderNetwork):
     ) -> attention.DecodingState:
         """The state before anything is revealed: O(depth * B * N * D); refuses labels out of range."""
         labels = self._labels(batch_size, condition, check=True)
-        layers.pack(self, batch_size)
+        layers.pack(self)
         depth, length = self.config.depth // self.decoders, self.inputs * (grid or self.grid).n + 1
         size = (depth, batch_size, self.config.heads, length, self.config.width)
         return self._start(labels, self._rotations(grid), attention.Cache.empty(self._weight, *size))

@@ -1,7 +1,7 @@
 """What work costs, counted while it runs: FLOPs, and bytes that have to move.
 
-A multiply-add is two FLOPs. Matrix products, convolutions and attention count, by PyTorch's formulas;
-elementwise work does not. Each reads its operands and writes its result once; attention moves no scores.
+A multiply-add is two FLOPs. Matrix products, convolutions and attention count, by PyTorch's formulas; of all
+else only the bytes do. Each reads its operands and writes its result once; attention moves no scores.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ class Cost:
 
     flops: float = 0.0
     bytes: float = 0.0
+    """Of matrix products, convolutions and attention."""
+    elementwise: float = 0.0
+    """Bytes of all else, run operator by operator: a compiled model moves fewer."""
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """The least time (the roofline): arithmetic and memory transfers overlap, the slower one counts."""
+        """The least time (the roofline) without elementwise work: arithmetic or memory, what is slower."""
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 
@@ -34,7 +37,7 @@ def count(work: Callable[[], Any]) -> Cost:
     """Run `work` once, without compiled code, and count it."""
     with torch.compiler.set_stance("force_eager"), _Counter() as counter:
         work()
-    return Cost(float(counter.flops), float(counter.bytes))
+    return Cost(float(counter.flops), float(counter.bytes), float(counter.elementwise))
 
 
 class _Counter(TorchDispatchMode):
@@ -42,17 +45,26 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.bytes = 0
+        self.flops = self.bytes = self.elementwise = 0
         self.formulas: dict[Any, Formula] = {**flop_registry, **_kernels_of_cpus()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         formula = self.formulas.get(func.overloadpacket)
+        operands = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        moved = sum(x.numel() * x.itemsize for x in operands)
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
-            operands = tree_leaves((args, kwargs, result))
-            self.bytes += sum(x.numel() * x.itemsize for x in operands if isinstance(x, torch.Tensor))
+            self.bytes += moved
+        elif func.namespace != "prim" and not _is_view(func):
+            self.elementwise += moved
         return result
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operator only looks at memory in another shape."""
+    says = any(x.alias_info is not None and not x.alias_info.is_write for x in func._schema.returns)
+    return says or func.overloadpacket is torch.ops.aten._unsafe_view
 
 
 def _kernels_of_cpus() -> dict[Any, Formula]:

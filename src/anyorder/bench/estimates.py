@@ -27,17 +27,18 @@ from anyorder.tokenizers.vq import VQConfig, VQModel
 from anyorder.training import lora
 
 
-def speeds(side: int = 1024, mib: int = 64) -> tuple[float, float, float, float]:
+def speeds(side: int = 1024, mib: int = 16) -> tuple[float, float, float, float]:
     """Of this CPU: FLOP/s of products in bfloat16 (0: not native) and float32, bytes/s, bytes of memory.
 
-    Products of side x side, the sum of two arrays of so many MiB; the best of a few runs.
+    Products of side x side; reading and writing so many MiB, where a function of each number is computed, as
+    between the products of a network. The best of a few runs.
     """
     rates = {}
     for dtype in (torch.bfloat16, torch.float32):
         a = torch.randn(side, side).to(dtype)
         rates[dtype] = 2 * side**3 / _seconds(partial(torch.matmul, a, a))
     b = torch.ones(mib * 2**18)
-    moved = 3 * b.nbytes / _seconds(lambda: torch.add(b, b, out=b))
+    moved = 2 * b.nbytes / _seconds(partial(nn.functional.silu, b))
     native = fast_dtype(torch.device("cpu"), True) == torch.bfloat16
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return rates[torch.bfloat16] * native, rates[torch.float32], moved, memory

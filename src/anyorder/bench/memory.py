@@ -34,9 +34,9 @@ def peak_memory(subject: Subject, sides: tuple[int, ...]) -> list[dict[str, Any]
         candidates (MiB): hidden states of all open positions at the first step, O(B N).
         chunk (MiB): float32 logits of one chunk, O(B C V); a few of these are alive at once.
     """
-    rows = []
+    rows, subject = [], subject.sampler(subject.dtype)
     # A first run may allocate what stays: that is no memory of sampling.
-    subject.without_gradients(lambda: sample(subject.model, "raster", subject.streams, grid=Grid(1, 2)))()
+    sample(subject.model, "raster", subject.streams, grid=Grid(1, 2))
     for side in sides:
         grid, config = Grid(side, side), subject.config
         hidden = subject.dtype.itemsize * config.images * grid.n * config.model.width
@@ -52,8 +52,7 @@ def peak_memory(subject: Subject, sides: tuple[int, ...]) -> list[dict[str, Any]
 @torch.no_grad()
 def _cache(subject: Subject, grid: Grid) -> int:
     """Bytes of the keys and values that decoding allocates."""
-    with subject.autocast():
-        cache = subject.model.start(subject.config.images, None, grid).cache
+    cache = subject.model.start(subject.config.images, None, grid).cache
     return cache.keys.nbytes + cache.values.nbytes
 
 
@@ -85,7 +84,7 @@ def _peak(subject: Subject, grid: Grid, known: int, steps: int) -> int:
     # Copies of weights from an earlier run would be freed in between; those of this run are counted.
     unpack(subject.model)
     measure = _peak_of_gpu if subject.device.type == "cuda" else _peak_of_cpu
-    return measure(subject.without_gradients(some_steps))
+    return measure(some_steps)
 
 
 def _peak_of_gpu(work: Callable[[], Any]) -> int:

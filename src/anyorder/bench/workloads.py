@@ -132,20 +132,26 @@ class Subject:
         self.dtype = fast_dtype(self.device, True)
         self.grid = Grid(*config.grid)
         self.model = AnyOrderTransformer(config.transformer()).to(self.device)
-        if config.compile:
-            compile_decoding(self.model)
         self.tokens = self.random_tokens(config.batch_size)
         self.known = self.random_tokens(config.images)
         self.order = random_orders(config.batch_size, self.grid).to(self.device)
         self.streams = Streams(range(config.images), self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
 
-    @cached_property
+    def sampler(self, dtype: torch.dtype) -> Subject:
+        """The same with weights of a dtype, compiled if that is asked for: what sampling runs."""
+        found = copy.copy(self)
+        found.dtype, found.model = dtype, copy.deepcopy(self.model).to(dtype).eval()
+        if self.config.compile:
+            compile_decoding(found.model)
+        return found
+
+    @property
     def grouped(self) -> AnyOrderTransformer:
         """The same weights, as a model that predicts the positions of a step together."""
         model = copy.copy(self.model)
         model.config = replace(model.config, grouped=True)
-        return model.eval()
+        return model
 
     @cached_property
     def tokenizer(self) -> VQModel:
@@ -162,22 +168,9 @@ class Subject:
         """(rows, N) int64."""
         return torch.randint(self.config.vocab_size, (rows, (grid or self.grid).n), device=self.device)
 
-    def autocast(self, dtype: torch.dtype | None = None) -> torch.autocast:
-        """To a dtype, by default `dtype`."""
-        dtype = dtype or self.dtype
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-    def without_gradients(
-        self, work: Callable[[], Any], dtype: torch.dtype | None = None
-    ) -> Callable[[], Any]:
-        """`work` as it is run for anything but training."""
-
-        def run() -> None:
-            self.model.eval()
-            with torch.no_grad(), self.autocast(dtype):
-                work()
-
-        return run
+    def autocast(self) -> torch.autocast:
+        """To `dtype`."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
 
 def matmul_name(dtype: torch.dtype, rows: int) -> str:
@@ -201,11 +194,9 @@ def ceilings(subject: Subject) -> dict[str, Workload]:
 
 def workload(name: str, subject: Subject, dtype: torch.dtype | None = None) -> Workload:
     """One of `WORKLOADS`, by default in the subject's dtype; it is run once to count its cost."""
-    run: Callable[[], Any] = partial(WORKLOADS[name], subject)
-    if name != "training step":
-        run = subject.without_gradients(run, dtype)
     sampling = name.startswith("sampling")
     few = sampling or name == "order extraction"
+    run = partial(WORKLOADS[name], subject.sampler(dtype or subject.dtype) if few else subject)
     images = subject.config.images if few else subject.config.batch_size
     return Workload(run, costs.count(run), images, sampling)
 
@@ -214,14 +205,21 @@ def _train(subject: Subject) -> None:
     """Forward, backward and AdamW on a batch in random orders."""
     subject.model.train()
     with subject.autocast():
-        loss = _score(subject).mean()
+        loss = _loss(subject).mean()
     subject.optimizer.zero_grad()
     loss.backward()
     subject.optimizer.step()
 
 
-def _score(subject: Subject) -> Tensor:
+def _loss(subject: Subject) -> Tensor:
     return token_nll(subject.model, subject.tokens, None, subject.order)
+
+
+def _evaluate(work: Callable[[Subject], Any], subject: Subject) -> None:
+    """Run what needs no gradients and keeps float32 weights."""
+    subject.model.eval()
+    with torch.no_grad(), subject.autocast():
+        work(subject)
 
 
 def _sample(order: str | PolicyConfig, subject: Subject) -> Any:
@@ -246,7 +244,7 @@ def _extract(subject: Subject) -> Any:
 
 WORKLOADS: Mapping[str, Callable[[Subject], Any]] = {
     "training step": _train,
-    "teacher-forced scoring": _score,
+    "teacher-forced scoring": partial(_evaluate, _loss),
     "sampling, fixed order": partial(_sample, "random"),
     "sampling, location head": partial(_sample, "location"),
     "sampling, groups of 4": _sample_groups,
@@ -254,6 +252,6 @@ WORKLOADS: Mapping[str, Callable[[Subject], Any]] = {
     "sampling, one rating for 8": partial(_sample, PolicyConfig("entropy", rate_every=8, rescore=0.5)),
     "sampling, inferred order": partial(_sample, "entropy"),
     "order extraction": _extract,
-    "tokenizer encode": lambda subject: subject.tokenizer.encode(subject.pixels),
-    "tokenizer decode": lambda subject: subject.tokenizer.decode(subject.tokens, subject.grid),
+    "tokenizer encode": partial(_evaluate, lambda subject: subject.tokenizer.encode(subject.pixels)),
+    "tokenizer decode": partial(_evaluate, lambda x: x.tokenizer.decode(x.tokens, x.grid)),
 }

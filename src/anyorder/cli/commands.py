@@ -233,7 +233,7 @@ def run(call: Call) -> str:
 
 
 def plan(call: Call) -> str:
-    """EXPERIMENT.yaml [--gpus 8] [--kind h100] [--mfu 0.4] [stage.key=value ...] [out=FILE.json]"""
+    """EXPERIMENT.yaml [--gpus 8] [--kind h100] [--efficiency 0.6] [stage.key=value ...] [out=FILE.json]"""
     from anyorder.cli import plan as planning
     from anyorder.files import write_json
     from anyorder.stages.experiment import find_experiment, load_experiment

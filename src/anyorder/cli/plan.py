@@ -36,7 +36,8 @@ def plan(experiment: Experiment, config: PlanConfig) -> dict[str, Any]:
     with fake.imagined():
         planner = Planner(experiment, config, kind)
         found = {path.name: planner.costs(path) for path in planner.stages}
-    rows = [costs.row(name) for name, costs in found.items() if costs]
+    peak = config.gpus * (kind.bf16 or kind.float32)
+    rows = [costs.row(name, peak) for name, costs in found.items() if costs]
     require(bool(rows), f"none of these stages is counted: {', '.join(found) or 'there are none'}")
     largest = max((costs.memory for costs in found.values() if costs), default=0.0)
     totals = {name: sum(row[name] or 0 for row in rows) or None for name in ("PFLOP", "hours", "disk (GB)")}
@@ -56,7 +57,10 @@ def describe(found: dict[str, Any]) -> str:
     rows = [*found["stages"], found["together"]]
     table = Table(list(found["stages"][0]), rows).text()
     rate = f"{(machine.bf16 or machine.float32) / 1e12:,.3g} TFLOP/s, {machine.memory / GIB:.0f} GiB"
-    lines = [f"{config['gpus']} x {config['kind']} ({rate}), MFU {config['mfu']:.0%}", table]
+    lines = [
+        f"{config['gpus']} x {config['kind']} ({rate}), kernels at {config['efficiency']:.0%} of these",
+        table,
+    ]
     lines += [
         f"{row['stage']} does not fit into {machine.memory / GIB:.0f} GiB: smaller batch_size; in a training "
         "with more accumulation, or train.shard=true"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -56,9 +56,9 @@ class PlanConfig:
     """Number of GPUs, with one process each."""
     kind: Literal["a100", "h100", "h200", "l40s", "rtx4090", "cpu"] = "h100"
     """Kind of GPU; cpu measures the speed of this machine's matrix products and memory first."""
-    mfu: float = 0.4
-    """Share of the peak that the work reaches, above 0 and at most 1: of FLOP/s, and in decoding of the
-    memory's bandwidth. 0.4 is common in training; take what your own runs show."""
+    efficiency: float = 0.6
+    """Share of the peaks that kernels reach, above 0 and at most 1: of FLOP/s in matrix products, of the
+    memory's bandwidth in elementwise work and decoding. Take what your own runs show."""
     images: int | None = None
     """Training images, where the data are not on this machine and data.max_train does not say."""
     classes: int = 1000
@@ -66,7 +66,8 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         require(self.gpus >= 1, f"gpus must be >= 1, got {self.gpus}")
-        require(0 < self.mfu <= 1, f"mfu must be a share above 0 and at most 1, got {self.mfu}")
+        share = f"efficiency must be a share above 0 and at most 1, got {self.efficiency}"
+        require(0 < self.efficiency <= 1, share)
         known = self.images is None or self.images >= 1
         counts = f"got {self.images} and {self.classes}"
         require(known and self.classes >= 0, f"images must be >= 1 and classes >= 0, {counts}")
@@ -96,8 +97,8 @@ class Costs:
         """Bytes on each GPU."""
         return self.weights + self.optimizer + self.activations + self.cache
 
-    def row(self, name: str) -> dict[str, Any]:
-        """For the table: what is not there is None."""
+    def row(self, name: str, peak: float) -> dict[str, Any]:
+        """For the table: what is not there is None. `peak` is in FLOP/s, of all GPUs."""
         row = {
             "parameters (M)": self.parameters / 1e6,
             "tokens (M)": self.tokens / 1e6,
@@ -108,10 +109,16 @@ class Costs:
             "activations": self.activations / GIB,
             "cache": self.cache / GIB,
             "examples/s": self.examples / max(self.seconds, 1e-9),
+            "MFU (%)": 100 * self.flops / max(self.seconds, 1e-9) / peak if self.examples else None,
             "hours": self.seconds / 3600,
             "disk (GB)": self.disk / 1e9,
         }
         return {"stage": name} | {key: value or None for key, value in row.items()}
+
+
+def update_bytes(parameters: int, trained: int, averaged: bool) -> float:
+    """Bytes that a step moves: 3 numbers a weight to clip gradients, 7 for AdamW, 3 for the average."""
+    return FLOAT * (10 * trained + 3 * parameters * averaged)
 
 
 class Planner:
@@ -208,20 +215,25 @@ class Planner:
     # --- time and memory --------------------------------------------------------------------------------
 
     def _spent(self, cost: Cost, times: float, bf16: bool, reads: bool = False) -> dict[str, Any]:
-        """FLOPs and seconds of work on all GPUs; with `reads`, memory may be what it waits for."""
+        """FLOPs and seconds of work that the GPUs share.
+
+        Elementwise work comes on top of matrix products; in decoding, `reads`, products may wait for memory.
+        """
         rate = (bf16 and self.kind.bf16) or self.kind.float32
-        moved = cost.bytes if reads else 0.0
-        seconds = Cost(cost.flops, moved).seconds(
-            self.config.mfu * rate, self.config.mfu * self.kind.bandwidth
-        )
+        arithmetic, bandwidth = cost.flops / rate, self.kind.bandwidth
+        apart = arithmetic + cost.elementwise / bandwidth
+        seconds = (cost.seconds(rate, bandwidth) if reads else apart) / self.config.efficiency
         return {"flops": times * cost.flops, "seconds": times * seconds / self.config.gpus}
 
     def _training(self, train: Any, parameters: int, trained: int, one: Pass) -> Costs:
         """A training of `train.steps`, each with passes as `one` that the GPUs share."""
         times, gpus = train.steps * train.accumulation, self.config.gpus
-        spent = self._spent(one.cost, times, train.bf16)
         averages = (train.ema > 0) + (train.patience > 0)
         sharers = gpus if train.shard else 1
+        unfused = 0.0 if train.compile else one.cost.elementwise
+        spent = self._spent(replace(one.cost, elementwise=unfused), times, train.bf16)
+        update = Cost(elementwise=update_bytes(parameters, trained, train.ema > 0))
+        spent["seconds"] += self._spent(update, train.steps * gpus / sharers, train.bf16)["seconds"]
         # FSDP keeps a whole copy for evaluations, DDP one of the gradients.
         apart = parameters if sharers > 1 else trained if gpus > 1 else 0
         state = FLOAT * (parameters * (1 + averages) + 2 * trained)
@@ -295,10 +307,8 @@ class Planner:
             self._once(estimates.train_generator, *given, min(2, self._passes(train)), some) for some in sizes
         ]
         parameters, trained, _ = each[0]
-        flops, moved = (
-            statistics.mean(getattr(x.cost, name) for *_, x in each) for name in ("flops", "bytes")
-        )
-        one = Pass(Cost(flops, moved), max(x.peak for *_, x in each))
+        mean = (statistics.mean(some) for some in zip(*(astuple(x.cost) for *_, x in each), strict=True))
+        one = Pass(Cost(*mean), max(x.peak for *_, x in each))
         found = self._training(train, parameters, trained, one)
         found.tokens = train.steps * train.accumulation * train.batch_size * n
         return found
