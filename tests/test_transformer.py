@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import GRID, incremental, seeded, transformer
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -12,6 +13,7 @@ from anyorder.contracts import Grid
 from anyorder.method.decoding import extract_orders, sample
 from anyorder.method.loss import token_nll
 from anyorder.method.sampling import Streams
+from anyorder.models import attention
 from anyorder.models.architecture import Architecture, TransformerConfig
 from anyorder.models.attention import attend_with_total
 from anyorder.models.positions import CoordinateEncoding, rotate
@@ -394,6 +396,29 @@ def test_bf16_agrees_with_fp32():
     for logits in (forward, decoded):
         assert ((logits.float() - exact).abs().mean() / scale) < 0.05
     assert ((after_block.float() - exact[:, 3:4]).abs().mean() / scale) < 0.05
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_attention_that_is_written_out_is_that_of_the_kernel(grouped, monkeypatch):
+    """Output and gradients of short bfloat16 inputs, against the kernel in float32; only in training."""
+    torch.manual_seed(0)
+    mask = torch.ones(9, 9, dtype=torch.bool).tril(2) if grouped else None
+    exact = [torch.randn(2, 3, 9, 8).bfloat16().float().requires_grad_() for _ in range(3)]
+    short = [x.detach().bfloat16().requires_grad_() for x in exact]
+    expected, found = attention.causal(*exact, mask), attention.causal(*short, mask)
+    assert torch.equal(found, attention.causal(*short, mask))
+    upstream = torch.randn_like(expected)
+    expected.backward(upstream)
+    found.backward(upstream.bfloat16())
+    assert_close(found.float(), expected, rtol=0.02, atol=0.03)
+    for one, other in zip(short, exact, strict=True):
+        assert_close(one.grad.float(), other.grad, rtol=0.02, atol=0.06)
+    kernel = F.scaled_dot_product_attention(*short, attn_mask=mask, is_causal=mask is None)
+    assert not torch.equal(found, kernel), "rounded elsewhere"
+    with torch.no_grad():
+        assert torch.equal(attention.causal(*(x.detach() for x in short), mask), kernel)
+    monkeypatch.setattr(attention, "WRITTEN_OUT", 8)
+    assert torch.equal(attention.causal(*short, mask), kernel)
 
 
 def test_bf16_weights_decode():

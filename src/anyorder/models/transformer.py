@@ -242,7 +242,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         rotation, attend = tables.rotation(before, after), attention.causal
         if plan.group is not None:
             ids = torch.cat((torch.arange(-ahead, 0, device=order.device), plan.group))
-            attend = partial(F.scaled_dot_product_attention, attn_mask=groups.visible(ids))
+            attend = partial(attention.causal, mask=groups.visible(ids))
         for block in self.blocks:
             if self.config.checkpointing and self.training:
                 x = checkpoint(block, x, rotation, attend, use_reentrant=False)
