@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyorder.bench import costs
-from anyorder.models import attention, layers
+from anyorder.models import layers
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def imagined() -> Iterator[None]:
             f"costs are counted on PyTorch's fake tensors, which {torch.__version__} lacks"
         ) from e
     without_packing = mock.patch.dict("os.environ", {layers.SWITCH: "0"})  # it has no fake version
-    as_on_gpus = mock.patch.object(attention, "WRITTEN_OUT", 0)
+    as_on_gpus = mock.patch("anyorder.models.attention.WRITTEN_OUT", 0)
     with fake_tensor.FakeTensorMode(), without_packing, as_on_gpus:
         yield
 
