@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import resource
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -332,10 +333,11 @@ def test_the_manifest(tmp_path):
 
 
 def test_the_clock_runs_from_the_start(tmp_path):
+    begin = time.time()
     artifact = Artifact(tmp_path, "encode", {}, {})
     artifact.finish()
     manifest = read_manifest(tmp_path)
-    assert 0 <= manifest["seconds"] < 10
+    assert 0 <= manifest["seconds"] <= time.time() - begin + 0.01
     assert manifest["examples_per_second"] is None
 
 

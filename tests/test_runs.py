@@ -656,6 +656,7 @@ def test_report_is_one_page_with_the_comparison(experiment, tmp_path):
     assert "what the tokens keep" not in without
     assert cli.main(["report", str(out), f"out={tmp_path}/r.md", "--csv", "--latex"]) == 0
     rows = list(csv.DictReader((tmp_path / "r.csv").open()))
+    assert all(row["metric"] for row in rows)
     assert {row["samples"] for row in rows} >= {"drawn", "peeking"}
     assert (tmp_path / "r.tex").read_text().count("\\toprule") >= 2
     assert "| token_likelihood |" in (tmp_path / "r.md").read_text()

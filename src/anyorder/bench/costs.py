@@ -26,7 +26,7 @@ class Cost:
     bytes: float = 0.0
     """Of matrix products, convolutions and attention."""
     elementwise: float = 0.0
-    """Bytes of all else, run operator by operator: a compiled model moves fewer."""
+    """Bytes of all else, an upper limit: operators of a compiled model move fewer, lookups read few rows."""
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
         """The least time (the roofline) without elementwise work: arithmetic or memory, what is slower."""

@@ -36,8 +36,7 @@ def plan(experiment: Experiment, config: PlanConfig) -> dict[str, Any]:
     with fake.imagined():
         planner = Planner(experiment, config, kind)
         found = {path.name: planner.costs(path) for path in planner.stages}
-    peak = config.gpus * (kind.bf16 or kind.float32)
-    rows = [costs.row(name, peak) for name, costs in found.items() if costs]
+    rows = [costs.row(name) for name, costs in found.items() if costs]
     require(bool(rows), f"none of these stages is counted: {', '.join(found) or 'there are none'}")
     largest = max((costs.memory for costs in found.values() if costs), default=0.0)
     totals = {name: sum(row[name] or 0 for row in rows) or None for name in ("PFLOP", "hours", "disk (GB)")}

@@ -84,6 +84,8 @@ class Costs:
     """In training: how many it sees, repetitions counted."""
     flops: float = 0.0
     seconds: float = 0.0
+    mfu: float = 0.0
+    """In training: share of the GPUs' peak FLOP/s in its type."""
     weights: float = 0.0
     """Bytes of weights, averages and DDP's copies of the gradients."""
     optimizer: float = 0.0
@@ -97,8 +99,8 @@ class Costs:
         """Bytes on each GPU."""
         return self.weights + self.optimizer + self.activations + self.cache
 
-    def row(self, name: str, peak: float) -> dict[str, Any]:
-        """For the table: what is not there is None. `peak` is in FLOP/s, of all GPUs."""
+    def row(self, name: str) -> dict[str, Any]:
+        """For the table: what is not there is None."""
         row = {
             "parameters (M)": self.parameters / 1e6,
             "tokens (M)": self.tokens / 1e6,
@@ -109,16 +111,16 @@ class Costs:
             "activations": self.activations / GIB,
             "cache": self.cache / GIB,
             "examples/s": self.examples / max(self.seconds, 1e-9),
-            "MFU (%)": 100 * self.flops / max(self.seconds, 1e-9) / peak if self.examples else None,
+            "MFU (%)": 100 * self.mfu,
             "hours": self.seconds / 3600,
             "disk (GB)": self.disk / 1e9,
         }
         return {"stage": name} | {key: value or None for key, value in row.items()}
 
 
-def update_bytes(parameters: int, trained: int, averaged: bool) -> float:
-    """Bytes that a step moves: 3 numbers a weight to clip gradients, 7 for AdamW, 3 for the average."""
-    return FLOAT * (10 * trained + 3 * parameters * averaged)
+def update_bytes(weights: int, trained: int, averaged: bool) -> float:
+    """Bytes that a step moves: 3 numbers a weight to clip gradients, 7 for AdamW, 3 for an average."""
+    return FLOAT * (10 * trained + 3 * weights * averaged)
 
 
 class Planner:
@@ -219,31 +221,42 @@ class Planner:
 
         Elementwise work comes on top of matrix products; in decoding, `reads`, products may wait for memory.
         """
-        rate = (bf16 and self.kind.bf16) or self.kind.float32
+        rate = self._rate(bf16)
         arithmetic, bandwidth = cost.flops / rate, self.kind.bandwidth
         apart = arithmetic + cost.elementwise / bandwidth
         seconds = (cost.seconds(rate, bandwidth) if reads else apart) / self.config.efficiency
         return {"flops": times * cost.flops, "seconds": times * seconds / self.config.gpus}
 
-    def _training(self, train: Any, parameters: int, trained: int, one: Pass) -> Costs:
-        """A training of `train.steps`, each with passes as `one` that the GPUs share."""
+    def _rate(self, bf16: bool) -> float:
+        """Peak FLOP/s of a GPU."""
+        return (bf16 and self.kind.bf16) or self.kind.float32
+
+    def _training(
+        self, train: Any, parameters: int, trained: int, one: Pass, averaged: int | None = None
+    ) -> Costs:
+        """A training of `train.steps`, each with passes as `one` that the GPUs share.
+
+        Averages are of all `parameters`, or of so many.
+        """
+        averaged = parameters if averaged is None else averaged
         times, gpus = train.steps * train.accumulation, self.config.gpus
         averages = (train.ema > 0) + (train.patience > 0)
         sharers = gpus if train.shard else 1
         unfused = 0.0 if train.compile else one.cost.elementwise
         spent = self._spent(replace(one.cost, elementwise=unfused), times, train.bf16)
-        update = Cost(elementwise=update_bytes(parameters, trained, train.ema > 0))
+        update = Cost(elementwise=update_bytes(averaged, trained, train.ema > 0))
         spent["seconds"] += self._spent(update, train.steps * gpus / sharers, train.bf16)["seconds"]
         # FSDP keeps a whole copy for evaluations, DDP one of the gradients.
         apart = parameters if sharers > 1 else trained if gpus > 1 else 0
-        state = FLOAT * (parameters * (1 + averages) + 2 * trained)
+        kept = parameters + averages * averaged
         return Costs(
             parameters=parameters,
             examples=times * train.batch_size,
-            weights=FLOAT * (parameters * (1 + averages) / sharers + apart),
+            mfu=spent["flops"] / spent["seconds"] / gpus / self._rate(train.bf16),
+            weights=FLOAT * (kept / sharers + apart),
             optimizer=FLOAT * 2 * trained / sharers,
             activations=one.peak,
-            disk=train.keep * state + FLOAT * parameters,
+            disk=FLOAT * (train.keep * (kept + 2 * trained) + parameters),
             **spent,
         )
 
@@ -268,7 +281,8 @@ class Planner:
         side, bf16 = self._made("data", stage.data).size, stage.train.bf16 and self.kind.bf16 > 0
         sizes = (config, stage.loss, side, stage.train.batch_size, bf16, min(2, self._passes(stage.train)))
         parameters, one = self._once(estimates.train_tokenizer, *sizes)
-        return self._training(stage.train, parameters, parameters, one)
+        own = self._once(estimates.parameters, kind, config)  # the discriminator has no average
+        return self._training(stage.train, parameters, parameters, one, own)
 
     def _of_features(self, stage: Any) -> Costs:
         facts, side = self._facts(stage.data), min(self._made("data", stage.data).size)

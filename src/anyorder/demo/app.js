@@ -102,6 +102,7 @@ async function draw() {
   const mine = request = new AbortController(), asked = query();
   if (!asked.has("orders")) return stop("Choose at least one order.");
   if (editing() && editor.empty) return stop("Choose an image to edit first.");
+  if (editing() && asked.get("keep") && editor.border.some(patches => patches)) return stop("Variations have no border: set it to 0, or paint what is to be generated.");
   if (editing() && !asked.get("keep") && !editor.painted) return stop("Paint first what is to be generated.");
   $("draw").textContent = "Stop";
   try {

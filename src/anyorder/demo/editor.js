@@ -87,10 +87,10 @@ export class Editor {
     pen.fillRect(0, 0, wide, high);
     pen.imageSmoothingQuality = "high";
     pen.drawImage(source, (wide - w * scale) / 2, (high - h * scale) / 2, w * scale, h * scale);
+    if (!this.empty) this.remember();
     this.image = image;
     this.mask = new Uint8Array(wide * high);
     this.border = [0, 0, 0, 0];
-    this.past = [];
     this.update();
     this.fit();
   }
@@ -126,7 +126,7 @@ export class Editor {
   }
 
   undo() {
-    if (!this.past.length) return;
+    if (!this.past.length || this.painting) return;
     Object.assign(this, this.past.pop());
     this.update();
     this.fit();
@@ -192,14 +192,18 @@ export class Editor {
     const canvas = $("mask");
     let before = null, corner = null;
     canvas.onpointerdown = event => {
+      if (event.button || !event.isPrimary || before) return;
       event.preventDefault();
       canvas.focus();
       canvas.setPointerCapture(event.pointerId);
       this.remember();
+      this.painting = true;
       before = corner = this.at(event);
       canvas.onpointermove(event);
     };
     canvas.onpointermove = event => {
+      if (!event.isPrimary) return;
+      if (!event.buttons) canvas.onpointerup(event);  // where it was not told, as by a menu
       this.cursor = this.at(event);
       if (!before) return this.paint();
       if (checked("tool") !== "rectangle") this.stroke(before, this.cursor);
@@ -210,7 +214,12 @@ export class Editor {
       }
       before = this.cursor;
     };
-    canvas.onpointerup = canvas.onpointercancel = () => { if (before) { before = null; this.update(); } };
+    canvas.onpointerup = canvas.onpointercancel = event => {
+      if (!before || !event.isPrimary) return;
+      before = null;
+      this.painting = false;
+      this.update();
+    };
     canvas.onpointerleave = () => { if (!before) { this.cursor = null; this.paint(); } };
   }
 

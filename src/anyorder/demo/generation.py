@@ -313,9 +313,11 @@ def animation_events(pipe: Pipeline, asked: AnimationRequest) -> Iterator[Event]
     fits = strip.shape[0] % h == 0 and strip.shape[1] % (n * w) == 0
     require(fits, f"the image has {strip.shape[:2]} pixels, which are no {n} images of {h} x {w} patches")
     images = np.stack(np.split(strip, n, axis=1))
-    frames = figures.generation_frames(images, np.array(asked.order), Grid(h, w), known=asked.known)
+    order, grid = np.array(asked.order), Grid(h, w)
+    figures.ranks(order, grid)  # refuses what is no permutation
 
     def events() -> Iterator[Event]:
+        frames = figures.generation_frames(images, order, grid, known=asked.known)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"order.{asked.format}"
             figures.save_animation(path, frames, math.ceil(n**0.5), max(1, 128 // max(images.shape[1:3])))

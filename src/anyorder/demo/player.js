@@ -173,9 +173,9 @@ function paintRun(run, shown) {
   const {root, tiles, facts} = run.panel, mode = $("show").value, both = mode === "both" ? 2 : 1;
   root.style.setProperty("--tiles", columnsOf(run, both, tiles[0].parentElement.clientWidth));
   tiles.forEach((canvas, i) => paintTile(canvas, run, i, shown, mode, both));
-  const nats = run.points.findLast(point => point[0] <= shown)[1];
+  const [revealed, nats] = run.points.findLast(point => point[0] <= shown);
   facts[0].textContent = number(nats, 1);
-  facts[1].textContent = shown ? number(nats / shown, 2) : "–";
+  facts[1].textContent = revealed ? number(nats / revealed, 2) : "–";
   facts[2].textContent = run.done ? number(run.seconds / run.n, 2) : "–";
 }
 

@@ -6,7 +6,10 @@ export const GONE = "The server is gone: the connection failed. Start it again, 
 export async function ask(path, settings, signal) {
   const options = settings && {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(settings), signal};
   const answer = await fetch(path, options).catch(gone);
-  if (!answer.ok) throw new Error((await answer.json()).error);
+  if (!answer.ok) {
+    const told = await answer.json().catch(() => ({}));  // a proxy answers with a page of its own
+    throw new Error(told.error ?? `The server, or a proxy before it, answered ${answer.status} ${answer.statusText}.`);
+  }
   return answer;
 }
 

@@ -257,6 +257,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         Weights must not change while it is used, see `layers.pack`. Refuses conditions out of range.
         """
         grid, config = grid or self.grid, self.config
+        layers.unpack(self)
         layers.pack(self if self.compiled is None else self.head)
         start, prefix = self._condition(batch_size, condition, check=True)
         weight, length = self.head.weight, prefix.shape[1]

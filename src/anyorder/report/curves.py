@@ -16,6 +16,8 @@ from anyorder.inference import figures
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+HELD_OUT = ("validation_nll", "test_nll", "test_loss")
+
 
 def loss_curves(runs: Sequence[tuple[str, str | Path]], starts: Sequence[int] | None = None) -> Image.Image:
     """Training loss (thin: as logged, thick: smoothed), held-out loss (dots) and speed of several runs.
@@ -46,8 +48,9 @@ def loss_curves(runs: Sequence[tuple[str, str | Path]], starts: Sequence[int] | 
         if with_speed:
             panels[1].set_ylim(bottom=0)
         # The steep fall of the first steps would hide all differences: let the curves enter from above.
-        losses = [_series(log, "loss")[1] for _, log in logs]
-        top = max(_smooth(values)[len(values) // 20 :].max() for values in losses)
+        curves = [_smooth(_series(log, "loss")[1]) for _, log in logs]
+        curves += [values for _, log in logs for key in HELD_OUT if len(values := _series(log, key)[1])]
+        top = max(values[len(values) // 20 :].max() for values in curves)
         panels[0].set_ylim(top=top + 0.05 * (top - panels[0].get_ylim()[0]))
         panels[0].legend(loc="upper right")
         return figures.rendered(figure)
@@ -57,7 +60,7 @@ def _plot_run(panels: Sequence[Axes], name: str, log: list[dict[str, Any]], colo
     shown, (steps, losses) = display_name(name, mathtext=True), _series(log, "loss")
     panels[0].plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
     panels[0].plot(steps, _smooth(losses), color=colour, linewidth=1.8, label=shown)
-    for key in ("validation_nll", "test_nll", "test_loss"):
+    for key in HELD_OUT:
         steps, values = _series(log, key)
         if len(steps):
             style: dict[str, Any] = {"color": colour, "markersize": 4, "linewidth": 0.8}

@@ -225,7 +225,7 @@ def tables(rows: Sequence[dict[str, Any]], metric_name: str, split: str = "test"
 
     A column stays if any row has a number there, a table if any column stays.
     """
-    made, first = [], [c for c in ("samples", "seeds", "order", "token-blind") if c in rows[0]]
+    made, first = [], [c for c in ("run", "samples", "seeds", "order", "token-blind") if c in rows[0]]
     for caption, columns in TABLES.items():
         measured = [name for name in columns if any(isinstance(row[name], int | float) for row in rows)]
         if measured:

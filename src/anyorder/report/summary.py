@@ -57,7 +57,13 @@ def report(folders: Sequence[Path], out: Path, *, data_images: bool = True) -> T
         section.folded = True
     if out.suffix == ".csv":
         require(bool(evaluated), "no samples were evaluated: run the stage eval first")
-        _write_csv(out, [{"run": str(e.run), "split": e.split} | e.row() for e in evaluated])
+        _write_csv(
+            out,
+            [
+                {"run": str(e.run), "metric": e.metrics["metric_name"], "split": e.split} | e.row()
+                for e in evaluated
+            ],
+        )
         return None
     kinds = {".md": page.write_markdown, ".tex": page.write_latex, ".json": page.write_records}
     write = kinds.get(out.suffix, page.write_report)
@@ -96,11 +102,12 @@ def _measures(evaluated: Sequence[evaluations.Evaluation]) -> list[Section]:
         "A policy that looks at the sampled token before it chooses the position has neither."
     )
     notes = sorted({note for evaluation in evaluated for note in evaluation.metrics.get("notes", [])})
-    single = evaluations.tables([evaluation.row() for evaluation in evaluated], name, split)
     if len(variants) == len(evaluated):
+        single = evaluations.tables([evaluation.row() for evaluation in evaluated], name, split)
         return [Section("All measures", " ".join([text, *notes]), single)]
     text = " ".join(["Mean ± standard deviation over seeds.", text, *notes])
     averaged = evaluations.tables([variant.row() for variant in variants], name, split)
+    single = evaluations.tables([{"run": e.run.name} | e.row() for e in evaluated], name, split)
     return [Section("All measures, over seeds", text, averaged), Section("All measures, by run", "", single)]
 
 

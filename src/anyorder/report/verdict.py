@@ -151,6 +151,10 @@ def main_table(variants: Sequence[Variant], differences: Differences) -> Table:
     pool = members[0].metrics.get("floor_split", "train")
     of = "training" if pool == "train" else "the validation split"
     caption = f"{spread}{evaluations.metric_names(members)} {against}; {evaluations.FLOOR}: of {of}."
+    if any("(" in str(row.get(c)) for row in rows for c in columns if " against " in c):
+        caption += (
+            " In brackets: the interval of the difference over resampled images and, of several, seeds."
+        )
     shown = [{c: row[c] for c in columns} for row in rows] + last
     return Table(columns, shown, caption, evaluations.best_of(rows, measures), unranked=len(last))
 
