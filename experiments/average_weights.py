@@ -5,7 +5,6 @@ python experiments/average_weights.py runs/fashion64/longer runs/fashion64/order
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sys
 from pathlib import Path
@@ -26,7 +25,7 @@ def main(first: str, second: str, out: str) -> None:
     save_file({name: one[name].lerp(x, 0.5).contiguous() for name, x in other.items()}, folder / WEIGHTS)
     shutil.copy(Path(second) / "config.json", folder)
     manifest: dict[str, Any] = files.read_json(Path(second) / "manifest.json")  # type: ignore[assignment]
-    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    digest = files.sha256(folder / WEIGHTS)
     manifest["files"][WEIGHTS], manifest["fingerprint"], manifest["other_files"] = digest, digest[:16], []
     files.write_json(folder / "manifest.json", manifest)
 

@@ -248,11 +248,11 @@ def test_plans_of_sharded_weights_small_memory_and_what_is_not_known(tmp_path, m
     assert "known without their files are vq16" in capsys.readouterr().err
 
 
-def spent(kind=None, **settings):
-    """A planner's account of a training of 5 steps without passes, of 10 trained weights and 4 averaged."""
-    planner = Planner.__new__(Planner)
-    planner.kind, planner.config = kind or Kind(8.0, 2.0, 16.0, 1e9), PlanConfig(efficiency=0.5, **settings)
-    return planner
+def planner(**settings):
+    """Of no experiment, on GPUs with round numbers."""
+    found = Planner.__new__(Planner)
+    found.kind, found.config = Kind(8.0, 2.0, 16.0, 1e9), PlanConfig(efficiency=0.5, **settings)
+    return found
 
 
 def test_the_update_is_made_by_every_gpu_unless_weights_are_sharded():
@@ -261,18 +261,20 @@ def test_the_update_is_made_by_every_gpu_unless_weights_are_sharded():
     moved = 4 * (3 * 10 + 7 * 10 + 3 * 4)
     for gpus, shard, share in ((1, False, 1), (8, False, 1), (8, True, 1 / 8)):
         train = TrainConfig(steps=5, accumulation=8, ema=0.9, shard=shard)
-        costs = spent(gpus=gpus)._training(train, 10, 10, fake.Pass(Cost(), 0), 4)
+        costs = planner(gpus=gpus)._training(train, 10, 10, fake.Pass(Cost(), 0), 4)
         assert costs.seconds == pytest.approx(5 * moved / 16.0 / 0.5 * share)
 
 
 def test_time_is_products_then_the_rest_or_in_decoding_the_slower_of_products_and_reading():
     cost = Cost(flops=16.0, bytes=160.0, elementwise=32.0)
     for bf16, products in ((True, 2.0), (False, 8.0)):
-        assert spent()._spent(cost, 3, bf16)["seconds"] == 3 * (products + 2.0) / 0.5
-        assert spent()._spent(cost, 3, bf16, reads=True)["seconds"] == 3 * 10.0 / 0.5
-        assert spent()._spent(replace(cost, bytes=1.0), 3, bf16, reads=True)["seconds"] == 3 * products / 0.5
+        assert planner()._spent(cost, 3, bf16)["seconds"] == 3 * (products + 2.0) / 0.5
+        assert planner()._spent(cost, 3, bf16, reads=True)["seconds"] == 3 * 10.0 / 0.5
+        assert (
+            planner()._spent(replace(cost, bytes=1.0), 3, bf16, reads=True)["seconds"] == 3 * products / 0.5
+        )
         train = TrainConfig(steps=1000, bf16=bf16, compile=True, ema=0.0)
-        costs = spent()._training(train, 0, 0, fake.Pass(cost, 0))
+        costs = planner()._training(train, 0, 0, fake.Pass(cost, 0))
         assert costs.mfu == pytest.approx(0.5), "of the peak of its own type"
         assert costs.row("x")["MFU (%)"] == 100 * costs.mfu
 
