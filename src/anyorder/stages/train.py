@@ -77,6 +77,9 @@ class TrainStage(common.TrainingStage):
     init: Path | None = None
     """Model to start from; it brings its architecture, to which `model.location` may add a head. A converted
     one gets the classes and the grid of the tokens."""
+    init_share: float = 0.0
+    """With `init`: share of its weights in the average with the trained ones that is written, in [0, 1). 0.5
+    keeps what the first model could (here, to fill holes), as in arXiv 2109.01903."""
     lora: int = 0
     """With `init`: train low-rank updates of this rank, which are merged at the end, and the class table; 0
     trains all weights."""
@@ -123,6 +126,9 @@ class TrainStage(common.TrainingStage):
         compiled = self.train.compile and (self.model.location or self.groups)
         text = "train.compile covers models without a location head and without groups: leave one of them out"
         require(not compiled, text)
+        text = f"init_share must lie in [0, 1) and goes with init=... without lora and model.location, got {self.init_share}"
+        alike = self.init is not None and not self.lora and not self.model.location
+        require(self.init_share == 0 or (0 < self.init_share < 1 and alike), text)
         low_rank = f"lora must be a rank >= 0 and goes with init=..., got {self.lora}"
         require(self.lora == 0 or (self.lora > 0 and self.init is not None), low_rank)
         own = bool(self.network) and (self.init is not None or self.model != transformer.Architecture())
@@ -172,6 +178,7 @@ class TrainStage(common.TrainingStage):
         watched = [tokens, held[0]]
         self.train.require_watched([f"{some.split}_{kind}" for some in watched for kind in ("nll", "bound")])
         model = self._model(tokens)
+        first = {name: x.clone() for name, x in model.state_dict().items()} if self.init_share else {}
         text = f"learn_orders needs a location head, {self.init} has none: give model.location=true"
         require(not self.learn_orders or _has_location(model), text)
         cache = None if self.orders is None else caches.OrderSet(self.orders)
@@ -214,6 +221,9 @@ class TrainStage(common.TrainingStage):
         if not artifact.leads:
             return {}
         lora.merge_low_rank(result.model)
+        trained = result.model.state_dict()
+        for name, x in first.items():
+            trained[name].lerp_(x, self.init_share)
         weights.save_model(artifact.folder, result.model, model.config, families.kind_of(result.model))
         before = self._trained_before()
         return {
