@@ -175,6 +175,7 @@ COMMANDS: dict[str, Command] = {
         **change("online_every", 2, **ONLINE, **{"train.steps": 9}),
         **change("jitter", 4.0, orders="orders"), **change("random_share", 0.9, orders="orders"),
         **change("random_share_end", 0.9, orders="orders"), **change("init", "any"),
+        **change("init_share", 0.5, init="any"),
         **change("random_share_ramp", (0.0, 0.5), order="raster", random_share=1.0, random_share_end=0.0,
                  **{"train.steps": 4}),
         **change("network", "own_parts:Counts"),

@@ -24,9 +24,11 @@ from anyorder.files import RowWriter, fingerprint, load_array, read_json, read_m
 from anyorder.inference import device, pipeline
 from anyorder.inference.weights import load_model
 from anyorder.method.decoding import extract_orders
+from anyorder.method.loss import image_nll
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Sampling
 from anyorder.models import compiled as compiled_module
+from anyorder.orders import random_orders
 from anyorder.report.summary import report
 from anyorder.settings import parse
 from anyorder.stages import orders as extract
@@ -709,6 +711,9 @@ def test_artifacts_that_do_not_belong_together_are_refused(experiment, tmp_path)
             "two shares of the steps",
         ),
         (TrainStage, {"tokens": "t", "init": "m", "model": {"depth": 3}}, "its architecture"),
+        (TrainStage, {"tokens": "t", "init_share": 0.5}, "init_share must lie in"),
+        (TrainStage, {"tokens": "t", "init": "m", "init_share": 1.0}, "got 1.0"),
+        (TrainStage, {"tokens": "t", "init": "m", "lora": 2, "init_share": 0.5}, "without lora"),
         (TrainStage, {"tokens": "t", "tokenizer": "v"}, "train.sample_every"),
         (TrainStage, {"tokens": "t", "orders_as": "class_mean"}, "give orders=FOLDER"),
         (TrainStage, {"tokens": "t", "online_every": 2}, "goes with online"),
@@ -1055,6 +1060,23 @@ def test_the_share_of_random_orders_follows_its_ramp():
     stage = parse(TrainStage, {"tokens": "t", **settings, "random_share_ramp": (0.25, 0.75)})
     shares = [stage._random_share(step) for step in (1, 26, 51, 76, 101)]
     assert shares == pytest.approx([1, 1, 0.6, 0.2, 0.2])
+
+
+def test_the_average_of_the_first_and_the_trained_weights_is_written_and_measured(experiment, tmp_path):
+    _, out = experiment
+    few = ["train.steps=3", "train.batch_size=4", "train.learning_rate=0.01", f"init={out}/any"]
+    for share in (0.0, 0.25):
+        command = ["train", f"tokens={out}/tokens", *few, f"init_share={share}", f"out={tmp_path}/{share}"]
+        assert cli.main(command) == 0
+    first, trained, written = (
+        load_model(folder) for folder in (out / "any", tmp_path / "0.0", tmp_path / "0.25")
+    )
+    for one, other, both in zip(*(model.parameters() for model in (first, trained, written)), strict=True):
+        torch.testing.assert_close(both, one * 0.25 + other * 0.75)
+    test = TokenSet(out / "tokens", "test")
+    orders = random_orders(len(test), test.grid, torch.Generator().manual_seed(0))
+    nll = image_nll(written, *test.batch(np.arange(len(test))), orders)["nll"].mean()
+    assert read_manifest(tmp_path / "0.25")["test_nll"] == pytest.approx(float(nll), abs=1e-5)
 
 
 def test_orders_of_a_version_with_shards_are_up_to_date(experiment):

@@ -348,6 +348,20 @@ def test_runs_are_the_seeds_of_a_variant_with_mean_and_spread(tmp_path):
     assert "Mean ± standard deviation over 1 and 3 seeds." in text
 
 
+def test_what_several_runs_have_is_named_with_its_run(tmp_path):
+    runs = seeded(tmp_path, (BELOW, ABOVE), raster=[2.0, 1.0], ordered=[1.0, 2.0])
+    for run in runs:
+        artifact(run / "any", "train")
+        artifact(run / "samples-raster", "sample")
+        Image.new("RGB", (4, 4)).save(run / "samples-raster/grid.png")
+    artifact(runs[0] / "alone", "train")
+    text = markdown(*runs)
+    assert [*rows(text, "Training")] == ["s0/any", "alone", "s1/any"]
+    assert [*rows(text, "Differences")] == ["s0", "s1"]
+    report(runs, tmp_path / "r.html")
+    assert re.findall(r"s./raster", (tmp_path / "r.html").read_text()) == ["s0/raster", "s1/raster"]
+
+
 def test_a_run_that_is_given_twice_is_one_seed(tmp_path):
     (run,) = seeded(tmp_path, raster=[1.0])
     copy = tmp_path / "copy"

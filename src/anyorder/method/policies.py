@@ -41,8 +41,8 @@ class _Decided(_Policy):
 
     def _next(self, progress: Progress, priority: Tensor) -> Tensor:
         """The positions (B, K) to reveal now, by priority (B, N): the largest first."""
-        positions = open_positions(progress)
-        return positions.gather(1, self.first(progress, positions, priority.gather(1, positions)))
+        everywhere = torch.arange(priority.shape[1], device=priority.device)
+        return self.first(progress, everywhere.expand_as(priority), priority)
 
     def rate(self, log_p: Tensor, tokens: Tensor) -> Tensor:
         """Zeros (B, M)."""

@@ -77,11 +77,13 @@ class LocationHead(nn.Module):
             tables: of the grid of the positions.
             closed: (B, T, N) bool, what cannot be next where that is more than `revealed`.
         """
-        every = (hidden, content, condition[:, None].expand_as(hidden))
+        every = (hidden, content, condition[:, None].expand_as(hidden), last)
         steps = max(1, MAPS // (len(revealed) * revealed.shape[2]))
         maps = (revealed, revealed if closed is None else closed)
-        parts = zip(*(x.split(steps, dim=1) for x in (*every, last, *maps)), strict=True)
-        if revealed.shape[1] <= steps or not torch.is_grad_enabled():
+        if revealed.shape[1] <= steps:
+            return self._log_probs(tables, *every, *maps)
+        parts = zip(*(x.split(steps, dim=1) for x in (*every, *maps)), strict=True)
+        if not torch.is_grad_enabled():
             return torch.cat([self._log_probs(tables, *part) for part in parts], dim=1)
         # Computed again in the backward pass: each part holds several maps of scores.
         again = partial(checkpoint, self._log_probs, use_reentrant=False, preserve_rng_state=False)
@@ -100,8 +102,8 @@ class LocationHead(nn.Module):
         """As of `forward` for some steps, with the condition (B, T, D) of each."""
         # The condition and embeddings are small beside hidden states: without a norm the head would ignore
         # the class, and begin in the order of another one.
-        every = (hidden, content, condition)
-        query = self.query(torch.cat([F.rms_norm(x, x.shape[-1:]) for x in every], dim=-1))
+        every = torch.stack((hidden, content, condition), dim=-2)
+        query = self.query(F.rms_norm(every, every.shape[-1:]).flatten(-2))
         score = query @ tables.absolute.T + self._from_last(query, last, tables)
         score = score + around(revealed, query @ self.context.weight, tables.grid)
         score = score.float() * query.shape[-1] ** -0.5
@@ -121,12 +123,10 @@ def around(revealed: Tensor, weights: Tensor, grid: Grid) -> Tensor:
 
     Takes revealed (B, T, N) bool; cells beyond the border count as open.
     """
-    maps = F.pad(revealed.unflatten(-1, (grid.h, grid.w)).to(weights.dtype), (1, 1, 1, 1))
-    cells = [(row, column) for row in range(WINDOW) for column in range(WINDOW)]
-    total = torch.zeros((), dtype=weights.dtype, device=weights.device)
-    for (row, column), weight in zip(cells, weights.unbind(-1), strict=True):  # not all nine copies at once
-        total = total + maps[..., row : row + grid.h, column : column + grid.w] * weight[..., None, None]
-    return total.flatten(-2)
+    # Each step's map is a channel with a kernel of its own.
+    maps = revealed.reshape(1, -1, grid.h, grid.w).to(weights.dtype)
+    kernels = weights.reshape(-1, 1, WINDOW, WINDOW)
+    return F.conv2d(maps, kernels, padding=WINDOW // 2, groups=len(kernels)).reshape(revealed.shape)
 
 
 def revealed_before(rank: Tensor) -> Tensor:

@@ -123,6 +123,12 @@ def short_name(folder: str | Path) -> str:
     return Path(folder).name.removeprefix("eval-")
 
 
+def label(path: Path, found: Found) -> str:
+    """Name of an artifact, with that of its run where several runs have one of this name."""
+    alone = len({other for other, _ in found if other.name == path.name}) == 1
+    return path.name if alone else f"{path.parent.name}/{path.name}"
+
+
 def _together(values: list[Any]) -> Any:
     """Mean and spread of numbers; anything else must be equal in all, or is left out."""
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
@@ -260,9 +266,11 @@ def read_differences(artifacts: Found) -> Differences:
 
 def difference_table(artifacts: Found) -> Table | None:
     """Every comparison among the artifacts, None if there are none."""
-    compared = [manifest for _, manifest in artifacts if manifest["stage"] == "compare"]
+    compared = [(path, manifest) for path, manifest in artifacts if manifest["stage"] == "compare"]
+    several = len({path.parent for path, _ in compared}) > 1
     rows = [
         {
+            **({"run": path.parent.name} if several else {}),
             "a": short_name(manifest["a"]),
             "b": short_name(manifest["b"]),
             "metric": name,
@@ -272,13 +280,15 @@ def difference_table(artifacts: Found) -> Table | None:
             "relative interval (%)": percent_interval(found),
             "differs": found.low > 0 or found.high < 0,
         }
-        for manifest in compared
+        for path, manifest in compared
         for name, values in manifest["metrics"].items()
         for found in [Difference.read(values)]
     ]
     if not rows:
         return None
-    confidence = " and ".join(f"{100 * c:g} %" for c in sorted({m["config"]["confidence"] for m in compared}))
+    confidence = " and ".join(
+        f"{100 * c:g} %" for c in sorted({m["config"]["confidence"] for _, m in compared})
+    )
     caption = (
         f"Intervals of {confidence} from resampled samples and reference images; models stay as they are."
     )

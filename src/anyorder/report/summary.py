@@ -102,19 +102,22 @@ def _measures(evaluated: Sequence[evaluations.Evaluation]) -> list[Section]:
         "A policy that looks at the sampled token before it chooses the position has neither."
     )
     notes = sorted({note for evaluation in evaluated for note in evaluation.metrics.get("notes", [])})
-    if len(variants) == len(evaluated):
-        single = evaluations.tables([evaluation.row() for evaluation in evaluated], name, split)
-        return [Section("All measures", " ".join([text, *notes]), single)]
-    text = " ".join(["Mean ± standard deviation over seeds.", text, *notes])
+    text, several = " ".join([text, *notes]), len(variants) < len(evaluated)
+    rows = [{"run": e.run.name} | e.row() if several else e.row() for e in evaluated]
+    single = evaluations.tables(rows, name, split)
+    if not several:
+        return [Section("All measures", text, single)]
     averaged = evaluations.tables([variant.row() for variant in variants], name, split)
-    single = evaluations.tables([{"run": e.run.name} | e.row() for e in evaluated], name, split)
+    text = f"Mean ± standard deviation over seeds. {text}"
     return [Section("All measures, over seeds", text, averaged), Section("All measures, by run", "", single)]
 
 
 def _images(found: Found, name: str, title: str) -> list[page.Item]:
     """A gallery of the images of this name, where there are any."""
     figures = [
-        page.Figure(path / name, path.name.removeprefix("samples-"), f"{title}: {path.name}")
+        page.Figure(
+            path / name, evaluations.label(path, found).replace("samples-", ""), f"{title}: {path.name}"
+        )
         for path, _ in found
         if (path / name).is_file()
     ]
@@ -143,7 +146,10 @@ def _rounds(found: Found) -> Found:
 
 def _table(found: Found, first: str, columns: Columns) -> Table:
     """A row for each artifact, `first` with the name; columns without any value are left out."""
-    rows = [{first: p.name, **{name: _value(m, c) for name, c in columns.items()}} for p, m in found]
+    rows = [
+        {first: evaluations.label(p, found), **{name: _value(m, c) for name, c in columns.items()}}
+        for p, m in found
+    ]
     shown = [name for name in (first, *columns) if any(row[name] is not None for row in rows)]
     return Table(shown, [{name: row[name] for name in shown} for row in rows])
 
@@ -256,7 +262,7 @@ def _losses(trained: Found) -> list[Section]:
     if not logged:
         return []
     starts = [_steps_before(path, trained) for path in logged]
-    image = curves.loss_curves([(path.name, path / LOG) for path in logged], starts)
+    image = curves.loss_curves([(evaluations.label(path, trained), path / LOG) for path in logged], starts)
     text = "Fine-tuning continues at the last step of the model that it started from."
     return [Section("Loss", text, [page.Figure(image, "", "loss curves")])]
 

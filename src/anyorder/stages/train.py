@@ -126,9 +126,9 @@ class TrainStage(common.TrainingStage):
         compiled = self.train.compile and (self.model.location or self.groups)
         text = "train.compile covers models without a location head and without groups: leave one of them out"
         require(not compiled, text)
-        text = f"init_share must lie in [0, 1) and goes with init=... without lora and model.location, got {self.init_share}"
+        text = "init_share must lie in [0, 1) and goes with init=..., without lora and model.location, got"
         alike = self.init is not None and not self.lora and not self.model.location
-        require(self.init_share == 0 or (0 < self.init_share < 1 and alike), text)
+        require(self.init_share == 0 or (0 < self.init_share < 1 and alike), f"{text} {self.init_share}")
         low_rank = f"lora must be a rank >= 0 and goes with init=..., got {self.lora}"
         require(self.lora == 0 or (self.lora > 0 and self.init is not None), low_rank)
         own = bool(self.network) and (self.init is not None or self.model != transformer.Architecture())
