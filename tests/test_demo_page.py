@@ -334,6 +334,7 @@ def test_the_border_grows_by_fields_and_by_dragging(visit):
     assert edited(page)[0].shape == (10, 8, 3)
     page.get_by_role("spinbutton", name="Left").fill("50")
     said(page, "At most 48 patches")
+    assert page.get_by_role("spinbutton", name="Left").input_value() == "0"
 
 
 def test_what_is_edited_can_be_saved_and_done_in_python_and_by_command(visit, site, tmp_path, monkeypatch):

@@ -172,7 +172,7 @@ def stage(call: Call) -> str:
 
 def sample(call: Call) -> str:
     """pipeline=NAME out=FOLDER [key=value ...]
-    anyorder sample model=FOLDER tokenizer=FOLDER out=FOLDER [key=value ...]
+    anyorder sample model=FOLDER out=FOLDER [scorer=FOLDER] [key=value ...]
     """
     from anyorder.cli.images import sample_files
 
@@ -213,7 +213,8 @@ def convert(call: Call) -> str:
 def run(call: Call) -> str:
     """EXPERIMENT.yaml [out=FOLDER] [stage.key=value ...] [overwrite=true]
 
-    instead of a file also the name of a recipe that comes with the package, such as imagenet256
+    Instead of a file, give the name of a recipe: imagenet256, imagenet256-randar, imagenet256-arpg,
+    imagenet64, fashion256, celebahq256.
     """
     if len(call.paths) != 1:
         raise ValueError("give an experiment file, for example experiments/fashion32.yaml")
@@ -380,7 +381,7 @@ def ls(call: Call) -> str:
 def clean(call: Call) -> str:
     """RUN... [--yes]
 
-    deletes the checkpoints of finished trainings, with --yes; without it says how much that would be.
+    Lists the checkpoints of finished trainings and their size; --yes deletes them.
     Nothing becomes out of date; a finished training can then no longer be extended by more train.steps.
     """
     from anyorder.cli import runs

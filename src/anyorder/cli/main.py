@@ -27,12 +27,12 @@ usage: anyorder --help lists all commands, anyorder COMMAND --help the settings 
 USAGE = """usage: anyorder COMMAND [key=value ...] [--dry-run] [--quiet | --verbose] [--traceback]
        anyorder run EXPERIMENT.yaml [stage.key=value ...]
        anyorder COMMAND --help | --help-all
-       anyorder --version | --completion > FILE that bash reads at its start
+       anyorder --version | --completion > FILE   (then: source FILE)
 
 Settings are written key=value or --key value with dotted keys, for example train.steps=100. out=FOLDER says
 where a command writes; overwrite=true replaces what was made there with other settings. The same command
 again resumes what was interrupted and skips what is up to date. --quiet shows errors and results alone,
---verbose when which part said what. Exit codes: 0 done, 1 failed, 2 wrong usage or missing input, 130
+--verbose adds time and part of the program to each message. Exit codes: 0 done, 1 failed, 2 wrong usage or missing input, 130
 interrupted. No colours are used.
 
 device=cpu, cuda, cuda:1 or mps says where to compute; by default it is the first GPU.

@@ -148,7 +148,10 @@ export class Editor {
     const more = (border[side] - old) * this.factor, [dx, dy] = [side === 0 ? more : 0, side === 1 ? more : 0];
     const wide = width + (side % 2 ? 0 : more), high = height + (side % 2 ? more : 0);
     if (!more) return;
-    if (wide * high > this.about.max_patches * this.factor ** 2) return this.fail(`At most ${this.about.max_patches} patches: this border is too wide.`);
+    if (wide * high > this.about.max_patches * this.factor ** 2) {
+      this.fields[side].value = old;
+      return this.fail(`At most ${this.about.max_patches} patches: this border is too wide.`);
+    }
     this.remember();
     const mask = new Uint8Array(wide * high).fill(1);
     for (let y = Math.max(0, -dy); y < Math.min(height, high - dy); y++)

@@ -36,7 +36,7 @@ class DemoConfig:
 
     pipeline: str
     """Folder of a pipeline (the stage `pipeline` writes one), the name of one that comes with the package
-    (fashion32), or a Hugging Face hub id."""
+    (fashion32, fashion64, emoji64), or a Hugging Face hub id."""
     port: int = 8000
     """TCP port to listen on, 0 to 65535; by default 8000."""
     host: str = "127.0.0.1"
@@ -111,8 +111,9 @@ def create_app(pipe: Pipeline, hosts: Sequence[str] = (), name: str = "PIPELINE"
     async def started(
         events: Callable[..., Iterator[generation.Event]], kind: type[Any], request: requests.Request
     ) -> responses.Response:
+        asked = await understood(kind, request)  # others may begin meanwhile: count afterwards
         if waiting.open < line.MAX_REQUESTS:
-            return line.EventStream(events(pipe, await understood(kind, request)), waiting)
+            return line.EventStream(events(pipe, asked), waiting)
         busy = f"The server is busy, {waiting.open} requests are open: try again in half a minute."
         raise HTTPException(503, busy, {"Retry-After": "30"})
 

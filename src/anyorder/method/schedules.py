@@ -66,7 +66,7 @@ class ParallelSchedule:
     per_step: int = 1
     """Positions revealed at each step, in parallel; more than 1 is faster and less exact."""
     steps: int = 0
-    """Reveal everything in so many steps, several positions in parallel; 0: `per_step` decides."""
+    """Number of steps for the whole image, several positions in parallel; 0: `per_step` decides."""
     schedule: Shape = "constant"
     """How `steps` share the positions: cosine few first, arccos many last, one_minus_cos many first."""
     min_distance: float = 0.0

@@ -64,7 +64,8 @@ class TrainConfig:
     patience: int = 0
     """Stop after this many evaluations without a better `watch`, and keep the best weights; 0 is off."""
     watch: str = "test_nll"
-    """Evaluated value that `patience` watches. Smaller is better, but for PSNR, SSIM and accuracy."""
+    """Evaluated value that `patience` watches: choose validation_nll where the data have a validation split.
+    Smaller is better, but for PSNR, SSIM and accuracy."""
     keep: int = 2
     """Number of newest checkpoints kept."""
     tensorboard: bool = False
