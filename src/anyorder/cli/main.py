@@ -32,8 +32,8 @@ USAGE = """usage: anyorder COMMAND [key=value ...] [--dry-run] [--quiet | --verb
 Settings are written key=value or --key value with dotted keys, for example train.steps=100. out=FOLDER says
 where a command writes; overwrite=true replaces what was made there with other settings. The same command
 again resumes what was interrupted and skips what is up to date. --quiet shows errors and results alone,
---verbose adds time and part of the program to each message. Exit codes: 0 done, 1 failed, 2 wrong usage or missing input, 130
-interrupted. No colours are used.
+--verbose adds time and part of the program to each message. Exit codes: 0 done, 1 failed, 2 wrong usage
+or missing input, 130 interrupted. No colours are used.
 
 device=cpu, cuda, cuda:1 or mps says where to compute; by default it is the first GPU.
 torchrun --nproc-per-node=N -m anyorder COMMAND ... shares a stage or a run among N processes.
@@ -66,7 +66,9 @@ GROUPS: dict[str, dict[str, Command]] = {
     "stages": {
         "data": Command("decode a folder, parquet files or a Hugging Face data set to one size"),
         "tokenizer": Command("train the VQ tokenizer"),
-        "features": Command("train the feature network that measures quality"),
+        "features": Command(
+            "make the feature space of FD and KID: a trained classifier or a pretrained network"
+        ),
         "tokens": Command("encode all images"),
         "train": Command("train the any-order model, or fine-tune it on extracted orders"),
         "orders": Command("extract the order of every training image from the model's confidence"),

@@ -92,8 +92,8 @@ class PolicyConfig(ParallelSchedule):
     """A policy as configuration files write it."""
 
     order: str = "entropy"
-    """Which position is next. Start with entropy (most certain first) and rate_every=8. Other scores: max_prob,
-    margin, token_likelihood (the paper's rule); or information, random, class_mean (one order per class),
+    """Which position is next. Start with entropy (most certain first) and rate_every=8. Other scores:
+    max_prob, margin, token_likelihood (the paper's rule); or information, random, class_mean (one order per class),
     location (the location head), a static order (raster, hilbert, ...), or your own, package.module:Name."""
     sign: Literal[1, -1] | None = None
     """For a score, 1: most certain first (the default); -1: least. For information: which are rated ahead."""
@@ -111,8 +111,7 @@ class PolicyConfig(ParallelSchedule):
     the same at half the cost."""
     rate_every: int = 1
     """For a score, steps that one rating decides: the next positions are chosen at once and revealed one by
-    one in raster order. 8 takes about an eighth of the evaluations and a fifth of the time of rating at each
-    step, with rescore=0.5 still less."""
+    one in raster order. 8 takes about an eighth of the evaluations, with rescore=0.5 still fewer."""
     class_weight: float = 0.0
     """For a score, nats that the last position of the class's mean order loses against its first: shrinks the
     order of each image towards that of its class. 0 is the paper; needs the orders of the classes."""
