@@ -93,8 +93,9 @@ class PolicyConfig(ParallelSchedule):
 
     order: str = "entropy"
     """Which position is next. Start with entropy (most certain first) and rate_every=8. Other scores:
-    max_prob, margin, token_likelihood (the paper's rule); or information, random, class_mean (one order per class),
-    location (the location head), a static order (raster, hilbert, ...), or your own, package.module:Name."""
+    max_prob, margin, token_likelihood (the paper's rule); or information, random, a static order (raster,
+    hilbert, ...), class_mean (one order per class), location (the location head), or your own,
+    package.module:Name."""
     sign: Literal[1, -1] | None = None
     """For a score, 1: most certain first (the default); -1: least. For information: which are rated ahead."""
     temperature: float | None = None
