@@ -41,6 +41,17 @@ def test_help_begins_with_an_example_that_works(name, capsys):
         assert main.main([*shlex.split(example)[1:], "--dry-run"]) == 0
 
 
+def test_help_says_what_a_group_that_is_not_given_means(capsys):
+    assert main.main(["complete", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "policy=null\n    The order to generate in; by default the pipeline's policy.\npolicy.order=" in said
+    )
+    assert "sampling=null\n    How tokens are sampled; by default what the pipeline says.\n" in said
+    assert main.main(["orders", "--help"]) == 0
+    assert "=null\n" not in capsys.readouterr().out
+
+
 def test_help_shows_common_settings_and_counts_the_others(capsys):
     main.main(["train", "--help"])
     short = capsys.readouterr().out

@@ -116,10 +116,15 @@ def describe(config_class: type, full: bool = True) -> str:
     settings = _settings(config_class)
     common = [key for key in settings if "." not in key or key.split(".")[1:] in COMMON]
     others = [key for key in settings if key not in common]
-    if not full or not others:
-        more = [f"\n{len(others)} more settings: --help-all"] if others else []
-        return "\n".join(_lines(settings, common) + more)
-    return "\n".join([*_lines(settings, common), "\nfurther settings:\n", *_lines(settings, others)])
+    lines = _lines(settings, common)
+    for field in _fields(config_class):
+        if field.group and field.default is None:  # what is shown below it holds only where one is given
+            inside = (i for i, line in enumerate(lines) if line.startswith(f"{field.name}."))
+            at = next(inside, len(lines))
+            lines[at:at] = [f"{field.name}=null", *_wrapped(field)]
+    if full and others:
+        return "\n".join([*lines, "\nfurther settings:\n", *_lines(settings, others)])
+    return "\n".join([*lines, *([f"\n{len(others)} more settings: --help-all"] if others else [])])
 
 
 def names(config_class: type) -> list[str]:
@@ -139,9 +144,13 @@ def _lines(settings: Mapping[str, _Field], keys: Iterable[str]) -> list[str]:
         field = settings[key]
         value = "..." if field.required else json.dumps(field.default, default=str)
         lines.append(f"{key}={value}  ({_name(field.hint)}{', required' if field.required else ''})")
-        doc = _docs(field.owner).get(field.name, "")
-        lines += textwrap.wrap(doc, 100, initial_indent="    ", subsequent_indent="    ")
+        lines += _wrapped(field)
     return lines
+
+
+def _wrapped(field: _Field) -> list[str]:
+    doc = _docs(field.owner).get(field.name, "")
+    return textwrap.wrap(doc, 100, initial_indent="    ", subsequent_indent="    ")
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
