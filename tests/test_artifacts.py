@@ -311,7 +311,7 @@ def test_the_manifest(tmp_path):
     assert names(folder) == [".identity.json"]
     save_array(folder / "model" / "x.npy", np.arange(2))
     write_json(folder / "facts.json", {})
-    (folder / "picture.png").write_bytes(b"png")
+    (folder / "grid.png").write_bytes(b"png")
     save_array(folder / "checkpoints" / "step.npy", np.arange(2))
     artifact.finish(examples=10, seconds=4.0, device="cpu", seed=7)
     manifest = read_manifest(folder)
@@ -325,7 +325,7 @@ def test_the_manifest(tmp_path):
     }
     assert manifest["examples_per_second"] == 2.5
     assert manifest["files"] == {name: sha256(folder / name) for name in ("facts.json", "model/x.npy")}
-    assert manifest["other_files"] == ["checkpoints/step.npy", "picture.png"]
+    assert manifest["other_files"] == ["checkpoints/step.npy", "grid.png"]
     assert manifest["input_folders"] == {"tokens": "../source"}
     assert manifest["versions"] == versions()
     assert {"python", "platform", "anyorder", "torch", "numpy"} <= versions().keys()

@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -21,20 +23,23 @@ from torch import nn
 from anyorder import files
 from anyorder.cli import fit as fit_command
 from anyorder.cli import images as image_commands
+from anyorder.cli import main as cli
 from anyorder.cli import runs
 from anyorder.cli.plan import plan
 from anyorder.cli.planner import PlanConfig
 from anyorder.data import ingest
-from anyorder.data.sources import open_source
+from anyorder.data.sources import Columns, open_source
+from anyorder.evaluation.metrics import FeatureStatistics
 from anyorder.files import RowWriter, read_json
 from anyorder.report import evaluations
 from anyorder.report.summary import report
 from anyorder.settings import parse
-from anyorder.stages import fit
+from anyorder.stages import fit, floors
 from anyorder.stages.artifacts import Artifact, require_no_artifact
 from anyorder.stages.experiment import load_experiment
 from anyorder.stages.sample import SampleStage
 from anyorder.stages.tune import TuneStage
+from anyorder.tokenizers import losses
 from anyorder.training import memory
 from anyorder.training.checkpoint import Checkpoints
 from anyorder.training.config import TrainConfig
@@ -128,6 +133,33 @@ def test_new_images_never_take_the_place_of_a_picture_of_the_user(tmp_path):
     with pytest.raises(ValueError, match=r"no manifest vouches for \(0003.png\)"):
         made(4, overwrite=True)
     assert (tmp_path / "0003.png").read_text() == "the user's"
+
+
+def test_files_of_the_user_stay_in_the_folder_of_a_stage(tmp_path):
+    (tmp_path / "grid.png").write_text("a cat")
+    with pytest.raises(ValueError, match=r"no manifest vouches for \(grid.png\)"):
+        Artifact(tmp_path, "sample", {}, {})
+    (tmp_path / "grid.png").unlink()
+    with Artifact(tmp_path, "sample", {}, {}):  # stopped before it is finished
+        (tmp_path / "grid.png").write_text("generated")
+    mine = [tmp_path / name for name in ("notes.md", "photo.png")]
+    for path in mine:
+        path.write_text("mine")
+    with Artifact(tmp_path, "sample", {"seed": 1}, {}, overwrite=True) as artifact:
+        assert not (tmp_path / "grid.png").exists()
+        (tmp_path / "grid.png").write_text("generated")
+        artifact.finish()
+    assert files.read_manifest(tmp_path)["other_files"] == ["grid.png"]
+    with Artifact(tmp_path, "sample", {"seed": 2}, {}, overwrite=True) as artifact:
+        artifact.finish()
+    assert [path.read_text() for path in mine] == ["mine", "mine"]
+
+
+def test_data_are_not_written_into_their_source(tmp_path):
+    photographs(tmp_path / "photos" / "a", 4)
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["data", f"source={tmp_path}/photos", f"out={tmp_path}/photos"]) == 2
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_images_in_the_folder_of_their_pipeline_are_up_to_date(tmp_path):
@@ -333,6 +365,50 @@ def test_endings_are_read_in_either_case(tmp_path):
         pq.write_table(table, path)
     for given in (tmp_path / "TRAIN.PARQUET", tmp_path / "inside"):
         assert open_source(str(given)).count("train") + open_source(str(given)).count("test") == 3
+    with tarfile.open(tmp_path / "A.TAR", "w") as tar:
+        for i in range(3):
+            member = tarfile.TarInfo(f"{i}.png")
+            member.size = len(image.getvalue())
+            tar.addfile(member, io.BytesIO(image.getvalue()))
+    source = open_source(str(tmp_path / "A.TAR"))
+    assert [item.image for split in ("train", "test") for item in source.items(split)] == [
+        image.getvalue()
+    ] * 3
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_captions_are_read_in_the_encodings_of_text_editors(tmp_path, encoding):
+    photographs(tmp_path / "a", 3)
+    lines = [
+        json.dumps({"file_name": f"a{i}.png", "text": "red\u2028shoe"}, ensure_ascii=False) for i in range(3)
+    ]
+    (tmp_path / "a/all.jsonl").write_text("\n".join(lines), encoding=encoding)
+    (tmp_path / "a/a0.txt").write_text("red shoe", encoding=encoding)
+    for asked, expected in (("all.jsonl", {"red shoe"}), ("txt", {"red shoe", None})):
+        source = open_source(str(tmp_path / "a"), Columns(caption=asked))
+        found = {item.caption for split in ("train", "test") for item in source.items(split)}
+        assert found == expected
+
+
+def test_damaged_weights_of_a_loss_are_refused(tmp_path):
+    for name in ("vgg.pth", "vgg.safetensors"):
+        (tmp_path / name).write_text("this is a web page " * 99)
+        with pytest.raises(ValueError, match=f"{name} cannot be read as weights"):
+            losses._read_weights(tmp_path / name, ["a"], "VGG-16")
+
+
+def test_floors_of_mirrored_tokens_are_of_the_images_of_the_labels(tmp_path, monkeypatch):
+    labels, taken = np.repeat([0, 1, 2], 4), []
+    np.save(tmp_path / "labels.npy", np.repeat(1, 4))
+    features = torch.arange(12.0)[:, None].repeat(1, 3)  # each image's number
+    others = FeatureStatistics("x")
+    others.update(features, features)
+    monkeypatch.setattr(floors, "_decoder", lambda *_: None)
+    monkeypatch.setattr(floors.metrics, "statistics", lambda *_, **__: others)
+    monkeypatch.setattr(floors.bootstrap, "measures", lambda _, found: taken.append(found.features) or {})
+    pool = SimpleNamespace(labels=np.concatenate([labels] * 2))  # mirrored copies are behind
+    floors.floors(tmp_path, None, SimpleNamespace(name="x"), others, others, pool, 12)  # type: ignore[arg-type]
+    assert sorted(taken[0][:, 0].tolist()) == [4, 5, 6, 7]
 
 
 # --- plan -------------------------------------------------------------------------------------------------

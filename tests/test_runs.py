@@ -26,7 +26,7 @@ from anyorder.inference.weights import load_model
 from anyorder.method.decoding import extract_orders
 from anyorder.method.loss import image_nll
 from anyorder.method.policy_config import PolicyConfig
-from anyorder.method.sampling import Sampling
+from anyorder.method.sampling import Sampling, Streams
 from anyorder.models import compiled as compiled_module
 from anyorder.orders import random_orders
 from anyorder.report.summary import report
@@ -1077,6 +1077,40 @@ def test_the_average_of_the_first_and_the_trained_weights_is_written_and_measure
     orders = random_orders(len(test), test.grid, torch.Generator().manual_seed(0))
     nll = image_nll(written, *test.batch(np.arange(len(test))), orders)["nll"].mean()
     assert read_manifest(tmp_path / "0.25")["test_nll"] == pytest.approx(float(nll), abs=1e-5)
+
+
+def test_the_orders_of_some_images_are_of_all_classes(experiment):
+    """Folders come class by class: the first images would be of the first classes."""
+    _, out = experiment
+    tokens, cache = TokenSet(out / "tokens"), caches.OrderSet(out / "orders")
+    assert list(cache.rows[[0, -1]]) == [0, len(tokens) - 1]
+    assert len(set(cache.rows.tolist())) == len(cache) == 20
+    labels = tokens.labels[cache.rows]
+    assert np.array_equal(class_orders(np.int64(cache.orders), labels, 4), cache.class_orders)
+    batch, condition = tokens.batch(cache.rows[:8])
+    streams = Streams(cache.rows[:8].tolist())
+    found = extract_orders(load_model(out / "any"), batch, "entropy", streams, condition=condition)
+    assert torch.equal(found.order, cache.batch(range(8)))
+
+
+def test_a_bound_is_measured_on_the_images_of_its_likelihood(experiment, tmp_path, monkeypatch):
+    _, out = experiment
+    monkeypatch.setattr("anyorder.stages.train.MEASURED", 5)
+    few = ["order=raster", "model.location=true", "model.depth=1", "model.width=32", "model.heads=2"]
+    steps = ["train.steps=2", "train.batch_size=4"]
+    assert cli.main(["train", f"tokens={out}/tokens", *few, *steps, f"out={tmp_path}/m"]) == 0
+    test, model = TokenSet(out / "tokens", "test"), load_model(tmp_path / "m")
+    order = torch.arange(16).expand(len(test), -1)
+    found = image_nll(model, *test.batch(np.arange(len(test))), order, location=True)
+    manifest = read_manifest(tmp_path / "m")
+    for name in ("nll", "bound"):
+        assert manifest[f"test_{name}"] == pytest.approx(float(found[name].mean()), abs=1e-5)
+
+
+def test_training_behind_a_pipeline_is_counted(experiment):
+    _, out = experiment
+    before, after = read_manifest(out / "ordered"), read_manifest(out / "pipeline")
+    assert after["training_tokens"] == before["training_tokens"] > 0
 
 
 def test_orders_of_a_version_with_shards_are_up_to_date(experiment):

@@ -362,6 +362,15 @@ def test_what_several_runs_have_is_named_with_its_run(tmp_path):
     assert re.findall(r"s./raster", (tmp_path / "r.html").read_text()) == ["s0/raster", "s1/raster"]
 
 
+def test_names_tell_runs_of_one_name_apart():
+    paths = [
+        Path(text)
+        for text in ("a/run/any", "b/run/any", "b/run/round-1/model", "b/more/round-1/model", "b/run/x")
+    ]
+    found = [evaluations.label(path, paths) for path in paths]
+    assert found == ["a/run/any", "b/run/any", "run/round-1/model", "more/round-1/model", "x"]
+
+
 def test_a_run_that_is_given_twice_is_one_seed(tmp_path):
     (run,) = seeded(tmp_path, raster=[1.0])
     copy = tmp_path / "copy"

@@ -256,6 +256,8 @@ class OrderSet:
             self.log_prob.shape == shape, path, f"got shape {self.log_prob.shape}, the orders have {shape}"
         )
         self.class_orders = self._table("class_order.npy")  # the mean order of each class
+        path = self.folder / "train.row.npy"  # which rows of the tokens they are of; older caches: the first
+        self.rows = _read(path, (rows,)) if path.is_file() else np.arange(rows)
 
     def _check_orders(self, path: Path, orders: np.ndarray) -> None:
         n = self.orders.shape[1]
@@ -293,7 +295,7 @@ def check_tokenizer(tokens: TokenSet, tokenizer: str) -> None:
 
 
 def check_tokens(orders: OrderSet, tokens: TokenSet) -> None:
-    """Refuse orders that are for other tokens; orders may cover only the first images.
+    """Refuse orders that are for other tokens; orders may cover only some images.
 
     Raises:
         ValueError: the orders were extracted from another token cache, or `tokens` is not the train split.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import posixpath
 from collections import defaultdict
@@ -249,7 +250,7 @@ class FolderSource(Source):
             return joined(self._described[name]) if name in self._described else None
         if asked is None or name not in self.captions:
             return None
-        text = self.captions[name].read_text(encoding="utf-8", errors="replace")
+        text = _text(self.captions[name])
         return joined(text.splitlines() if asked == LINES else [text])
 
     @cached_property
@@ -270,8 +271,7 @@ class FolderSource(Source):
         require(bool(self._texts), f"{self.path} has no file {self.columns.caption}: name one that is there")
         found: dict[str, list[str]] = defaultdict(list)
         for file in self._texts:
-            lines = (self.path / file).read_text(encoding="utf-8", errors="replace").splitlines()
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(_text(self.path / file).split("\n"), 1):
                 if line.strip():
                     name, captions = _described(line, f"{self.path / file}, line {number}")
                     found[posixpath.normpath(f"{posixpath.dirname(file) or '.'}/{name}")] += captions
@@ -295,6 +295,13 @@ class FolderSource(Source):
         """See `Source`."""
         names = [item.name for items in self.texts.values() for item in items]
         return listing.stats(self.path, names + self._texts)
+
+
+def _text(path: Path) -> str:
+    """UTF-8, or UTF-16 with a byte order mark."""
+    found = path.read_bytes()
+    encoding = "utf-16" if found[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    return found.decode(encoding, errors="replace")
 
 
 def _described(line: str, where: str) -> tuple[str, list[str]]:

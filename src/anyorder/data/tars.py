@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,12 +83,12 @@ class TarSource(Shards):
 
     def image(self, name: str) -> Any:
         """See `Source`."""
-        part, _, place = name.partition(".tar#")
+        part, ending, place = re.split(r"(?i)(\.tar)#", name, maxsplit=1)
         offset, plus, size = place.rpartition("@")[2].partition("+")
         if not plus:
             kinds = self.columns.image or f"{', '.join(sorted(images.suffixes())[:3])}, ..."
             return images.BadImage("no image", f"there is none of {kinds}, or a link, or one with gaps")
-        with open(f"{self._root / part}.tar", "rb") as file:
+        with open(f"{self._root / part}{ending}", "rb") as file:
             file.seek(int(offset))
             return file.read(min(int(size), images.MAX_BYTES + 1))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -123,10 +123,13 @@ def short_name(folder: str | Path) -> str:
     return Path(folder).name.removeprefix("eval-")
 
 
-def label(path: Path, found: Found) -> str:
-    """Name of an artifact, with that of its run where several runs have one of this name."""
-    alone = len({other for other, _ in found if other.name == path.name}) == 1
-    return path.name if alone else f"{path.parent.name}/{path.name}"
+def label(path: Path, paths: Iterable[Path]) -> str:
+    """The end of a path that tells it from all others: the name of an artifact, with its run if need be."""
+    others = {other.parts for other in paths} - {path.parts}
+    length = 1
+    while length < len(path.parts) and path.parts[-length:] in {other[-length:] for other in others}:
+        length += 1
+    return "/".join(path.parts[-length:])
 
 
 def _together(values: list[Any]) -> Any:
@@ -267,10 +270,10 @@ def read_differences(artifacts: Found) -> Differences:
 def difference_table(artifacts: Found) -> Table | None:
     """Every comparison among the artifacts, None if there are none."""
     compared = [(path, manifest) for path, manifest in artifacts if manifest["stage"] == "compare"]
-    several = len({path.parent for path, _ in compared}) > 1
+    runs = {path.parent for path, _ in compared}
     rows = [
         {
-            **({"run": path.parent.name} if several else {}),
+            **({"run": label(path.parent, runs)} if len(runs) > 1 else {}),
             "a": short_name(manifest["a"]),
             "b": short_name(manifest["b"]),
             "metric": name,

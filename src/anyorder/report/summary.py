@@ -103,7 +103,8 @@ def _measures(evaluated: Sequence[evaluations.Evaluation]) -> list[Section]:
     )
     notes = sorted({note for evaluation in evaluated for note in evaluation.metrics.get("notes", [])})
     text, several = " ".join([text, *notes]), len(variants) < len(evaluated)
-    rows = [{"run": e.run.name} | e.row() if several else e.row() for e in evaluated]
+    runs = {e.run for e in evaluated}
+    rows = [{"run": evaluations.label(e.run, runs)} | e.row() if several else e.row() for e in evaluated]
     single = evaluations.tables(rows, name, split)
     if not several:
         return [Section("All measures", text, single)]
@@ -116,7 +117,7 @@ def _images(found: Found, name: str, title: str) -> list[page.Item]:
     """A gallery of the images of this name, where there are any."""
     figures = [
         page.Figure(
-            path / name, evaluations.label(path, found).replace("samples-", ""), f"{title}: {path.name}"
+            path / name, evaluations.label(path, dict(found)).replace("samples-", ""), f"{title}: {path.name}"
         )
         for path, _ in found
         if (path / name).is_file()
@@ -147,7 +148,7 @@ def _rounds(found: Found) -> Found:
 def _table(found: Found, first: str, columns: Columns) -> Table:
     """A row for each artifact, `first` with the name; columns without any value are left out."""
     rows = [
-        {first: evaluations.label(p, found), **{name: _value(m, c) for name, c in columns.items()}}
+        {first: evaluations.label(p, dict(found)), **{name: _value(m, c) for name, c in columns.items()}}
         for p, m in found
     ]
     shown = [name for name in (first, *columns) if any(row[name] is not None for row in rows)]
@@ -262,7 +263,9 @@ def _losses(trained: Found) -> list[Section]:
     if not logged:
         return []
     starts = [_steps_before(path, trained) for path in logged]
-    image = curves.loss_curves([(evaluations.label(path, trained), path / LOG) for path in logged], starts)
+    image = curves.loss_curves(
+        [(evaluations.label(path, dict(trained)), path / LOG) for path in logged], starts
+    )
     text = "Fine-tuning continues at the last step of the model that it started from."
     return [Section("Loss", text, [page.Figure(image, "", "loss curves")])]
 

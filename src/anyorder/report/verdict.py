@@ -152,7 +152,7 @@ def main_table(variants: Sequence[Variant], differences: Differences) -> Table:
     of = "training" if pool == "train" else "the validation split"
     caption = f"{spread}{evaluations.metric_names(members)} {against}; {evaluations.FLOOR}: of {of}."
     if any("(" in str(row.get(c)) for row in rows for c in columns if " against " in c):
-        caption += " In brackets: the interval over resampled images and, of several, seeds (95 %)."
+        caption += " In brackets: the interval over resampled images, of several seeds at 95 %."
     shown = [{c: row[c] for c in columns} for row in rows] + last
     return Table(columns, shown, caption, evaluations.best_of(rows, measures), unranked=len(last))
 

@@ -31,6 +31,11 @@ FOLDERS = re.compile(r"checkpoints|samples|online|model|tokenizer|scorer|round-\
 """Names of the folders that stages make inside an artifact; all others are the user's and never touched."""
 CONTENT = (".npy", ".safetensors", ".json")
 """Files of these kinds get a hash, except checkpoints and times."""
+FURTHER = re.compile(
+    r"(\d{4,}|grid|orders|prompts|reconstructions|mean_rank|search)\.png|(generation|drawing)\.webp|source\.gz"
+    r"|batch_size\.txt|wandb\.id|events\..*|.*\.(partial|jsonl)"
+)
+"""Other files that stages write; all others are the user's and never touched."""
 Completion = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -261,7 +266,7 @@ class Artifact:
 
     def _written(self) -> list[str]:
         """The stage's files: without what was there before and what is the user's."""
-        return sorted(set(_walk(self.folder)) - self.found)
+        return sorted(name for name in {*_walk(self.folder)} - self.found if _is_work(name))
 
     def _recover(self) -> None:
         """Complete what a kill interrupted: the end of `finish`, or putting back what was set aside.
@@ -415,7 +420,7 @@ def _walk(folder: Path, below: str = "") -> Iterator[str]:
 
 def _is_work(name: str) -> bool:
     """Whether a stage might take a file for its work."""
-    return name.endswith((*CONTENT, ".partial", ".jsonl")) or FOLDERS.match(name) is not None
+    return name.endswith(CONTENT) or bool(FOLDERS.match(name) or FURTHER.fullmatch(name))
 
 
 def _is_content(name: str) -> bool:

@@ -117,7 +117,8 @@ class Rows:
             self._join(part[0])
             return self._writer
         for name in self._arrays(part):
-            (self.folder / f"{name}.npy.partial").unlink(missing_ok=True)
+            for ending in ("npy", "npy.partial"):  # of other batches, or cut short
+                (self.folder / f"{name}.{ending}").unlink(missing_ok=True)
         return RowWriter(self.folder, self._arrays(part))
 
     def _join(self, until: int) -> None:

@@ -115,7 +115,11 @@ class DataStage:
         return {"listing": listing.digest(self._stats)} if self._stats else {}
 
     def explain(self, folder: Path) -> None:
-        """Say which files of the source are others than those that the artifact in `folder` was made of."""
+        """Say which files of the source are others than those that the artifact in `folder` was made of.
+
+        A ValueError refuses to write into the source itself.
+        """
+        require(self._where != str(folder.resolve()), f"out={folder} is the source: choose another out=")
         with contextlib.suppress(OSError, ValueError, EOFError):
             before = json.loads(gzip.decompress((folder / LISTING).read_bytes()))
             if self._stats and (changes := listing.changes(before, self._stats)):

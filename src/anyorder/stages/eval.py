@@ -116,7 +116,7 @@ class EvalStage:
         training = spaces.training_features(self.features, extractor, caches.ImageSet(self.data))
         pool = floors.floor_split(self.data, split)
         others = training if pool == "train" else spaces.load_reference(self.features, pool)
-        real = caches.TokenSet(self.tokens, pool)
+        real, photos = caches.TokenSet(self.tokens, pool), len(caches.ImageSet(self.data, pool))
         likelihood = self._likelihood(made, test)
         again = self.rfd_images and floors.reconstructions(
             self.tokenizer, extractor, test, reference, self.rfd_images
@@ -130,7 +130,7 @@ class EvalStage:
         tokens, before = files.load_array(self.samples / "tokens.npy"), common.trained_before(self.model)
         found = metrics.evaluate(extractor, reference, generated, self.kid_subset_size) | {
             "split": split,
-            "floors": floors.floors(self.samples, self.tokenizer, extractor, reference, others, real),
+            "floors": floors.floors(self.samples, self.tokenizer, extractor, reference, others, real, photos),
             "floor_split": pool,
             "policy": made["policy"],
             "scorer": self.scorer.name if self.scorer else None,
@@ -149,7 +149,8 @@ class EvalStage:
         if self.reference is not None:
             moments = spaces.reference_file(self.reference, extractor)
             found["fd_of_reference"] = metrics.frechet_distance(moments, generated.gaussian)
-        if isinstance(extractor, spaces.features.ClassifierFeatures):
+        of_classes = not files.read_manifest(self.features)["config"].get("label")  # not of an attribute
+        if of_classes and isinstance(extractor, spaces.features.ClassifierFeatures):
             labels = torch.from_numpy(np.array(files.load_array(self.samples / "labels.npy")))
             found |= classes.class_agreement(reference.logits, generated.logits, labels)
         if files.read_manifest(self.data)["config"]["source"] == "sunsets":

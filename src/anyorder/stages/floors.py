@@ -47,13 +47,15 @@ def floors(
     reference: metrics.FeatureStatistics,
     others: metrics.FeatureStatistics,
     pool: caches.TokenSet,
+    images: int,
 ) -> dict[str, dict[str, float]]:
     """What real images score: images of `pool` with the labels of the samples, as many of each.
 
     Beside them the same images through the tokenizer (rFD, rKID): no model of its tokens does better. Nothing
-    where that leaves 3 images or fewer. `others` holds the features of evenly spaced images of `pool`.
+    where that leaves 3 images or fewer. `others` holds the features of evenly spaced ones of its `images`;
+    further rows of `pool` are copies of them.
     """
-    kept = evenly_spaced(others.n, len(pool))
+    kept = evenly_spaced(others.n, images)
     labels = np.array(files.load_array(samples / "labels.npy"))
     chosen = classes.matched_rows(labels, np.array(pool.labels[kept]))
     if min(len(chosen), reference.n) <= 3:

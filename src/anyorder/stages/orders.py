@@ -45,7 +45,7 @@ class OrdersStage:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """An inferred order, or location; entropy by default, token_likelihood is the paper's."""
     limit: int | None = None
-    """Only the first so many images of the training split, and no more held-out ones; null takes all."""
+    """So many training images, evenly spread over all, and no more held-out ones; null takes all."""
     test_limit: int = 512
     """Test images, and validation images, whose orders are extracted, too, for likelihoods under the same
     policy; at least 1."""
@@ -91,16 +91,18 @@ class OrdersStage:
         if self.compile:
             compile_decoding(model)
         sizes = self._batch_sizes(artifact.folder / "batch_size.txt", model, tokens)
-        self._extract(artifact.folder, model, tokens, np.arange(n), sizes[-1])
+        rows = evenly_spaced(n, len(tokens))  # folders come class by class
+        self._extract(artifact.folder, model, tokens, rows, sizes[-1])
         for held in others:
             images = evenly_spaced(self.test_limit, len(held))
             self._extract(artifact.folder, model, held, images, sizes[-1])
         if not artifact.leads:
             return {}
         written = [files.load_array(artifact.folder / f"{name}.npy") for name in _arrays(tokens)]
-        orders, labels, classes = written[0].astype(np.int64), tokens.labels[:n], tokens.classes or ["all"]
+        orders, labels, classes = written[0].astype(np.int64), tokens.labels[rows], tokens.classes or ["all"]
         by_class = class_orders(orders, labels, len(classes))
         files.save_array(artifact.folder / "class_order.npy", by_class)
+        files.save_array(artifact.folder / "train.row.npy", rows)
         maps = figures.mean_rank_per_class(orders, labels, classes, tokens.grid)
         figures.save_image(maps, artifact.folder / "mean_rank.png")
         return {
@@ -115,10 +117,10 @@ class OrdersStage:
             "extraction_evaluations": n * self.policy.evaluations(tokens.grid.n),
             "mean_log_prob": float(written[1].mean()),
             "device": str(device()),
-            **self._statistics(torch.from_numpy(orders), tokens),
+            **self._statistics(torch.from_numpy(orders), rows, tokens),
         }
 
-    def _statistics(self, orders: torch.Tensor, tokens: TokenSet) -> dict[str, Any]:
+    def _statistics(self, orders: torch.Tensor, rows: np.ndarray, tokens: TokenSet) -> dict[str, Any]:
         """How far orders (n, N) agree with raster order and with one another, and what they reveal first."""
         raster = stats.static_order("raster", tokens.grid)
         found: dict[str, Any] = {
@@ -131,9 +133,10 @@ class OrdersStage:
         common.require_made_from(self.tokens, "data", self.data)
         sunsets = "causes" in files.read_manifest(self.data)
         require(sunsets, f"{self.data} holds no sunsets: leave data out, it is only for their causes")
-        causes = np.array(files.load_array(self.data / "train.causes.npy")[: len(orders)])
+        causes = files.load_array(self.data / "train.causes.npy")
         h, w = files.read_manifest(self.tokens)["image_size"]
-        own = orders[: len(causes)].numpy()  # mirrored copies are behind
+        some = rows < len(causes)  # mirrored copies are behind
+        causes, own = np.array(causes[rows[some]]), orders.numpy()[some]
         return found | {"sun_first": sun_first(own, causes, tokens.grid, (h, w))}
 
     def _batch_sizes(self, note: Path, model: AnyOrderNetwork, tokens: TokenSet) -> list[int]:

@@ -18,7 +18,7 @@ from anyorder.method.policy_config import PolicyConfig, stored_policy
 from anyorder.method.sampling import Sampling
 from anyorder.settings import parse_stored
 from anyorder.stages.artifacts import Artifact
-from anyorder.stages.common import class_names, require_made_from
+from anyorder.stages.common import class_names, require_made_from, trained_before
 from anyorder.stages.generation import GeneratingStage, load_parts
 
 
@@ -96,4 +96,4 @@ class PipelineStage:
         for network in filter(None, (parts.model, parts.tokenizer, parts.scorer) if self.half else ()):
             network.half()
         save_parts(artifact.folder, parts)
-        return {"parameters": read_manifest(self.model)["parameters"]}
+        return {"parameters": read_manifest(self.model)["parameters"], **trained_before(self.model)}

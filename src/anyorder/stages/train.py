@@ -178,18 +178,19 @@ class TrainStage(common.TrainingStage):
         watched = [tokens, held[0]]
         self.train.require_watched([f"{some.split}_{kind}" for some in watched for kind in ("nll", "bound")])
         model = self._model(tokens)
-        first = {name: x.clone() for name, x in model.state_dict().items()} if self.init_share else {}
+        first = [x.detach().clone() for x in model.parameters()] if self.init_share else []
         text = f"learn_orders needs a location head, {self.init} has none: give model.location=true"
         require(not self.learn_orders or _has_location(model), text)
         cache = None if self.orders is None else caches.OrderSet(self.orders)
         if cache is not None:
             caches.check_tokens(cache, tokens)
         source = self._source(artifact.folder, tokens, cache)
+        own = cache if self.orders_as == "own" else None
         online = source if isinstance(source, order_sources.OnlineOrders) else None
         orders = order_sources.mixed_orders(source, tokens.grid, self._random_share, self.jitter)
 
         def loss(model: torch.nn.Module, rows: np.ndarray, step: int, generator: torch.Generator) -> Any:
-            found = tokens.batch(rows, generator=generator)
+            found = tokens.batch(own.rows[rows] if own else rows, generator=generator)
             batch, labels = (caches.without_waiting(x, device()) for x in found)
             if self.learn_orders:
                 return learnt_orders.loss(model, batch, labels, self.learn_orders, generator)
@@ -212,18 +213,16 @@ class TrainStage(common.TrainingStage):
             }
             return {f"{split}_{name}": value for split, x in found.items() for name, value in x.items()}
 
-        own = cache is not None and self.orders_as == "own"
         result = train(
-            model, loss, len(cache if own else tokens), self.train, artifact.folder,  # type: ignore[arg-type]
+            model, loss, len(own or tokens), self.train, artifact.folder,
             device=device(), evaluate=evaluate, sample=self._preview(artifact.folder),
             ready=online.set_scorer if online else None,
         )  # fmt: skip
         if not artifact.leads:
             return {}
         lora.merge_low_rank(result.model)
-        trained = result.model.state_dict()
-        for name, x in first.items():
-            trained[name].lerp_(x, self.init_share)
+        for after, start in zip(result.model.parameters(), first, strict=False):
+            after.detach().lerp_(start, self.init_share)
         weights.save_model(artifact.folder, result.model, model.config, families.kind_of(result.model))
         before = self._trained_before()
         return {
@@ -348,7 +347,7 @@ class TrainStage(common.TrainingStage):
             orders = cache.held_out(tokens.split)
             return *tokens.batch(evenly_spaced(len(orders), len(tokens))), orders
         rows = evenly_spaced(MEASURED, len(cache if training and own else tokens))
-        batch, condition = tokens.batch(rows)
+        batch, condition = tokens.batch(cache.rows[rows] if training and own else rows)
         return batch, condition, cache.batch(rows) if own else cache.of_classes(condition)
 
     def _in_order(self, model: torch.nn.Module, data: Measured) -> Measured:
@@ -377,8 +376,10 @@ class TrainStage(common.TrainingStage):
         extracted = self.orders is not None or self.online is not None or self.learn_orders > 0
         rows = evenly_spaced(MEASURED if extracted else len(held), len(held))
         found = _mean_nll(model, (*held.batch(rows), self._general_orders(held, len(rows))))
+        if not extracted:
+            return {f"{held.split}_{name}": value for name, value in found.items()}
         name = f"{held.split}_any_order_nll" if held.split == "validation" else "any_order_nll"
-        return {name if extracted else f"{held.split}_nll": found["nll"]} if found else {}
+        return {name: found["nll"]} if found else {}
 
     def _preview(self, folder: Path) -> Any:
         """A hook that saves a few samples, classes in turn, always from the same seeds; None if off."""

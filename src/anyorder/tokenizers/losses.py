@@ -335,7 +335,12 @@ def _read_weights(path: str | Path, names: list[str], what: str) -> dict[str, Te
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give the path of {what} weights")
     safe = path.suffix == ".safetensors"
-    state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as e:  # whatever a damaged file makes of the parsers
+        raise ValueError(f"{path} cannot be read as weights: download it again ({type(e).__name__})") from e
     missing = [name for name in names if name not in state]
     count = f"{len(missing)} of {len(names)} missing"
     require(not missing, f"{path} has no {''.join(missing[:1])} ({count}): not {what} weights")
