@@ -94,9 +94,7 @@ def resolve(group: str, name: str) -> Any:
 
 def is_own(group: str, name: str) -> bool:
     """Whether a name is that of an own part, see `resolve`; imports nothing."""
-    return re.fullmatch(r"[\w.]+:[\w.]+", name) is not None or bool(
-        entry_points(group=f"anyorder.{group}", name=name)
-    )
+    return bool(re.fullmatch(r"[\w.]+:[\w.]+", name) or entry_points(group=f"anyorder.{group}", name=name))
 
 
 @contextlib.contextmanager

@@ -63,11 +63,8 @@ def _locked(path: Path, flags: int) -> Iterator[None]:
     """Open and lock a file; an OSError where another process holds it, or locks are unknown."""
     descriptor = os.open(path, flags, 0o666)
     try:
-        if not flags & os.O_CREAT:
+        with contextlib.suppress(OSError) if flags & os.O_CREAT else contextlib.nullcontext():
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(descriptor)
@@ -194,13 +191,7 @@ class RowWriter:
     """Number of complete rows on disk."""
     _HEADER = 128
 
-    def __init__(
-        self,
-        folder: str | Path,
-        arrays: Mapping[str, tuple[tuple[int, ...], Any]],
-        batch: int = 1,
-        most: float = math.inf,
-    ):
+    def __init__(self, folder: str | Path, arrays: Mapping[str, Any], batch: int = 1, most: float = math.inf):
         """Open or reopen; `arrays` maps a name to (shape of one row, dtype).
 
         What a kill left of the last `batch` rows is dropped, so that batches keep their bounds, and all rows

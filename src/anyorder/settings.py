@@ -332,9 +332,7 @@ def _prepare(hint: Any, value: Any) -> Any:
     return value
 
 
-def _build(
-    config_class: type[Config], values: Mapping[str, Any], prefix: str = "", base: Any = None
-) -> Config:
+def _build(config_class: type[Config], values: dict[str, Any], prefix: str = "", base: Any = None) -> Config:
     """An instance of `config_class` from converted settings, starting at `base` if that is an instance."""
     changes: dict[str, Any] = {}
     for field in _fields(config_class, base):

@@ -29,14 +29,9 @@ Read = Callable[[Tensor], Tensor]
 def read_config(tensors: Mapping[str, Tensor], grid: tuple[int, int], heads: int) -> GPTConfig:
     """The configuration of an ARPG file; see `families.Family`."""
     vocab_size, width = families.shape_of(tensors, "head.weight")
-    return GPTConfig(
-        depth=2 * families.count_blocks(tensors, "layers.self_dec."),
-        width=width,
-        heads=heads or heads_of(width),
-        vocab_size=vocab_size,
-        grid=grid,
-        num_classes=families.shape_of(tensors, "embeddings.weight")[0] - vocab_size - 3,
-    )
+    depth, heads = 2 * families.count_blocks(tensors, "layers.self_dec."), heads or heads_of(width)
+    num_classes = families.shape_of(tensors, "embeddings.weight")[0] - vocab_size - 3
+    return GPTConfig(depth, width, heads, vocab_size, grid, num_classes)
 
 
 class SelfAttention(nn.Module):

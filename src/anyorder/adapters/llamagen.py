@@ -25,14 +25,9 @@ CLASS_TABLE = "cls_embedding.embedding_table.weight"
 def read_config(tensors: Mapping[str, Tensor], grid: tuple[int, int], heads: int) -> layers.GPTConfig:
     """The configuration of a GPT or RandAR file; see `families.Family`."""
     vocab_size, width = families.shape_of(tensors, "tok_embeddings.weight")
-    return layers.GPTConfig(
-        depth=families.count_blocks(tensors, "layers."),
-        width=width,
-        heads=heads or layers.heads_of(width),
-        vocab_size=vocab_size,
-        grid=grid,
-        num_classes=families.shape_of(tensors, CLASS_TABLE)[0] - 1,
-    )
+    depth, heads = families.count_blocks(tensors, "layers."), heads or layers.heads_of(width)
+    num_classes = families.shape_of(tensors, CLASS_TABLE)[0] - 1
+    return layers.GPTConfig(depth, width, heads, vocab_size, grid, num_classes)
 
 
 class Attention(nn.Module):
@@ -156,21 +151,14 @@ def _refusal(got: str) -> str:
     )
 
 
+MARKER = "layers.0.attention.wqkv.weight"
+FILES = tuple(
+    families.File(
+        "FoundationVision/LlamaGen", f"c2i_{size}_{16 * side}.pt", VQ16, (side, side), (scale, "constant")
+    )
+    for size, side in (("B", 16), ("L", 16), ("B", 24), ("L", 24), ("XL", 24), ("XXL", 24))
+    for scale in [2.0 if size in "BL" else 1.75]
+)
 FAMILY = families.Family(
-    LlamaGen,
-    layers.GPTConfig,
-    marker="layers.0.attention.wqkv.weight",
-    read_config=read_config,
-    files=tuple(
-        families.File(
-            "FoundationVision/LlamaGen",
-            f"c2i_{size}_{16 * side}.pt",
-            VQ16,
-            (side, side),
-            (2.0 if size in "BL" else 1.75, "constant"),
-        )
-        for size, side in (("B", 16), ("L", 16), ("B", 24), ("L", 24), ("XL", 24), ("XXL", 24))
-    ),
-    order="raster",
-    class_table=CLASS_TABLE,
+    LlamaGen, layers.GPTConfig, MARKER, read_config, FILES, order="raster", class_table=CLASS_TABLE
 )

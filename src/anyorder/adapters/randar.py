@@ -108,20 +108,13 @@ def _interleave(queries: Tensor, tokens: Tensor) -> Tensor:
     return torch.stack((queries, tokens), dim=2).flatten(1, 2)
 
 
-FILES = (("0.3b_llamagen", VQ16), ("0.3b_maskgit", MASKGIT_VQ), ("0.7b_llamagen", VQ16))
+FILES = tuple(
+    families.File(
+        "ziqipang/RandAR", f"randar_{name}_360k_bs_1024_lr_0.0004.safetensors", vq, guidance=(4.0, "linear")
+    )
+    for name, vq in (("0.3b_llamagen", VQ16), ("0.3b_maskgit", MASKGIT_VQ), ("0.7b_llamagen", VQ16))
+)
+MARKER = "pos_instruct_embeddings"
 FAMILY = families.Family(
-    RandAR,
-    GPTConfig,
-    marker="pos_instruct_embeddings",
-    read_config=llamagen.read_config,
-    files=tuple(
-        families.File(
-            "ziqipang/RandAR",
-            f"randar_{name}_360k_bs_1024_lr_0.0004.safetensors",
-            tokenizer,
-            guidance=(4.0, "linear"),
-        )
-        for name, tokenizer in FILES
-    ),
-    class_table=llamagen.CLASS_TABLE,
+    RandAR, GPTConfig, MARKER, llamagen.read_config, FILES, class_table=llamagen.CLASS_TABLE
 )

@@ -24,12 +24,10 @@ from anyorder.settings import parse
 
 SHORTEST = 0.02
 """Seconds that one measurement lasts at least: short work is run several times in a row."""
-# fmt: off
 AXES = {
     "batch_size": "images at once, B", "grid": "positions, N",
     "vocab_size": "codebook size, V", "depth": "depth, blocks",
-}
-# fmt: on
+}  # fmt: skip
 FIXED, FLOAT32 = "sampling, fixed order", ", float32"
 SIZES = ("model", "tokenizer", "grid", "vocab_size", "batch_size", "images")
 """Settings that two results must share to be compared."""
@@ -116,10 +114,7 @@ def _seconds(run: Callable[[], Any], calls: int = 1) -> float:
 
 
 def _row(
-    work: Workload,
-    seconds: list[float],
-    limits: tuple[float, float] | None = None,
-    fixed: list[float] | None = None,
+    work: Workload, seconds: list[float], limits: tuple[float, ...] = (), fixed: list[float] | None = None
 ) -> dict[str, Any]:
     """Rates, and shares of the limits: matmul rate (FLOP/s) and memory bandwidth (bytes/s).
 
@@ -135,7 +130,7 @@ def _row(
         "GFLOP/s": cost.flops / median / 1e9 or None,
         "GB/s": cost.bytes / median / 1e9,
     }
-    if limits is None:
+    if not limits:
         return row
     return row | {
         "share of matmul (%)": 100 * cost.flops / median / limits[0],

@@ -6,7 +6,7 @@ All functions but `speeds` are to be used within `fake.imagined`.
 from __future__ import annotations
 
 import os
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -33,24 +33,15 @@ def speeds(side: int = 1024, mib: int = 16) -> tuple[float, float, float, float]
     Products of side x side; reading and writing so many MiB, where a function of each number is computed, as
     between the products of a network. The best of a few runs.
     """
-    rates = {}
+    rates, seconds = {}, partial(timeit.repeat, repeat=7, number=1)
     for dtype in (torch.bfloat16, torch.float32):
         a = torch.randn(side, side).to(dtype)
-        rates[dtype] = 2 * side**3 / _seconds(partial(torch.matmul, a, a))
+        rates[dtype] = 2 * side**3 / min(seconds(partial(torch.matmul, a, a)))
     b = torch.ones(mib * 2**18)
-    moved = 2 * b.nbytes / _seconds(partial(nn.functional.silu, b))
+    moved = 2 * b.nbytes / min(seconds(partial(nn.functional.silu, b)))
     native = fast_dtype(torch.device("cpu"), True) == torch.bfloat16
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return rates[torch.bfloat16] * native, rates[torch.float32], moved, memory
-
-
-def _seconds(run: Callable[[], Any], runs: int = 7) -> float:
-    times = []
-    for _ in range(runs):
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    return min(times)
 
 
 def _tokens(model: Any, batch: int) -> tuple[Tensor, Tensor]:
@@ -198,13 +189,11 @@ class _Perceptual(terms.PerceptualLoss):
     def __init__(self) -> None:
         nn.Module.__init__(self)
         before = 3
-        for number, (stage, width) in enumerate(
-            zip(terms.VGG16_STAGES, (64, 128, 256, 512, 512), strict=True)
-        ):
+        for head, (stage, width) in enumerate(zip(terms.VGG16_STAGES, (64, 128, 256, 512, 512), strict=True)):
             for i in stage:
                 self.register_buffer(f"features_{i}_weight", torch.empty(width, before, 3, 3))
                 self.register_buffer(f"features_{i}_bias", torch.empty(width))
                 before = width
-            self.register_buffer(f"head_{number}", torch.empty(1, width, 1, 1))
+            self.register_buffer(f"head_{head}", torch.empty(1, width, 1, 1))
         for name in ("mean", "std"):
             self.register_buffer(name, torch.empty(3, 1, 1))

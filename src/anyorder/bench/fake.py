@@ -39,9 +39,8 @@ def imagined() -> Iterator[None]:
     try:
         from torch._subclasses import fake_tensor
     except ImportError as e:
-        raise ImportError(
-            f"costs are counted on PyTorch's fake tensors, which {torch.__version__} lacks"
-        ) from e
+        text = f"costs are counted on PyTorch's fake tensors, which {torch.__version__} lacks"
+        raise ImportError(text) from e
     without_packing = mock.patch.dict("os.environ", {layers.SWITCH: "0"})  # it has no fake version
     as_on_gpus = mock.patch("anyorder.models.attention.WRITTEN_OUT", 0)
     with fake_tensor.FakeTensorMode(), without_packing, as_on_gpus:

@@ -205,9 +205,8 @@ def convert(call: Call) -> str:
     overwrite, config = call.flag("overwrite"), call.parse(source=source)
     if not call.show(config, out):
         convert(config, Path(out).expanduser(), overwrite=overwrite)
-    return (
-        f"{out}; next: anyorder sample pipeline={out} out=FOLDER, if it has a tokenizer, or anyorder tokens"
-    )
+    after = f"anyorder sample pipeline={out} out=FOLDER, if it has a tokenizer, or anyorder tokens"
+    return f"{out}; next: {after}"
 
 
 def run(call: Call) -> str:
@@ -328,9 +327,8 @@ def bench(call: Call) -> str:
     if not old:
         raise ValueError("say what to compare with: --against FILE")
     if files and (len(files) > 1 or call.settings or old == "none"):
-        raise ValueError(
-            "two results are compared by anyorder bench NEW.json against=OLD.json, without settings"
-        )
+        text = "two results are compared by anyorder bench NEW.json against=OLD.json, without settings"
+        raise ValueError(text)
     config = call.parse()
     before = bench.load_result(Path(old)) if old != "none" else None  # refused before anything is measured
     if call.show(config, out):

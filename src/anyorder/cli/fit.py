@@ -68,9 +68,8 @@ def plan(config: fit.FitConfig, out: Path, overrides: Sequence[str]) -> str:
     times = fit.expected(values, rates, facts)
     lines = describe(values, times, facts, preset)
     if sum(times.values()) < 0.8 * seconds:
-        lines.append(
-            f"the rest of {seconds / 60:.0f} min is not used: more passes over the images teach nothing new"
-        )
+        why = "more passes over the images teach nothing new"
+        lines.append(f"the rest of {seconds / 60:.0f} min is not used: {why}")
     return "".join(f"# {line}\n" for line in lines) + fit.as_yaml(values)
 
 

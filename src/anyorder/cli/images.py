@@ -74,11 +74,7 @@ class SampleConfig(_ImageConfig):
     compile: bool = False
     """Generate through compiled code: pays for many images only, since compiling takes a while."""
 
-    renamed: ClassVar[dict[str, str]] = {
-        "n": "num_images",
-        "labels": "class_labels",
-        "prompt": "prompts",
-    } | _ImageConfig.renamed
+    renamed = _ImageConfig.renamed | {"n": "num_images", "labels": "class_labels", "prompt": "prompts"}
     """Earlier names, see `settings.read_stored`."""
 
     def __post_init__(self) -> None:

@@ -10,7 +10,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
 
 from anyorder import __version__, settings
 from anyorder.cli import commands
@@ -40,66 +39,42 @@ torchrun --nproc-per-node=N -m anyorder COMMAND ... shares a stage or a run amon
 """
 
 
-class Command(NamedTuple):
-    """What `anyorder --help` says, and the function that does it."""
-
-    about: str
-    run: Callable[[commands.Call], str] = commands.stage
-
-
-GROUPS: dict[str, dict[str, Command]] = {
+GROUPS = {
     "whole runs": {
-        "fit": Command("a model of your own images: plans, trains, compares; begin here", commands.fit),
-        "quickstart": Command(
-            "the whole method on procedural sunsets, in minutes, with a report", commands.quickstart
-        ),
-        "run": Command("an experiment file: every stage that is not up to date, then a report", commands.run),
-        "plan": Command("parameters, FLOPs, memory, hours and disk of an experiment", commands.plan),
-        "report": Command("one HTML page about one or more run folders", commands.report),
-        "demo": Command("watch images being generated, in a browser", commands.demo),
-        "ls": Command("what run folders hold: stages, sizes, up to date or why not", commands.ls),
-        "clean": Command("delete the checkpoints of finished trainings", commands.clean),
-        "verify": Command(
-            "compare artifacts and what they were made from with their hashes", commands.verify
-        ),
+        "fit": "a model of your own images: plans, trains, compares; begin here",
+        "quickstart": "the whole method on procedural sunsets, in minutes, with a report",
+        "run": "an experiment file: every stage that is not up to date, then a report",
+        "plan": "parameters, FLOPs, memory, hours and disk of an experiment",
+        "report": "one HTML page about one or more run folders",
+        "demo": "watch images being generated, in a browser",
+        "ls": "what run folders hold: stages, sizes, up to date or why not",
+        "clean": "delete the checkpoints of finished trainings",
+        "verify": "compare artifacts and what they were made from with their hashes",
     },
     "stages": {
-        "data": Command("decode a folder, parquet files or a Hugging Face data set to one size"),
-        "tokenizer": Command("train the VQ tokenizer"),
-        "features": Command(
-            "make the feature space of FD and KID: a trained classifier or a pretrained network"
-        ),
-        "tokens": Command("encode all images"),
-        "train": Command("train the any-order model, or fine-tune it on extracted orders"),
-        "orders": Command("extract the order of every training image from the model's confidence"),
-        "iterate": Command("rounds of extraction and fine-tuning with a location head"),
-        "tune": Command("search temperature and guidance scale on the validation split"),
-        "sample": Command("generate images in a fixed, random or inferred order", commands.sample),
-        "eval": Command("measure samples and the model's likelihood"),
-        "compare": Command("two evaluations: differences with bootstrap intervals"),
-        "completion": Command("fill holes of test images and measure the results"),
-        "grid": Command("likelihood and samples on a grid that the model was not trained on"),
-        "pipeline": Command("put model and tokenizer into one folder for Pipeline.from_pretrained"),
+        "data": "decode a folder, parquet files or a Hugging Face data set to one size",
+        "tokenizer": "train the VQ tokenizer",
+        "features": "make the feature space of FD and KID: a trained classifier or a pretrained network",
+        "tokens": "encode all images",
+        "train": "train the any-order model, or fine-tune it on extracted orders",
+        "orders": "extract the order of every training image from the model's confidence",
+        "iterate": "rounds of extraction and fine-tuning with a location head",
+        "tune": "search temperature and guidance scale on the validation split",
+        "sample": "generate images in a fixed, random or inferred order",
+        "eval": "measure samples and the model's likelihood",
+        "compare": "two evaluations: differences with bootstrap intervals",
+        "completion": "fill holes of test images and measure the results",
+        "grid": "likelihood and samples on a grid that the model was not trained on",
+        "pipeline": "put model and tokenizer into one folder for Pipeline.from_pretrained",
     },
-    "images": {
-        "complete": Command(
-            "generate parts of an image: inpainting, outpainting, variations", commands.complete
-        )
-    },
-    "published models": {
-        "convert": Command(
-            "downloaded weights of LlamaGen, RandAR, ARPG, MaskGIT-VQ to a folder", commands.convert
-        )
-    },
-    "the machine": {
-        "bench": Command(
-            "times as shares of what the machine can do, measured in the same run", commands.bench
-        )
-    },
+    "images": {"complete": "generate parts of an image: inpainting, outpainting, variations"},
+    "published models": {"convert": "downloaded weights of LlamaGen, RandAR, ARPG, MaskGIT-VQ to a folder"},
+    "the machine": {"bench": "times as shares of what the machine can do, measured in the same run"},
 }
+"""What `anyorder --help` says; functions of `commands` of these names do it, `stage` does all others."""
+COMMANDS = {name: about for group in GROUPS.values() for name, about in group.items()}
 PARALLEL = (commands.stage, commands.run, commands.quickstart)
 """What several processes of torchrun do together; of anything else the first one does all."""
-COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 
 # --- from arguments to a command --------------------------------------------------------------------------
@@ -109,12 +84,12 @@ def _help(name: str = "", full: bool = False) -> None:
     if not name:
         print(USAGE)
         for group, members in GROUPS.items():
-            lines = [f"  {name:11} {command.about}" for name, command in members.items()]
+            lines = [f"  {name:11} {about}" for name, about in members.items()]
             print("\n".join([f"{group}:", *lines, ""]))
         return
-    about, run = COMMANDS[name]
-    usage = inspect.cleandoc(run.__doc__ or "").replace("\nanyorder", "\n       anyorder")
-    print(f"usage: anyorder {name} {usage}\n\n{name}: {about}")
+    doc = getattr(commands, name, commands.stage).__doc__
+    usage = inspect.cleandoc(doc or "").replace("\nanyorder", "\n       anyorder")
+    print(f"usage: anyorder {name} {usage}\n\n{name}: {COMMANDS[name]}")
     print(f"example: anyorder {name} {commands.EXAMPLES[name]}")
     for config in _configs(name):
         print(f"\n{inspect.getdoc(config)}\n\n{settings.describe(config, full)}")
@@ -159,7 +134,7 @@ def _understand(arguments: list[str]) -> commands.Call:
 def _function(call: commands.Call) -> Callable[[commands.Call], str]:
     """What does the command; `sample` is a stage unless it is given a pipeline."""
     is_stage = call.name == "sample" and not any(text.startswith("pipeline=") for text in call.settings)
-    return commands.stage if is_stage else COMMANDS[call.name].run
+    return commands.stage if is_stage else getattr(commands, call.name, commands.stage)
 
 
 class _Once(logging.Filter):
@@ -192,15 +167,6 @@ def _follows() -> bool:
     return "LOCAL_RANK" in os.environ and os.environ.get("RANK") != "0"
 
 
-def _world(parallel: bool) -> contextlib.AbstractContextManager[None]:
-    """What torchrun started, as one world."""
-    if not parallel:
-        return contextlib.nullcontext()
-    from anyorder.inference.processes import joined
-
-    return joined()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     arguments = ["--help" if a in ("-h", "help") else a for a in (sys.argv[1:] if argv is None else argv)]
@@ -222,7 +188,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 function = _function(call)
                 parallel = function in PARALLEL and not call.dry_run
-                with _world(parallel):
+                with contextlib.ExitStack() as world:
+                    if parallel:
+                        from anyorder.inference.processes import joined
+
+                        world.enter_context(joined())
                     written = "" if follows and not parallel else function(call)
                 if written and not call.dry_run and not follows:
                     print(f"wrote {written}")

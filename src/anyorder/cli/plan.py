@@ -56,10 +56,8 @@ def describe(found: dict[str, Any]) -> str:
     rows = [*found["stages"], found["together"]]
     table = Table(list(found["stages"][0]), rows).text()
     rate = f"{(machine.bf16 or machine.float32) / 1e12:,.3g} TFLOP/s, {machine.memory / GIB:.0f} GiB"
-    lines = [
-        f"{config['gpus']} x {config['kind']} ({rate}), kernels at {config['efficiency']:.0%} of these",
-        table,
-    ]
+    share = f"kernels at {config['efficiency']:.0%} of these"
+    lines = [f"{config['gpus']} x {config['kind']} ({rate}), {share}", table]
     lines += [
         f"{row['stage']} does not fit into {machine.memory / GIB:.0f} GiB: smaller batch_size; in a training "
         "with more accumulation, or train.shard=true"

@@ -231,14 +231,12 @@ class Planner:
         """Peak FLOP/s of a GPU."""
         return (bf16 and self.kind.bf16) or self.kind.float32
 
-    def _training(
-        self, train: Any, parameters: int, trained: int, one: Pass, averaged: int | None = None
-    ) -> Costs:
+    def _training(self, train: Any, parameters: int, trained: int, one: Pass, averaged: int = 0) -> Costs:
         """A training of `train.steps`, each with passes as `one` that the GPUs share.
 
         Averages are of all `parameters`, or of so many.
         """
-        averaged = parameters if averaged is None else averaged
+        averaged = averaged or parameters
         times, gpus = train.steps * train.accumulation, self.config.gpus
         averages = (train.ema > 0) + (train.patience > 0)
         sharers = gpus if train.shard else 1
@@ -316,10 +314,9 @@ class Planner:
         kind, config = self._generator(stage)
         n, train = math.prod(config.grid), stage.train
         sizes: list[Any] = [reveals(n, steps, stage.groups_schedule) for steps in stage.groups] or [None]
-        given = (kind, config, stage.lora, train.batch_size, train.bf16 and self.kind.bf16 > 0)
-        each = [
-            self._once(estimates.train_generator, *given, min(2, self._passes(train)), some) for some in sizes
-        ]
+        bf16, passes = train.bf16 and self.kind.bf16 > 0, min(2, self._passes(train))
+        given = (kind, config, stage.lora, train.batch_size, bf16, passes)
+        each = [self._once(estimates.train_generator, *given, some) for some in sizes]
         parameters, trained, _ = each[0]
         mean = (statistics.mean(some) for some in zip(*(astuple(x.cost) for *_, x in each), strict=True))
         one = Pass(Cost(*mean), max(x.peak for *_, x in each))
@@ -344,27 +341,19 @@ class Planner:
         return 2 ** (min(max(fit, 1), 1024).bit_length() - 1)
 
     def _decoded(
-        self,
-        kind: str,
-        config: Any,
-        n: int,
-        policy: Any,
-        images: float,
-        batch: int,
-        bf16: bool,
-        copies: int = 1,
+        self, kind: str, config: Any, n: int, policy: Any, images: float, size: int, bf16: bool, rows: int = 1
     ) -> Costs:
-        """Images that are generated, or whose orders are extracted; `copies` rows of the model for each."""
+        """Images that are generated, or whose orders are extracted; so many rows of the model for each."""
         steps = len(policy.sizes(n)) if policy.parallel else n
         scored = max(policy.evaluations(n), n) if policy.inferred else n
         # Of candidates that shrink to none, most are scored while a third of the image is known.
         known = n // 3 if policy.inferred else n // 2
         many = max(1, min(round(scored / steps), n - known))
         bf16 = bf16 and self.kind.bf16 > 0
-        sizes = (kind, config, batch * copies, known, many, bf16)
+        sizes = (kind, config, size * rows, known, many, bf16)
         parameters, one, cache = self._once(estimates.decoding_step, *sizes)
         share = scored / steps / many  # where fewer candidates are left than are scored in the mean
-        spent = self._spent(one.cost, share * steps * images / batch, bf16, reads=True)
+        spent = self._spent(one.cost, share * steps * images / size, bf16, reads=True)
         bytes_each = 2 if bf16 else FLOAT
         return Costs(parameters, weights=bytes_each * parameters, activations=one.peak, cache=cache, **spent)
 
@@ -374,10 +363,8 @@ class Planner:
         made = self._network(stage.tokenizer or tokens.tokenizer, "tokenizer")
         side, guided = self._made("data", tokens.data).size, 1 + (self._scale(stage) != 1)
         n = math.prod(self._grid(tokens, made[1]))
-        alone = not stage.policy.decided
-        found = self._decoded(
-            kind, config, n, stage.policy, stage.num_images, stage.batch_size, stage.bf16 and alone, guided
-        )
+        bf16 = stage.bf16 and not stage.policy.decided
+        found = self._decoded(kind, config, n, stage.policy, stage.num_images, stage.batch_size, bf16, guided)
         parameters, _, decode = self._once(estimates.code, *made, stage.batch_size, side)
         more = self._spent(decode.cost, stage.num_images / stage.batch_size, False)
         found.flops, found.seconds = found.flops + more["flops"], found.seconds + more["seconds"]

@@ -28,11 +28,9 @@ def overview(runs: Sequence[Path]) -> str:
     rows = []
     for run in runs:
         for path in artifacts(run):
-            stage = (_manifest(path) or {"stage": "?"})["stage"]
+            kind = (_manifest(path) or {"stage": "?"})["stage"]
             size = sum(file.stat().st_size for file in _files(path))
-            rows.append(
-                {"folder": str(path), "stage": stage, "MB": f"{size / 1e6:.1f}", "state": state(path)}
-            )
+            rows.append({"folder": str(path), "stage": kind, "MB": f"{size / 1e6:.1f}", "state": state(path)})
     return Table(list(rows[0]), rows).text()
 
 

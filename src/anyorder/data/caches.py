@@ -38,6 +38,7 @@ class _Split:
     """What all caches of images have, one split at a time, memory-mapped."""
 
     labels: np.ndarray  # (n,) int64, index into `classes`; 0 where there are none
+    copies = 1  # rows of each image, see `ImageSet`
 
     def __init__(self, folder: str | Path, split: str):
         self.folder, self.split = Path(folder), split
@@ -60,18 +61,14 @@ class _Split:
 
     def attribute_values(self) -> np.ndarray:
         """(n, A) int64, index into the values of each attribute, -1 for none."""
-        return self._attribute_values(len(self))
-
-    def _attribute_values(self, n: int) -> np.ndarray:
         if not self.attributes:
-            return np.empty((n, 0), np.int64)
+            return np.empty((len(self), 0), np.int64)
         path = self._path("attributes")
-        columns = np.array(_read(path, (n, len(self.attributes)), "int64"))
+        columns = _read(path, (len(self) // self.copies, len(self.attributes)), "int64")
         for column, (name, known) in zip(columns.T, self.attributes.items(), strict=True):
-            _check_range(
-                path, column, f"values of the attribute {name}", len(known), f"it has {len(known)}", -1
-            )
-        return columns
+            what, count = f"values of the attribute {name}", len(known)
+            _check_range(path, column, what, count, f"it has {count}", -1)
+        return np.concatenate([columns] * self.copies)
 
 
 class ImageSet(_Split):
@@ -91,8 +88,8 @@ class ImageSet(_Split):
         super().__init__(folder, split)
         self.images = self._images(crops)
         self.copies = (decoding.CROPS if crops else 1) * (2 if mirror else 1)
-        n = len(self.images) * (2 if mirror else 1) // self.copies
-        self.labels = self._copied(self._read_labels(n))
+        labels = self._read_labels(len(self.images) * (2 if mirror else 1) // self.copies)
+        self.labels = np.concatenate([labels] * self.copies) if self.copies > 1 else labels
 
     def _images(self, crops: bool) -> np.ndarray | decoding.Decoded:
         if (facts := self._manifest.get("decoding")) is None:
@@ -103,14 +100,6 @@ class ImageSet(_Split):
         checksums = _read(self._path("checksums"), (len(names),), "int64")
         found = decoding.opened(facts, names, checksums)
         return found.cropped() if crops else found
-
-    def _copied(self, values: np.ndarray) -> np.ndarray:
-        """Values (n, ...) of all copies."""
-        return np.concatenate([values] * self.copies) if self.copies > 1 else values
-
-    def attribute_values(self) -> np.ndarray:
-        """See `_Split`."""
-        return self._copied(self._attribute_values(len(self) // self.copies))
 
     def labels_of(self, attribute: str | None) -> tuple[np.ndarray, list[str]]:
         """Labels (n,) int64, -1 for none, and their names: of the class (None) or of an attribute.
@@ -247,14 +236,12 @@ class OrderSet:
         self.scorer = manifest.get("scorer", {})  # training behind the model that scored
         path, rows = self.folder / "train.order.npy", manifest["rows"]
         self.orders = files.load_array(path)  # (n, N), a permutation of raster positions in every row
-        shape = self.orders.shape
-        _check(len(shape) == 2 and shape[0] == rows, path, f"got shape {shape}, expected {rows} rows")
+        size = self.orders.shape
+        _check(len(size) == 2 and size[0] == rows, path, f"got shape {size}, expected {rows} rows")
         self._check_orders(path, _sample(self.orders))
         path = self.folder / "train.log_prob.npy"
         self.log_prob = files.load_array(path)  # (n, N) nats, of each token in order steps when revealed
-        _check(
-            self.log_prob.shape == shape, path, f"got shape {self.log_prob.shape}, the orders have {shape}"
-        )
+        _check(self.log_prob.shape == size, path, f"got shape {self.log_prob.shape}, the orders have {size}")
         self.class_orders = self._table("class_order.npy")  # the mean order of each class
         path = self.folder / "train.row.npy"  # which rows of the tokens they are of; older caches: the first
         self.rows = _read(path, (rows,)) if path.is_file() else np.arange(rows)

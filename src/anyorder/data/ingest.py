@@ -41,7 +41,7 @@ def _facts(skipped: Skipped) -> dict[str, Any]:
 
 def ingest(
     source: Source,
-    folder: str | Path,
+    folder: Path,
     size: images.Size,
     fit: str = "crop",
     fill: images.Color = images.WHITE,
@@ -92,7 +92,7 @@ def ingest(
     facts: dict[str, Any] = {"classes": classes, "counts": {}, "skipped": {}, "ignored": _facts(ignored)}
     facts |= {"attributes": attributes} if attributes else {}
     for split, rows in chosen.items():
-        done = Path(folder) / f"{split}.partial"  # the suffix makes Artifact drop it with other old work
+        done = folder / f"{split}.partial"  # the suffix makes Artifact drop it with other old work
         texts = source.texts["test" if split == "test" else "train"]
         items = [texts[i] for i in rows]
         settings = repr((source, decoding, cache, _digest(items)))
@@ -101,15 +101,13 @@ def ingest(
             state = {"settings": settings, "images": 0, "rows": 0, "lost": []}
         if "count" not in state:
             save = functools.partial(files.write_json, done)
-            count, skipped = _ingest_split(
-                source, Path(folder), split, items, codes, decoding, cache, state, save
-            )
+            count, skipped = _ingest_split(source, folder, split, items, codes, decoding, cache, state, save)
             save({"settings": settings, "count": count, "skipped": skipped})
         result = files.read_json(done)
         facts["counts"][split], facts["skipped"][split] = result["count"], result["skipped"]
     _report(facts, max_skipped)
     for split in chosen:
-        (Path(folder) / f"{split}.partial").unlink()
+        (folder / f"{split}.partial").unlink()
     return facts
 
 

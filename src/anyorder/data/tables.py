@@ -54,9 +54,8 @@ class Shards(sources.Source):
             splits[listing.split_of_file(name)].append(name)
         if "train" not in splits:
             for test in splits["test"] + splits["validation"]:
-                raise ValueError(
-                    f"{self.path} holds a test split ({test}) and no training split: name its files train*"
-                )
+                mend = "name its files train*"
+                raise ValueError(f"{self.path} holds a test split ({test}) and no training split: {mend}")
             splits["train"] = splits.pop(None, [])
         return splits
 
@@ -200,9 +199,8 @@ class HubSource(sources.Source):
         try:
             import datasets
         except ImportError as e:
-            raise ValueError(
-                f"{self.name} is no local path, and Hugging Face data sets need: pip install 'anyorder[data]'"
-            ) from e
+            need = "Hugging Face data sets need: pip install 'anyorder[data]'"
+            raise ValueError(f"{self.name} is no local path, and {need}") from e
         tables = datasets.load_dataset(self.name)
         for split, table in tables.items():
             for column in self.columns.texts:

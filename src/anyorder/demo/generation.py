@@ -65,10 +65,8 @@ class GenerateRequest:
         heat, scale = (1 if n is None else n for n in (self.temperature, self.guidance_scale))
         asked = self.class_labels != "" or self.prompt != ""
         require(len(self.orders) <= MAX_ORDERS, f"at most {MAX_ORDERS} orders, got {len(self.orders)}")
-        require(
-            1 <= self.num_images <= MAX_IMAGES,
-            f"num_images must lie in [1, {MAX_IMAGES}], got {self.num_images}",
-        )
+        text = f"num_images must lie in [1, {MAX_IMAGES}], got {self.num_images}"
+        require(1 <= self.num_images <= MAX_IMAGES, text)
         require(0 <= self.seed < 2**31, f"seed must lie in [0, 2**31), got {self.seed}")
         require(heat == 0 or 0.01 <= heat <= 10, f"temperature must be 0 or lie in [0.01, 10], got {heat}")
         require(0 <= scale <= 20, f"guidance_scale must lie in [0, 20], got {scale}")

@@ -46,10 +46,8 @@ def guards(hosts: Sequence[str]) -> list[Middleware]:
     A foreign name there is that of a web site which was pointed to this address (DNS rebinding).
     """
     names = [bracketed(host) for host in (*LOCAL_HOSTS, *hosts)]
-    return [
-        Middleware(_with_headers),
-        Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False),
-    ]
+    trusted = Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
+    return [Middleware(_with_headers), trusted]
 
 
 def _with_headers(app: ASGIApp) -> ASGIApp:

@@ -56,10 +56,8 @@ for number, order in enumerate([{", ".join(orders)}]):
 
 def _order(policy: PolicyConfig) -> str:
     values = _changed(policy)
-    alone = values == {"order": policy.order}
-    return (
-        repr(policy.order) if alone else f"PolicyConfig({', '.join(f'{k}={v!r}' for k, v in values.items())})"
-    )
+    given = ", ".join(f"{key}={value!r}" for key, value in values.items())
+    return repr(policy.order) if values.keys() == {"order"} else f"PolicyConfig({given})"
 
 
 def _command(pipe: Pipeline, name: str, asked: GenerateRequest, policy: PolicyConfig) -> str:

@@ -54,13 +54,11 @@ def matched_rows(labels: np.ndarray, pool: np.ndarray, seed: int = 0) -> np.ndar
     Drawn without replacement, in the proportions of `labels`: where the pool has too few of a class that
     makes up a hundredth or more, of all fewer are taken, down to half; of rarer classes what there is.
     """
-    generator = np.random.default_rng(seed)
+    draw = np.random.default_rng(seed)
     classes, wanted = np.unique(labels, return_counts=True)
     there = (pool == classes[:, None]).sum(1)
     frequent = (there > 0) & (100 * wanted >= len(labels))
     share = max(0.5, min(1.0, (there[frequent] / wanted[frequent]).min(initial=1.0)))
     counts = np.round(share * wanted).astype(int)
-    rows = [
-        generator.permutation(np.flatnonzero(pool == c))[:n] for c, n in zip(classes, counts, strict=True)
-    ]
+    rows = [draw.permutation(np.flatnonzero(pool == c))[:n] for c, n in zip(classes, counts, strict=True)]
     return np.sort(np.concatenate(rows))

@@ -32,10 +32,8 @@ def combine(
     text = f"the model has {model.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}: published "
     text += "models with 16384 tokens take LlamaGen's VQ-16, those with 1024 MaskGIT's VQGAN"
     require(model.vocab_size == tokenizer.vocab_size, text)
-    order = families.family(families.kind_of(model)).order
-    return Parts(
-        model, tokenizer, policy=policy or PolicyConfig(order=order), guidance=guidance or GuidanceConfig()
-    )
+    policy = policy or PolicyConfig(order=families.family(families.kind_of(model)).order)
+    return Parts(model, tokenizer, policy=policy, guidance=guidance or GuidanceConfig())
 
 
 def recommended(kind: str, name: str) -> GuidanceConfig:

@@ -111,10 +111,8 @@ def memory_explained(advice: Callable[[], str]) -> Iterator[None]:
 def memory_for(batch_size: int | None) -> contextlib.AbstractContextManager[None]:
     """A ValueError that names a smaller batch where memory is too small for work on so many images."""
     size = batch_size or 0
-    advice = (
-        f"batch_size={size // 2} needs about half" if size > 1 else "choose a smaller model, or device=cpu"
-    )
-    return memory_explained(lambda: f"out of memory with batch_size={batch_size}: {advice}")
+    mend = f"batch_size={size // 2} needs about half" if size > 1 else "choose a smaller model, or device=cpu"
+    return memory_explained(lambda: f"out of memory with batch_size={batch_size}: {mend}")
 
 
 LARGEST = {"cpu": 64, "cuda": 1024}

@@ -29,13 +29,11 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 """Okabe-Ito: distinguishable under all common colour-vision deficiencies."""
 MAP = "viridis_r"
 """Light is first, dark is last; perceptually uniform, so that equal steps look equal."""
-# fmt: off
 _STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": "#888888", "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6,
     "xtick.color": "#444444", "ytick.color": "#444444", "legend.frameon": False,
-}
-# fmt: on
+}  # fmt: skip
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:

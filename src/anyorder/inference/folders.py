@@ -134,19 +134,11 @@ def _load_parts(folder: Path) -> Parts:
         text = f"{folder / INDEX} is damaged: {type(e).__name__} {e}; save the pipeline again"
         raise ValueError(text) from e
     orders = folder / CLASS_ORDERS
-    return Parts(
-        weights.load_any_order(folder / "model"),
-        weights.load_tokenizer(folder / "tokenizer"),
-        classes,
-        policy,
-        weights.load_any_order(folder / "scorer") if index.get("scorer") else None,
-        torch.from_numpy(files.load_array(orders).astype(np.int64)) if orders.is_file() else None,
-        vocabulary,
-        guidance,
-        sampling,
-        good,
-        example,
-    )
+    model, tokenizer = weights.load_any_order(folder / "model"), weights.load_tokenizer(folder / "tokenizer")
+    scorer = weights.load_any_order(folder / "scorer") if index.get("scorer") else None
+    table = torch.from_numpy(files.load_array(orders).astype(np.int64)) if orders.is_file() else None
+    further = vocabulary, guidance, sampling, good, example
+    return Parts(model, tokenizer, classes, policy, scorer, table, *further)
 
 
 def upload(parts: Parts, repo_id: str, token: str | None, private: bool) -> str:

@@ -43,13 +43,11 @@ def _several(given: Any, what: str, channels: tuple[int, ...], *dtypes: type) ->
     alone = isinstance(given, files) or (isinstance(given, np.ndarray) and given.ndim == 2 + len(channels))
     found = [one if isinstance(one, files) else np.asarray(one) for one in ([given] if alone else given)]
     kinds = " or ".join(np.dtype(dtype).name for dtype in dtypes)
-    expected = (
-        f"{what} are paths, Pillow images or {kinds} arrays ({', '.join(['H', 'W', *map(str, channels)])})"
-    )
+    text = f"{what} are paths, Pillow images or {kinds} arrays ({', '.join(['H', 'W', *map(str, channels)])})"
     for one in found:
         if isinstance(one, np.ndarray):
             fits = one.dtype in dtypes and one.ndim == 2 + len(channels) and one.shape[2:] == channels
-            require(fits, f"{expected}, got {one.dtype} {one.shape}")
+            require(fits, f"{text}, got {one.dtype} {one.shape}")
     return found
 
 

@@ -315,10 +315,8 @@ class Pipeline(folders.Parts):
         `ImageRequest` as they were given to `complete`. Returns (B, N) float32 nats in order steps, 0 where
         tokens were kept.
         """
-        pixels, grid = self._pixels(masks.read_images(images))
-        model, order, streams, options = self._prepare(
-            ImageRequest.of(*request, **settings), None, grid, len(pixels)
-        )
+        (pixels, grid), asked = self._pixels(masks.read_images(images)), ImageRequest.of(*request, **settings)
+        model, order, streams, options = self._prepare(asked, None, grid, len(pixels))
         if completed.known is None or len(completed.known) != len(pixels):
             raise ValueError("give what complete returned, and one true image for each of its images")
         kept = inpainting.positions_of(completed.known)

@@ -98,9 +98,7 @@ def _read_config(path: Path) -> tuple[str, Family, Any]:
         raise ValueError(f"{path} does not fit this version's {name}: {e}") from e
 
 
-def build_model(
-    declared: Family, config: Any, tensors: Mapping[str, Tensor], source: str | Path
-) -> nn.Module:
+def build_model(declared: Family, config: Any, tensors: Mapping[str, Tensor], source: Path) -> nn.Module:
     """A model with the given weights, on the CPU and in evaluation mode.
 
     Names and shapes are compared before memory is taken: a wrong configuration may need any amount.

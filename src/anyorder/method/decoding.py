@@ -275,11 +275,9 @@ def trace(steps: Iterable[Step], known: tuple[Tensor, Tensor] | None = None) -> 
     return Trace(torch.zeros_like(tokens).scatter(1, order, tokens), order, log_prob, count)
 
 
-def sample(
-    model: AnyOrderModel, order: Order, streams: Streams, **options: Unpack[GenerationOptions]
-) -> Trace:
+def sample(model: AnyOrderModel, order: Order, streams: Streams, **given: Unpack[GenerationOptions]) -> Trace:
     """Sample images in a fixed, random or inferred order; arguments and errors as of `generate`."""
-    return trace(generate(model, order, streams, **options))
+    return trace(generate(model, order, streams, **given))
 
 
 def extract_orders(
@@ -287,7 +285,7 @@ def extract_orders(
     tokens: Tensor,
     order: Order = "entropy",
     streams: Streams | None = None,
-    **options: Unpack[GenerationOptions],
+    **given: Unpack[GenerationOptions],
 ) -> Trace:
     """Recover the order in which the model itself would reveal each image (OAR v1, Sec. 3).
 
@@ -296,8 +294,8 @@ def extract_orders(
     tokens of another length than the grid; other arguments and errors as of `generate`.
     """
     streams = streams or Streams(range(len(tokens)), tokens.device)
-    tokens = _checked(tokens, options.get("grid") or model.grid, streams)
-    return trace(generate(model, order, streams, targets=tokens, **options))
+    tokens = _checked(tokens, given.get("grid") or model.grid, streams)
+    return trace(generate(model, order, streams, targets=tokens, **given))
 
 
 def complete(
@@ -306,7 +304,7 @@ def complete(
     known: Tensor,
     order: Order,
     streams: Streams,
-    **options: Unpack[GenerationOptions],
+    **given: Unpack[GenerationOptions],
 ) -> Trace:
     """Generate what is missing: in- and outpainting without retraining (OAR v2).
 
@@ -315,10 +313,10 @@ def complete(
     """
     message = f"known must be bool of shape {tuple(tokens.shape)}, got {known.dtype} {tuple(known.shape)}"
     require(known.shape == tokens.shape and known.dtype == torch.bool, message)
-    grid = options.get("grid") or model.grid
+    grid = given.get("grid") or model.grid
     tokens, known = _checked(tokens, grid, streams), known.to(streams.device)
     # One policy for the whole batch, since orders of images belong to rows; its subsets follow below.
-    policy, condition = make_policy(order, grid, streams), options.pop("condition", None)
+    policy, condition = make_policy(order, grid, streams), given.pop("condition", None)
     none = torch.zeros_like(tokens, dtype=torch.float32)
     result = Trace(tokens.clone(), torch.empty_like(tokens), none, torch.zeros_like(tokens[:, 0]))
     counts = known.sum(1)
@@ -328,20 +326,16 @@ def complete(
         rows = (counts == count).nonzero().squeeze(1)
         at = known[rows].nonzero(as_tuple=True)[1].reshape(len(rows), count)
         prefix = (at, tokens[rows].gather(1, at))
-        options["condition"] = None if condition is None else condition.to(streams.device)[rows]
+        given["condition"] = None if condition is None else condition.to(streams.device)[rows]
         some = streams.subset(rows)
-        part = trace(generate(model, policy.subset(rows), some, known=prefix, **options), prefix)
+        part = trace(generate(model, policy.subset(rows), some, known=prefix, **given), prefix)
         for name, values in vars(part).items():
             getattr(result, name)[rows] = values
     return result
 
 
 def sample_coarse_to_fine(
-    model: AnyOrderModel,
-    order: Order,
-    streams: Streams,
-    factor: int = 2,
-    **options: Unpack[GenerationOptions],
+    model: AnyOrderModel, order: Order, streams: Streams, factor: int = 2, **given: Unpack[GenerationOptions]
 ) -> Trace:
     """Sample on a grid `factor` (>= 2) times that of training: first every factor-th patch, then the others.
 
@@ -350,16 +344,16 @@ def sample_coarse_to_fine(
     extrapolation). `order` is a name or a `PolicyConfig`, for both grids; `grid` is the coarse one.
     """
     require(factor >= 2, f"factor must be >= 2, got {factor}: generate on the grid of training instead")
-    coarse = options.get("grid") or model.grid
+    coarse = given.get("grid") or model.grid
     fine = Grid(factor * coarse.h, factor * coarse.w)
-    first = sample(model, order, streams, **options)
-    options["grid"] = fine
+    first = sample(model, order, streams, **given)
+    given["grid"] = fine
     at = factor * torch.arange(coarse.n, device=first.tokens.device)
     there = at // (factor * coarse.w) * factor * fine.w + at % (factor * coarse.w)
     tokens = first.tokens.new_zeros(len(first.tokens), fine.n)
     known = torch.zeros_like(tokens, dtype=torch.bool)
     tokens[:, there], known[:, there] = first.tokens, True
-    return complete(model, tokens, known, order, streams, **options)
+    return complete(model, tokens, known, order, streams, **given)
 
 
 def _checked(tokens: Tensor, grid: Grid, streams: Streams) -> Tensor:

@@ -134,9 +134,7 @@ class Cache:
         Images that differ need none: they pad, and what does not fit is never read.
         """
         if self.room < m and self.lengths is None:
-            self.keys, self.values = (
-                torch.cat((x, torch.empty_like(x)), 3) for x in (self.keys, self.values)
-            )
+            self.keys, self.values = (F.pad(x, (0, 0, 0, x.shape[3])) for x in (self.keys, self.values))
 
     def extend(self, joint: bool = False) -> list[Attend]:
         """One attention per layer for new inputs, which are written behind the valid ones.

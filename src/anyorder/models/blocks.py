@@ -24,10 +24,8 @@ class Attention(nn.Module):
         self.heads = config.heads
         self.qkv = Linear(config.width, 3 * config.width, bias=False)
         self.out = Linear(config.width, config.width, bias=False)
-        head_width = config.width // config.heads
-        self.q_norm, self.k_norm = (
-            RMSNorm(head_width) if config.qk_norm else nn.Identity() for _ in range(2)
-        )
+        size = config.width // config.heads
+        self.q_norm, self.k_norm = (RMSNorm(size) if config.qk_norm else nn.Identity() for _ in range(2))
 
     def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs (B, T, D) to queries, keys and values, each (B, H, T, D / H)."""

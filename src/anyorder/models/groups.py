@@ -60,11 +60,7 @@ def layout(sizes: Sequence[int] | None, n: int, device: torch.device) -> Layout:
 
 @lru_cache(maxsize=256)  # a GPU is sent each of them once
 def _layout(sizes: tuple[int, ...], device: torch.device) -> Layout:
-    holds: list[int] = []
-    asks: list[int] = []
-    outputs: list[int] = []
-    behind: list[int] = []
-    group: list[int] = []
+    holds, asks, outputs, behind, group = (list[int]() for _ in range(5))
     begin, before = 0, 1
     for step, size in enumerate(sizes):
         m = max(size, before)

@@ -89,20 +89,12 @@ class LocationHead(nn.Module):
         again = partial(checkpoint, self._log_probs, use_reentrant=False, preserve_rng_state=False)
         return torch.cat([again(tables, *part) for part in parts], dim=1)
 
-    def _log_probs(
-        self,
-        tables: LocationTables,
-        hidden: Tensor,
-        content: Tensor,
-        condition: Tensor,
-        last: Tensor,
-        revealed: Tensor,
-        closed: Tensor,
-    ) -> Tensor:
+    def _log_probs(self, tables: LocationTables, *parts: Tensor) -> Tensor:
         """As of `forward` for some steps, with the condition (B, T, D) of each."""
+        *inputs, last, revealed, closed = parts  # inputs: hidden, content, condition
         # The condition and embeddings are small beside hidden states: without a norm the head would ignore
         # the class, and begin in the order of another one.
-        every = torch.stack((hidden, content, condition), dim=-2)
+        every = torch.stack(inputs, dim=-2)
         query = self.query(F.rms_norm(every, every.shape[-1:]).flatten(-2))
         score = query @ tables.absolute.T + self._from_last(query, last, tables)
         score = score + around(revealed, query @ self.context.weight, tables.grid)

@@ -120,37 +120,27 @@ class AnyOrderTransformer(AnyOrderNetwork):
         rotary = encoding.rotary_tables(at, head_width) if self.config.rotary else None
         return encoding.PositionTables(grid, current, first, following, relative, rotary)
 
-    def _content(
-        self, tables: encoding.PositionTables, tokens: Tensor, positions: Tensor, start: Tensor
-    ) -> Tensor:
+    def _content(self, tables: encoding.PositionTables, tokens: Tensor, at: Tensor, start: Tensor) -> Tensor:
         """E[x] + A(position), (B, T, D); plus the class (B, D) where every input holds it."""
         x = self.token_embedding(tokens)
         if self.config.class_at == "every":
             x = x + start[:, None]
-        return x if tables.current is None else x + F.embedding(positions, tables.current)
+        return x if tables.current is None else x + F.embedding(at, tables.current)
 
-    @staticmethod
-    def _start(tables: encoding.PositionTables, condition: Tensor, positions: Tensor) -> Tensor:
-        """Condition + S(position), (B, M, D)."""
-        x = condition[:, None].expand(-1, positions.shape[1], -1)
-        return x if tables.first is None else x + F.embedding(positions, tables.first)
-
-    def _condition(
-        self, batch_size: int, condition: Tensor | None, check: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def _condition(self, images: int, condition: Tensor | None, check: bool = False) -> tuple[Tensor, Tensor]:
         """Embedding of the class (B, D), and the prefix (B, P, D); see `read_condition`."""
         config = self.config
         sizes = [max(config.num_classes, 1), *(self.prefix.sizes if self.prefix is not None else [])]
         # Without classes, labels are ignored in training.
         look = check or (None if config.num_classes else False)
-        values = conditioning.read_condition(condition, batch_size, sizes, self.head.weight.device, look)
+        values = conditioning.read_condition(condition, images, sizes, self.head.weight.device, look)
         if self.training and condition is not None and (config.num_classes or self.prefix is not None):
             shares = config.label_dropout, config.part_dropout
             values = conditioning.hide(values, len(config.attributes), *shares)
         labelled = (values[:, 0] >= 0) & (config.num_classes > 0)
         start = self.condition_embedding(values[:, 0].where(labelled, config.num_classes))
         if self.prefix is None:
-            return start, start.new_empty(batch_size, 0, start.shape[1])
+            return start, start.new_empty(images, 0, start.shape[1])
         return start, self.prefix(values[:, 1:])
 
     def _nothing(self, like: Tensor) -> Tensor:
@@ -236,7 +226,9 @@ class AnyOrderTransformer(AnyOrderNetwork):
             hidden = torch.rand(seen.shape, device=seen.device) < self.config.token_dropout
             seen = torch.where(hidden, self.vocab_size, seen)
         x = self._content(tables, seen, current, start) + tables.next(current, following)
-        x = torch.cat((prefix, self._start(tables, start, first), x), dim=1)
+        opening = start[:, None].expand(-1, first.shape[1], -1)  # condition + S(position)
+        opening = opening if tables.first is None else opening + F.embedding(first, tables.first)
+        x = torch.cat((prefix, opening, x), dim=1)
         before = F.pad(current, (ahead + plan.first, 0), value=grid.n)
         after = F.pad(asked, (ahead, 0), value=grid.n)
         rotation, attend = tables.rotation(before, after), attention.causal

@@ -9,7 +9,6 @@ import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
@@ -29,7 +28,6 @@ Found = list[tuple[Path, dict[str, Any]]]
 Columns = dict[str, tuple[str, Literal["min", "max"] | None]]
 """By name of the column: key among the results of `eval`, and which end is the better one."""
 
-# fmt: off
 QUALITY: Columns = {
     "FD": ("fd", "min"), "FID": ("fid", "min"), "KID x 1000": ("kid", "min"),
     "precision": ("precision", "max"), "recall": ("recall", "max"), "IS": ("inception_score", "max"),
@@ -37,23 +35,22 @@ QUALITY: Columns = {
     "class agreement": ("class_agreement", "max"), "class distance": ("class_distance", "min"),
     "attribute agreement": ("attribute_agreement", "max"),
     "FD of reference file": ("fd_of_reference", "min"), "rFD of the tokenizer": ("rfd", None),
-}
+}  # fmt: skip
 LIKELIHOOD: Columns = {
     "nats/token (exact)": ("nll", "min"), "nats/token (bound)": ("bound", "min"),
     "bound: tokens": ("bound_tokens", None), "bound: locations": ("bound_location", None),
     "bits/dim": ("bits_per_dim", "min"),
-}
+}  # fmt: skip
 COST: Columns = {
     "s/image": ("seconds_per_image", "min"), "steps/image": ("steps_per_image", None),
     "extraction evaluations": ("extraction_evaluations", None),
     "training tokens": ("training_tokens", None), "training s": ("training_seconds", None),
-}
+}  # fmt: skip
 COPIES: Columns = {
     "nearest training image, ratio": ("nearest_training_ratio", None),
     "nearer than 99 % of test": ("nearest_training_share", None),
     "equal tokens": ("token_copies", None), "equal tokens, test": ("token_copies_of_test", None),
-}
-# fmt: on
+}  # fmt: skip
 TABLES = {
     "{metric}: of generated images to the {split} split.": QUALITY,
     "Training tokens and seconds of all models used; extraction is counted apart.": LIKELIHOOD | COST,
@@ -154,15 +151,8 @@ def find_artifacts(folders: Sequence[Path]) -> Found:
                 manifests[path.parent] = read_manifest(path.parent)
         if not manifests:
             raise FileNotFoundError(f"{folder} holds no finished artifact: run its experiment first")
-        found |= dict(sorted(manifests.items(), key=_finished))
+        found |= dict(sorted(manifests.items(), key=lambda item: item[1].get("finished", "")))
     return list(found.items())
-
-
-def _finished(artifact: tuple[Path, dict[str, Any]]) -> str:
-    """When it was finished, ISO 8601 in UTC; without a record, the time of the file."""
-    path, manifest = artifact
-    time = datetime.fromtimestamp((path / MANIFEST).stat().st_mtime, UTC)
-    return manifest.get("finished", time.isoformat(timespec="milliseconds"))
 
 
 def read_evaluations(artifacts: Found) -> list[Evaluation]:
@@ -240,9 +230,8 @@ def tables(rows: Sequence[dict[str, Any]], metric_name: str, split: str = "test"
         if measured:
             shown = [{name: row[name] for name in (*first, *measured)} for row in rows]
             best = best_of(rows, measured)
-            made.append(
-                Table([*first, *measured], shown, caption.format(metric=metric_name, split=split), best)
-            )
+            title = caption.format(metric=metric_name, split=split)
+            made.append(Table([*first, *measured], shown, title, best))
     return made
 
 
@@ -289,13 +278,9 @@ def difference_table(artifacts: Found) -> Table | None:
     ]
     if not rows:
         return None
-    confidence = " and ".join(
-        f"{100 * c:g} %" for c in sorted({m["config"]["confidence"] for _, m in compared})
-    )
-    caption = (
-        f"Intervals of {confidence} from resampled samples and reference images; models stay as they are."
-    )
-    return Table(list(rows[0]), rows, caption)
+    levels = " and ".join(f"{100 * c:g} %" for c in sorted({m["config"]["confidence"] for _, m in compared}))
+    text = f"Intervals of {levels} from resampled samples and reference images; models stay as they are."
+    return Table(list(rows[0]), rows, text)
 
 
 def percent_interval(difference: Difference) -> str | None:

@@ -57,13 +57,11 @@ def report(folders: Sequence[Path], out: Path, *, data_images: bool = True) -> T
         section.folded = True
     if out.suffix == ".csv":
         require(bool(evaluated), "no samples were evaluated: run the stage eval first")
-        _write_csv(
-            out,
-            [
-                {"run": str(e.run), "metric": e.metrics["metric_name"], "split": e.split} | e.row()
-                for e in evaluated
-            ],
-        )
+        rows = [
+            {"run": str(e.run), "metric": e.metrics["metric_name"], "split": e.split} | e.row()
+            for e in evaluated
+        ]
+        _write_csv(out, rows)
         return None
     kinds = {".md": page.write_markdown, ".tex": page.write_latex, ".json": page.write_records}
     write = kinds.get(out.suffix, page.write_report)
@@ -116,11 +114,9 @@ def _measures(evaluated: Sequence[evaluations.Evaluation]) -> list[Section]:
 def _images(found: Found, name: str, title: str) -> list[page.Item]:
     """A gallery of the images of this name, where there are any."""
     figures = [
-        page.Figure(
-            path / name, evaluations.label(path, dict(found)).replace("samples-", ""), f"{title}: {path.name}"
-        )
-        for path, _ in found
-        if (path / name).is_file()
+        page.Figure(p / name, evaluations.label(p, dict(found)).replace("samples-", ""), f"{title}: {p.name}")
+        for p, _ in found
+        if (p / name).is_file()
     ]
     return [page.Gallery(figures)] if figures else []
 
@@ -189,7 +185,6 @@ class Kind:
         return Section(self.title, self.text, [_table(found, self.first, self.columns), *images])
 
 
-# fmt: off
 KINDS = (
     Kind(
         "completion", "Completions",
@@ -252,8 +247,7 @@ KINDS = (
          "under random orders": "any_order_nll", "training tokens": "training_tokens",
          "training s": "training_seconds"},
     ),
-)
-# fmt: on
+)  # fmt: skip
 
 
 def _losses(trained: Found) -> list[Section]:

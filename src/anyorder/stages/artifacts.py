@@ -195,7 +195,7 @@ class Artifact:
         self.found = set(then.get("found", ()))
         goes_on = self._goes_on(then, overwrite, done is not None)
         if done:
-            listed = _listed(done, self.folder)
+            listed = _listed(done)
             self.found = set(_walk(self.folder)) - listed
             log.info("%s: what is there is kept until the new artifact is finished", self.folder)
             for name in [*([] if goes_on else sorted(listed)), files.MANIFEST]:
@@ -225,7 +225,7 @@ class Artifact:
         aside = _record((folder := self.folder / REPLACED) / files.MANIFEST)
         if aside is None or _differences(aside, self.identity, self._completed):
             return False
-        return all(os.path.lexists(folder / name) for name in _listed(aside, folder))
+        return all(os.path.lexists(folder / name) for name in _listed(aside))
 
     def _goes_on(self, then: Mapping[str, Any], overwrite: bool, done: bool) -> bool:
         """Whether the work that is there can be continued; a ValueError if it may not be replaced either."""
@@ -236,7 +236,8 @@ class Artifact:
             )
         differences = _differences(then, self.identity, self._completed)
         growing = {*differences} <= {*self._grows}
-        if growing and all(_less(*values) for values in differences.values()):
+        numbers = all(isinstance(x, int | float) for pair in differences.values() for x in pair)
+        if growing and numbers and all(was < now for was, now in differences.values()):
             return True
         if growing and not overwrite:
             key, (was, now) = next(iter(differences.items()))
@@ -256,12 +257,8 @@ class Artifact:
         facts = {**self.identity, "found": sorted(self.found), "writer": writer}
         files.write_json(self.folder / IDENTITY, facts)
         self._opened = True
-        self._sweep()
-
-    def _sweep(self) -> None:
-        """Remove the half-written files that a killed process left."""
         for name in [*_walk(self.folder), *(entry.name for entry in os.scandir(self.folder))]:
-            if files.TEMPORARY.fullmatch(Path(name).name):
+            if files.TEMPORARY.fullmatch(Path(name).name):  # half-written, left by a killed process
                 (self.folder / name).unlink(missing_ok=True)
 
     def _written(self) -> list[str]:
@@ -348,7 +345,7 @@ def require_no_artifact(path: Path) -> None:
     """A ValueError if a finished artifact has this file: nothing else may write it."""
     listed: Any = ()
     with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: the manifest of a web page, say
-        listed = _listed(files.read_manifest(path.parent), path.parent)
+        listed = _listed(files.read_manifest(path.parent))
     if path.name in {*listed, *([files.MANIFEST] if listed else [])}:
         raise ValueError(f"{path} is a file of a finished artifact: choose another out=")
 
@@ -395,10 +392,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _less(then: Any, now: Any) -> bool:
-    return isinstance(then, int | float) and isinstance(now, int | float) and then < now
-
-
 # --- which files are whose --------------------------------------------------------------------------------
 
 
@@ -429,12 +422,9 @@ def _is_content(name: str) -> bool:
     return path.suffix in CONTENT and not other and "checkpoints" not in path.parts
 
 
-def _listed(manifest: Mapping[str, Any], folder: Path) -> set[str]:
-    """The files that a manifest lists; older ones do not list times, logs and checkpoints."""
-    if "other_files" in manifest:
-        return {*manifest["files"], *manifest["other_files"]}
-    unlisted = (*files.TIMES, ".partial", ".jsonl")
-    return {*manifest["files"]} | {n for n in _walk(folder) if "/" in n or n.endswith(unlisted)}
+def _listed(manifest: Mapping[str, Any]) -> set[str]:
+    """The files that a manifest lists."""
+    return {*manifest["files"], *manifest.get("other_files", ())}
 
 
 def _move(source: Path, target: Path, name: str) -> None:

@@ -75,10 +75,8 @@ class Rows:
     def __iter__(self) -> Iterator[np.ndarray]:
         """Row numbers (B,) of the batches that are this process's."""
         known = self._done + sum(end - begin for begin, end in self._whole)
-        with (
-            tqdm(total=self.n, initial=known, desc=self.what, unit="image") as bar,
-            Threads(device()) as threads,
-        ):
+        bar = tqdm(total=self.n, initial=known, desc=self.what, unit="image")
+        with bar, Threads(device()) as threads:
             for part in self._mine:
                 writer = self._writer_of(part)
                 for rows in slices(part[1], self.size, part[0]):

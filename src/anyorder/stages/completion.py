@@ -35,10 +35,7 @@ class CompletionStage(GeneratingStage):
 
     together: ClassVar[bool] = True
     inputs: ClassVar[tuple[str, ...]] = (*GeneratingStage.inputs, "features", "data")
-    provenance: ClassVar[dict[str, tuple[str, str]]] = {
-        **GeneratingStage.provenance,
-        "data": ("features", "data"),
-    }
+    provenance = GeneratingStage.provenance | {"data": ("features", "data")}
     required: ClassVar[tuple[str, ...]] = (*GeneratingStage.required, "data")
     features: Path
     """Artifact of the features stage: the feature space of the distance."""
@@ -131,14 +128,13 @@ class CompletionStage(GeneratingStage):
         reference = metrics.statistics(extractor, uint8_batches(true), description="true images")
         generated = int(open_tokens(torch.from_numpy(hole)[None], factor, self.filling.margin).sum())
         values: dict[str, list[float]] = {}
+        distance = "fid" if extractor.metric == "FID" else "fd"
         for seed in self.seeds:
             made = np.array(files.load_array(folder / f"{seed}.images.npy"))
             found = metrics.statistics(extractor, uint8_batches(made), description=f"seed {seed}")
             error = np.square((made[:, hole].astype(np.float64) - true[:, hole]) / 255).mean((1, 2))
             of_seed = {
-                "fid" if extractor.metric == "FID" else "fd": metrics.frechet_distance(
-                    reference.gaussian, found.gaussian
-                ),
+                distance: metrics.frechet_distance(reference.gaussian, found.gaussian),
                 "hole_mse": float(error.mean()),
                 "hole_psnr": float(-10 * np.log10(error.clip(1e-10)).mean()),
             }

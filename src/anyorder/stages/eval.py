@@ -107,10 +107,8 @@ class EvalStage:
         require(not made["config"].get("prompts"), prompts)
         split = floors.reference_split(self.data, self.split)
         train, test = (caches.TokenSet(self.tokens, name) for name in ("train", split))
-        extractor, reference = (
-            spaces.load_extractor(self.features),
-            spaces.load_reference(self.features, split),
-        )
+        extractor = spaces.load_extractor(self.features)
+        reference = spaces.load_reference(self.features, split)
         images, source = files.load_array(self.samples / "images.npy"), artifact.identity["inputs"]["samples"]
         generated = spaces.statistics(extractor, images, np.arange(len(images)), source, "generated images")
         training = spaces.training_features(self.features, extractor, caches.ImageSet(self.data))
@@ -124,9 +122,7 @@ class EvalStage:
         if not artifact.leads:
             return {}
         generated.save(artifact.folder / common.SAMPLES)
-        distances = (
-            memorization.nearest_distance(x.features, training.features) for x in (generated, reference)
-        )
+        gaps = (memorization.nearest_distance(x.features, training.features) for x in (generated, reference))
         tokens, before = files.load_array(self.samples / "tokens.npy"), common.trained_before(self.model)
         found = metrics.evaluate(extractor, reference, generated, self.kid_subset_size) | {
             "split": split,
@@ -137,7 +133,7 @@ class EvalStage:
             "token_blind": made["token_blind"],
             "training_tokens": before["training_tokens"],
             **likelihood,
-            **memorization.closeness(*distances),
+            **memorization.closeness(*gaps),
             "token_copies": memorization.copied_share(tokens, train.tokens),
             "token_copies_of_test": memorization.copied_share(test.tokens, train.tokens),
             **self._attribute_agreement(images, test),
@@ -157,10 +153,7 @@ class EvalStage:
             found["consistency"] = causes_of(np.array(images)).shares()["consistency"]
         files.write_json(artifact.folder / "metrics.json", found)
         # Times are in the manifest alone: equal samples give equal files.
-        times = {
-            "seconds_per_image": made["seconds_per_image"],
-            "training_seconds": before["training_seconds"],
-        }
+        times = {"seconds_per_image": made["seconds_per_image"]} | before
         return {"examples": len(images), "metrics": found | times, "device": str(device())}
 
     def _attribute_agreement(self, images: np.ndarray, test: caches.TokenSet) -> dict[str, Any]:

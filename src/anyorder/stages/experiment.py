@@ -129,9 +129,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
-    require(
-        value is None or isinstance(value, dict), f"{where} must hold a mapping (key: value), got {value!r}"
-    )
+    require(isinstance(value, dict | None), f"{where} must hold a mapping (key: value), got {value!r}")
     return {str(key): item for key, item in (value or {}).items()}
 
 

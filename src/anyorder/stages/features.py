@@ -88,12 +88,10 @@ class FeaturesStage(TrainingStage):
             (artifact.folder / TRAINING).unlink(missing_ok=True)  # of an earlier configuration
         processes.barrier()
         extractor = load_extractor(artifact.folder)
-        for split in caches.splits(self.data)[1:]:
+        for split in caches.splits(self.data)[1:]:  # the test split last, whose features the floor needs
             held = caches.ImageSet(self.data, split).images
             rows, what = np.arange(len(held)), f"{split} features"
-            reference = statistics(
-                extractor, held, rows, test.fingerprint, what
-            )  # the last: of the test split
+            reference = statistics(extractor, held, rows, test.fingerprint, what)
             if artifact.leads:
                 reference.save(artifact.folder / REFERENCES[split])
         training = training_features(artifact.folder, extractor, images, self.max_train)
@@ -136,17 +134,15 @@ class FeaturesStage(TrainingStage):
 
 
 def _floor(
-    extractor: features.FeatureExtractor,
-    reference: metrics.FeatureStatistics,
-    training: metrics.FeatureStatistics,
+    extractor: features.FeatureExtractor, test: metrics.FeatureStatistics, training: metrics.FeatureStatistics
 ) -> dict[str, float]:
     """Distances of as many real training images from the test split; nothing for 3 images or fewer."""
-    rows = evenly_spaced(reference.n, training.n)
-    if min(len(rows), reference.n) <= 3:
+    rows = evenly_spaced(test.n, training.n)
+    if min(len(rows), test.n) <= 3:
         return {}
     real = metrics.FeatureStatistics(extractor.name)
     real.update(training.features[rows], training.logits[rows])
-    found = metrics.evaluate(extractor, reference, real)
+    found = metrics.evaluate(extractor, test, real)
     return {"fd": found.get("fd", found.get("fid")), **{k: found[k] for k in ("kid", "precision", "recall")}}
 
 
@@ -221,9 +217,8 @@ def reference_file(path: Path, extractor: features.FeatureExtractor) -> metrics.
         file = np.load(path, allow_pickle=False)
         found = {name: file[name] for name in ("mu", "sigma", "arr_0") if name in file.files}
     except (ValueError, OSError, EOFError, BadZipFile, AttributeError) as e:
-        raise ValueError(
-            f"reference={path} cannot be read ({e}): give an .npz with mu and sigma, or arr_0"
-        ) from e
+        mend = "give an .npz with mu and sigma, or arr_0"
+        raise ValueError(f"reference={path} cannot be read ({e}): {mend}") from e
     if extractor.metric == "FID" and {"mu", "sigma"} <= found.keys():
         moments = [torch.from_numpy(found[name].astype(np.float64)) for name in ("mu", "sigma")]
         shapes = tuple(tuple(x.shape) for x in moments)

@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -97,7 +97,9 @@ def look(config: FitConfig) -> Facts:
     """Count the images and their classes, measure some, and look at the machine; errors as `open_source`."""
     columns = sources.Columns(config.label, config.captions)
     source = sources.open_source(config.source, columns)
-    share = 0.1 if source.has_test_split else held_out_share(source.count("train") + source.count("test"))
+    share = 0.1
+    if not source.has_test_split:  # a tenth of the images is held out, of few images a fifth
+        share = round(min(0.2, max(0.1, 16 / max(1, source.count("train") + source.count("test")))), 3)
     source = sources.open_source(config.source, columns, share)
     sides = []
     for item in islice(source.items("train"), 64):
@@ -149,11 +151,6 @@ def _measured(folder: Path, images: int) -> float:
 
 
 # --- the plan: pure functions -----------------------------------------------------------------------------
-
-
-def held_out_share(images: int) -> float:
-    """Share of the images for the test split where the source has none: a tenth, of few images a fifth."""
-    return round(min(0.2, max(0.1, 16 / max(1, images))), 3)
 
 
 def choose_preset(facts: Facts, seconds: float) -> tuple[str, str]:
@@ -256,9 +253,7 @@ def expected(values: Values, rates: Mapping[str, float], facts: Facts) -> dict[s
     return found
 
 
-def fill(
-    values: Values, rates: Mapping[str, float], facts: Facts, seconds: float, given: Sequence[str]
-) -> Values:
+def fill(values: Values, rates: dict[str, float], facts: Facts, seconds: float, given: list[str]) -> Values:
     """Choose the numbers of samples and steps so that all stages together take the time; `given` are kept.
 
     Raises:

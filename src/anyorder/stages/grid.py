@@ -31,10 +31,7 @@ class GridStage(GeneratingStage):
     """Likelihood and samples of a model on another grid than the one of its training."""
 
     inputs: ClassVar[tuple[str, ...]] = (*GeneratingStage.inputs, "other")
-    provenance: ClassVar[dict[str, tuple[str, str]]] = {
-        "tokens": ("model", "tokens"),
-        "tokenizer": ("other", "tokenizer"),
-    }
+    provenance = GeneratingStage.provenance | {"tokenizer": ("other", "tokenizer")}
     other: Path
     """Tokens of images of another size, by the same tokenizer."""
     num_images: int = 500

@@ -157,15 +157,13 @@ class OrdersStage:
         self, folder: Path, model: AnyOrderNetwork, tokens: TokenSet, images: np.ndarray, size: int
     ) -> None:
         """Extract the orders of some images, `size` at once; a killed run resumes after its last batch."""
-        by_class = OrderSet(self.orders) if self.orders else None
+        cache = OrderSet(self.orders) if self.orders else None
         rows = common.Rows(folder, _arrays(tokens), len(images), size, f"{tokens.split} orders")
         for some in rows:
             begin = time.perf_counter()
             batch, labels = (x.to(device()) for x in tokens.batch(images[some]))
             streams = Streams([self.seed + int(row) for row in images[some]], device())
-            policy = self.policy.build(
-                tokens.grid, streams, by_class.of_classes(labels) if by_class else None
-            )
+            policy = self.policy.build(tokens.grid, streams, cache.of_classes(labels) if cache else None)
             found = extract_orders(
                 model, batch, policy, streams,
                 condition=common.as_condition(model, tokens, labels), grid=tokens.grid,

@@ -95,9 +95,7 @@ class SampleStage(GeneratingStage):
                 sampling=sampling, grid=tokens.grid,
                 condition=as_condition(pipe.model, tokens, given[some]), batch_size=len(some),
             )  # fmt: skip
-            arrays = {
-                name: getattr(made, name).cpu().numpy() for name in ("tokens", "order", "log_prob", "steps")
-            }
+            arrays = {k: getattr(made, k).cpu().numpy() for k in ("tokens", "order", "log_prob", "steps")}
             rows.append(
                 images=np.stack([np.asarray(image) for image in made.images]),
                 labels=class_labels(conditions[some]).numpy(),
@@ -128,8 +126,7 @@ class SampleStage(GeneratingStage):
         made = read_manifest(self.settings)
         other = f"{self.settings} is a search for {made.get('policy')}, not for {self.policy.label}"
         require(made.get("policy") == self.policy.label, f"{other}: run tune with this policy")
-        best = made["best"]
-        scale = best["guidance_scale"]
+        best, scale = made["best"], made["best"]["guidance_scale"]
         guidance = replace(self.guidance, scale=scale) if scale != 1 else GuidanceConfig()
         return replace(self.sampling, temperature=best["temperature"]), guidance
 
@@ -139,9 +136,8 @@ class SampleStage(GeneratingStage):
             each = [prompt for prompt in self.prompts for _ in range(self.num_images // len(self.prompts))]
             return tokens.vocabulary.condition(self.num_images, prompts=each)
         if self.classes == "uniform":
-            labels = np.random.default_rng(self.seed).permutation(self.num_images) % max(
-                1, len(tokens.classes)
-            )
+            shuffled = np.random.default_rng(self.seed).permutation(self.num_images)
+            labels = shuffled % max(1, len(tokens.classes))
             every = tokens.vocabulary.condition(self.num_images, labels.tolist())
             return every if tokens.further.shape[1] else every[:, 0]
         return tokens.batch(stratified(tokens.labels, self.num_images, self.seed))[1]

@@ -45,13 +45,11 @@ class TokensStage:
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `SPLIT.{tokens,labels}.npy`, and what the data have of `SPLIT.{attributes,captions}.npy`."""
-        names = splits(self.data)
-        sets = [
-            ImageSet(self.data, names[0], self.crops, self.mirror),
-            *(ImageSet(self.data, n) for n in names[1:]),
-        ]
+        train, *others = splits(self.data)
+        images = ImageSet(self.data, train, self.crops, self.mirror)
+        sets = [images, *(ImageSet(self.data, split) for split in others)]
         further = processes.told(self._conditions(sets, artifact) if artifact.leads else {})
-        model, images = load_tokenizer(self.tokenizer), sets[0]
+        model = load_tokenizer(self.tokenizer)
         grid = Grid(*(side // model.factor for side in images.size))
         for each in sets:
             self._encode(model, each, grid.n, artifact)

@@ -208,9 +208,7 @@ class TrainStage(common.TrainingStage):
         measured = [(some.split, self._measured(some, cache)) for some in (tokens, *held)]
 
         def evaluate(model: torch.nn.Module, step: int, splits: int = len(watched)) -> dict[str, float]:
-            found = {
-                split: _mean_nll(model, self._in_order(model, data)) for split, data in measured[:splits]
-            }
+            found = {split: _mean_nll(model, self._in_order(model, x)) for split, x in measured[:splits]}
             return {f"{split}_{name}": value for split, x in found.items() for name, value in x.items()}
 
         result = train(
@@ -252,14 +250,10 @@ class TrainStage(common.TrainingStage):
             return self._own_network(tokens, sizes)
         if self.init is None:
             self._require_conditions(tokens)
-            config = transformer.TransformerConfig(
-                **vars(self.model),
-                **sizes,
-                attributes=tuple(len(values) for values in tokens.attributes.values()),
-                text_vocab=tokens.text_vocab,
-                text_length=tokens.text_length,
-                grouped=bool(self.groups),
-            )
+            attributes = tuple(len(values) for values in tokens.attributes.values())
+            sizes |= {"text_vocab": tokens.text_vocab, "text_length": tokens.text_length}
+            sizes |= {"attributes": attributes, "grouped": bool(self.groups)}
+            config = transformer.TransformerConfig(**vars(self.model), **sizes)
             return transformer.AnyOrderTransformer(config)
         common.require_trained_on(self.init, tokens, adapted=True)
         model = weights.load_any_order(self.init)

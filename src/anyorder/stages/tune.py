@@ -59,10 +59,8 @@ class TuneStage(GeneratingStage):
     def __post_init__(self) -> None:
         super().__post_init__()
         points = len(self.temperatures) * len(self.scales)
-        counts = f"got {len(self.temperatures)} x {len(self.scales)}"
-        require(
-            1 <= points <= MOST_POINTS, f"temperatures x scales must be 1 to {MOST_POINTS} points, {counts}"
-        )
+        got = f"got {len(self.temperatures)} x {len(self.scales)}"
+        require(1 <= points <= MOST_POINTS, f"temperatures x scales must be 1 to {MOST_POINTS} points, {got}")
         counts = f"got {self.num_images} and {self.batch_size}"
         fits = self.num_images >= 4 and self.batch_size >= 1
         require(fits, f"num_images must be >= 4 and batch_size >= 1, {counts}")
@@ -88,16 +86,12 @@ class TuneStage(GeneratingStage):
         table, points = artifact.folder / TABLE, list(itertools.product(self.temperatures, self.scales))
         rows: list[dict[str, float]] = processes.told(files.read_json(table) if table.is_file() else [])
         if artifact.leads:
-            shutil.rmtree(
-                artifact.folder / f"point-{len(rows)}", ignore_errors=True
-            )  # of a kill before it went
+            shutil.rmtree(artifact.folder / f"point-{len(rows)}", ignore_errors=True)  # left by a kill
         for number, (temperature, scale) in enumerate(points[len(rows) :], start=len(rows) + 1):
             folder = artifact.folder / f"point-{number}"
             execute("sample", self._samples(temperature, scale), folder)
-            images = files.load_array(folder / "images.npy")
-            made = spaces.statistics(
-                extractor, images, np.arange(len(images)), "", f"features of {folder.name}"
-            )
+            images, what = files.load_array(folder / "images.npy"), f"features of {folder.name}"
+            made = spaces.statistics(extractor, images, np.arange(len(images)), "", what)
             if artifact.leads:
                 point = {"temperature": temperature, "guidance_scale": scale}
                 rows.append(point | bootstrap.measures(reference, made))

@@ -100,7 +100,11 @@ class TokenizerLoss(nn.Module):
         """
         output = model(images)
         fake, real = output.reconstruction.float(), images.float()
-        reconstruction, parts = self._reconstruction(fake, real)
+        parts = {"l1": F.l1_loss(fake, real), "l2": F.mse_loss(fake, real)}
+        reconstruction = self.config.l1 * parts["l1"] + self.config.l2 * parts["l2"]
+        if self.perceptual is not None:
+            parts["lpips"] = self.perceptual(fake, real)
+            reconstruction = reconstruction + self.config.lpips * parts["lpips"]
         total = reconstruction + output.commitment_loss + output.codebook_loss
         parts |= {"commitment": output.commitment_loss, "codebook": output.codebook_loss}
         if self.discriminator is not None and step >= self.config.discriminator_start:
@@ -112,14 +116,6 @@ class TokenizerLoss(nn.Module):
             parts |= {"generator": generator, "discriminator": discriminator, "adaptive_weight": weight}
         self._passes.append((output.latents.detach(), output.tokens))
         return total, {name: part.detach() for name, part in parts.items()}
-
-    def _reconstruction(self, fake: Tensor, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        parts = {"l1": F.l1_loss(fake, real), "l2": F.mse_loss(fake, real)}
-        total = self.config.l1 * parts["l1"] + self.config.l2 * parts["l2"]
-        if self.perceptual is not None:
-            parts["lpips"] = self.perceptual(fake, real)
-            total = total + self.config.lpips * parts["lpips"]
-        return total, parts
 
     def update_codebook(
         self, model: VQModel, step: int, stacked: Callable[[Tensor], Tensor] = lambda x: x[None]

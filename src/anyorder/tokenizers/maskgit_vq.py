@@ -46,11 +46,6 @@ class MaskGITVQConfig:
             f"got {self.channels} and {self.multipliers}",
         )
 
-    @property
-    def factor(self) -> int:
-        """Pixels per patch side."""
-        return 2 ** (len(self.multipliers) - 1)
-
 
 class MaskGITVQ(network.ConvTokenizer):
     """Images to tokens and back; a `contracts.Tokenizer`."""

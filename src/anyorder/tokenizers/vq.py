@@ -236,6 +236,4 @@ def read_config(tensors: dict[str, Tensor], grid: tuple[int, int], heads: int) -
     )
 
 
-FAMILY = families.Family(
-    VQModel, VQConfig, "encoder.conv_blocks.0.res.0.conv1.weight", read_config, files=(VQ16,)
-)
+FAMILY = families.Family(VQModel, VQConfig, "encoder.conv_blocks.0.res.0.conv1.weight", read_config, (VQ16,))

@@ -21,7 +21,8 @@ class ConvTokenizer(TokenizerNetwork):
 
     def __init__(self, config: Any, encoder: nn.Sequential, decoder: nn.Sequential, quantize: nn.Module):
         super().__init__()
-        self.config, self.vocab_size, self.factor = config, config.vocab_size, config.factor
+        self.config, self.vocab_size = config, config.vocab_size
+        self.factor = 2 ** (len(config.multipliers) - 1)
         self.encoder, self.decoder = encoder, decoder
         self.quantize: Any = quantize
 

@@ -124,7 +124,7 @@ def _problem(folder: Path) -> str:
     """What is wrong with this process's share of the files in a folder, or ""."""
     try:
         stored = files.read_json(folder / FACTS)
-        checks = _files(stored)
+        checks = stored.get("files", {STATE: stored})  # of a state that is not sharded they stand alone
         for name in [*checks][processes.rank() :: processes.size()]:
             path, check = folder / name, checks[name]
             if (size := path.stat().st_size) != check["bytes"]:
@@ -134,11 +134,6 @@ def _problem(folder: Path) -> str:
         return "" if {"step", "facts"} <= {*stored} else f"{FACTS} is incomplete"
     except (OSError, ValueError, KeyError) as e:
         return str(e)
-
-
-def _files(stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Size and hash of each file by its name; of a state that is not sharded they stand alone."""
-    return stored.get("files", {STATE: dict(stored)})
 
 
 def _load(folder: Path, layout: Mapping[str, Tensor]) -> State:

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import traceback
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
 
 from anyorder.inference import processes
-from anyorder.inference.device import memory_explained, out_of_memory
+from anyorder.inference.device import out_of_memory
 
 if TYPE_CHECKING:
     from anyorder.training.trainer import Trainer
-
-
-def explained(trainer: Trainer) -> AbstractContextManager[None]:
-    """A step of a trainer; a ValueError that says which batch fits if memory was too small for it."""
-    return memory_explained(lambda: _advice(trainer))
 
 
 def _advice(trainer: Trainer) -> str:
