@@ -815,14 +815,13 @@ def test_exit_codes_of_a_full_disk_and_of_ctrl_c(tmp_path, monkeypatch, capsys):
 
         return run
 
-    monkeypatch.setitem(
-        cli.COMMANDS, "quickstart", cli.Command("", stop(OSError(28, "No space left on device", "x.npy")))
-    )
+    full = OSError(28, "No space left on device", "x.npy")
+    monkeypatch.setattr(cli.commands, "quickstart", stop(full))
     assert cli.main(["quickstart"]) == 1
     assert "free some space" in capsys.readouterr().err
-    monkeypatch.setitem(cli.COMMANDS, "quickstart", cli.Command("", stop(KeyboardInterrupt())))
+    monkeypatch.setattr(cli.commands, "quickstart", stop(KeyboardInterrupt()))
     assert cli.main(["quickstart"]) == 130
-    monkeypatch.setitem(cli.COMMANDS, "quickstart", cli.Command("", stop(ValueError("bad"))))
+    monkeypatch.setattr(cli.commands, "quickstart", stop(ValueError("bad")))
     with pytest.raises(ValueError, match="bad"):
         cli.main(["quickstart", "--traceback"])
 
