@@ -244,9 +244,9 @@ def test_a_report_of_a_training_that_stopped_before_its_first_logged_step(tmp_pa
 def test_advice_on_memory_keeps_its_word(monkeypatch):
     trainer = type("Trainer", (), {"config": TrainConfig(batch_size=5)})
     monkeypatch.setattr(memory, "_fits", lambda trainer, n: n <= 2)
-    assert memory._advice(trainer).endswith("accumulation=2 fits")
+    assert memory.advice(trainer).endswith("accumulation=2 fits")
     trainer.config = TrainConfig(batch_size=4)
-    assert memory._advice(trainer).endswith("accumulation=2 fits, with steps of the same size")
+    assert memory.advice(trainer).endswith("accumulation=2 fits, with steps of the same size")
 
 
 # --- data -------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class IterateStage(TrainingStage):
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig("token_likelihood", location=1.0))
     """Order policy of extraction with a location head; by default the most likely position and true token."""
     limit: int | None = None
-    """Train on the first so many images only; null takes all."""
+    """Train on so many images only, evenly spread over all; null takes all."""
     test_limit: int = 512
     """Test images, and validation images, that the bound is measured on."""
     jitter: float = 0.0

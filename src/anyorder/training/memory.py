@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from anyorder.training.trainer import Trainer
 
 
-def _advice(trainer: Trainer) -> str:
-    """Halves of the batch are tried out; one of several processes cannot try without the others."""
+def advice(trainer: Trainer) -> str:
+    """The message. Halves are tried out; one of several processes cannot try without the others."""
     before, alone = trainer.config.batch_size, processes.size() == 1
     halves = [before >> i for i in range(1, before.bit_length())]
     size = next((n for n in halves if not alone or _fits(trainer, n)), 0)

@@ -124,7 +124,7 @@ def train(
         while not (trainer.finished or stopped()):
             if ready:
                 trainer.averaged()
-            with devices.memory_explained(lambda: memory._advice(trainer)):
+            with devices.memory_explained(lambda: memory.advice(trainer)):
                 trainer.step()
             trainer.threads.step()
             bar.update(trainer.examples_per_step)
