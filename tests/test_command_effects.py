@@ -393,8 +393,12 @@ def asked(monkeypatch):
         watch(owner, "batch", lambda self, indices: ("batch", len(indices)))
     watch(sampling.Streams, "__init__", lambda self, seeds, *_: ("streams", len(seeds)))
     watch(sampling.Streams, "subset", lambda self, rows: ("streams", len(rows)))
+
+    def compiled(model: Any, asked: bool | None = True, images: int = 0, checks: int = 0) -> None:
+        found.extend(["compiled"] * bool(asked))
+
     for module in (inference, orders_stage, workloads):
-        monkeypatch.setattr(module, "compile_decoding", lambda model: found.append("compiled"))
+        monkeypatch.setattr(module, "compile_decoding", compiled)
     monkeypatch.setenv("ANYORDER_BF16", "on")
     facts = iterate_stage._facts
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import CAPTIONS, published, several_conditions, transformer
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from anyorder.adapters.randar import RandAR
@@ -14,6 +15,7 @@ from anyorder.method.decoding import complete, extract_orders, sample
 from anyorder.method.guidance import GuidanceConfig, Guided
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Streams
+from anyorder.models import compiled as compiled_module
 from anyorder.models.compiled import bucket, compile_decoding, require_compiler
 
 GRID = Grid(3, 4)
@@ -162,6 +164,54 @@ def test_other_models_are_refused():
     for other in (published(RandAR), Guided(model(num_classes=2), GuidanceConfig(2.0))):
         with pytest.raises(ValueError, match=f"not for a {type(other).__name__}: leave compile out"):
             compile_decoding(other, backend="eager")
+
+
+def wrong(graph, inputs):
+    """A backend whose code gives twice of everything."""
+    return lambda *args: tuple(2 * x if x.is_floating_point() else x for x in graph.forward(*args))
+
+
+def broken(graph, inputs):
+    raise RuntimeError("no such instruction\nat line 7")
+
+
+@pytest.mark.parametrize(("backend", "fault"), [(wrong, "differs from eager code"), (broken, "it fails")])
+def test_code_that_is_wrong_is_left_for_eager_code(backend, fault, caplog):
+    torch._dynamo.reset()
+    drawer = model(rotary=True)
+    results = both(lambda: sample(drawer, "entropy", Streams(range(3))), drawer, backend=backend)
+    assert_same(*results)
+    assert drawer.compiled.refuted
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "anyorder"]
+    assert fault in message
+
+
+def test_the_first_calls_of_each_shape_are_checked(counter, monkeypatch):
+    drawer, ran = model(), []
+    compile_decoding(drawer, backend=counter, checks=2)
+    original = compiled_module.run_blocks
+    monkeypatch.setattr(compiled_module, "run_blocks", lambda *args: ran.append(0) or original(*args))
+    for rows, checked in ((1, 1), (1, 2), (1, 2), (2, 3), (1, 3)):
+        with torch.no_grad():
+            drawer.score(drawer.start(rows), torch.arange(4).expand(rows, -1))
+        assert len(ran) == checked
+    assert not drawer.compiled.refuted
+
+
+def test_gpus_compile_by_themselves_where_it_pays(monkeypatch):
+    """For many images, models of ours and with Triton; nothing on a CPU."""
+    there = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in there or None)
+    drawer, other = model(), published(RandAR)
+    with FakeTensorMode():
+        drawer.head.weight = torch.nn.Parameter(torch.empty(5, 16, device="cuda"))
+    for names, images, expected in (([], 1024, False), (["triton"], 1023, False), (["triton"], 1024, True)):
+        there[:] = names
+        for each in (drawer, other):
+            compile_decoding(each, None, images)
+        assert bool(drawer.compiled) == expected
+    compile_decoding(cpu := model(), None, 10**6)
+    assert cpu.compiled is None
 
 
 def test_a_compiler_is_needed(monkeypatch):

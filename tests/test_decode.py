@@ -61,6 +61,19 @@ def test_sampling_does_not_depend_on_the_batch(policy):
         assert torch.equal(some_order, order[seeds])
 
 
+def test_sampling_does_not_depend_on_the_number_of_threads(policy):
+    found, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            streams = Streams(range(4))
+            found.append(sample(MODEL, policy(GRID, streams), streams, condition=LABELS))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0].tokens, found[1].tokens)
+    assert torch.equal(found[0].order, found[1].order)
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 6])
 @pytest.mark.parametrize("order", ["entropy", "token_likelihood", "random"])
 def test_chunks_change_nothing(order, chunk):

@@ -249,6 +249,16 @@ def test_grouped_orders_have_a_normalised_density(order):
     assert p.sum() == pytest.approx(1, abs=1e-4)
 
 
+def test_orders_of_classes_come_in_groups_too():
+    model, labels, config = grouped(num_classes=3), torch.arange(4) % 3, PolicyConfig("class_mean", steps=3)
+    orders = random_orders(4, GRID, seeded(0))
+    policy = config.build(GRID, Streams(range(4)), orders)
+    made = sample(model, policy, Streams(range(4)), condition=labels)
+    assert torch.equal(made.order, orders)
+    exact = token_nll(model, made.tokens, labels, orders, sizes=config.sizes(6))
+    assert_close(-made.log_prob, exact, **CLOSE)
+
+
 def test_a_batch_does_not_change_its_images():
     model = grouped()
     together = sample(model, PolicyConfig("random", steps=3), Streams(range(5))).tokens

@@ -202,6 +202,13 @@ def test_numbers_of_an_image_depend_on_its_seed_only(name):
     assert len(together.unique(dim=0)) == 3
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_an_image_are_the_same_on_a_gpu(name):
+    assert torch.equal(NUMBERS[name](Streams([5, 6], "cuda")).cpu(), NUMBERS[name](Streams([5, 6])))
+
+
 def test_numbers_of_a_position_do_not_depend_on_the_others():
     streams, some = Streams([5, 6]), torch.tensor([[9, 4], [200, 9]])
     for of in (streams.uniform, streams.gumbel):

@@ -318,6 +318,7 @@ def resharded(folder):
         "4": [(4, 0, False)],
         "4 sharded": [(4, 0, True)],
         "2 sharded, 1, 2 sharded": [(2, 8, True), (1, 16, False), (2, 0, True)],
+        "1, 4, 2 sharded, 4 sharded": [(1, 6, False), (4, 12, False), (2, 18, True), (4, 0, True)],
         "4 sharded, 2, 2 sharded, 2": [(4, 6, True), (2, 12, False), (2, 18, True), (2, 0, False)],
         "2 sharded, 2 sharded": [(2, 12, True), (2, 0, True)],
     }.items():
@@ -589,6 +590,25 @@ def test_processes_take_the_passes_of_a_step_in_turn(monkeypatch, rank, passes):
         ValueError, match=r"train.accumulation=4 .* shared by 3 processes: give a multiple of 3"
     ):
         distributed.own_passes(4)
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    asked = []
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    for name in ("init_process_group", "new_group", "destroy_process_group"):
+        monkeypatch.setattr(processes.dist, name, lambda *a, **k: asked.extend(a))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with processes.joined():
+        assert asked == [1, "cpu:gloo,cuda:nccl"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with (
+        pytest.raises(ValueError, match="no GPU for process 1: give --nproc-per-node=1"),
+        processes.joined(),
+    ):
+        pass
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Faults that were found by reading: each would come back here."""
 
+import dataclasses
 import io
 import json
 import os
@@ -28,14 +29,22 @@ from anyorder.cli import runs
 from anyorder.cli.plan import plan
 from anyorder.cli.planner import PlanConfig
 from anyorder.data import ingest
+from anyorder.data.caches import TokenSet
 from anyorder.data.sources import Columns, open_source
+from anyorder.evaluation import bootstrap, metrics
 from anyorder.evaluation.metrics import FeatureStatistics
 from anyorder.files import RowWriter, read_json
+from anyorder.inference.weights import load_any_order
+from anyorder.method.policy_config import PolicyConfig
+from anyorder.method.sampling import Sampling
+from anyorder.models import conditioning
+from anyorder.models.groups import layout
 from anyorder.report import evaluations
 from anyorder.report.summary import report
 from anyorder.settings import parse
 from anyorder.stages import fit, floors
 from anyorder.stages.artifacts import Artifact, require_no_artifact
+from anyorder.stages.eval import EvalStage
 from anyorder.stages.experiment import load_experiment
 from anyorder.stages.sample import SampleStage
 from anyorder.stages.tune import TuneStage
@@ -388,6 +397,11 @@ def test_captions_are_read_in_the_encodings_of_text_editors(tmp_path, encoding):
         source = open_source(str(tmp_path / "a"), Columns(caption=asked))
         found = {item.caption for split in ("train", "test") for item in source.items(split)}
         assert found == expected
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("a0.png", "a0.txt"):
+            tar.add(tmp_path / "a" / name, name)
+    (item,) = open_source(str(tmp_path / "a.tar"), Columns(caption="txt"), 0).items("train")
+    assert item.caption == "red shoe"
 
 
 def test_damaged_weights_of_a_loss_are_refused(tmp_path):
@@ -428,3 +442,148 @@ def test_a_plan_counts_the_images_that_are_asked_for_and_no_own_model(tmp_path):
 def test_points_of_a_search_are_refused_before_the_first_is_sampled():
     with pytest.raises(ValueError, match="temperature must be >= 0"):
         TuneStage(model=Path("m"), features=Path("f"), temperatures=(1.0, -1.0))
+
+
+# --- location heads -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trains(tmp_path, capsys):
+    """Runs `train` on tokens of a 2 x 2 grid in the folder; gives the exit status and what was printed."""
+    generator = np.random.default_rng(0)
+    with Artifact(tmp_path / "tokens", "tokens", {}, {}) as artifact:
+        for split, n in (("train", 12), ("test", 6)):
+            files.save_array(
+                artifact.folder / f"{split}.tokens.npy", generator.integers(0, 4, (n, 4), np.int32)
+            )
+            files.save_array(artifact.folder / f"{split}.labels.npy", np.arange(n) % 2)
+        facts = {"grid": [2, 2], "vocab_size": 4, "classes": ["a", "b"], "image_size": [8, 8]}
+        artifact.finish(tokenizer="none", data="none", **facts)
+
+    def run(out: str, *settings: str) -> tuple[int, str]:
+        small = () if any("init=" in text for text in settings) else ("model.depth=1", "model.width=16")
+        steps = ("train.steps=4", "train.batch_size=4", "train.ema=0.5", "model.heads=1"[: 99 * bool(small)])
+        command = ["train", f"tokens={tmp_path}/tokens", f"out={tmp_path}/{out}", *small, *steps, *settings]
+        code = cli.main([text for text in command if text])
+        return code, capsys.readouterr().err
+
+    assert run("headless")[0] == 0
+    assert run("headed", "model.location=true", "order=raster")[0] == 0
+    return run
+
+
+@pytest.mark.parametrize(
+    ("init", "settings", "message"),
+    [
+        (None, ["online.order=location"], "online.order=location needs a location head"),
+        (None, ["online.order=entropy", "online.location=1"], "needs a location head"),
+        ("headless", ["online.order=location"], "headless has none: give model.location=true"),
+        ("headless", ["learn_orders=2"], "learn_orders needs a location head"),
+        (
+            "headless",
+            ["train.patience=1", "train.watch=test_bound", "train.eval_every=2"],
+            "watch=test_bound is not evaluated: choose one of train_nll, test_nll",
+        ),
+        ("headed", ["order=raster", "train.compile=true"], "train.compile covers models without a location"),
+    ],
+)
+def test_what_needs_a_head_or_forbids_it_is_refused_before_the_first_step(
+    trains, tmp_path, init, settings, message
+):
+    code, errors = trains("out", *([f"init={tmp_path}/{init}"] if init else []), *settings)
+    assert code == 2
+    assert message in errors
+    assert "example/s" not in errors
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_head_without_orders_to_learn_stays_as_it_is(trains, tmp_path):
+    """Weight decay would shrink it."""
+    assert trains("further", f"init={tmp_path}/headed", "train.weight_decay=1")[0] == 0
+    before, after = (load_any_order(tmp_path / name).state_dict() for name in ("headed", "further"))
+    heads = [name for name in before if name.startswith("location.")]
+    assert heads
+    assert all(torch.equal(before[name], after[name]) for name in heads)
+    assert not torch.equal(before["head.weight"], after["head.weight"])
+    assert "test_bound" in read_json(tmp_path / "further/manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "bounded"),
+    [({}, True), ({"per_step": 2}, True), ({"per_step": 2, "min_distance": 2.0}, False),
+     ({"per_step": 2, "entropy_limit": 1e-6}, False)],
+)  # fmt: skip
+def test_bounds_of_a_head_are_of_the_steps_that_are_sampled(trains, tmp_path, monkeypatch, settings, bounded):
+    code, _ = trains("grouped", "model.location=true", "order=raster", "groups=4,2")
+    assert code == 0
+    stage = EvalStage(samples=Path("s"), features=Path("f"), model=tmp_path / "grouped")
+    made = {"config": {"policy": dataclasses.asdict(PolicyConfig("location", **settings))}}
+    found = stage._likelihood(made, TokenSet(tmp_path / "tokens", "test"))
+    assert (found.get("bound") is not None) == bounded
+
+
+# --- few images ---------------------------------------------------------------------------------------------
+
+
+def test_intervals_of_few_images_are_numbers():
+    """A resample of one image alone has no KID."""
+    torch.manual_seed(0)
+    sets = []
+    for n in (4, 5, 5):
+        one = FeatureStatistics("x")
+        one.update(torch.randn(n, 3), torch.randn(n, 2))
+        sets.append(one)
+    for difference in bootstrap.compare(*sets).values():
+        assert all(np.isfinite([difference.low, difference.high, *difference.draws]))
+    few = FeatureStatistics("x")
+    few.update(torch.randn(3, 3), torch.randn(3, 2))
+    with pytest.raises(ValueError, match="need more than 3 images of each set, got 3"):
+        bootstrap.compare(sets[0], sets[1], few)
+    with pytest.raises(ValueError, match="need more than 3 images of each set, got 3"):
+        bootstrap.measures(sets[0], few)
+
+
+def test_parts_of_the_inception_score_hold_several_images():
+    extractor = SimpleNamespace(name="x", dim=3, num_classes=2, metric="FD")
+    sets = []
+    for n in (8, 8):
+        one = FeatureStatistics("x")
+        one.update(torch.randn(n, 3), 9 * torch.randn(n, 2))
+        sets.append(one)
+    found = metrics.evaluate(extractor, *sets)
+    assert found["inception_score"] > 1
+    assert any("Inception Score of 4 parts of 2 images" in note for note in found["notes"])
+
+
+# --- values out of range ------------------------------------------------------------------------------------
+
+
+def test_values_that_would_overflow_are_refused():
+    for temperature in (1e-39, -1.0):
+        with pytest.raises(ValueError, match="temperature must be 0, or at least 1e-6"):
+            Sampling(temperature=temperature)
+    with pytest.raises(ValueError, match=r"seed must be below 2\*\*63"):
+        TrainConfig(seed=2**64)
+    with pytest.raises(ValueError, match="sum to 4 positions"):
+        layout([1] * 5, 4, torch.device("cpu"))
+
+
+def test_labels_of_any_whole_type_are_taken_and_others_refused():
+    for dtype in (torch.uint8, torch.int16, torch.int64):
+        found = conditioning.read_condition(
+            torch.tensor([0, 1], dtype=dtype), 2, [2], torch.device("cpu"), None
+        )
+        assert found.tolist() == [[0], [1]]
+    with pytest.raises(ValueError, match="labels must have shape"):
+        conditioning.read_condition(torch.tensor([0.5, 1.0]), 2, [2], torch.device("cpu"), None)
+
+
+def test_a_last_evaluation_that_is_not_finite_leaves_no_older_value(tmp_path):
+    values = iter([1.0, float("nan")])
+    config = TrainConfig(steps=2, batch_size=1, eval_every=1, warmup=0)
+    model = nn.Linear(1, 1)
+    result = train(
+        model, lambda m, *_: (m(torch.ones(1, 1)).sum(), {}), 2, config, tmp_path,
+        evaluate=lambda *_: {"test_nll": next(values)},
+    )  # fmt: skip
+    assert "test_nll" not in result.metrics

@@ -157,6 +157,7 @@ def test_fused_attention_of_queries_that_lie_transposed():
         assert_close(found, expected)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_attention_on_a_gpu(dtype):

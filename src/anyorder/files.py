@@ -70,6 +70,15 @@ def _locked(path: Path, flags: int) -> Iterator[None]:
         os.close(descriptor)
 
 
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to disk (POSIX); a rename alone may be lost with the power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` atomically, UTF-8; undecodable bytes of file names become escapes."""
     with atomic(path) as temporary:

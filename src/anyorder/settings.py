@@ -323,6 +323,8 @@ def _prepare(hint: Any, value: Any) -> Any:
         value = value.tolist()
     if hint is str and isinstance(value, bool | int | float | None):
         return json.dumps(value)
+    if hint is Path and value == "":  # such as init=$NOT_SET
+        raise ValueError
     if hint is Path and isinstance(value, str | Path):
         return Path(os.path.expanduser(value))  # which leaves "~0" alone, where there is no such user
     if typing.get_origin(hint) is Literal:

@@ -11,10 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anyorder.contracts import AnyOrderNetwork, Grid, require
+from anyorder import contracts
 from anyorder.models import attention, conditioning, layers
 from anyorder.models.positions import check_shapes
 
@@ -48,13 +47,13 @@ class GPTConfig:
     def __post_init__(self) -> None:
         self.grid = (self.grid[0], self.grid[1])
         for name in ("depth", "width", "heads", "vocab_size", "num_classes"):
-            require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
-        whole = self.width % (4 * self.heads) == 0
-        require(whole, f"width must be a multiple of 4 * heads = {4 * self.heads}, got {self.width}")
+            contracts.require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        width, unit = self.width, 4 * self.heads
+        contracts.require(width % unit == 0, f"width must be a multiple of 4 * heads = {unit}, got {width}")
         share, kept = self.label_dropout, self.extrapolated
-        require(0 <= share < 1, f"label_dropout must lie in [0, 1), got {share}")
-        require(kept is None or kept >= 0, f"extrapolated must be >= 0 frequencies or null, got {kept}")
-        Grid(*self.grid)
+        contracts.require(0 <= share < 1, f"label_dropout must lie in [0, 1), got {share}")
+        contracts.require((kept or 0) >= 0, f"extrapolated must be >= 0 frequencies or null, got {kept}")
+        contracts.Grid(*self.grid)
 
 
 def heads_of(width: int) -> int:
@@ -65,11 +64,11 @@ def heads_of(width: int) -> int:
     """
     head_width = 100 if width == 3200 else 64
     whole = width % head_width == 0
-    require(whole, f"width {width} is no multiple of {head_width}: say how many heads, heads=...")
+    contracts.require(whole, f"width {width} is no multiple of {head_width}: say how many heads, heads=...")
     return width // head_width
 
 
-class PublishedModel(AnyOrderNetwork):
+class PublishedModel(contracts.AnyOrderNetwork):
     """What the adapters share: labels, rotations, checks, the start of a pass and of decoding."""
 
     config: GPTConfig
@@ -79,11 +78,11 @@ class PublishedModel(AnyOrderNetwork):
     def __init__(self, config: GPTConfig):
         """Build from a configuration; weights come from the global random generator."""
         super().__init__()
-        self.config, self.grid = config, Grid(*config.grid)
+        self.config, self.grid = config, contracts.Grid(*config.grid)
         self.vocab_size, self.num_classes = config.vocab_size, config.num_classes
 
     def forward(
-        self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: Grid | None = None
+        self, tokens: Tensor, condition: Tensor | None, order: Tensor, grid: contracts.Grid | None = None
     ) -> Tensor:
         """Teacher-forced logits (B, N, V) in order steps; see `contracts.AnyOrderModel`.
 
@@ -96,7 +95,7 @@ class PublishedModel(AnyOrderNetwork):
         return self._teacher_forced(tokens, labels, order, self._rotations(grid))
 
     def start(
-        self, batch_size: int, condition: Tensor | None = None, grid: Grid | None = None
+        self, batch_size: int, condition: Tensor | None = None, grid: contracts.Grid | None = None
     ) -> attention.DecodingState:
         """The state before anything is revealed: O(depth * B * N * D); refuses labels out of range."""
         labels = self._labels(batch_size, condition, check=True)
@@ -131,7 +130,7 @@ class PublishedModel(AnyOrderNetwork):
             values = conditioning.hide(values, 0, self.config.label_dropout, 0.0)
         return torch.where(values[:, 0] < 0, self.num_classes, values[:, 0])
 
-    def _rotations(self, grid: Grid | None) -> Tensor:
+    def _rotations(self, grid: contracts.Grid | None) -> Tensor:
         """The table of `rotation_table`, where the weights are."""
         kept, head_width = self.config.extrapolated, self.config.width // self.config.heads
         stretched = self.grid if kept is not None else None
@@ -150,7 +149,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
 
 
 def norm(width: int) -> layers.RMSNorm:
@@ -159,10 +158,10 @@ def norm(width: int) -> layers.RMSNorm:
 
 
 def rotation_table(
-    grid: Grid,
+    grid: contracts.Grid,
     head_width: int,
     device: torch.device | str | None = None,
-    stretched_to: Grid | None = None,
+    stretched_to: contracts.Grid | None = None,
     extrapolated: int = 0,
 ) -> Tensor:
     """Rotary factors e^(i angle) of every position, (N + 1, D / H / 2) complex64, base 10000.

@@ -6,7 +6,6 @@ Position enters by rotating queries and keys by the input's *own* position, so t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from anyorder import families
 from anyorder.adapters import layers
-from anyorder.contracts import require
 from anyorder.models import attention
 from anyorder.models.layers import Linear
 from anyorder.tokenizers.vq import VQ16
@@ -22,7 +20,7 @@ from anyorder.tokenizers.vq import VQ16
 CLASS_TABLE = "cls_embedding.embedding_table.weight"
 
 
-def read_config(tensors: Mapping[str, Tensor], grid: tuple[int, int], heads: int) -> layers.GPTConfig:
+def read_config(tensors: dict[str, Tensor], grid: tuple[int, int], heads: int) -> layers.GPTConfig:
     """The configuration of a GPT or RandAR file; see `families.Family`."""
     vocab_size, width = families.shape_of(tensors, "tok_embeddings.weight")
     depth, heads = families.count_blocks(tensors, "layers."), heads or layers.heads_of(width)
@@ -126,7 +124,8 @@ class LlamaGen(GPT):
         """Logits (B, 1, V) of the next position of the raster, known since `append`; refuses all others."""
         state.require_current()
         _require_raster(positions[:, :1], state.revealed)
-        require(positions.shape[1] == 1, _refusal(f"{positions.shape[1]} candidates at once"))
+        if positions.shape[1] != 1:
+            raise ValueError(_refusal(f"{positions.shape[1]} candidates at once"))
         return state.logits
 
     def append(self, state: State, positions: Tensor, tokens: Tensor) -> State:

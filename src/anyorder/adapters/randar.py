@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anyorder import families
-from anyorder.adapters import llamagen
-from anyorder.adapters.layers import GPTConfig, rotate
+from anyorder.adapters import layers, llamagen
 from anyorder.models import attention
 from anyorder.tokenizers.maskgit_vq import MASKGIT_VQ
 from anyorder.tokenizers.vq import VQ16
@@ -37,14 +36,14 @@ class RandAR(llamagen.GPT):
 
     inputs = 2
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: layers.GPTConfig):
         super().__init__(config)
-        self.pos_instruct_embeddings = nn.Parameter(0.02 * torch.randn(1, config.width))
+        self.pos_instruct_embeddings = torch.nn.Parameter(0.02 * torch.randn(1, config.width))
 
     def _queries(self, factors: Tensor) -> Tensor:
         """Query tokens (B, M, D) of positions with the rotations (B, M, D / H / 2)."""
         x = self.pos_instruct_embeddings.expand(*factors.shape[:2], -1)
-        return attention.merge_heads(rotate(attention.split_heads(x, self.config.heads), factors))
+        return attention.merge_heads(layers.rotate(attention.split_heads(x, self.config.heads), factors))
 
     def _teacher_forced(self, tokens: Tensor, labels: Tensor, order: Tensor, rotations: Tensor) -> Tensor:
         factors, seen = rotations[order], self.tok_embeddings(tokens.gather(1, order))
@@ -116,5 +115,5 @@ FILES = tuple(
 )
 MARKER = "pos_instruct_embeddings"
 FAMILY = families.Family(
-    RandAR, GPTConfig, MARKER, llamagen.read_config, FILES, class_table=llamagen.CLASS_TABLE
+    RandAR, layers.GPTConfig, MARKER, llamagen.read_config, FILES, class_table=llamagen.CLASS_TABLE
 )

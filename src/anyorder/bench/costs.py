@@ -1,4 +1,4 @@
-"""What work costs, counted while it runs: FLOPs, and bytes that have to move.
+"""What work costs, counted while it runs: FLOPs, bytes that have to move, and bytes that are alive.
 
 A multiply-add is two FLOPs. Matrix products, convolutions and attention count, by PyTorch's formulas; of all
 else only the bytes do. Each reads its operands and writes its result once; attention moves no scores.
@@ -6,6 +6,7 @@ else only the bytes do. Each reads its operands and writes its result once; atte
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,31 @@ class _Counter(TorchDispatchMode):
         elif func.namespace != "prim" and not _is_view(func):
             self.elementwise += moved
         return result
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the tensors that are alive, but for those that are `given`."""
+
+    def __init__(self, given: list[torch.Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = dict.fromkeys((x.untyped_storage()._cdata for x in given), 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if (
+                isinstance(x, torch.Tensor)
+                and (key := (storage := x.untyped_storage())._cdata) not in self.known
+            ):
+                self.known[key] = storage.nbytes()
+                self.now += self.known[key]
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, key)
+        return result
+
+    def _freed(self, key: int) -> None:
+        self.now -= self.known.pop(key)
 
 
 def _is_view(func: Any) -> bool:

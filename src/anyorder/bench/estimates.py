@@ -162,7 +162,7 @@ def decoding_step(
     return _size(model), found, state.cache.keys.nbytes + state.cache.values.nbytes
 
 
-def _find(scored: Any, positions: Tensor) -> slice | None:
+def _find(scored: Any, positions: Tensor, missing: int | None = None) -> slice | None:
     """As `attention.Scored.find`, by the place of the positions in memory alone."""
     if not scored.count or scored.latest[0].storage_offset() != positions.storage_offset():
         return None

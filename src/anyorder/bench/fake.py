@@ -6,15 +6,13 @@ asked for. Kernels of GPUs keep about the same tensors; what they use inside is 
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator
+from collections import abc
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyorder.bench import costs
 from anyorder.models import layers
@@ -30,7 +28,7 @@ class Pass:
 
 
 @contextmanager
-def imagined() -> Iterator[None]:
+def imagined() -> abc.Iterator[None]:
     """All tensors that are made have shapes and types, but no memory.
 
     Raises:
@@ -47,7 +45,7 @@ def imagined() -> Iterator[None]:
         yield
 
 
-def build(make: Callable[[], torch.nn.Module], dtype: torch.dtype | None = None) -> Any:
+def build(make: abc.Callable[[], torch.nn.Module], dtype: torch.dtype | None = None) -> Any:
     """The module that `make` builds, without memory; call it, and use the module, within `imagined`.
 
     `dtype` is that of its parameters.
@@ -66,33 +64,8 @@ def build(make: Callable[[], torch.nn.Module], dtype: torch.dtype | None = None)
     return module
 
 
-def measure(module: torch.nn.Module, work: Callable[[], Any]) -> Pass:
+def measure(module: torch.nn.Module, work: abc.Callable[[], Any]) -> Pass:
     """Count `work`, which runs a module of `build`."""
-    with _Alive([*module.parameters(), *module.buffers()]) as alive:
+    with costs.Alive([*module.parameters(), *module.buffers()]) as alive:
         cost = costs.count(work)
     return Pass(cost, alive.peak)
-
-
-class _Alive(TorchDispatchMode):
-    """Bytes of the tensors that are alive, but for those that are `given`."""
-
-    def __init__(self, given: list[torch.Tensor]):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = dict.fromkeys((x.untyped_storage()._cdata for x in given), 0)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(result):
-            if (
-                isinstance(x, torch.Tensor)
-                and (key := (storage := x.untyped_storage())._cdata) not in self.known
-            ):
-                self.known[key] = storage.nbytes()
-                self.now += self.known[key]
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._freed, key)
-        return result
-
-    def _freed(self, key: int) -> None:
-        self.now -= self.known.pop(key)

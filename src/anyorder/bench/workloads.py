@@ -143,7 +143,7 @@ class Subject:
         found = copy.copy(self)
         found.dtype, found.model = dtype, copy.deepcopy(self.model).to(dtype).eval()
         if self.config.compile:
-            compile_decoding(found.model)
+            compile_decoding(found.model, checks=0)  # eager code is neither counted nor timed
         return found
 
     @property

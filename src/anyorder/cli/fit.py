@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from anyorder import files
 from anyorder.contracts import require
-from anyorder.files import atomic, read_manifest
 from anyorder.report.summary import report
 from anyorder.stages import fit
 from anyorder.stages.experiment import load_experiment
@@ -32,7 +27,7 @@ def fit_folder(
     if path.is_file():
         print(f"going on with this plan, which is {path}; delete it for another", flush=True)
     else:
-        with atomic(path) as temporary:
+        with files.atomic(path) as temporary:
             temporary.write_text(text, "utf-8")
             load_experiment(temporary, overrides)  # or refuse
     load_experiment(path, overrides).run(overwrite)
@@ -59,9 +54,8 @@ def plan(config: fit.FitConfig, out: Path, overrides: Sequence[str]) -> str:
     facts = fit.look(config)
     seconds = fit.seconds_of(config.time or ("1h" if facts.gpu else "30m"))
     preset = (config.preset, "as asked for") if config.preset else fit.choose_preset(facts, seconds)
-    file: Any = resources.files("anyorder.stages") / f"{preset[0]}.yaml"
-    given = {key: _typed(value) for key, _, value in (text.partition("=") for text in overrides)}
-    values = fit.put(fit.adapt(yaml.safe_load(file.read_text(encoding="utf-8")), facts, config), given)
+    given = {key: fit.typed(value) for key, _, value in (text.partition("=") for text in overrides)}
+    values = fit.put(fit.adapt(fit.preset(preset[0]), facts, config), given)
     logging.getLogger("anyorder").info("timing a few steps of preset %s ...", preset[0])
     rates = fit.rehearse(values, facts)
     values = fit.fill(values, rates, facts, seconds, list(given)) | {"out": str(out)}
@@ -71,13 +65,6 @@ def plan(config: fit.FitConfig, out: Path, overrides: Sequence[str]) -> str:
         why = "more passes over the images teach nothing new"
         lines.append(f"the rest of {seconds / 60:.0f} min is not used: {why}")
     return "".join(f"# {line}\n" for line in lines) + fit.as_yaml(values)
-
-
-def _typed(text: str) -> Any:
-    """Numbers and truth values as YAML has them; other texts are read by their settings."""
-    known = {"true": True, "false": False, "null": None}
-    whole = re.fullmatch(r"\d+(e\+?\d{1,2})?", text.lower())  # 5e2, too
-    return int(float(text)) if whole else known.get(text.lower(), text)
 
 
 def describe(
@@ -115,6 +102,6 @@ def describe(
 def comparison(out: Path) -> str:
     """Held-out images under each order: cross-entropy in nats per token."""
     rows = {"raster order": "raster", "random orders": "any-order", "the model's order": "ordered"}
-    found = {text: read_manifest(out / name)["test_nll"] for text, name in rows.items()}
+    found = {text: files.read_manifest(out / name)["test_nll"] for text, name in rows.items()}
     lines = [f"  {text:18}{value:7.3f}" for text, value in found.items()]
     return "\n".join(["held-out images, nats per token (lower is better):", *lines])

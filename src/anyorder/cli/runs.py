@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections import abc
 from pathlib import Path
 from typing import Any
 
 from anyorder import files
 from anyorder.contracts import require
 from anyorder.report.tables import Table
-from anyorder.stages.artifacts import IDENTITY, REPLACED, input_folders
+from anyorder.stages import artifacts
 from anyorder.stages.data import source_state
 
 
-def artifacts(run: Path) -> list[Path]:
+def folders(run: Path) -> list[Path]:
     """Folders of finished and unfinished artifacts below `run`; a ValueError if there are none."""
-    found = [path.parent for name in (files.MANIFEST, IDENTITY) for path in run.rglob(name)]
-    found = [path for path in found if REPLACED not in path.relative_to(run).parts]  # it may come back
-    found = sorted({path for path in found if (path / IDENTITY).is_file() or _manifest(path) is not None})
+    found = {path.parent for name in (files.MANIFEST, artifacts.IDENTITY) for path in run.rglob(name)}
+    found = {f for f in found if artifacts.REPLACED not in f.relative_to(run).parts}  # it may come back
+    found = {f for f in found if (f / artifacts.IDENTITY).is_file() or _manifest(f) is not None}
     require(bool(found), f"{run} holds no artifacts: give the folder of a run, for example runs/quickstart")
-    return found
+    return sorted(found)
 
 
-def overview(runs: Sequence[Path]) -> str:
+def overview(runs: abc.Sequence[Path]) -> str:
     """A line for each artifact: stage, size, and whether it is up to date with what it was made from."""
     rows = []
     for run in runs:
-        for path in artifacts(run):
+        for path in folders(run):
             kind = (_manifest(path) or {"stage": "?"})["stage"]
             size = sum(file.stat().st_size for file in _files(path))
             rows.append({"folder": str(path), "stage": kind, "MB": f"{size / 1e6:.1f}", "state": state(path)})
@@ -37,9 +37,9 @@ def overview(runs: Sequence[Path]) -> str:
 def state(folder: Path) -> str:
     """Whether an artifact is finished and made from what is there now, or why not."""
     manifest = _manifest(folder)
-    if manifest is None or (folder / IDENTITY).is_file():
+    if manifest is None or (folder / artifacts.IDENTITY).is_file():
         return "unfinished: the same command goes on"
-    for role, source in input_folders(folder, manifest).items():
+    for role, source in artifacts.input_folders(folder, manifest).items():
         if not (source / files.MANIFEST).is_file():
             return f"its {role} is no longer at {source}"
         if files.fingerprint(source) != manifest["inputs"][role]:
@@ -47,14 +47,14 @@ def state(folder: Path) -> str:
     return source_state(manifest["config"]) if manifest["stage"] == "data" else "up to date"
 
 
-def checkpoints(runs: Sequence[Path]) -> list[Path]:
+def checkpoints(runs: abc.Sequence[Path]) -> list[Path]:
     """Files of checkpoints that finished trainings left, as their manifests list them."""
-    found = (file for run in runs for path in artifacts(run) for file in _checkpoints(path))
+    found = (file for run in runs for path in folders(run) for file in _checkpoints(path))
     return [*{file.resolve(): file for file in found}.values()]  # runs may lie in one another
 
 
-def _checkpoints(folder: Path) -> Iterator[Path]:
-    finished = _manifest(folder) if not (folder / IDENTITY).is_file() else None
+def _checkpoints(folder: Path) -> abc.Iterator[Path]:
+    finished = _manifest(folder) if not (folder / artifacts.IDENTITY).is_file() else None
     for name in (finished or {}).get("other_files", ()):
         path = folder / name
         inside = path.is_file() and path.resolve() == folder.resolve() / name  # no links, no ".."
@@ -62,7 +62,7 @@ def _checkpoints(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def delete(paths: Sequence[Path]) -> None:
+def delete(paths: abc.Sequence[Path]) -> None:
     """Delete files, and folders of these that are empty then."""
     for file in paths:
         file.unlink()
@@ -78,7 +78,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files(folder: Path) -> abc.Iterator[Path]:
     """Files of an artifact without those of artifacts inside it."""
     for path in folder.iterdir():
         if path.is_file():

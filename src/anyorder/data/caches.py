@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from anyorder import files
-from anyorder.contracts import Grid, class_labels, require
+from anyorder import contracts, files
 from anyorder.data import captions as texts
 from anyorder.data import decoding
 from anyorder.data.rows import evenly_spaced
 from anyorder.orders import of_classes
 
-Indices = Sequence[int] | np.ndarray | torch.Tensor
+Indices = list[int] | np.ndarray | torch.Tensor
 TEXT = "text.json"
 """Definition of the caption tokenizer in a token cache."""
 _CAPTION = 2  # last word of the seeds by which captions are drawn, so that no other random numbers are alike
@@ -94,7 +92,7 @@ class ImageSet(_Split):
     def _images(self, crops: bool) -> np.ndarray | decoding.Decoded:
         if (facts := self._manifest.get("decoding")) is None:
             text = f"{self.folder} holds pixels, crops are cut from larger images: run data with cache=false"
-            require(not crops, text)
+            contracts.require(not crops, text)
             return _read(self._path("images"), ("n", "H", "W", 3), "uint8")
         names = files.load_array(self._path("names"))
         checksums = _read(self._path("checksums"), (len(names),), "int64")
@@ -159,7 +157,7 @@ class TokenSet(_Split):
             ValueError: a file is damaged; the message names it.
         """
         super().__init__(folder, split)
-        self.grid = Grid(*self._manifest["grid"])
+        self.grid = contracts.Grid(*self._manifest["grid"])
         self.vocab_size: int = self._manifest["vocab_size"]  # of the tokenizer's codebook
         self.tokenizer: str = self._manifest["tokenizer"]  # fingerprint of what made the tokens
         self.data: str = self._manifest["data"]  # fingerprint of the images
@@ -205,7 +203,7 @@ class TokenSet(_Split):
             labels = np.concatenate((labels[:, None], further), axis=1)
         return _int64(self.tokens[rows]), torch.from_numpy(labels)
 
-    def without(self, condition: torch.Tensor, parts: Sequence[str]) -> torch.Tensor:
+    def without(self, condition: torch.Tensor, parts: tuple[str, ...]) -> torch.Tensor:
         """A condition (see `batch`) with some parts hidden: "class", "captions", or attributes by name.
 
         Raises:
@@ -269,12 +267,12 @@ class OrderSet:
 
     def of_classes(self, condition: torch.Tensor) -> torch.Tensor:
         """The mean order of the class of each condition, (B, N) int64; of all classes where there is none."""
-        return of_classes(self.class_orders, class_labels(condition).cpu())
+        return of_classes(self.class_orders, contracts.class_labels(condition).cpu())
 
 
 def check_tokenizer(tokens: TokenSet, tokenizer: str) -> None:
     """Refuse, by a ValueError, tokens of another tokenizer than the one of this fingerprint."""
-    require(
+    contracts.require(
         tokens.tokenizer == tokenizer,
         f"the tokens in {tokens.folder} were made by tokenizer {tokens.tokenizer}, not by {tokenizer}: "
         "tokenize the images again with this tokenizer, or use the one that made them",
@@ -288,13 +286,13 @@ def check_tokens(orders: OrderSet, tokens: TokenSet) -> None:
         ValueError: the orders were extracted from another token cache, or `tokens` is not the train split.
     """
     mend = "extract the orders again from these tokens, or use the tokens that they are for"
-    require(
+    contracts.require(
         orders.tokens == tokens.fingerprint,
         f"the orders in {orders.folder} are for token cache {orders.tokens}, "
         f"but {tokens.folder} is {tokens.fingerprint}: {mend}",
     )
     fits = len(orders) <= len(tokens) and orders.orders.shape[1:] == tokens.tokens.shape[1:]
-    require(
+    contracts.require(
         tokens.split == "train" and fits,
         f"the orders in {orders.folder} are for {orders.orders.shape} tokens of the train split, "
         f"got {tokens.tokens.shape} tokens of the {tokens.split} split: {mend}",
@@ -319,7 +317,7 @@ def _check_range(path: Path, found: np.ndarray, what: str, end: int, limit: str,
 
 
 def _check(holds: bool, path: Path, what: str) -> None:
-    require(holds, f"{path} is damaged: {what}; delete its folder and run the stage again")
+    contracts.require(holds, f"{path} is damaged: {what}; delete its folder and run the stage again")
 
 
 def _sample(rows: np.ndarray) -> np.ndarray:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import dataclasses
+from collections import abc
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from anyorder.contracts import require
 from anyorder.settings import did_you_mean
@@ -17,7 +16,7 @@ from anyorder.settings import did_you_mean
 _UNKNOWN = "[UNK]"
 
 
-@dataclass
+@dataclasses.dataclass
 class TextConfig:
     """How captions become tokens."""
 
@@ -48,7 +47,7 @@ class CaptionTokenizer:
         self.definition = definition
 
     @classmethod
-    def train(cls, captions: Sequence[str], vocab_size: int) -> CaptionTokenizer:
+    def train(cls, captions: abc.Sequence[str], vocab_size: int) -> CaptionTokenizer:
         """Learn at most `vocab_size` tokens; the same captions give the same ones."""
         library = _library()
         tokenizer = library.Tokenizer(library.models.BPE(unk_token=_UNKNOWN))
@@ -71,7 +70,7 @@ class CaptionTokenizer:
         """Number of tokens."""
         return self._tokenizer.get_vocab_size()
 
-    def encode(self, captions: Sequence[str], length: int) -> np.ndarray:
+    def encode(self, captions: abc.Sequence[str], length: int) -> np.ndarray:
         """Tokens (n, length) int64, cut or filled with -1; an empty caption is none at all."""
         tokens = np.full((len(captions), length), -1, np.int64)
         for row, found in zip(tokens, self._tokenizer.encode_batch(list(captions)), strict=True):
@@ -80,7 +79,7 @@ class CaptionTokenizer:
         return tokens
 
 
-def several(captions: Sequence[str], count: int) -> list[str]:
+def several(captions: abc.Sequence[str], count: int) -> list[str]:
     """`count` captions of each text with one in each line; of fewer lines each again, in turn."""
     split = (text.split("\n") for text in captions)
     return [lines[i % len(lines)] for lines in split for i in range(count)]
@@ -94,22 +93,22 @@ def _library() -> Any:
     return tokenizers
 
 
-@dataclass
+@dataclasses.dataclass
 class Vocabulary:
     """Names of everything that a condition may hold."""
 
-    classes: list[str] = field(default_factory=list)
-    attributes: dict[str, list[str]] = field(default_factory=dict)  # name -> values
+    classes: list[str] = dataclasses.field(default_factory=list)
+    attributes: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # name -> values
     captions: CaptionTokenizer | None = None
     length: int = 0  # largest number of tokens in a caption
 
     def condition(
         self,
         n: int,
-        labels: Sequence[int] | None = None,
-        attributes: Mapping[str, Sequence[str | None]] | None = None,
-        prompts: Sequence[str] | None = None,
-    ) -> Tensor:
+        labels: abc.Sequence[int] | None = None,
+        attributes: abc.Mapping[str, abc.Sequence[str | None]] | None = None,
+        prompts: abc.Sequence[str] | None = None,
+    ) -> torch.Tensor:
         """The condition of n images, (n, 1 + A + L) int64, -1 for whatever is not given.
 
         Args:
@@ -138,7 +137,7 @@ class Vocabulary:
         return condition
 
 
-def index_of(name: str, allowed: Sequence[str], what: str) -> int:
+def index_of(name: str, allowed: abc.Sequence[str], what: str) -> int:
     """Where a name stands among those allowed.
 
     Raises:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
-
-from anyorder.contracts import require
 
 Size = tuple[int, int]
 Color = tuple[int, int, int]
@@ -101,9 +97,10 @@ def load_mask(mask: ImageLike, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 def check_format(size: Size | None, fit: str) -> None:
     """Refuse, by a ValueError, a size or a way to fit that `load_image` does not know."""
-    positive = size is None or (len(size) == 2 and min(size) >= 1)
-    require(positive, f"size must be a positive (height, width) in pixels, got {size}")
-    require(fit in ("crop", "letterbox"), f"fit must be 'crop' or 'letterbox', got {fit!r}")
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise ValueError(f"size must be a positive (height, width) in pixels, got {size}")
+    if fit not in ("crop", "letterbox"):
+        raise ValueError(f"fit must be 'crop' or 'letterbox', got {fit!r}")
 
 
 @contextlib.contextmanager
@@ -144,10 +141,10 @@ def _decode(image: ImageLike, size: Size | None, fill: Color, max_pixels: int) -
 
 def _open(image: bytes | str | os.PathLike[str]) -> Image.Image:
     if isinstance(image, bytes):
-        file: io.BytesIO | Path = io.BytesIO(image)
+        file: io.BytesIO | str = io.BytesIO(image)
         length = len(image)
     else:
-        file = path = Path(image).expanduser()
+        file = path = os.path.expanduser(image)
         # Opening a pipe or a device would wait for ever.
         _require(os.path.isfile(path), "unreadable file", "no regular file, or a broken link")
         length = os.path.getsize(path)
@@ -156,7 +153,6 @@ def _open(image: bytes | str | os.PathLike[str]) -> Image.Image:
     return Image.open(file, formats=_openable())
 
 
-@functools.cache
 def _openable() -> tuple[str, ...]:
     """The formats that this build of Pillow has; MPO is read by the reader of JPEG."""
     Image.init()

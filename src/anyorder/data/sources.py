@@ -250,7 +250,7 @@ class FolderSource(Source):
             return joined(self._described[name]) if name in self._described else None
         if asked is None or name not in self.captions:
             return None
-        text = _text(self.captions[name])
+        text = decoded(self.captions[name].read_bytes())
         return joined(text.splitlines() if asked == LINES else [text])
 
     @cached_property
@@ -271,7 +271,7 @@ class FolderSource(Source):
         require(bool(self._texts), f"{self.path} has no file {self.columns.caption}: name one that is there")
         found: dict[str, list[str]] = defaultdict(list)
         for file in self._texts:
-            for number, line in enumerate(_text(self.path / file).split("\n"), 1):
+            for number, line in enumerate(decoded((self.path / file).read_bytes()).split("\n"), 1):
                 if line.strip():
                     name, captions = _described(line, f"{self.path / file}, line {number}")
                     found[posixpath.normpath(f"{posixpath.dirname(file) or '.'}/{name}")] += captions
@@ -297,11 +297,10 @@ class FolderSource(Source):
         return listing.stats(self.path, names + self._texts)
 
 
-def _text(path: Path) -> str:
-    """UTF-8, or UTF-16 with a byte order mark."""
-    found = path.read_bytes()
-    encoding = "utf-16" if found[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-    return found.decode(encoding, errors="replace")
+def decoded(text: bytes, errors: str = "replace") -> str:
+    """A text in UTF-8, or in UTF-16 with a byte order mark."""
+    encoding = "utf-16" if text[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    return text.decode(encoding, errors)
 
 
 def _described(line: str, where: str) -> tuple[str, list[str]]:

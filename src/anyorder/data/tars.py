@@ -127,7 +127,7 @@ def _texts(file: tarfile.TarFile, members: dict[str, tarfile.TarInfo], columns: 
     members = {ending: member for ending, member in members.items() if _is_plain(member)}
     # Labels that are not UTF-8 stay apart.
     own = [c for c in columns if c in members and c != JSON]
-    found = {c: content(c).decode(errors="backslashreplace").strip() for c in own}
+    found = {c: sources.decoded(content(c), "backslashreplace").strip() for c in own}
     if JSON in members and found.keys() < {*columns}:
         try:
             values = json.loads(content(JSON))

@@ -11,7 +11,7 @@ import asyncio
 import functools
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections import abc
 from typing import Any
 
 from starlette import types
@@ -40,7 +40,7 @@ class Line:
             self.moved.set()
             self.moved = asyncio.Event()
 
-    async def places(self, stream: EventStream) -> AsyncIterator[int]:
+    async def places(self, stream: EventStream) -> abc.AsyncIterator[int]:
         """Wait for the turn; yields the place in the line after each move, 1 is next."""
         while True:
             if stream not in self.waiting:  # it is new, or lost its turn
@@ -60,7 +60,7 @@ class EventStream(StreamingResponse):
         line: where the stream waits for its turn.
     """
 
-    def __init__(self, events: Iterator[dict[str, Any]], line: Line) -> None:
+    def __init__(self, events: abc.Iterator[dict[str, Any]], line: Line) -> None:
         self.line = line
         line.open += 1
         line.waiting.append(self)
@@ -87,7 +87,7 @@ class EventStream(StreamingResponse):
         finally:
             late.cancel()
 
-    async def _messages(self, events: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[str, None]:
+    async def _messages(self, events: abc.AsyncIterator[dict[str, Any]]) -> abc.AsyncGenerator[str, None]:
         try:
             while True:
                 async for place in self.line.places(self):

@@ -8,7 +8,7 @@ import re
 import shlex
 from typing import Any
 
-from anyorder.demo.generation import GenerateRequest, chosen, guidance_scale, sampling_settings
+from anyorder.demo import generation
 from anyorder.inference.pipeline import Pipeline
 from anyorder.method.policy_config import PolicyConfig
 
@@ -16,9 +16,9 @@ IMAGE, MASK = "image.png", "mask.png"
 """Under these names the page saves what is in its editor."""
 
 
-def snippets(pipe: Pipeline, name: str, asked: GenerateRequest) -> dict[str, str]:
+def snippets(pipe: Pipeline, name: str, asked: generation.GenerateRequest) -> dict[str, str]:
     """`python` and `command`: the request for people who have the pipeline `name`; errors as of `chosen`."""
-    policies = chosen(pipe, asked)
+    policies = generation.chosen(pipe, asked)
     return {
         "python": _python(pipe, name, asked, policies),
         "command": "\n".join(_command(pipe, name, asked, policy) for policy in policies),
@@ -32,13 +32,13 @@ def _changed(policy: PolicyConfig) -> dict[str, Any]:
     return {key: v for key, v in values.items() if key == "order" or v != getattr(defaults, key)}
 
 
-def _python(pipe: Pipeline, name: str, asked: GenerateRequest, policies: list[PolicyConfig]) -> str:
-    orders = [_order(policy) for policy in policies]
+def _python(pipe: Pipeline, name: str, asked: generation.GenerateRequest, chosen: list[PolicyConfig]) -> str:
+    orders = [_order(policy) for policy in chosen]
     arguments = {
         "class_labels": pipe.typed(asked.class_labels) if asked.class_labels else None,
         "prompt": asked.prompt or None, "num_images": asked.num_images, "generator": asked.seed,
-        "guidance_scale": guidance_scale(pipe, asked), "keep": asked.keep,
-        "sampling": sampling_settings(pipe, asked) or None,
+        "guidance_scale": generation.guidance_scale(pipe, asked), "keep": asked.keep,
+        "sampling": generation.sampling_settings(pipe, asked) or None,
     }  # fmt: skip
     given = [f'"{IMAGE}"'] * bool(asked.image) + [f'"{MASK}"'] * bool(asked.mask) + ["order=order"]
     given += [f"{key}={value!r}" for key, value in arguments.items() if value is not None]
@@ -60,14 +60,14 @@ def _order(policy: PolicyConfig) -> str:
     return repr(policy.order) if values.keys() == {"order"} else f"PolicyConfig({given})"
 
 
-def _command(pipe: Pipeline, name: str, asked: GenerateRequest, policy: PolicyConfig) -> str:
-    scale = guidance_scale(pipe, asked)
+def _command(pipe: Pipeline, name: str, asked: generation.GenerateRequest, policy: PolicyConfig) -> str:
+    scale = generation.guidance_scale(pipe, asked)
     settings: dict[str, Any] = {
         "pipeline": name, "class_labels": _items(asked.class_labels),
         **({"prompt": asked.prompt} if asked.image else {"prompts": _items(asked.prompt)}),
         "num_images": asked.num_images, "seed": asked.seed,
         "guidance_scale": "" if scale is None else scale,
-        **{f"sampling.{name}": value for name, value in sampling_settings(pipe, asked).items()},
+        **{f"sampling.{name}": value for name, value in generation.sampling_settings(pipe, asked).items()},
         **{f"policy.{key}": value for key, value in _changed(policy).items()},
         "image": IMAGE if asked.image else "", "mask": MASK if asked.mask else "",
         "keep": "" if asked.keep is None else asked.keep,

@@ -70,8 +70,10 @@ def compare(
     whose share in the noise cancels. Both meet the same resample of the reference.
 
     Raises:
-        ValueError: `resamples` < 2, `confidence` outside (0, 1), or features of different extractors.
+        ValueError: `resamples` < 2, `confidence` outside (0, 1), features of different extractors, or sets
+            of 3 or fewer images.
     """
+    _require_enough(real, a, b)
     if resamples < 2 or not 0 < confidence < 1:
         raise ValueError(
             f"resamples must be >= 2 and confidence lie in (0, 1), got {resamples} and {confidence}"
@@ -92,12 +94,15 @@ def compare(
 def resample_counts(n: int, resamples: int, generator: torch.Generator) -> Tensor:
     """How often each of n images is in each resample, (1 + resamples, n) float64; row 0 is the set itself."""
     rows = torch.randint(n, (resamples, n), generator=generator)
+    while n > 1 and (alone := (rows == rows[:, :1]).all(1)).any():  # KID is about pairs of different images
+        rows[alone] = torch.randint(n, (int(alone.sum()), n), generator=generator)
     counts = [torch.bincount(row, minlength=n) for row in rows]
     return torch.stack([torch.ones(n, dtype=torch.int64), *counts]).double()
 
 
 def measures(real: FeatureStatistics, fake: FeatureStatistics) -> dict[str, float]:
     """`distance`, `kid` (of all images), `precision` and `recall` of one set."""
+    _require_enough(real, fake)
     once = [torch.ones(1, x.n, dtype=torch.float64) for x in (fake, real)]
     return {name: float(value) for name, value in _metrics(real, fake, *once).items()}
 
@@ -117,6 +122,12 @@ def pooled(seeds: Sequence[Difference], confidence: float = 0.95, draws: int = 4
     values = estimates.mean() + spread + (table - estimates[:, None])[chosen, which].mean(1)
     tail = (1 - confidence) / 2
     return float(values.quantile(tail)), float(values.quantile(1 - tail))
+
+
+def _require_enough(*sets: FeatureStatistics) -> None:
+    least = min(each.n for each in sets)
+    if least <= 3:
+        raise ValueError(f"precision and recall need more than 3 images of each set, got {least}")
 
 
 def _metrics(

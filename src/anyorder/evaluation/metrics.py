@@ -307,10 +307,11 @@ def evaluate(
     n = min(real.n, fake.n)
     subset_size = min(kid_subset_size, n)
     kid, kid_std = kernel_distance(real.features, fake.features, subset_size=subset_size, seed=seed)
-    splits = min(10, fake.n)
+    splits = min(10, fake.n // 2)
     score, score_std = inception_score(fake.logits, splits, seed) if extractor.num_classes else (None, None)
     shape = f"{n} images in {extractor.dim} dimensions"
     biased = f"{extractor.metric} from {shape} is strongly biased upwards."
+    few = f"Inception Score of {splits} parts of {fake.n // splits} images is strongly biased downwards."
     shrunk = f"KID subsets shrunk from {kid_subset_size} to {n} images."
     return {
         "fid" if extractor.metric == "FID" else "fd": distance,
@@ -324,7 +325,9 @@ def evaluate(
         "kid_subset_size": subset_size,
         "extractor": extractor.name,
         "metric_name": extractor.metric,
-        "notes": [biased] * (n <= extractor.dim) + [shrunk] * (subset_size < kid_subset_size),
+        "notes": [biased] * (n <= extractor.dim)
+        + [few] * (score is not None and fake.n < 50 * splits)
+        + [shrunk] * (subset_size < kid_subset_size),
     }
 
 

@@ -6,10 +6,9 @@ import contextlib
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections import abc
 from functools import cache
 from statistics import fmean
-from typing import Self
 
 import torch
 
@@ -97,7 +96,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def memory_explained(advice: Callable[[], str]) -> Iterator[None]:
+def memory_explained(advice: abc.Callable[[], str]) -> abc.Iterator[None]:
     """A ValueError with this advice where memory is too small for what is done within the block."""
     try:
         yield
@@ -188,7 +187,7 @@ class Threads:
         self._use(threads) if threads in self.choices else self._begin_trial()
         self._mark = time.perf_counter()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Threads:
         return self
 
     def __exit__(self, *_: object) -> None:

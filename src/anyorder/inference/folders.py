@@ -72,7 +72,7 @@ class Parts:
         require("class_mean" not in self.good_orders or self.class_orders is not None, lacking)
         decides, named = self.scorer or self.model, map(PolicyConfig, self.good_orders)
         headed = hasattr(decides, "locate") and getattr(decides.config, "location", True)
-        located = any(each.order == "location" or each.location for each in (self.policy, *named))
+        located = any(each.uses_head for each in (self.policy, *named))
         lacking = "policy or good_orders name the location head, and the model that decides has none"
         require(headed or not located, f"{lacking}: choose another order")
         text = f"example_class is '{self.example_class}', the classes are {', '.join(self.classes)}"

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from anyorder.contracts import Grid
 from anyorder.inference import figures
@@ -21,12 +20,12 @@ class PipelineOutput:
     """The result of a call; a notebook shows images beside maps of their orders."""
 
     images: list[Image.Image]
-    order: Tensor  #: (B, N) int64, order[b, i] = raster position revealed at step i.
-    tokens: Tensor  #: (B, N) int64, raster order.
-    log_prob: Tensor  #: (B, N) float32 nats, in order steps: under the (guided) model when sampled.
+    order: torch.Tensor  #: (B, N) int64, order[b, i] = raster position revealed at step i.
+    tokens: torch.Tensor  #: (B, N) int64, raster order.
+    log_prob: torch.Tensor  #: (B, N) float32 nats, in order steps: under the (guided) model when sampled.
     grid: Grid  #: Rows and columns of patches, N in all.
-    steps: Tensor  #: (B,) int64, steps that each image took; they differ with `entropy_limit`.
-    known: Tensor | None = None  #: (B, N) bool, of `complete`: tokens that were kept, first in `order`.
+    steps: torch.Tensor  #: (B,) int64, steps that each image took; they differ with `entropy_limit`.
+    known: torch.Tensor | None = None  #: (B, N) bool, of `complete`: tokens that were kept, first in `order`.
 
     def save_animation(self, path: str | Path, *, columns: int = 8, scale: int | None = None) -> None:
         """Write how the images were generated, as an endless `.webp` or `.gif`, `columns` images per row.

@@ -85,13 +85,13 @@ class Pipeline(folders.Parts):
             network.to(target)
         return self
 
-    def compile_decoding(self) -> Pipeline:
+    def compile_decoding(self, asked: bool | None = True, images: int = 0) -> Pipeline:
         """Generate with compiled code from now on, on a GPU with CUDA graphs; call it after `to`.
 
-        Each new number of images takes minutes at first; errors as of `models.compiled.compile_decoding`.
+        Each new batch size takes minutes at first. Arguments, errors: see `models.compiled.compile_decoding`.
         """
         for model in filter(None, (self.model, self.scorer)):
-            compile_decoding(model)
+            compile_decoding(model, asked, images)
         return self
 
     def __repr__(self) -> str:

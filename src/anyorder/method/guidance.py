@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from anyorder import contracts
 
-Schedule = Literal["constant", "linear", "power-cosine"]
+Schedule = typing.Literal["constant", "linear", "power-cosine"]
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class GuidanceConfig:
     """Exponent of the power-cosine schedule; larger waits longer."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Shares of the image, 0 to 1, between which guidance acts, both included; elsewhere the scale is 1."""
-    locations: Literal["guided", "unguided"] | None = None
+    locations: typing.Literal["guided", "unguided"] | None = None
     """Inferred orders rate positions by the guided distribution, or by the conditional one alone; by default
     guided where the generator rates, and unguided where a scoring model does."""
 
-    renamed: ClassVar[dict[str, str]] = {"locations=guided": "locations="}
+    renamed: typing.ClassVar[dict[str, str]] = {"locations=guided": "locations="}
     """Versions before this default guided no scoring model; see `settings.read_stored`."""
 
     def __post_init__(self) -> None:
@@ -42,7 +42,7 @@ class GuidanceConfig:
         text = f"locations must be guided or unguided, got '{self.locations}'"
         contracts.require(self.locations in (None, "guided", "unguided"), text)
         text = f"schedule must be constant, linear or power-cosine, got '{self.schedule}'"
-        contracts.require(self.schedule in get_args(Schedule), text)
+        contracts.require(self.schedule in typing.get_args(Schedule), text)
         contracts.require(self.power > 0, f"power must be > 0, got {self.power}")
         text = f"power={self.power} is the exponent of schedule=power-cosine: choose that, or leave power out"
         contracts.require(self.power == GuidanceConfig.power or self.schedule == "power-cosine", text)
@@ -77,14 +77,14 @@ class GuidedState:
     `revealed` is (B,) int64 once images differ.
     """
 
-    inner: Any
+    inner: typing.Any
     revealed: int | Tensor
     n: int
     unguided: Tensor | None = None  #: (B, M, V), the last conditional logits, for unguided locations.
     twice: tuple[Tensor, int, Tensor] | None = None  #: The last positions, their version, and (2B, M).
 
 
-def rating_log_probs(state: Any, log_p: Tensor) -> Tensor:
+def rating_log_probs(state: typing.Any, log_p: Tensor) -> Tensor:
     """What positions are rated by (B, M, V): `log_p` of what `score` returned, or that without guidance."""
     unguided = getattr(state, "unguided", None)
     return log_p if unguided is None else unguided.float().log_softmax(-1)

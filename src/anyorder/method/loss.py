@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyorder.contracts import AnyOrderModel, Grid, LocatingModel, exact
+from anyorder import contracts
 from anyorder.orders import permute
 
 
@@ -24,11 +24,11 @@ LOGITS = 2**26
 
 
 def token_nll(
-    model: AnyOrderModel,
+    model: contracts.AnyOrderModel,
     tokens: Tensor,
     condition: Tensor | None,
     order: Tensor,
-    grid: Grid | None = None,
+    grid: contracts.Grid | None = None,
     **steps: Unpack[Steps],
 ) -> Tensor:
     """-log p(x[pi_i] | x[pi_<i], pi_<=i, c) of every step (OAR, arXiv 2504.17069 v1, Sec. 3).
@@ -40,11 +40,11 @@ def token_nll(
 
 
 def joint_nll(
-    model: LocatingModel,
+    model: contracts.LocatingModel,
     tokens: Tensor,
     condition: Tensor | None,
     order: Tensor,
-    grid: Grid | None = None,
+    grid: contracts.Grid | None = None,
     **steps: Unpack[Steps],
 ) -> tuple[Tensor, Tensor]:
     """-log q(token | position) and -log q(position) of every step, q(order, x) being the product of both.
@@ -64,11 +64,11 @@ def cross_entropy(logits: Tensor, tokens: Tensor, order: Tensor) -> Tensor:
 
 @torch.no_grad()
 def image_nll(
-    model: AnyOrderModel,
+    model: contracts.AnyOrderModel,
     tokens: Tensor,
     condition: Tensor | None,
     order: Tensor,
-    grid: Grid | None = None,
+    grid: contracts.Grid | None = None,
     *,
     location: bool = False,
     **steps: Unpack[Steps],
@@ -89,6 +89,6 @@ def image_nll(
         inputs = (tokens[some], None if condition is None else condition[some], order[some], grid)
         joint = location and joint_nll(model, *inputs, **steps)  # type: ignore[arg-type]
         parts = joint or (token_nll(model, *inputs, **steps),)
-        found.append(torch.stack([exact(part).mean(1) for part in parts]))
+        found.append(torch.stack([contracts.exact(part).mean(1) for part in parts]))
     content, *where = torch.cat(found, dim=1)
     return {"nll": content} | ({"bound": content + where[0]} if location else {})

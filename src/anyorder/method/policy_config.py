@@ -183,6 +183,11 @@ class PolicyConfig(ParallelSchedule):
         return self.inferred or self.order == "location" or bool(self._trait("located"))
 
     @property
+    def uses_head(self) -> bool:
+        """Whether a location head decides where, or has a say in it."""
+        return self.order == "location" or self.location > 0 or bool(self._trait("located"))
+
+    @property
     def by_class(self) -> bool:
         """Whether the policy needs the orders of the classes."""
         return self.order == "class_mean" or self.class_weight > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections import abc
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,8 @@ class Sampling:
     """Keep tokens at least min_p times as likely as the most likely one."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.temperature < math.inf, f"temperature must be >= 0, got {self.temperature}")
+        fits = self.temperature == 0 or 1e-6 <= self.temperature < math.inf  # below it logits overflow
+        require(fits, f"temperature must be 0, or at least 1e-6, got {self.temperature}")
         whole = hasattr(self.top_k, "__index__") and self.top_k >= 0
         require(whole, f"top_k must be >= 0 (0 keeps all), got {self.top_k}")
         require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
@@ -80,7 +81,7 @@ class Streams:
     n-th of a SplitMix64 generator (Steele et al., OOPSLA 2014) that begins at a hash of all the rest.
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
+    def __init__(self, seeds: abc.Sequence[int], device: torch.device | str = "cpu"):
         """Take one seed per image, any integers, of which the lowest 64 bits count."""
         signed = [(int(seed) + 2**63) % 2**64 - 2**63 for seed in seeds]
         self.keys = _mix(torch.tensor(signed, dtype=torch.int64).to(device) + _STEP)
@@ -167,14 +168,14 @@ def margin(log_p: Tensor, tokens: Tensor) -> Tensor:
     return first - second
 
 
-SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+SCORES: dict[str, abc.Callable[[Tensor, Tensor], Tensor]] = {
     f.__name__: f for f in (token_likelihood, max_prob, entropy, margin)
 }
 TOKEN_BLIND = frozenset(SCORES) - {"token_likelihood"}
 """Scores that do not look at the sampled or given token."""
 
 
-def score_of(name: str) -> tuple[Callable[[Tensor, Tensor], Tensor], bool]:
+def score_of(name: str) -> tuple[abc.Callable[[Tensor, Tensor], Tensor], bool]:
     """The function of a score, and whether it is token-blind.
 
     An own score, see `families.resolve`, is a function of `log_p` alone, or of `log_p` and `tokens`.

@@ -5,8 +5,8 @@ Shapes: B images, T inputs, M candidates, L cached inputs, D width, H heads.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyorder.contracts import require, same_memory
+from anyorder import contracts
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys, values, each (B, H, T, D / H), to outputs of the same shape."""
@@ -80,7 +80,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
     if q.device.type == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # it does not check
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    if q.device.type == "cuda" and q.shape[-1] % 8 == 0:
+    there = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention")
+    if q.device.type == "cuda" and there and q.shape[-1] % 8 == 0:
         parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)
         if torch.backends.cuda.can_use_flash_attention(parameters):
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
@@ -102,7 +103,7 @@ def merge_with_own(q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor, 
     return out.lerp(values, (weight - total).sigmoid().to(v.dtype))
 
 
-@dataclass
+@dataclasses.dataclass
 class Cache:
     """Keys and values of the inputs so far, preallocated and written in place."""
 
@@ -212,7 +213,7 @@ def _extend_each(
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
 
 
-@dataclass
+@dataclasses.dataclass
 class Candidates:
     """One layer's attention of candidates that see the cache and themselves, but not one another.
 
@@ -282,7 +283,7 @@ class Candidates:
             self.keys[:, :, self.free], self.values[:, :, self.free] = k[:, :, :m], v[:, :, :m]
 
 
-@dataclass
+@dataclasses.dataclass
 class Scored:
     """Candidates scored since the last `append`: the j-th one waits in slot `Cache.length` + j.
 
@@ -296,6 +297,8 @@ class Scored:
     count: int = 0
     latest: tuple[Tensor, int, Columns] | None = None
     """Positions that were scored last, the version of that tensor, and their columns."""
+    most: int = 0
+    """Candidates of the largest call."""
 
     @classmethod
     def empty(cls, like: Tensor, n: int) -> Scored:
@@ -303,16 +306,19 @@ class Scored:
         positions = torch.empty(len(like), n, dtype=torch.int64, device=like.device)
         return cls(positions, like.new_empty(len(like), n, like.shape[1]))
 
-    def find(self, positions: Tensor) -> Columns | None:
-        """Columns that hold the positions (B, M); None if one of them is missing."""
+    def find(self, positions: Tensor, missing: int | None = None) -> Columns | None:
+        """Columns that hold the positions (B, M); None if one of them is missing.
+
+        If one call has scored all positions that are `missing` in the image, the device is not waited for.
+        """
         if not self.count:
             return None
         m = positions.shape[1]
-        if self.latest is not None and same_memory(positions, *self.latest[:2]):
+        if self.latest is not None and contracts.same_memory(positions, *self.latest[:2]):
             known = self.latest[2]
             return known[:, :m] if isinstance(known, Tensor) else slice(known.start, known.start + m)
         match = positions[:, :, None] == self.positions[:, None, : self.count]
-        if not match.any(2).all():
+        if (missing is None or self.most != missing) and not match.any(2).all():
             return None
         columns = match.int().argmax(2)
         self._remember(positions, columns)
@@ -332,7 +338,8 @@ class Scored:
         self.positions[:, columns] = positions
         if self.hidden is not None and hidden is not None:
             self.hidden[:, columns] = hidden
-        self.count = columns.stop
+        m = columns.stop - columns.start
+        self.count, self.most = columns.stop, max(self.most, m) if columns.start else m
         self._remember(positions, columns)
 
     def pick(self, columns: Columns) -> Tensor:
@@ -346,20 +353,21 @@ class Scored:
         self.latest = None if positions.is_inference() else (positions, positions._version, columns)
 
 
-@dataclass
+@dataclasses.dataclass
 class DecodingState:
     """What every decoding state has: a cache, which `append` writes in place."""
 
     cache: Cache
-    used: bool = field(default=False, init=False)
+    used: bool = dataclasses.field(default=False, init=False)
     """Whether `append` has used this state up: its cache then holds what it does not know of."""
 
     def require_current(self) -> None:
         """Refuse, with a ValueError, a state that `append` has used up."""
-        require(not self.used, "this decoding state was used up by append: go on with the one it returned")
+        mend = "go on with the one it returned"
+        contracts.require(not self.used, f"this decoding state was used up by append: {mend}")
 
     def advance(self, **changes: Any) -> Self:
         """The state after an `append`, with these fields changed; this one is used up."""
-        following = replace(self, **changes)
+        following = dataclasses.replace(self, **changes)
         self.used = True
         return following

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anyorder.models.attention import Attend, merge_heads
-from anyorder.models.layers import Linear, RMSNorm
-from anyorder.models.positions import Rotation, rotate
+from anyorder.models import attention, layers, positions
 
 if TYPE_CHECKING:
     from anyorder.models.architecture import TransformerConfig
@@ -22,17 +20,17 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.heads = config.heads
-        self.qkv = Linear(config.width, 3 * config.width, bias=False)
-        self.out = Linear(config.width, config.width, bias=False)
+        self.qkv = layers.Linear(config.width, 3 * config.width, bias=False)
+        self.out = layers.Linear(config.width, config.width, bias=False)
         size = config.width // config.heads
-        self.q_norm, self.k_norm = (RMSNorm(size) if config.qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = (layers.RMSNorm(size) if config.qk_norm else nn.Identity() for _ in "qk")
 
-    def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rotation: positions.Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs (B, T, D) to queries, keys and values, each (B, H, T, D / H)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
-            q, k = rotate(q, *rotation.queries), rotate(k, *rotation.keys)
+            q, k = positions.rotate(q, *rotation.queries), positions.rotate(k, *rotation.keys)
         return q.to(v.dtype), k.to(v.dtype), v
 
 
@@ -41,17 +39,17 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.attention_norm = RMSNorm(config.width)
+        self.attention_norm = layers.RMSNorm(config.width)
         self.attention = Attention(config)
-        self.mlp_norm = RMSNorm(config.width)
+        self.mlp_norm = layers.RMSNorm(config.width)
         self.mlp = SwiGLU(config.width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rotation: positions.Rotation | None, attend: attention.Attend) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        return self.after(x, merge_heads(attend(*self.before(x, rotation))))
+        return self.after(x, attention.merge_heads(attend(*self.before(x, rotation))))
 
-    def before(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+    def before(self, x: Tensor, rotation: positions.Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """What comes before attention: inputs (B, T, D) to queries, keys, values (B, H, T, D / H)."""
         return self.attention.project(self.attention_norm(x), rotation)
 
@@ -62,16 +60,25 @@ class Block(nn.Module):
         return self.dropout(self.mlp(self.mlp_norm(x))) + x
 
 
+def run_blocks(
+    blocks: nn.ModuleList, x: Tensor, rotation: positions.Rotation | None, attends: Iterable[attention.Attend]
+) -> Tensor:
+    """(B, T, D) to (B, T, D); one of `attends` per block."""
+    for block, attend in zip(blocks, attends, strict=True):
+        x = block(x, rotation, attend)
+    return x
+
+
 class SwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x) with w1 and w3 fused; hidden width 8/3 D, rounded up to 32."""
 
     def __init__(self, width: int):
         super().__init__()
         hidden = 32 * math.ceil(8 * width / 3 / 32)
-        self.gate_up = Linear(width, 2 * hidden, bias=False)
-        self.down = Linear(hidden, width, bias=False)
+        self.gate_up = layers.Linear(width, 2 * hidden, bias=False)
+        self.down = layers.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
         gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        return self.down(nn.functional.silu(gate) * up)

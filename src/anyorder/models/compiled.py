@@ -1,15 +1,18 @@
 """Decoding through compiled code with static shapes, for models whose parts between attentions are plain.
 
 The number of revealed positions changes with every step, so attention, one fused kernel already, stays
-outside. All between two attentions works on rows, and is compiled once for each number of rows.
+outside. All between two attentions works on rows, and is compiled once for each number of rows. The first
+calls of each are compared with eager code, which goes on alone where they differ.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -19,9 +22,14 @@ from torch import Tensor, nn
 
 from anyorder.contracts import require
 from anyorder.models.attention import Candidates, merge_heads, merge_with_self
-from anyorder.models.blocks import Block
+from anyorder.models.blocks import Block, run_blocks
 from anyorder.models.positions import Rotation
 from anyorder.models.transformer import AnyOrderTransformer
+
+log = logging.getLogger("anyorder")
+IMAGES, CHECKS = 1024, 3
+"""Images from which a GPU decodes with compiled code where nobody says whether; and calls of each shape that
+are compared with eager code: of a CUDA graph these are the warm-up, the recording and a replay."""
 
 
 def bucket(m: int) -> int:
@@ -30,20 +38,41 @@ def bucket(m: int) -> int:
     return -(-m // step) * step if m > 1 else 1
 
 
-def compile_decoding(model: Any, *, backend: str | Callable[..., Any] = "inductor") -> None:
+def compile_decoding(
+    model: Any,
+    asked: bool | None = True,
+    images: int = 0,
+    *,
+    backend: str | Callable[..., Any] = "inductor",
+    checks: int = CHECKS,
+) -> None:
     """Decode with compiled code from now on, where no gradients are asked for and the model evaluates.
 
     For each `bucket` of candidates and number of images, code that all blocks share is made when first
     needed, which takes seconds; on a GPU it becomes CUDA graphs. Results are those of eager code up to
-    rounding. A ValueError refuses other models than an `AnyOrderTransformer`, on the device it is to run on.
+    rounding; where they are not, or there is no code, a warning says so and eager code goes on.
+
+    Args:
+        model: an `AnyOrderTransformer` on the device it is to run on; a ValueError refuses others.
+        asked: None compiles on a CUDA GPU with Triton, if there are at least `IMAGES` images, a model that
+            can be compiled.
+        images: how many are going to be decoded.
+        backend: of `torch.compile`.
+        checks: calls of each shape that are compared with eager code.
     """
+    own = isinstance(model, AnyOrderTransformer)
+    device = model.head.weight.device if own else torch.device("cpu")
+    if asked is None:
+        asked = device.type == "cuda" and images >= IMAGES and bool(importlib.util.find_spec("triton"))
+    if not asked:
+        return
     refused = f"compile=true is for models trained here, not for a {type(model).__name__}: leave compile out"
-    require(isinstance(model, AnyOrderTransformer), refused)
-    device, options = model.head.weight.device, {}
+    require(own, refused)
+    options = {}
     if backend == "inductor":
         require_compiler(device)
         options = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
-    model.compiled = CompiledBlocks(backend=backend, **options)
+    model.compiled = CompiledBlocks(checks, backend=backend, **options)
 
 
 def require_compiler(device: torch.device) -> None:
@@ -59,13 +88,14 @@ def require_compiler(device: torch.device) -> None:
 class CompiledBlocks:
     """Runs blocks one after another, with compiled code for everything but attention."""
 
-    def __init__(self, **options: Any):
+    def __init__(self, checks: int = CHECKS, **options: Any):
         # 8 shapes by default, further ones run eagerly; under these names PyTorch 2.6 knows the limits, too.
         for limit in ("cache_size_limit", "accumulated_cache_size_limit"):
             setattr(torch._dynamo.config, limit, max(1024, getattr(torch._dynamo.config, limit)))
         self._enter = torch.compile(Block.before, dynamic=False, **options)
         self._between = torch.compile(_between, dynamic=False, **options)
         self._leave = torch.compile(_leave, dynamic=False, **options)
+        self.checks, self.refuted, self._checked = checks, False, Counter[Any]()
 
     @staticmethod
     def pad(positions: Tensor) -> Tensor:
@@ -77,6 +107,34 @@ class CompiledBlocks:
         self, blocks: Any, norm: nn.Module, x: Tensor, rotation: Rotation | None, attends: list[Candidates]
     ) -> Tensor:
         """Inputs (B, M, D), M a bucket, to normalised outputs (B, M, D); one of `attends` per block."""
+        shape, inputs = (*x.shape, x.dtype), (blocks, norm, x, rotation, attends)
+        if not self.refuted and self._checked[shape] >= self.checks:
+            return self._run(*inputs)
+        made = None if self.refuted else self._attempt(*inputs)
+        # After it, so that the cache keeps the keys and values of eager code.
+        eager = norm(run_blocks(blocks, x, rotation, attends))
+        if made is not None:
+            error = float((made - eager).abs().max() / eager.abs().max())
+            if not error <= torch.finfo(eager.dtype).eps ** 0.5:
+                self._refute(f"it differs from eager code by {error:.1g} of the largest value")
+            self._checked[shape] += 1
+        return eager
+
+    def _attempt(self, *inputs: Any) -> Tensor | None:
+        try:
+            return self._run(*inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:  # of a compiler, of any kind
+            return self._refute(f"it fails ({next(iter(str(e).splitlines()), type(e).__name__)})")
+
+    def _refute(self, fault: str) -> None:
+        self.refuted = True
+        log.warning("compiled decoding is off, eager code goes on: %s", fault)
+
+    def _run(
+        self, blocks: Any, norm: nn.Module, x: Tensor, rotation: Rotation | None, attends: list[Candidates]
+    ) -> Tensor:
         if x.device.type == "cuda":  # the graphs may write over what they returned in the last step
             torch.compiler.cudagraph_mark_step_begin()
         x = _plain(x)

@@ -54,9 +54,10 @@ def read_condition(
         return torch.full((batch_size, len(sizes)), -1, device=device)
     if check is None:
         check = condition.device.type == "cpu" and not torch.compiler.is_compiling()
-    values = condition[:, None] if condition.ndim == 1 else condition
+    values = (condition[:, None] if condition.ndim == 1 else condition).long()
     fits = condition.ndim == 1 or (condition.ndim == 2 and len(sizes) > 1)
     fits = fits and len(values) == batch_size and values.shape[1] <= len(sizes)
+    fits = fits and not condition.is_floating_point()
     if fits and check:
         limits = torch.tensor(sizes[: values.shape[1]], device=values.device)
         fits = not bool(((values < -1) | (values >= limits)).any())

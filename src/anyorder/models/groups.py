@@ -51,7 +51,7 @@ def layout(sizes: Sequence[int] | None, n: int, device: torch.device) -> Layout:
     Raises:
         ValueError: sizes below 1, or whose sum is not n.
     """
-    if sizes is None or set(sizes) == {1} == {len(sizes) // n}:
+    if sizes is None or (len(sizes) == n and set(sizes) == {1}):
         return ONE_BY_ONE
     valid = min(sizes, default=0) >= 1 and sum(sizes) == n
     require(valid, f"sizes of steps must be >= 1 and sum to {n} positions, got {list(sizes)}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 SWITCH = "ANYORDER_ONEDNN"
-"""Environment variable: 0 decodes with PyTorch's public operators only; 1, the default, packs weights where
+"""Environment variable: 0 multiplies with public operators only; 1, the default, packs weights where
 this build of PyTorch has the private oneDNN operators that `pack` and `Linear` call."""
 PRIVATE = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
 

@@ -11,13 +11,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from anyorder.contracts import Grid
+from anyorder.models import positions
 from anyorder.models.layers import Linear
-from anyorder.models.positions import CoordinateEncoding, displacement_index, displacements
 
 WINDOW = 3
 """Side of the window of cells around a candidate: itself, which is always open, and its eight neighbours."""
@@ -46,15 +45,15 @@ class LocationHead(nn.Module):
     def __init__(self, width: int, key_width: int = 64):
         super().__init__()
         self.query = nn.Sequential(Linear(3 * width, width), nn.SiLU(), Linear(width, key_width))
-        self.absolute = CoordinateEncoding(key_width)
-        self.relative = CoordinateEncoding(key_width)
+        self.absolute = positions.CoordinateEncoding(key_width)
+        self.relative = positions.CoordinateEncoding(key_width)
         self.context = Linear(WINDOW**2, key_width, bias=False)
 
     def tables(self, grid: Grid) -> LocationTables:
         """Evaluate K and R on a grid: O(N) small-network evaluations."""
         where = self.context.weight.device
         absolute = self.absolute(grid.coordinates(where))
-        return LocationTables(grid, absolute, self.relative(displacements(grid, where)))
+        return LocationTables(grid, absolute, self.relative(positions.displacements(grid, where)))
 
     def forward(
         self,
@@ -95,7 +94,7 @@ class LocationHead(nn.Module):
         # The condition and embeddings are small beside hidden states: without a norm the head would ignore
         # the class, and begin in the order of another one.
         every = torch.stack(inputs, dim=-2)
-        query = self.query(F.rms_norm(every, every.shape[-1:]).flatten(-2))
+        query = self.query(nn.functional.rms_norm(every, every.shape[-1:]).flatten(-2))
         score = query @ tables.absolute.T + self._from_last(query, last, tables)
         score = score + around(revealed, query @ self.context.weight, tables.grid)
         score = score.float() * query.shape[-1] ** -0.5
@@ -106,7 +105,7 @@ class LocationHead(nn.Module):
         """q . R(p - last), (B, T, N); zero where there is no last position."""
         table, grid = query @ tables.relative.T, tables.grid
         everywhere = torch.arange(grid.n, device=query.device)
-        index = displacement_index(grid, last.clamp(max=grid.n - 1)[..., None], everywhere)
+        index = positions.displacement_index(grid, last.clamp(max=grid.n - 1)[..., None], everywhere)
         return table.gather(-1, index).masked_fill((last == grid.n)[..., None], 0)
 
 
@@ -118,7 +117,8 @@ def around(revealed: Tensor, weights: Tensor, grid: Grid) -> Tensor:
     # Each step's map is a channel with a kernel of its own.
     maps = revealed.reshape(1, -1, grid.h, grid.w).to(weights.dtype)
     kernels = weights.reshape(-1, 1, WINDOW, WINDOW)
-    return F.conv2d(maps, kernels, padding=WINDOW // 2, groups=len(kernels)).reshape(revealed.shape)
+    sums = nn.functional.conv2d(maps, kernels, padding=WINDOW // 2, groups=len(kernels))
+    return sums.reshape(revealed.shape)
 
 
 def revealed_before(rank: Tensor) -> Tensor:

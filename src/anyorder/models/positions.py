@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyorder.contracts import Grid, require
@@ -38,7 +37,7 @@ class CoordinateEncoding(nn.Module):
         """Coordinates (..., 2) float32 in patches to encodings (..., D)."""
         angles = (coordinates[..., None] * self.frequencies).flatten(-2)
         features = torch.cat((angles.sin(), angles.cos()), dim=-1)
-        return self.out(F.silu(self.hidden(features.to(self.hidden.weight.dtype))))
+        return self.out(nn.functional.silu(self.hidden(features.to(self.hidden.weight.dtype))))
 
 
 def displacements(grid: Grid, device: torch.device | str | None = None) -> Tensor:
@@ -87,7 +86,7 @@ class PositionTables(NamedTuple):
         if self.following is None:
             return 0.0
         index = displacement_index(self.grid, last, positions) if self.relative else positions
-        return F.embedding(index, self.following)
+        return nn.functional.embedding(index, self.following)
 
     def rotation(self, last: Tensor, positions: Tensor) -> Rotation | None:
         """Queries turn by the position they ask about, keys by the position of their own patch."""
@@ -105,7 +104,7 @@ def rotary_tables(at: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
     """
     quarter = head_width // 4
     frequencies = 100.0 ** (-torch.arange(quarter, dtype=torch.float32, device=at.device) / quarter)
-    angles = F.pad((at[:, :, None] * frequencies).flatten(1), (0, 0, 0, 1))
+    angles = nn.functional.pad((at[:, :, None] * frequencies).flatten(1), (0, 0, 0, 1))
     return angles.cos(), angles.sin()
 
 

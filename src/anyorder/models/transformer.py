@@ -27,7 +27,7 @@ from anyorder.models import attention, conditioning, groups, layers, location
 from anyorder.models import positions as encoding
 from anyorder.models.architecture import Architecture as Architecture
 from anyorder.models.architecture import TransformerConfig as TransformerConfig
-from anyorder.models.blocks import Block
+from anyorder.models.blocks import Block, run_blocks
 from anyorder.orders import inverse
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ class State(attention.DecodingState):
     """Of the location head."""
     prefix: int
     """P: how long the cache is before the first step."""
+    missing: int | None
+    """How many positions are open; None where images may differ."""
     together: Together | None = None
     """What `score_group` scored last."""
 
@@ -266,6 +268,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
             scored=attention.Scored.empty(start, grid.n),
             where=self.location.tables(grid) if self.location is not None else None,
             prefix=length,
+            missing=grid.n,
         )
         if length:
             nowhere = torch.full((batch_size, length), grid.n, device=weight.device)
@@ -277,8 +280,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         """Run inputs (B, T, D) as one causal block into the cache."""
         rotation = state.tables.rotation(before, after)
         state.cache.reserve(x.shape[1])
-        for block, attend in zip(self.blocks, state.cache.extend(), strict=True):
-            x = block(x, rotation, attend)
+        x = run_blocks(self.blocks, x, rotation, state.cache.extend())
         state.cache.length += x.shape[1]
         return x
 
@@ -298,7 +300,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         until `append`: neither the chosen one nor a second score of some of them runs the network again.
         """
         state.require_current()
-        found = state.scored.find(positions)
+        found = state.scored.find(positions, state.missing)
         if found is not None:
             return self.head(state.scored.pick(found))
         state.together = None
@@ -324,9 +326,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         rotation = state.tables.rotation(state.last.expand_as(positions), positions)
         if compiled is not None:
             return compiled(self.blocks, self.norm, x, rotation, attends)[:, :m]
-        for block, attend in zip(self.blocks, attends, strict=True):
-            x = block(x, rotation, attend)
-        return self.norm(x)
+        return self.norm(run_blocks(self.blocks, x, rotation, attends))
 
     def _run_alone(self, state: State, positions: Tensor) -> Tensor:
         """Hidden states (B, M, D) of candidates, each as a step of its own behind a step of several."""
@@ -334,8 +334,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         last, positions = state.last.repeat(1, m), positions.repeat_interleave(k, dim=1)
         x = self._inputs(state, positions, state.pending.repeat(1, m, 1), last)
         rotation = state.tables.rotation(last, positions)
-        for block, attend in zip(self.blocks, state.cache.candidates(None, size=k), strict=True):
-            x = block(x, rotation, attend)
+        x = run_blocks(self.blocks, x, rotation, state.cache.candidates(None, size=k))
         return self.norm(x[:, ::k])
 
     def score_group(self, state: State, positions: Tensor) -> Tensor:
@@ -350,8 +349,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         x = self._inputs(state, at, groups.padded(state.pending, m), last)
         rotation = state.tables.rotation(last, at)
         state.cache.reserve(m)  # steps that shrink have more inputs than positions
-        for block, attend in zip(self.blocks, state.cache.extend(joint=True), strict=True):
-            x = block(x, rotation, attend)
+        x = run_blocks(self.blocks, x, rotation, state.cache.extend(joint=True))
         x = self.norm(x[:, : positions.shape[1]])
         state.scored.count, state.together = 0, Together(positions, x[:, -1], m)
         return self.head(x)
@@ -378,7 +376,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
             following = self.append_group(state, tokens[:, :1])
             positions, tokens = positions[:, 1:], tokens[:, 1:]
             return self.append(following, positions, tokens) if positions.shape[1] else following
-        found, hidden, inputs = state.scored.find(positions[:, :1]), state.hidden, []
+        found, hidden, inputs = state.scored.find(positions[:, :1], state.missing), state.hidden, []
         # Step i's input holds the token before it, so K reveals run K inputs, and the last token is pending.
         before, after = torch.cat((state.last, positions[:, :-1]), dim=1), positions
         if found is not None:
@@ -391,7 +389,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
             inputs.append(self._rest(state, positions, tokens))
         if inputs:
             hidden = self.norm(self._extend(state, torch.cat(inputs, dim=1), before, after)[:, -1])
-        return self._advance(state, positions[:, -1:], tokens[:, -1:], hidden)
+        return self._advance(state, positions[:, -1:], tokens[:, -1:], hidden, positions.shape[1])
 
     def _rest(self, state: State, positions: Tensor, tokens: Tensor) -> Tensor:
         """Inputs (B, K - 1, D) that lead from each of the positions (B, K) to the next."""
@@ -411,7 +409,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         cache.lengths = lengths + counts
         cache.length = int(cache.lengths.max())
         last = hidden[torch.arange(len(x), device=x.device), (counts - 1).clamp_min(0)]
-        return self._advance(state, positions[:, -1:], tokens[:, -1:], self.norm(last))
+        return self._advance(state, positions[:, -1:], tokens[:, -1:], self.norm(last), None)
 
     def append_group(self, state: State, tokens: Tensor) -> State:
         """Reveal tokens (B, K) at the positions that `score_group` scored last; the old state is used up."""
@@ -421,17 +419,21 @@ class AnyOrderTransformer(AnyOrderNetwork):
         if hidden is None:
             return self.append(state, positions, tokens)
         state.cache.length += inputs
-        return self._advance(state, positions, tokens, hidden)
+        return self._advance(state, positions, tokens, hidden, positions.shape[1])
 
-    def _advance(self, state: State, positions: Tensor, tokens: Tensor, hidden: Tensor) -> State:
+    def _advance(
+        self, state: State, positions: Tensor, tokens: Tensor, hidden: Tensor, revealed: int | None
+    ) -> State:
         """The state in which the tokens (B, K) of the last step are pending."""
         state.scored.count = 0
+        known = revealed is not None and state.missing is not None
         return state.advance(
             pending=self._content(state.tables, tokens, positions, state.start),
             last=positions,
             hidden=hidden,
             content=self.token_embedding(tokens[:, -1]),
             together=None,
+            missing=state.missing - revealed if known else None,  # type: ignore[operator]
         )
 
 

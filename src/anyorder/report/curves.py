@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import typing
+from collections import abc
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -13,13 +13,14 @@ from PIL import Image
 from anyorder.data.classes import display_name
 from anyorder.inference import figures
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Rows = abc.Sequence[abc.Mapping[str, typing.Any]]
 HELD_OUT = ("validation_nll", "test_nll", "test_loss")
 
 
-def loss_curves(runs: Sequence[tuple[str, str | Path]], starts: Sequence[int] | None = None) -> Image.Image:
+def loss_curves(runs: abc.Sequence[tuple[str, str | Path]], starts: list[int] | None = None) -> Image.Image:
     """Training loss (thin: as logged, thick: smoothed), held-out loss (dots) and speed of several runs.
 
     Args:
@@ -56,20 +57,20 @@ def loss_curves(runs: Sequence[tuple[str, str | Path]], starts: Sequence[int] | 
         return figures.rendered(figure)
 
 
-def _plot_run(panels: Sequence[Axes], name: str, log: list[dict[str, Any]], colour: str) -> None:
+def _plot_run(panels: abc.Sequence[Axes], name: str, log: Rows, colour: str) -> None:
     shown, (steps, losses) = display_name(name, mathtext=True), _series(log, "loss")
     panels[0].plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
     panels[0].plot(steps, _smooth(losses), color=colour, linewidth=1.8, label=shown)
     for key in HELD_OUT:
         steps, values = _series(log, key)
         if len(steps):
-            style: dict[str, Any] = {"color": colour, "markersize": 4, "linewidth": 0.8}
+            style: dict[str, typing.Any] = {"color": colour, "markersize": 4, "linewidth": 0.8}
             panels[0].plot(steps, values, "o--", label=f"{shown}, {key.split('_')[0]}", **style)
     if len(panels) > 1:
         panels[1].plot(*_series(log, "examples_per_second"), color=colour, linewidth=1.2)
 
 
-def _series(log: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+def _series(log: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
     points = {line["step"]: line[key] for line in log if line.get(key) is not None}
     steps = sorted(points)
     return np.array(steps), np.array([points[step] for step in steps], dtype=float)
@@ -81,7 +82,7 @@ def _smooth(values: np.ndarray, window: float = 0.02) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | Path) -> list[dict[str, typing.Any]]:
     """The lines of a `metrics.jsonl`; a last line cut short by a killed process is left out.
 
     Raises:
@@ -104,7 +105,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return result
 
 
-def scaling_curves(sweeps: Mapping[str, Sequence[Mapping[str, Any]]], measures: Sequence[str]) -> Image.Image:
+def scaling_curves(sweeps: abc.Mapping[str, Rows], measures: abc.Sequence[str]) -> Image.Image:
     """How measures of several workloads change with sizes: a column of panels per size, a row per measure.
 
     Args:
@@ -131,7 +132,7 @@ def scaling_curves(sweeps: Mapping[str, Sequence[Mapping[str, Any]]], measures: 
         return figures.rendered(figure)
 
 
-def search_curves(rows: Sequence[Mapping[str, float]], metric: str) -> Image.Image:
+def search_curves(rows: Rows, metric: str) -> Image.Image:
     """Distance and KID of the points of a search over the temperature, a line for each guidance scale."""
     scales = dict.fromkeys(row["guidance_scale"] for row in rows)
     with figures.styled_figure(7.2, 2.8) as figure:
@@ -145,25 +146,22 @@ def search_curves(rows: Sequence[Mapping[str, float]], metric: str) -> Image.Ima
         return figures.rendered(figure)
 
 
-def _plot_scaling(axis: Axes, i: int, name: str, rows: list[Mapping[str, Any]], measure: str) -> None:
+def _plot_scaling(axis: Axes, i: int, name: str, rows: Rows, measure: str) -> None:
     points = sorted((row["value"], row[measure]) for row in rows if row.get(measure) is not None)
     x, y = ([point[k] for point in points] for k in (0, 1))
     again, colour = divmod(i, len(figures.COLOURS))
-    style: dict[str, Any] = {"color": figures.COLOURS[colour], "markersize": 4, "linewidth": 1.2}
+    style: dict[str, typing.Any] = {"color": figures.COLOURS[colour], "markersize": 4, "linewidth": 1.2}
     axis.plot(x, y, ("o-", "s--")[again % 2], label=display_name(name, mathtext=True), **style)
 
 
 def _scale(axis: Axes, values: list[int], measure: str) -> None:
     """Sizes grow by factors; only those that were measured are named."""
-    from matplotlib import ticker
-
     axis.set_xscale("log", base=2)
     axis.set_xticks(values, [f"{value:,d}" for value in values])
-    axis.minorticks_off()
     if measure.endswith("(%)"):
         axis.set_ylim(bottom=0)
-        return
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_minor_locator(ticker.NullLocator())
-    axis.yaxis.set_major_formatter("{x:,g}")
+    else:
+        axis.set_yscale("log")
+        axis.locator_params("y", subs=(1, 2, 5))
+        axis.yaxis.set_major_formatter("{x:,g}")
+    axis.minorticks_off()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import numbers
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import abc
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
 MISSING = "\u2013"
@@ -19,7 +19,7 @@ class Spread(float):
     deviation: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def of(cls, values: abc.Sequence[float]) -> Spread:
         """Mean and deviation of one or more values."""
         result = cls(statistics.mean(values))
         result.deviation = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -46,10 +46,10 @@ class Table:
     """
 
     kind = "table"
-    columns: Sequence[str]
-    rows: Sequence[Mapping[str, Any]]
+    columns: abc.Sequence[str]
+    rows: abc.Sequence[abc.Mapping[str, Any]]
     caption: str = ""
-    best: Mapping[str, Literal["min", "max"]] = field(default_factory=dict)
+    best: abc.Mapping[str, Literal["min", "max"]] = field(default_factory=dict)
     unranked: int = 0
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ def _tex(text: str) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def format_value(value: Any) -> str:
@@ -130,11 +130,11 @@ def format_value(value: Any) -> str:
     """
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if value is None or (isinstance(value, Real) and math.isnan(value)):
+    if value is None or (isinstance(value, numbers.Real) and math.isnan(value)):
         return MISSING
-    if isinstance(value, Integral):
+    if isinstance(value, numbers.Integral):
         return f"{value:,d}"
-    if not isinstance(value, Real) or not math.isfinite(value):
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
         return str(value)
     decimals = 3 - math.floor(math.log10(abs(value))) if value else 0
     if isinstance(value, Spread):

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from anyorder.evaluation.bootstrap import Difference, pooled
+from anyorder.evaluation import bootstrap
 from anyorder.report import evaluations
-from anyorder.report.evaluations import Differences, Evaluation, Variant
+from anyorder.report.evaluations import Differences, Variant
 from anyorder.report.tables import Table
 
 BASELINES = ("raster", "random")
@@ -26,8 +26,8 @@ class Comparison:
 
     variant: Variant
     baseline: Variant
-    pairs: Sequence[tuple[Evaluation, Evaluation]]
-    intervals: Sequence[Difference]
+    pairs: Sequence[tuple[evaluations.Evaluation, evaluations.Evaluation]]
+    intervals: Sequence[bootstrap.Difference]
 
     @property
     def relative(self) -> float:
@@ -44,7 +44,7 @@ class Comparison:
         lengths = {len(interval.draws) for interval in self.intervals}
         if len(self.intervals) < max(2, len(self.pairs)) or len(lengths) > 1 or 0 in lengths:
             return None
-        low, high = pooled(self.intervals)
+        low, high = bootstrap.pooled(self.intervals)
         scale = 100 / mean(b.distance for _, b in self.pairs)
         return scale * low, scale * high
 

@@ -9,10 +9,8 @@ from typing import Any, ClassVar
 from anyorder import files
 from anyorder.contracts import require
 from anyorder.evaluation.bootstrap import compare
-from anyorder.evaluation.metrics import FeatureStatistics
+from anyorder.stages import features as spaces
 from anyorder.stages.artifacts import Artifact
-from anyorder.stages.common import SAMPLES, require_made_from
-from anyorder.stages.features import load_reference
 
 
 @dataclass
@@ -43,23 +41,13 @@ class CompareStage:
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `comparison.json`."""
         assert self.features
-        for folder in (self.a, self.b):
-            require_made_from(folder, "features", self.features)
-        made = files.read_manifest(self.features)
+        a, b = (spaces.load_samples(folder, self.features) for folder in (self.a, self.b))
         one, other = (files.read_manifest(f)["metrics"].get("split", "test") for f in (self.a, self.b))
         require(one == other, f"{self.a} is about the {one} split, {self.b} about {other}: compare one split")
-        a, b = (_samples(folder, made["extractor"]) for folder in (self.a, self.b))
-        reference = load_reference(self.features, one)
+        reference = spaces.load_reference(self.features, one)
         found = compare(reference, a, b, self.resamples, self.confidence, self.seed)
         differences = {name: difference._asdict() for name, difference in found.items()}
         files.write_json(artifact.folder / "comparison.json", differences)
-        facts = {"paired": a.n == b.n, "metric_name": made["metric_name"], "metrics": differences}
+        name = files.read_manifest(self.features)["metric_name"]
+        facts = {"paired": a.n == b.n, "metric_name": name, "metrics": differences}
         return {"a": self.a.name, "b": self.b.name, **facts}
-
-
-def _samples(folder: Path, extractor: str) -> FeatureStatistics:
-    """Features of the samples in an eval artifact; older versions did not keep them."""
-    path = folder / SAMPLES
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {SAMPLES}: delete its manifest.json and run eval again")
-    return FeatureStatistics.load(path, extractor, files.read_manifest(folder)["inputs"]["samples"])

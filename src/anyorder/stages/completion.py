@@ -71,7 +71,7 @@ class CompletionStage(GeneratingStage):
             require_made_from(folder, "data", self.data)
         rows = row_numbers.evenly_spaced(self.num_images, len(images))
         hole, true = shaped_mask(self.mask, images.size), np.array(images.images[rows])
-        pipe = self.load_pipeline(artifact, tokens, bf16=self.bf16)
+        pipe = self.load_pipeline(artifact, tokens, len(rows) * len(self.seeds), bf16=self.bf16)
         condition = as_condition(pipe.model, tokens, torch.from_numpy(np.array(images.labels[rows])))
         for seed in self.seeds:
             # Far apart, so that no image meets the numbers of another one in the next seed.

@@ -120,6 +120,9 @@ class DataStage:
         A ValueError refuses to write into the source itself.
         """
         require(self._where != str(folder.resolve()), f"out={folder} is the source: choose another out=")
+        if not self.cache and type(self._opened).__name__ == "HubSource":
+            text = "%s is downloaded whole; parquet files of source=hf://datasets/%s are read where they are"
+            log.info(text, self.source, self.source)
         with contextlib.suppress(OSError, ValueError, EOFError):
             before = json.loads(gzip.decompress((folder / LISTING).read_bytes()))
             if self._stats and (changes := listing.changes(before, self._stats)):

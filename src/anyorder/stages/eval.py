@@ -184,19 +184,20 @@ class EvalStage:
         conditionals along an order that the image determines, where several are generated at once given
         earlier steps, and with groups the positions of their own. For random orders it bounds -log p(x), a
         mixture over orders (`nll_is_bound`). `bound` = `bound_tokens` + `bound_location` of a location head:
-        -log q(order, x) of the greedily most likely order bounds -log p(x). None where another model or
-        temperature samples the locations.
+        -log q(order, x) of the greedily most likely order bounds -log p(x). None where another model,
+        temperature, distance or number of positions chooses the locations.
         """
         policy = stored_policy(made["config"]["policy"])
         exact = policy.token_blind and (policy.deterministic or policy.order == "random")
         located = policy.order == "location" and policy.temperature in (None, 1) and self.scorer is None
+        located = located and not (policy.adaptive or policy.min_distance)
         if not self.nll_images or not (exact or located):
             return {"nll": None, "bits_per_dim": None}
         assert self.model
         model = load_any_order(self.model)
         if policy.parallel and not (exact or getattr(model, "grouped", False)):
             return {"nll": None, "bits_per_dim": None}
-        rows, hidden = select.evenly_spaced(self.nll_images, len(test)), made["config"].get("hide", ())
+        rows, hidden = select.evenly_spaced(self.nll_images, len(test)), tuple(made["config"].get("hide", ()))
         means = self._mean_nll(model, policy, exact, test, rows, hidden)
         h, w = files.read_manifest(test.folder)["image_size"]
         bits = metrics.bits_per_dim(means.get("bound", means["nll"]), test.grid.n, 3 * h * w)
@@ -214,7 +215,7 @@ class EvalStage:
         exact: bool,
         test: caches.TokenSet,
         rows: np.ndarray,
-        hidden: list[str],
+        hidden: tuple[str, ...],
     ) -> dict[str, float]:
         """`image_nll` of test images without the `hidden` parts of their conditions, averaged."""
         scorer = load_any_order(self.scorer) if self.scorer else None

@@ -20,8 +20,8 @@ from anyorder.evaluation import features, metrics
 from anyorder.files import read_json, read_manifest, write_json
 from anyorder.inference import processes, weights
 from anyorder.inference.device import device
+from anyorder.stages import common
 from anyorder.stages.artifacts import Artifact
-from anyorder.stages.common import TrainingStage, training_facts
 from anyorder.training.config import TrainConfig
 from anyorder.training.trainer import train
 
@@ -35,7 +35,7 @@ NEIGHBOURS = 50_000
 
 
 @dataclass
-class FeaturesStage(TrainingStage):
+class FeaturesStage(common.TrainingStage):
     """Make the feature space of FD, and the reference statistics of the test split in it."""
 
     inputs: ClassVar[tuple[str, ...]] = ("data", "init")
@@ -130,7 +130,7 @@ class FeaturesStage(TrainingStage):
         if artifact.leads:
             weights.save_model(artifact.folder, result.model, config, "classifier")
         processes.barrier()
-        return {"test": evaluate(result.model, result.steps), **training_facts(result)}
+        return {"test": evaluate(result.model, result.steps), **common.training_facts(result)}
 
 
 def _floor(
@@ -168,6 +168,17 @@ def load_reference(folder: Path, split: str = "test") -> metrics.FeatureStatisti
     made = read_manifest(folder)
     path = folder / REFERENCES[split]
     return metrics.FeatureStatistics.load(path, made["extractor"], made["inputs"]["data"])
+
+
+def load_samples(folder: Path, space: Path) -> metrics.FeatureStatistics:
+    """Features of the samples in an eval artifact; a ValueError if they are of another features artifact."""
+    common.require_made_from(folder, "features", space)
+    path = folder / common.SAMPLES
+    if not path.is_file():  # older versions did not keep them
+        mend = "delete its manifest.json and run eval again"
+        raise FileNotFoundError(f"{folder} holds no {common.SAMPLES}: {mend}")
+    samples = read_manifest(folder)["inputs"]["samples"]
+    return metrics.FeatureStatistics.load(path, read_manifest(space)["extractor"], samples)
 
 
 def training_features(

@@ -292,3 +292,15 @@ def schedule(name: str, steps: int, rate: float, evaluation: float) -> Values:
 def as_yaml(values: Values) -> str:
     """The text of an experiment file."""
     return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=110)
+
+
+def preset(name: str) -> Values:
+    """The experiment of a preset."""
+    return yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def typed(text: str) -> Any:
+    """Numbers and truth values as YAML has them; other texts are read by their settings."""
+    known = {"true": True, "false": False, "null": None}
+    whole = re.fullmatch(r"\d+(e\+?\d{1,2})?", text.lower())  # 5e2, too
+    return int(float(text)) if whole else known.get(text.lower(), text)

@@ -55,9 +55,9 @@ class OrdersStage:
     bf16: bool = False
     """Score in bfloat16 where the hardware has it: faster, but it gives other orders (Kendall's tau with
     those of float32: 0.72 for margin, 0.91 for max_prob, 0.96 for entropy)."""
-    compile: bool = False
+    compile: bool | None = None
     """Score through compiled code (CUDA graphs on a GPU): takes minutes at first, does not pay on a CPU, and
-    is not for converted models."""
+    is not for converted models. null does so on a GPU for 1024 images or more."""
     seed: int = 0
     """Seed of the noise of policy.temperature, image by image."""
 
@@ -80,7 +80,7 @@ class OrdersStage:
     @property
     def aside(self) -> tuple[str, ...]:
         """Settings that do not change what the stage writes."""
-        return ("batch_size", "seed") if self.policy.deterministic else ("batch_size",)
+        return ("batch_size", "compile", *(("seed",) if self.policy.deterministic else ()))
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `SPLIT.{order,log_prob,seconds}.npy`, `class_order.npy` and statistics of orders."""
@@ -88,8 +88,7 @@ class OrdersStage:
         common.require_trained_on(self.model, tokens)
         n = min(self.limit or len(tokens), len(tokens))
         model = load_any_order(self.model).to(fast_dtype(device(), self.bf16))
-        if self.compile:
-            compile_decoding(model)
+        compile_decoding(model, self.compile, n)
         sizes = self._batch_sizes(artifact.folder / "batch_size.txt", model, tokens)
         rows = evenly_spaced(n, len(tokens))  # folders come class by class
         self._extract(artifact.folder, model, tokens, rows, sizes[-1])

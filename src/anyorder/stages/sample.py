@@ -44,14 +44,15 @@ class SampleStage(GeneratingStage):
     bf16: bool = True
     """Generate in bfloat16 where the hardware has it; false computes in float32. Inferred orders are always
     rated in float32."""
-    compile: bool = False
+    compile: bool | None = None
     """Generate through compiled code, on a GPU as CUDA graphs: takes minutes at first, not for converted
-    models. On a CPU it was measured not to pay."""
+    models. null does so on a GPU for 1024 images or more; on a CPU it was measured not to pay."""
     seed: int = 0
     """Image i is generated from seed + i."""
 
     renamed: ClassVar[dict[str, str]] = {"n": "num_images"}
     """Earlier names, see `settings.read_stored`."""
+    aside: ClassVar[tuple[str, ...]] = ("compile",)
 
     def __post_init__(self) -> None:
         text = f"num_images and batch_size must be >= 1, got {self.num_images} and {self.batch_size}"
@@ -81,7 +82,7 @@ class SampleStage(GeneratingStage):
         """
         assert self.tokens
         tokens = TokenSet(self.tokens, "test" if self.classes == "uniform" else self.classes)
-        pipe = self.load_pipeline(artifact, tokens, bf16=self.bf16, compiled=self.compile)
+        pipe = self.load_pipeline(artifact, tokens, self.num_images, bf16=self.bf16, compiled=self.compile)
         sampling, guidance = self._tuned()
         conditions, per_prompt = self._conditions(tokens), self.num_images // max(1, len(self.prompts))
         given = tokens.without(conditions, self.hide)

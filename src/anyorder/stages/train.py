@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -31,6 +32,8 @@ Measured = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Tokens (n, N), conditions (n, ...) and orders (n, N) that a likelihood is measured on."""
 MEASURED = 512
 """Images that are measured during training."""
+
+COMPILED = "train.compile covers models without a location head and without groups: leave one of them out"
 
 
 @dataclasses.dataclass
@@ -123,9 +126,7 @@ class TrainStage(common.TrainingStage):
         text = "model.location_gradient is about a location head: give model.location=true, or leave it out"
         require(self.model.location or self.model.location_gradient, text)
         self._check_learnt()
-        compiled = self.train.compile and (self.model.location or self.groups)
-        text = "train.compile covers models without a location head and without groups: leave one of them out"
-        require(not compiled, text)
+        require(not (self.train.compile and (self.model.location or self.groups)), COMPILED)
         text = "init_share must lie in [0, 1) and goes with init=..., without lora and model.location, got"
         alike = self.init is not None and not self.lora and not self.model.location
         require(self.init_share == 0 or (0 < self.init_share < 1 and alike), f"{text} {self.init_share}")
@@ -168,6 +169,23 @@ class TrainStage(common.TrainingStage):
         require(self.train.ema > 0, ema)
 
     @property
+    def _all_random(self) -> bool:
+        """Whether no order says anything of where to go."""
+        given = self.orders is not None or self.online is not None or self.learn_orders > 0
+        return self.order == "random" and not given
+
+    def _check_head(self, headed: bool) -> None:
+        """What a model with, or without, a location head cannot be trained to."""
+        text = f"needs a location head, {self.init} has none: give model.location=true"
+        require(headed or not self.learn_orders, f"learn_orders {text}")
+        online = self.online is not None and self.online.uses_head
+        require(headed or not online, f"online.order={getattr(self.online, 'label', '')} {text}")
+        require(not (headed and self.train.compile) or self._all_random, COMPILED)
+        kinds = ("nll", "bound") if headed else ("nll",)
+        watched = itertools.product(caches.splits(self.tokens)[:2], kinds)
+        self.train.require_watched([f"{split}_{kind}" for split, kind in watched])
+
+    @property
     def aside(self) -> tuple[str, ...]:
         """Settings that do not change what the stage writes."""
         return ("tokenizer", *super().aside)
@@ -176,11 +194,11 @@ class TrainStage(common.TrainingStage):
         """Write the model and its log; where there is a validation split, the test split is measured last."""
         tokens, *held = (caches.TokenSet(self.tokens, split) for split in caches.splits(self.tokens))
         watched = [tokens, held[0]]
-        self.train.require_watched([f"{some.split}_{kind}" for some in watched for kind in ("nll", "bound")])
         model = self._model(tokens)
+        self._check_head(_has_location(model))
+        if self._all_random and _has_location(model):  # nothing to learn from: its weights would only decay
+            model.location.requires_grad_(False)
         first = [x.detach().clone() for x in model.parameters()] if self.init_share else []
-        text = f"learn_orders needs a location head, {self.init} has none: give model.location=true"
-        require(not self.learn_orders or _has_location(model), text)
         cache = None if self.orders is None else caches.OrderSet(self.orders)
         if cache is not None:
             caches.check_tokens(cache, tokens)
@@ -197,7 +215,7 @@ class TrainStage(common.TrainingStage):
             found = orders(rows, step, generator)
             order, learnt = (caches.without_waiting(x, device()) for x in found)
             steps = self._steps(tokens.grid.n, generator)
-            if not _has_location(model):
+            if self._all_random or not _has_location(model):
                 return losses.token_nll(model, batch, labels, order, **steps).mean(), {}  # type: ignore[arg-type]
             content, where = losses.joint_nll(model, batch, labels, order, **steps)  # type: ignore[arg-type]
             where = where * learnt[:, None]  # a random order says nothing of where to go

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyorder.contracts import Grid, TokenizerNetwork, require
-from anyorder.families import Family, resolve
+from anyorder import contracts, families
+from anyorder.tokenizers import vq_network
 
 ROWS = 4096
 """Patches whose nearest codes are looked for at once."""
@@ -37,7 +37,7 @@ class AutoencoderConfig:
     """Pixels per patch side."""
 
 
-class AutoencoderTokenizer(TokenizerNetwork):
+class AutoencoderTokenizer(contracts.TokenizerNetwork):
     """The code nearest to each latent; the decoder gets the codes."""
 
     codebook: Tensor  #: (V, C)
@@ -47,28 +47,31 @@ class AutoencoderTokenizer(TokenizerNetwork):
         super().__init__()
         self.config, self.vocab_size, self.factor = config, config.vocab_size, config.factor
         arguments = json.loads(config.arguments)
-        self.autoencoder = resolve("networks", config.autoencoder)(**arguments)
+        self.autoencoder = families.resolve("networks", config.autoencoder)(**arguments)
         self.looks_up = bool(arguments.get("lookup_from_codebook"))  # VQ models that decode tokens themselves
         self.register_buffer("codebook", torch.zeros(config.vocab_size, config.channels))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) float in [-1, 1] to tokens (B, N) int64."""
+        """See `vq_network.ConvTokenizer`."""
+        vq_network.grid_of(images, self.factor)
         z = _latents(self.autoencoder, images)
         return _nearest(z.movedim(1, -1).flatten(0, -2), self.codebook).view(len(z), -1)
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """Tokens (B, N) int64 to images (B, 3, H, W) float in [-1, 1]."""
+    def decode(self, tokens: Tensor, grid: contracts.Grid) -> Tensor:
+        """See `vq_network.ConvTokenizer`."""
+        vq_network.check_tokens(tokens, grid, self.vocab_size)
         codes, shape = self.codebook[tokens], (len(tokens), grid.h, grid.w, self.config.channels)
         z: Tensor = codes.view(shape).movedim(-1, 1)
         if not hasattr(self.autoencoder, "quantize"):
-            return _member(self.autoencoder.decode(z), "sample")
+            return _member(self.autoencoder.decode(z), "sample").clamp(-1, 1)
         z = tokens.flatten() if self.looks_up else z
-        return _member(self.autoencoder.decode(z, force_not_quantize=True, shape=shape), "sample")
+        made = _member(self.autoencoder.decode(z, force_not_quantize=True, shape=shape), "sample")
+        return made.clamp(-1, 1)
 
 
-FAMILY = Family(AutoencoderTokenizer, AutoencoderConfig)
+FAMILY = families.Family(AutoencoderTokenizer, AutoencoderConfig)
 
 
 def wrap(
@@ -118,8 +121,9 @@ def k_means(vectors: Tensor, k: int, rounds: int = 20, seed: int = 0) -> Tensor:
 
     A centre that is nearest to nothing stays where it is. A ValueError refuses fewer than k vectors.
     """
-    require(len(vectors) >= k, f"{k} codes need as many latents, got {len(vectors)}: give more images")
-    first = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(seed))[:k]
+    n = len(vectors)
+    contracts.require(n >= k, f"{k} codes need as many latents, got {n}: give more images")
+    first = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:k]
     centres = vectors[first.to(vectors.device)]
     for _ in range(rounds):
         nearest = _nearest(vectors, centres)

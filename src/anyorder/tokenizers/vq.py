@@ -6,12 +6,10 @@ the layout of LlamaGen (arXiv 2406.06525, Sec. 3.1): its published VQ-16 and VQ-
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyorder import families
@@ -111,13 +109,13 @@ class VQModel(network.ConvTokenizer):
         tokens = self.quantize.nearest(latents)
         codes = self.quantize.lookup(tokens)
         quantized = straight_through(latents, codes)
-        learned = self.config.codebook_update == "gradient"
+        learned, loss = self.config.codebook_update == "gradient", nn.functional.mse_loss
         return VQOutput(
             reconstruction=self._decode(quantized, self.grid(images)),
             tokens=tokens,
             latents=latents,
-            commitment_loss=self.config.commitment * F.mse_loss(latents, codes.detach()),
-            codebook_loss=F.mse_loss(codes, latents.detach()) if learned else latents.new_zeros(()),
+            commitment_loss=self.config.commitment * loss(latents, codes.detach()),
+            codebook_loss=loss(codes, latents.detach()) if learned else latents.new_zeros(()),
         )
 
     def update_codebook(self, latents: Tensor, tokens: Tensor, generator: torch.Generator) -> None:
@@ -128,7 +126,7 @@ class VQModel(network.ConvTokenizer):
         self.grid(images)
         # Convolutions in bf16 on a CPU take half the time in this layout; the decoder's input has it already.
         z = self.quant_conv(self.encoder(images.contiguous(memory_format=torch.channels_last)))
-        return F.normalize(z.flatten(2).mT.float(), dim=-1)
+        return nn.functional.normalize(z.flatten(2).mT.float(), dim=-1)
 
     def _decode(self, codes: Tensor, grid: Grid) -> Tensor:
         z = codes.mT.unflatten(2, (grid.h, grid.w))
@@ -158,7 +156,7 @@ class Quantizer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.code_dim)
-        self.embedding.weight.data = F.normalize(self.embedding.weight.data, dim=-1)
+        self.embedding.weight.data = nn.functional.normalize(self.embedding.weight.data, dim=-1)
         self.embedding.weight.requires_grad_(config.codebook_update == "gradient")
         self.register_buffer("codebook_used", torch.full((WINDOW,), -1.0))
         if config.codebook_update == "ema" or config.revive_after:
@@ -167,12 +165,12 @@ class Quantizer(nn.Module):
     def lookup(self, tokens: Tensor) -> Tensor:
         """Codes of tokens (...), unit vectors (..., D) float32."""
         # Rows are gathered before they are normalised: the backward pass then never reads the whole codebook.
-        return F.normalize(F.embedding(tokens, self.embedding.weight).float(), dim=-1)
+        return nn.functional.normalize(nn.functional.embedding(tokens, self.embedding.weight).float(), dim=-1)
 
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
         """Tokens (...) int64 of unit vectors (..., D): the code of largest cosine, which is the nearest."""
-        codes = F.normalize(self.embedding.weight.float(), dim=-1)
+        codes = nn.functional.normalize(self.embedding.weight.float(), dim=-1)
         chunk = max(1, 2**24 // len(codes))  # 64 MiB of cosines at a time
         with torch.autocast(latents.device.type, enabled=False):
             flat = [(z @ codes.T).argmax(-1) for z in latents.flatten(0, -2).split(chunk)]
@@ -198,7 +196,7 @@ class Quantizer(nn.Module):
         if self.config.codebook_update == "ema":
             self._follow(latents, tokens, used & ~first)
         self.idle.copy_(torch.where(used, 0, self.idle + 1))
-        dead = first | (self.idle >= (self.config.revive_after or math.inf))
+        dead = first | (self.idle >= (self.config.revive_after or torch.inf))
         self._reseed(dead, latents, tokens, generator)
 
     def _follow(self, latents: Tensor, tokens: Tensor, used: Tensor) -> None:
@@ -218,8 +216,8 @@ class Quantizer(nn.Module):
         # `multinomial` without replacement, which waits, for as many as may be dead.
         chosen = (error / torch.empty_like(error).exponential_(generator=generator)).topk(most).indices
         if most < len(dead):
-            repeated = error.multinomial(len(dead), replacement=True, generator=again)
-            chosen = torch.where(dead.sum() > most, repeated, F.pad(chosen, (0, len(dead) - most)))
+            drawn = error.multinomial(len(dead), replacement=True, generator=again)
+            chosen = torch.where(dead.sum() > most, drawn, nn.functional.pad(chosen, (0, len(dead) - most)))
         weight, new = self.embedding.weight, latents[chosen[(dead.cumsum(0) - 1).clamp_min(0)]]
         weight.copy_(torch.where(dead[:, None], new.to(weight.dtype), weight))
         self.idle.masked_fill_(dead, 0)

@@ -6,17 +6,15 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anyorder import families
-from anyorder.contracts import Grid, TokenizerNetwork, require
+from anyorder import contracts, families
 
 if TYPE_CHECKING:
     from anyorder.tokenizers.vq import VQConfig
 
 
-class ConvTokenizer(TokenizerNetwork):
+class ConvTokenizer(contracts.TokenizerNetwork):
     """A convolutional encoder, a codebook (`nearest`, `lookup`) and a convolutional decoder."""
 
     def __init__(self, config: Any, encoder: nn.Sequential, decoder: nn.Sequential, quantize: nn.Module):
@@ -36,38 +34,48 @@ class ConvTokenizer(TokenizerNetwork):
         return self.quantize.nearest(self._latents(images))
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor, grid: Grid) -> Tensor:
+    def decode(self, tokens: Tensor, grid: contracts.Grid) -> Tensor:
         """Tokens (B, N) int64 in raster order to images (B, 3, h * factor, w * factor) float in [-1, 1].
 
         Raises:
             ValueError: a token outside [0, vocab_size), or N differs from `grid.n`.
         """
-        allowed = f"in [0, {self.vocab_size})"
-        expected = f"grid {grid.h} x {grid.w} takes tokens of shape (B, {grid.n}) {allowed}"
-        require(tokens.shape[1:] == (grid.n,), f"{expected}, got {tuple(tokens.shape)}")
-        low, high = (int(t) for t in tokens.aminmax()) if tokens.numel() else (0, 0)
-        mend = "decode them with the tokenizer that made them"
-        fits = 0 <= low <= high < self.vocab_size
-        require(fits, f"tokens must lie {allowed}, got {low} to {high}: {mend}")
+        check_tokens(tokens, grid, self.vocab_size)
         return self._decode(self.quantize.lookup(tokens), grid).clamp(-1, 1)
 
-    def grid(self, images: Tensor) -> Grid:
+    def grid(self, images: Tensor) -> contracts.Grid:
         """The grid of tokens that `images` (B, 3, H, W) are cut into; errors as for `encode`."""
-        got, sides, factor = tuple(images.shape), images.shape[2:], self.factor
-        require(
-            images.ndim == 4 and got[1] == 3 and 0 not in sides and not any(s % factor for s in sides),
-            f"images must have shape (B, 3, H, W) with sides divisible by {factor}, got {got}: "
-            f"resize or crop both sides to a multiple of {factor}",
-        )
-        return Grid(sides[0] // factor, sides[1] // factor)
+        return grid_of(images, self.factor)
 
     def _latents(self, images: Tensor) -> Tensor:
         """What is quantised, (B, N, D) float; checks the images."""
         raise NotImplementedError
 
-    def _decode(self, codes: Tensor, grid: Grid) -> Tensor:
+    def _decode(self, codes: Tensor, grid: contracts.Grid) -> Tensor:
         """Codes (B, N, D) to images, about [-1, 1]."""
         raise NotImplementedError
+
+
+def check_tokens(tokens: Tensor, grid: contracts.Grid, vocab_size: int) -> None:
+    """A ValueError unless tokens are (B, N) of `grid` in [0, vocab_size)."""
+    allowed = f"in [0, {vocab_size})"
+    expected = f"grid {grid.h} x {grid.w} takes tokens of shape (B, {grid.n}) {allowed}"
+    contracts.require(tokens.shape[1:] == (grid.n,), f"{expected}, got {tuple(tokens.shape)}")
+    low, high = (int(t) for t in tokens.aminmax()) if tokens.numel() else (0, 0)
+    mend = "decode them with the tokenizer that made them"
+    fits = 0 <= low <= high < vocab_size
+    contracts.require(fits, f"tokens must lie {allowed}, got {low} to {high}: {mend}")
+
+
+def grid_of(images: Tensor, factor: int) -> contracts.Grid:
+    """The grid of patches of `factor` pixels; a ValueError where images (B, 3, H, W) have none."""
+    got, sides = tuple(images.shape), images.shape[2:]
+    contracts.require(
+        images.ndim == 4 and got[1] == 3 and 0 not in sides and not any(s % factor for s in sides),
+        f"images must have shape (B, 3, H, W) with sides divisible by {factor}, got {got}: "
+        f"resize or crop both sides to a multiple of {factor}",
+    )
+    return contracts.Grid(sides[0] // factor, sides[1] // factor)
 
 
 def read_sizes(tensors: dict[str, Tensor], levels: str, first: str) -> dict[str, Any]:
@@ -148,8 +156,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shortcut and convolutions, added."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(nn.functional.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(nn.functional.silu(self.norm2(h))))
         return self.nin_shortcut(x) + h
 
 
@@ -165,7 +173,7 @@ class Attention(nn.Module):
         """Shortcut and attention, added."""
         h = self.norm(x)
         q, k, v = (conv(h).flatten(2).mT[:, None] for conv in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0].mT.unflatten(2, x.shape[2:])
+        h = nn.functional.scaled_dot_product_attention(q, k, v)[:, 0].mT.unflatten(2, x.shape[2:])
         return x + self.proj_out(h)
 
 

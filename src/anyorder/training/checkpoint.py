@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from anyorder import files
 from anyorder.inference import processes, weights
+from anyorder.training import distributed
 
 STATE, FACTS = "state.safetensors", "facts.json"
 State = tuple[int, dict[str, Tensor], dict[str, Any]]
@@ -51,11 +49,11 @@ class Checkpoints:
                 written = _check(temporary / STATE)
             if processes.leads():
                 files.write_json(temporary / FACTS, {"step": step, **written, "facts": dict(facts)})
-                _sync(temporary)
+                files.sync(temporary)
                 if final.exists():
                     shutil.rmtree(final)
-                os.rename(temporary, final)
-                _sync(self.folder)
+                temporary.rename(final)
+                files.sync(self.folder)
         finally:
             if processes.leads():
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -106,15 +104,7 @@ class Checkpoints:
 
 def _write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     """Write what each process holds; size and hash of every file."""
-    from torch.distributed import checkpoint as dcp  # takes as long to import as PyTorch
-
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save(dict(tensors), storage_writer=writer)
-    except dcp.CheckpointException as e:  # no Exception, and it hides which one it was
-        full = [error for error, _ in e.failures.values() if isinstance(error, OSError)]
-        raise full[0] if full else OSError(f"cannot write {folder}: {e}") from e
+    distributed.write_shards(folder, tensors)
     names = processes.told(sorted(path.name for path in folder.iterdir()))
     mine = {name: _check(folder / name) for name in names[processes.rank() :: processes.size()]}
     return {name: check for checks in processes.gathered(mine) for name, check in checks.items()}
@@ -139,36 +129,11 @@ def _problem(folder: Path) -> str:
 def _load(folder: Path, layout: Mapping[str, Tensor]) -> State:
     stored = files.read_json(folder / FACTS)
     whole = "files" not in stored and not layout
-    tensors = weights.read_tensors(folder / STATE) if whole else _read_shards(folder, layout)
+    tensors = weights.read_tensors(folder / STATE) if whole else distributed.read_shards(folder, layout)
     return stored["step"], tensors, stored["facts"]
-
-
-def _read_shards(folder: Path, layout: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of all files, whole or as they are sharded in `layout`."""
-    from torch.distributed import checkpoint as dcp
-
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    stored: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in stored.items()}
-    for name, like in layout.items():
-        if name in tensors and tensors[name].shape == like.shape:
-            tensors[name] = torch.empty_like(like, requires_grad=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # in one process it may be
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
 
 
 def _check(path: Path) -> dict[str, Any]:
     """Size and hash of a file that is on disk."""
-    _sync(path)
+    files.sync(path)
     return {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to disk (POSIX); a rename alone may be lost with the power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -80,6 +80,7 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("seed", "eval_every", "sample_every", "weight_decay", "clip", "patience"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require("seed", self.seed < 2**63, "below 2**63")
         for name in ("beta1", "beta2", "ema"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._require("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite")

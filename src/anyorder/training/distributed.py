@@ -10,11 +10,13 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from anyorder.contracts import require
 from anyorder.inference import processes
@@ -125,7 +127,7 @@ def copy_whole(target: nn.Module, source: nn.Module) -> nn.Module:
 def lerp(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Move averaged parameters towards the model's; buffers are averages or constants already: copied."""
     averages, weights = ([local(p) for p in module.parameters()] for module in (average, model))
-    torch._foreach_lerp_(averages, weights, 1 - decay)
+    get_ema_multi_avg_fn(decay)(averages, weights, 0)
     for averaged, current in zip(average.buffers(), model.buffers(), strict=True):
         averaged.copy_(current)
 
@@ -137,3 +139,32 @@ def is_finite(modules: Iterable[nn.Module]) -> bool:
     # A buffer may hold infinities on purpose, as attention masks do.
     checks += [~b.isnan().any() for module in modules for b in module.buffers()]
     return not processes.agreed(not torch.stack(checks).all())
+
+
+def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write what each process holds, as `shard-*.safetensors`; an OSError where it cannot be written."""
+    from torch.distributed import checkpoint as dcp  # takes as long to import as PyTorch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(dict(tensors), storage_writer=writer)
+    except dcp.CheckpointException as e:  # no Exception, and it hides which one it was
+        full = [error for error, _ in e.failures.values() if isinstance(error, OSError)]
+        raise full[0] if full else OSError(f"cannot write {folder}: {e}") from e
+
+
+def read_shards(folder: Path, layout: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of all files, whole or as they are sharded in `layout`."""
+    from torch.distributed import checkpoint as dcp
+
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    stored: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in stored.items()}
+    for name, like in layout.items():
+        if name in tensors and tensors[name].shape == like.shape:
+            tensors[name] = torch.empty_like(like, requires_grad=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # in one process it may be
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from anyorder import families
 from anyorder.contracts import AnyOrderNetwork, Grid
-from anyorder.families import family, kind_of
 
 
 def adapt(
@@ -32,7 +32,7 @@ def adapt(
     tensors = model.state_dict()
     known = known or (range(before) if num_classes == before else [None] * num_classes)
     if list(known) != list(range(before)):
-        declared = family(kind_of(model))
+        declared = families.family(families.kind_of(model))
         table, first = tensors[declared.class_table], declared.first_class(model.config)
         rows = [first + (before if row is None else row) for row in known]
         tensors[declared.class_table] = torch.cat((table[:first], table[rows], table[first + before :]))
@@ -65,7 +65,7 @@ def add_low_rank(model: AnyOrderNetwork, rank: int) -> None:
         # The last matrix is left alone: it is as large as the codebook.
         elif isinstance(module, nn.Linear) and name not in ("head", "output"):
             parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank))
-    model.get_parameter(family(kind_of(model)).class_table).requires_grad_(True)
+    model.get_parameter(families.family(families.kind_of(model)).class_table).requires_grad_(True)
 
 
 def merge_low_rank(model: nn.Module) -> None:

@@ -323,7 +323,7 @@ class Trainer:
     def evaluate(self, evaluate: Callable[[nn.Module, int], Mapping[str, float]]) -> dict[str, float]:
         """Evaluate; with `patience` the weights are kept if they are the best so far."""
         line = {name: float(value) for name, value in self.call(evaluate).items()}
-        self.metrics |= {name: value for name, value in line.items() if math.isfinite(value)}
+        self.metrics = {k: value for k, value in {**self.metrics, **line}.items() if math.isfinite(value)}
         if self.config.patience:
             self.config.require_watched(line)
             sign = -1 if self.config.watch.endswith(("psnr", "ssim", "accuracy")) else 1
