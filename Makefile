@@ -38,10 +38,13 @@ smoke: $(VENV)/.installed  ## every stage of the quickstart, at toy size
 bench: $(VENV)/.installed
 	$(BIN)/anyorder bench
 
-gpu: $(VENV)/.installed-dev  ## on a GPU: its tests and the bench, in float32 and bfloat16
+LARGE = model.depth=24 model.width=1024 model.heads=16 'only=["training step","teacher-forced scoring","sampling, fixed order"]'
+gpu: $(VENV)/.installed-dev  ## on a GPU: its tests and the bench of 28 M and 300 M parameters, in float32 and bfloat16
 	$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA device and a PyTorch that sees it')"
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/anyorder bench batch_size=64 images=64 out=docs/results/gpu.json
+	$(BIN)/anyorder bench $(LARGE) batch_size=16 images=16 out=docs/results/gpu-300m.json
+	$(if $(RANDAR)$(ARPG),$(BIN)/python experiments/adapter_speed.py docs/results/gpu-adapters.json --device cuda --rows 64 --bf16 $(if $(RANDAR),--randar $(RANDAR)) $(if $(ARPG),--arpg $(ARPG)),@echo "make gpu RANDAR=DIR ARPG=DIR also times checkouts of the published programs")
 
 demo: $(VENV)/.installed  ## watch the model that comes with the package generate, in a browser
 	$(INSTALL) -e '.[demo]'

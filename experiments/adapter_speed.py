@@ -1,12 +1,14 @@
 """How fast are the adapters beside the original programs? The same random weights, order and machine.
 
     python experiments/adapter_speed.py OUT.json --randar DIR --arpg DIR [--steps 64 --repeats 5 --bf16]
+        [--device cuda --rows 64]
 
-DIR are checkouts of ziqipang/RandAR and hp-l33/ARPG, which are run as they are. Size L, 8 images of 16 x 16
-tokens, no guidance, on the CPU, float32 or, both programs, bfloat16; in the 88 (RandAR) and 64 (ARPG) steps
-that the originals take by default, and one position per step (256), or in what --steps says alone. Runs of
-both programs take turns; results are added to OUT. `least_seconds` are those of the FLOPs of the adapter at
-the rate of large matrix products, measured between the runs: no program of these layers can be faster.
+DIR are checkouts of ziqipang/RandAR and hp-l33/ARPG, which are run as they are. Size L, 8 images (--rows) of
+16 x 16 tokens, no guidance, on the CPU (--device), float32 or, both programs, bfloat16; in the 88 (RandAR)
+and 64 (ARPG) steps that the originals take by default, and one position per step (256), or in what --steps
+says alone. Runs of both programs take turns; results are added to OUT. `least_seconds` are those of the FLOPs
+of the adapter at the rate of large matrix products, measured between the runs: no program of these layers can
+be faster.
 """
 
 from __future__ import annotations
@@ -28,7 +30,6 @@ from anyorder.contracts import AnyOrderModel
 from anyorder.files import versions, write_json
 from anyorder.method.sampling import Sampling, Streams, sample_tokens, truncate
 
-SIZE = compare.LARGE._replace(rows=8)
 Pair = tuple[str, int, Callable[[], Any], Callable[[], Any]]
 """What is timed, in how many steps, by the original, by the adapter."""
 
@@ -38,7 +39,7 @@ def drawn(model: AnyOrderModel, labels: Tensor, order: Tensor, steps: list[int])
     state, tokens, streams = (
         model.start(len(labels), labels),
         torch.zeros_like(order),
-        Streams(range(len(labels))),
+        Streams(range(len(labels)), labels.device),
     )
     for known, positions in enumerate(order.split(steps, dim=1)):
         log_p = model.score(state, positions).float().log_softmax(-1)
@@ -48,11 +49,11 @@ def drawn(model: AnyOrderModel, labels: Tensor, order: Tensor, steps: list[int])
     return tokens
 
 
-def randar(root: Path, dtype: torch.dtype) -> Iterator[Pair]:
+def randar(root: Path, size: Any, target: dict[str, Any]) -> Iterator[Pair]:
     """One position per step, and RandAR's own schedule."""
-    original, model = (each.eval().to(dtype) for each in compare.randar_models(root, SIZE))
-    _, labels, orders = compare.inputs(SIZE, 1)
-    order, n = orders["random order"], SIZE.grid.n
+    original, model = (each.eval().to(**target) for each in compare.randar_models(root, size))
+    _, labels, orders = compare.inputs(size, 1)
+    labels, order, n = labels.to(target["device"]), orders["random order"].to(target["device"]), size.grid.n
     for steps in (88, n):
 
         def theirs(steps: int = steps) -> None:
@@ -63,11 +64,11 @@ def randar(root: Path, dtype: torch.dtype) -> Iterator[Pair]:
         yield "RandAR-L", steps, theirs, lambda sizes=sizes: drawn(model, labels, order, sizes)
 
 
-def arpg(root: Path, dtype: torch.dtype) -> Iterator[Pair]:
+def arpg(root: Path, size: Any, target: dict[str, Any]) -> Iterator[Pair]:
     """ARPG's own schedule, and one position per step."""
-    original, model = (each.eval().to(dtype) for each in compare.arpg_models(root, SIZE)[:2])
-    _, labels, orders = compare.inputs(SIZE, 2)
-    order, n = orders["random order"], SIZE.grid.n
+    original, model = (each.eval().to(**target) for each in compare.arpg_models(root, size)[:2])
+    _, labels, orders = compare.inputs(size, 2)
+    labels, order, n = labels.to(target["device"]), orders["random order"].to(target["device"]), size.grid.n
     for steps in (64, n):
         sizes = [1] * n if steps == n else compare.arccos_steps(n, steps)
         # At guidance 1 the original draws without a second half.
@@ -80,22 +81,25 @@ def arpg(root: Path, dtype: torch.dtype) -> Iterator[Pair]:
 
 
 def timed(
-    pairs: Iterator[Pair], chosen: int | None, repeats: int, dtype: torch.dtype
+    pairs: Iterator[Pair], chosen: int | None, repeats: int, rows: int, target: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Medians of both, taking turns, their ratio, and the least that the products take."""
-    a = torch.randn(1024, 1024, dtype=dtype)
+    a = torch.randn(1024, 1024, **target)
+    wait = torch.cuda.synchronize if a.is_cuda else lambda: None
     for name, steps, theirs, ours in pairs:
         if chosen not in (None, steps):
             continue
         seconds: dict[str, list[float]] = {"original": [], "adapter": [], "product": []}
         for _ in range(repeats):
             for who, work in (("original", theirs), ("adapter", ours), *[("product", lambda: a @ a)] * 9):
+                wait()
                 begin = time.perf_counter()
                 work()
+                wait()
                 seconds[who].append(time.perf_counter() - begin)
         median = {who: statistics.median(times) for who, times in seconds.items()}
         rate = 2 * 1024**3 / median.pop("product")
-        row = {"what": name, "steps": steps, "images": SIZE.rows, "dtype": str(dtype).removeprefix("torch."),
+        row = {"what": name, "steps": steps, "images": rows, "dtype": str(a.dtype).removeprefix("torch."),
                "seconds": {who: seconds[who] for who in median},
                **{f"{who}_seconds": round(value, 2) for who, value in median.items()},
                "ratio": round(median["original"] / median["adapter"], 3),
@@ -114,17 +118,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", type=int, default=8)
     given = vars(parser.parse_args())
     torch.manual_seed(0)
     rows = json.loads(given["out"].read_text())["rows"] if given["out"].exists() else []
+    machine = f"CPU, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if "cuda" in given["device"] else machine
     with torch.no_grad():
         for name, pairs in (("randar", randar), ("arpg", arpg)):
             if given[name] is not None:
-                dtype = torch.bfloat16 if given["bf16"] else torch.float32
-                for row in timed(pairs(given[name], dtype), given["steps"], given["repeats"], dtype):
+                target = {
+                    "device": given["device"],
+                    "dtype": torch.bfloat16 if given["bf16"] else torch.float32,
+                }
+                made = pairs(given[name], compare.LARGE._replace(rows=given["rows"]), target)
+                for row in timed(made, given["steps"], given["repeats"], given["rows"], target):
                     rows.append(row)
                     facts = {
-                        "device": f"CPU, {torch.get_num_threads()} threads",
+                        "device": machine,
                         "versions": versions(),
                     }
                     write_json(given["out"], {**facts, "rows": rows})

@@ -150,7 +150,7 @@ KILLS = {
     "half a line of the log": [die_in_log],
     "saving, before the tensors": [lambda: die_at_save(checkpoint.weights, "write_tensors", 2)],
     "saving, between tensors and facts": [lambda: die_at_save(checkpoint.files, "write_json", 2)],
-    "saving, before the rename": [lambda: die_at_save(checkpoint.os, "rename", 1)],
+    "saving, before the rename": [lambda: die_at_save(os, "rename", 1)],
     "saving, before pruning": [lambda: die_at_save(Checkpoints, "prune", 3)],
     "twice": [lambda: die_in_loss(6, [1]), lambda: die_in_loss(11, [2])],
 }

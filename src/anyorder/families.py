@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -93,8 +94,9 @@ def resolve(group: str, name: str) -> Any:
 
 
 def is_own(group: str, name: str) -> bool:
-    """Whether a name is that of an own part, see `resolve`; imports nothing."""
-    return bool(re.fullmatch(r"[\w.]+:[\w.]+", name) or entry_points(group=f"anyorder.{group}", name=name))
+    """Whether a name is that of an own part, see `resolve`, and no file or folder; imports nothing."""
+    module = re.fullmatch(r"[\w.]+:[\w.]+", name) and not os.path.exists(name)
+    return bool(module or entry_points(group=f"anyorder.{group}", name=name))
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from anyorder.method.loss import token_nll
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Streams
 from anyorder.models.architecture import Architecture, TransformerConfig
-from anyorder.models.compiled import compile_decoding
+from anyorder.models.compiled import IMAGES, compile_decoding
 from anyorder.models.transformer import AnyOrderTransformer
 from anyorder.orders import random_orders
 from anyorder.settings import did_you_mean
@@ -74,8 +74,9 @@ class BenchConfig:
     """Images at once in sampling and in order extraction."""
     chunk: int = 256
     """Candidates per image that are scored in one call."""
-    compile: bool = False
-    """Sample and extract through torch.compile; compiling takes minutes, before anything is timed."""
+    compile: bool | None = None
+    """Sample and extract through torch.compile; compiling takes minutes, before anything is timed. null does
+    so on a GPU, as `sample` does for many images."""
     triad_mib: int = 256
     """Size in MiB of each of three arrays that measure memory bandwidth; take far more than the caches."""
     repeats: int = 5
@@ -142,8 +143,7 @@ class Subject:
         """The same with weights of a dtype, compiled if that is asked for: what sampling runs."""
         found = copy.copy(self)
         found.dtype, found.model = dtype, copy.deepcopy(self.model).to(dtype).eval()
-        if self.config.compile:
-            compile_decoding(found.model, checks=0)  # eager code is neither counted nor timed
+        compile_decoding(found.model, self.config.compile, IMAGES, checks=0)  # eager code would be timed, too
         return found
 
     @property

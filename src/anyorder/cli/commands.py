@@ -58,7 +58,7 @@ class Call:
         require_no_artifact(out := self.out(default))
         return out
 
-    def parse(self, config: str = "", **values: str) -> Any:
+    def parse(self, config: str = "", **values: Any) -> Any:
         """The configuration of the command."""
         from anyorder import settings
 
@@ -174,9 +174,10 @@ def sample(call: Call) -> str:
     """pipeline=NAME out=FOLDER [key=value ...]
     anyorder sample model=FOLDER out=FOLDER [scorer=FOLDER] [key=value ...]
     """
-    from anyorder.cli.images import sample_files
+    from anyorder.cli.images import own_settings, sample_files
 
-    out, overwrite, config = call.out(), call.flag("overwrite"), call.parse("sample pipeline")
+    out, overwrite, own = call.out(), call.flag("overwrite"), own_settings(call.settings)
+    config = call.parse("sample pipeline", **own)
     if not call.show(config, out):
         sample_files(config, out, overwrite=overwrite)
     n, grid = config.num_images, out / "grid.png"
@@ -185,9 +186,10 @@ def sample(call: Call) -> str:
 
 def complete(call: Call) -> str:
     """pipeline=FOLDER image=FILE out=FOLDER [key=value ...]"""
-    from anyorder.cli.images import complete_file
+    from anyorder.cli.images import complete_file, own_settings
 
-    out, overwrite, config = call.out(), call.flag("overwrite"), call.parse()
+    out, overwrite, own = call.out(), call.flag("overwrite"), own_settings(call.settings)
+    config = call.parse(**own)
     paths = [] if call.show(config, out) else complete_file(config, out, overwrite=overwrite)
     return f"{', '.join(map(str, paths))}; next: another seed= for other images"
 

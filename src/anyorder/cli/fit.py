@@ -30,7 +30,7 @@ def fit_folder(
         with files.atomic(path) as temporary:
             temporary.write_text(text, "utf-8")
             load_experiment(temporary, overrides)  # or refuse
-    load_experiment(path, overrides).run(overwrite)
+    load_experiment(path, [*overrides, f"out={out}"]).run(overwrite)  # a copied plan names another folder
     table = report([out], out / "report.html")
     print(comparison(out) if table is None else f"{table.text()}\n{comparison(out)}")
     shown = out / "samples-ordered"
@@ -38,8 +38,11 @@ def fit_folder(
 
 
 def _stored(path: Path, source: str) -> str:
-    """The text of an earlier plan; a ValueError if it is for other images."""
-    stored = load_experiment(path).stages["data"][1].source
+    """The text of an earlier plan; a ValueError if it is for other images, or somebody's own experiment."""
+    stages = load_experiment(path).stages
+    planned = {"data", *fit.GENERATORS} <= stages.keys() and stages["data"][0] == "data"
+    require(planned, f"{path} is no plan of anyorder fit, and is kept: choose another out=")
+    stored = stages["data"][1].source
     other = f"{path} is a plan for {stored}, not for {source}: choose another out="
     require(Path(stored).resolve() == Path(source).resolve(), other)
     return path.read_text(encoding="utf-8")
@@ -51,11 +54,11 @@ def plan(config: fit.FitConfig, out: Path, overrides: Sequence[str]) -> str:
     Raises:
         FileNotFoundError, ValueError: no such images, unknown settings, or too little time.
     """
-    facts = fit.look(config)
+    facts = fit.look(config, overrides)
     seconds = fit.seconds_of(config.time or ("1h" if facts.gpu else "30m"))
     preset = (config.preset, "as asked for") if config.preset else fit.choose_preset(facts, seconds)
     given = {key: fit.typed(value) for key, _, value in (text.partition("=") for text in overrides)}
-    values = fit.put(fit.adapt(fit.preset(preset[0]), facts, config), given)
+    values = fit.put(fit.adapt(fit.preset(preset[0], overrides), facts, config), given)
     logging.getLogger("anyorder").info("timing a few steps of preset %s ...", preset[0])
     rates = fit.rehearse(values, facts)
     values = fit.fill(values, rates, facts, seconds, list(given)) | {"out": str(out)}
@@ -74,7 +77,7 @@ def describe(
     stages, n, total = values["stages"], facts.train, sum(times.values())
     patch, model = fit.patch_side(stages["tokenizer"]), stages["any-order"]["model"]
     classes = f"{facts.classes} classes" if facts.classes > 1 else "one class"
-    classes += ", captions" * ("captions" in stages["data"])
+    classes += ", captions" * bool(stages["data"].get("captions"))
     size = stages["data"]["size"]
     size = "x".join(map(str, size)) if isinstance(size, list) else size
     lines = [

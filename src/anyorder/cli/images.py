@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +19,7 @@ from anyorder.contracts import require
 from anyorder.data.images import load_image
 from anyorder.files import sha256
 from anyorder.inference import figures, masks
-from anyorder.inference.folders import BUNDLED
+from anyorder.inference.folders import BUNDLED, find_parts
 from anyorder.inference.pipeline import Pipeline
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Sampling
@@ -43,7 +46,8 @@ class _ImageConfig:
     seed: int = 0
     """Image i is generated from seed + i; by default 0."""
     sampling: Sampling | None = None
-    """How tokens are sampled; by default what the pipeline says."""
+    """How tokens are sampled; by default what the pipeline says. Single settings of sampling and policy change
+    the pipeline's own; another policy.order, and temperature=0, begin with the defaults below."""
 
     renamed: ClassVar[dict[str, str]] = {"guidance": "guidance_scale"}
     """Earlier names, see `settings.read_stored`."""
@@ -118,12 +122,26 @@ class CompleteConfig(_ImageConfig):
         require(self.mask is None or self.box is None, "give either mask=... or box=..., not both")
 
 
+def own_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """The pipeline's own policy and sampling, where typed settings (`sampling.top_k=5`) change some of it."""
+    typed = {key.strip(): value for key, _, value in (text.partition("=") for text in texts)}
+    given = {key.partition(".")[0] for key in typed} & {"policy", "sampling"}
+    if not given or not typed.get("pipeline"):
+        return {}
+    parts = find_parts(typed["pipeline"])
+    if typed.get("policy.order", parts.policy.order) != parts.policy.order:
+        given.discard("policy")
+    if typed.get("sampling.temperature") in ("0", "0.0"):
+        given.discard("sampling")
+    return {name: dataclasses.asdict(getattr(parts, name)) for name in given}
+
+
 def sample_files(config: SampleConfig, out: Path, *, overwrite: bool = False) -> None:
     """Generate images and write the files, unless they are up to date; errors as of `Pipeline`."""
     artifact = _open("images", config, out, overwrite, [*_numbered(config.num_images), *SAMPLE_FIGURES])
     if artifact.current:
         return
-    with artifact:
+    with _begun_anew(artifact):
         _sample_into(config, out)
         artifact.finish(config.num_images)
 
@@ -155,7 +173,7 @@ def complete_file(config: CompleteConfig, out: Path, *, overwrite: bool = False)
     names = _numbered(config.num_images)
     artifact = _open("complete", config, out, overwrite, names)
     if not artifact.current:
-        with artifact:
+        with _begun_anew(artifact):
             _save(_completed(config), out)
             artifact.finish(config.num_images)
     return [out / name for name in names]
@@ -184,7 +202,7 @@ def _open(stage: str, config: Any, out: Path, overwrite: bool, names: Sequence[s
     own = out.resolve()  # which may lie in the folder of the pipeline
     hashes = [sha256(p) for p in paths if p is not None and p.is_file() and own not in p.resolve().parents]
     identity = {**dataclasses.asdict(config), "sha256": hashes}
-    artifact = Artifact(out, stage, identity, {}, overwrite=overwrite)
+    artifact = Artifact(out, stage, identity, {}, _compared, overwrite=overwrite)
     if foreign := sorted({*names} & artifact.found):
         artifact.close()
         text = f"{out} holds files that no manifest vouches for ({', '.join(foreign[:3])}): move them away,"
@@ -192,6 +210,25 @@ def _open(stage: str, config: Any, out: Path, overwrite: bool, names: Sequence[s
     if artifact.current:
         log.info("%s is up to date", out)
     return artifact
+
+
+def _compared(then: dict[str, Any]) -> dict[str, Any]:
+    """Settings with every path spelled alike, and a short name of the files' contents in place of hashes."""
+    paths = {role: Path(str(then.get(role))).expanduser() for role in ("pipeline", "image", "mask")}
+    spelled = {role: str(path.resolve()) for role, path in paths.items() if then.get(role) and path.exists()}
+    contents = hashlib.sha256(str(then.pop("sha256", [])).encode()).hexdigest()[:8]
+    return {**then, **spelled, "contents of the files": contents}
+
+
+@contextlib.contextmanager
+def _begun_anew(artifact: Artifact) -> Iterator[None]:
+    """Hold the folder; who interrupts the work is told the truth: images are written when all are made."""
+    with artifact:
+        try:
+            yield
+        except KeyboardInterrupt as e:
+            print("anyorder: interrupted; the same command begins anew", file=sys.stderr)
+            raise SystemExit(130) from e
 
 
 def _numbered(n: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import posixpath
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -12,13 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from anyorder import families
 from anyorder.contracts import require
 from anyorder.data import listing
 from anyorder.data.classes import in_sequence
-from anyorder.data.images import suffixes
+from anyorder.data.images import BadImage, suffixes
 
 SIDECARS = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".md", ".yaml", ".yml", ".html", ".log", ".py"}
 """Files that are expected beside images; other unknown files may be images that cannot be read."""
@@ -323,8 +325,8 @@ class OwnSource(Source):
     """A `torch.utils.data.Dataset` that users bring, made by a function or class without parameters.
 
     Its items are (image, label, caption) or the first of these: an image as `load_image` takes it, or a
-    tensor (3, H, W) in [0, 1]; None is no label, a whole number one of its `classes`, if it has these.
-    {"train": ..., "test": ...} of such data sets is a split.
+    tensor (3, H, W) in [0, 1], see `_clamped`; None is no label, a whole number one of its `classes`, if it
+    has these. {"train": ..., "test": ...} of such data sets is a split.
     """
 
     name: str
@@ -332,9 +334,10 @@ class OwnSource(Source):
 
     @cached_property
     def columns(self) -> Columns:  # type: ignore[override]
-        """What the first item has."""
-        first = next(self._items("train"))
-        return Columns("label" if first.label else None, "caption" if first.caption is not None else None)
+        """What any training item has."""
+        items = self._texts_of["train"]
+        label, caption = (any(getattr(i, key) is not None for i in items) for key in ("label", "caption"))
+        return Columns("label" if label else None, "caption" if caption else None)
 
     @cached_property
     def _sets(self) -> dict[str, Any]:
@@ -374,7 +377,13 @@ class OwnSource(Source):
         given = [*found, None, None] if isinstance(found, (tuple, list)) else [found, None, None]
         image, label, caption = given[:3]
         if isinstance(image, Tensor):
-            image = image.movedim(0, -1).cpu().numpy()
+            image = _clamped(image.detach().movedim(0, -1).cpu().numpy(), strict=True)
+        elif isinstance(image, np.ndarray):
+            image = _clamped(image, strict=False)
+        if hasattr(label, "item"):  # of torch or NumPy
+            text = f"{self.name}: label {label} of item {i} of {part}: give a name or one whole number"
+            require(math.prod(label.shape) == 1, text)
+            label = label.item()
         if classes and label is not None and not isinstance(label, str):  # -1 is none, as in Hugging Face's
             text = f"{self.name}: label {label} of item {i} of {part}; classes has {len(classes)} names"
             require(-1 <= int(label) < len(classes), text)
@@ -382,3 +391,14 @@ class OwnSource(Source):
         label = None if label is None else str(label)
         caption = joined([caption] if isinstance(caption, str) else caption) if caption is not None else None
         return Item(image, label, f"{part} {i}", caption=caption)
+
+
+def _clamped(image: np.ndarray, strict: bool) -> np.ndarray | BadImage:
+    """Floats in [0, 1] where they overshoot a little, as resizing makes them; `strict` refuses all others."""
+    if image.dtype.kind != "f":
+        return image
+    low, high = image.min(initial=0), image.max(initial=0)
+    if low >= -0.5 and high <= 1.5:
+        return image.clip(0, 1)
+    detail = f"a tensor of floats from {low:g} to {high:g}: bring it to [0, 1], or make it uint8"
+    return BadImage("values outside [0, 1]", detail) if strict else image

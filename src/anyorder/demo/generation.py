@@ -72,6 +72,10 @@ class GenerateRequest:
         require(0 <= scale <= 20, f"guidance_scale must lie in [0, 20], got {scale}")
         pulls = f"guidance_scale={scale:g} pulls towards a class or text"
         require(scale == 1 or asked, f"{pulls}: give class_labels= or prompt=, or leave it at 1")
+        unpaired = any("\ud800" <= letter <= "\udfff" for letter in self.prompt)
+        require(not unpaired, "prompt holds half of a character (a lone surrogate): leave it out")
+        share = self.keep is None or 0 <= self.keep < 1
+        require(share, f"keep must be a share in [0, 1), got {self.keep}")
         part = self.mask != "" or self.keep is not None
         require(self.image != "" or not part, "mask and keep say what of an image is generated: give image=")
 
@@ -80,8 +84,12 @@ class GenerateRequest:
 
 
 def choices(pipe: Pipeline) -> dict[str, PolicyConfig]:
-    """Every order on offer by its label: the pipeline's policy, what else it is good at, experiments."""
-    names = [*pipe.good_orders, *SCORES, "random", *STATIC]
+    """Every order on offer by its label: the pipeline's policy, what else it is good at, experiments.
+
+    Where somebody has looked what it is good at, other scores than its own, which may leave images blank, are
+    not among the experiments.
+    """
+    names = [*pipe.good_orders, *([] if pipe.good_orders else SCORES), "random", *STATIC]
     names += ["class_mean"] if pipe.class_orders is not None else []
     names += ["location"] if getattr(pipe.model.config, "location", False) else []
     return {policy.label: policy for policy in (pipe.policy, *map(PolicyConfig, names))}

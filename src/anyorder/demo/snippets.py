@@ -81,5 +81,5 @@ def _command(pipe: Pipeline, name: str, asked: generation.GenerateRequest, polic
 
 def _items(text: str) -> str:
     """One item of a list as the command line takes it."""
-    plain = re.fullmatch(r"[\w .+-]*", text) and text.lower() not in ("null", "none", "~")
+    plain = re.fullmatch(r"([\w.+-]([\w .+-]*[\w.+-])?)?", text) and text.lower() not in ("null", "none", "~")
     return text if plain else json.dumps([text], ensure_ascii=False)

@@ -86,6 +86,9 @@ def save_parts(folder: str | Path, parts: Parts) -> None:
     folder, vocabulary = Path(folder), parts.vocabulary
     networks = {role: getattr(parts, role) for role in ("scorer", "model", "tokenizer")}
     kinds = {role: families.kind_of(one) for role, one in networks.items() if one is not None}  # or refuse
+    for taken in (folder, *(folder / role for role in networks)):
+        text = f"{taken} is a finished artifact ({files.MANIFEST}): choose another folder for the pipeline"
+        require(not (taken / files.MANIFEST).is_file(), text)
     (folder / CLASS_ORDERS).unlink(missing_ok=True)  # of an older pipeline in the same folder
     if parts.class_orders is not None:
         files.save_array(folder / CLASS_ORDERS, parts.class_orders.cpu().numpy().astype(np.uint16))

@@ -75,7 +75,7 @@ def make_policy(order: Order, grid: Grid, streams: Streams) -> OrderPolicy:
         return order.build(grid, streams)
     if isinstance(order, Sequence) or hasattr(order, "__array__"):
         try:
-            rows = torch.as_tensor(order)
+            rows = _as_tensor(order)
             require(not rows.is_floating_point(), "")
         except (TypeError, ValueError, RuntimeError) as e:
             raise ValueError(f"an order holds whole numbers, (N,) or (B, N), got {str(order)[:60]}") from e
@@ -85,6 +85,11 @@ def make_policy(order: Order, grid: Grid, streams: Streams) -> OrderPolicy:
     known = hasattr(order, "propose")
     require(known, f"an order is a name, positions, a PolicyConfig or a policy, got {order!r}")
     return order
+
+
+def _as_tensor(order: Any) -> Tensor:
+    """A tensor of numbers, also of arrays that run backwards."""
+    return torch.as_tensor(order.copy() if hasattr(order, "strides") else order)
 
 
 @dataclass(frozen=True)
@@ -238,7 +243,7 @@ class PolicyConfig(ParallelSchedule):
         if isinstance(own := _own(self.order), type):
             return own(grid, **{name: getattr(self, name) for name in self._changed()})
         if own is not None:
-            orders = torch.as_tensor(own(grid))
+            orders = _as_tensor(own(grid))
         elif self.order == "random":
             orders = streams.permutation(grid.n)
         elif self.order in STATIC:

@@ -126,7 +126,8 @@ class CompiledBlocks:
         except torch.OutOfMemoryError:
             raise
         except Exception as e:  # of a compiler, of any kind
-            return self._refute(f"it fails ({next(iter(str(e).splitlines()), type(e).__name__)})")
+            self._refute(f"it fails ({next(iter(str(e).splitlines()), type(e).__name__)})")
+            return None
 
     def _refute(self, fault: str) -> None:
         self.refuted = True

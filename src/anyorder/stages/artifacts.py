@@ -237,11 +237,15 @@ class Artifact:
         differences = _differences(then, self.identity, self._completed)
         growing = {*differences} <= {*self._grows}
         numbers = all(isinstance(x, int | float) for pair in differences.values() for x in pair)
-        if growing and numbers and all(was < now for was, now in differences.values()):
+        more = growing and numbers and all(was < now for was, now in differences.values())
+        states = [self.folder / n for n in then.get("other_files", ()) if n.startswith("checkpoints/")]
+        if more and (not states or any(map(Path.is_file, states))):
             return True
         if growing and not overwrite:
             key, (was, now) = next(iter(differences.items()))
-            raise ValueError(f"{key}={now}, but {was} are done already: choose {key}>={was} or another out=")
+            gone = " and the checkpoints are gone: add overwrite=true to begin anew"
+            text = f"{gone if more else f': choose {key}>={was}'} or another out="
+            raise ValueError(f"{key}={now}, but {was} are done already{text}")
         if not overwrite and (done or self._written()):
             changes = ", ".join(f"{key} {a} -> {b}" for key, (a, b) in list(differences.items())[:3])
             raise ValueError(

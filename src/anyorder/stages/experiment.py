@@ -51,11 +51,13 @@ class Experiment:
 
     def run(self, overwrite: bool = False) -> None:
         """Run every stage that is not up to date; `overwrite` replaces those of other settings."""
+        self._require_inputs()
         for name, (kind, stage) in self.stages.items():
             execute(kind, stage, self.out / name, overwrite=overwrite)
 
     def plan(self) -> list[str]:
         """One line per stage: what would be run; only finished stages with finished inputs are looked at."""
+        self._require_inputs(paths=False)  # those of a recipe may be still to come
         lines: list[str] = []
         stale: set[Path] = set()
         for name, (kind, stage) in self.stages.items():
@@ -64,6 +66,22 @@ class Experiment:
                 stale.add(self.out / name)
             lines.append(f"{'up to date' if current else 'to run':10}  {kind:9}  {self.out / name}")
         return lines
+
+    def _require_inputs(self, paths: bool = True) -> None:
+        """A ValueError for an input that no earlier stage makes and that is not there: a mistyped name.
+
+        Without `paths` only for those of one word.
+        """
+        earlier: dict[str, Path] = {}
+        for name, (_, stage) in self.stages.items():
+            for role in (*stage.inputs, *getattr(stage, "references", ())):
+                path = getattr(stage, role)
+                if path is None or path.exists() or (len(path.parts) > 1 and not paths):
+                    continue
+                hint = did_you_mean(str(path), earlier) or ": name an earlier stage, or a folder that exists"
+                text = f"stage '{name}': {role}={path} is no earlier stage of the file and no path{hint}"
+                require(any(path.resolve().is_relative_to(made) for made in earlier.values()), text)
+            earlier[name] = (self.out / name).resolve()
 
 
 def _is_current(folder: Path, kind: str, stage: Any) -> bool:
@@ -114,6 +132,8 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     require(seed.isdecimal(), f"seed must be an integer >= 0, got seed={seed}")
     stages: dict[str, tuple[str, Any]] = {}
     for name, given in templates.items():
+        text = f"{path}: a stage cannot be called '{name}': choose a name of a folder, not out or seed"
+        require(Path(name).name == name and name not in ("..", "out", "seed"), text)
         settings = _mapping(given, f"{path}, stage '{name}'")
         kind = str(settings.pop("stage", name))
         refuse_unknown([kind], STAGES, f"stage of '{name}' in {path}")
@@ -153,7 +173,9 @@ def _by_stage(overrides: Sequence[str], names: list[str]) -> dict[str, list[Any]
             rest = value
         else:
             refuse_unknown([stage], names, f"stage in override '{override}'")
-            rest = override.removeprefix(f"{stage}.") if rest else ""
+            text = f"got override '{override}', expected {stage}.key=value: say which setting of the stage"
+            require(bool(rest), text)
+            rest = override.removeprefix(f"{stage}.")
         found.setdefault(stage, []).append(rest)
     return found
 

@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -27,7 +27,8 @@ from anyorder.contracts import require
 from anyorder.data import images, sources
 from anyorder.inference import folders, weights
 from anyorder.inference.device import device, native_bf16
-from anyorder.stages.experiment import load_experiment, refuse_unknown
+from anyorder.settings import parse
+from anyorder.stages.experiment import STAGES, load_experiment, refuse_unknown
 
 Values = dict[str, Any]
 SHARES = {"tokenizer": 16, "features": 4, "any-order": 45, "ordered": 15, "raster": 20}
@@ -93,22 +94,36 @@ def seconds_of(text: str) -> int:
 # --- what there is ----------------------------------------------------------------------------------------
 
 
-def look(config: FitConfig) -> Facts:
-    """Count the images and their classes, measure some, and look at the machine; errors as `open_source`."""
-    columns = sources.Columns(config.label, config.captions)
-    source = sources.open_source(config.source, columns)
-    share = 0.1
-    if not source.has_test_split:  # a tenth of the images is held out, of few images a fifth
-        share = round(min(0.2, max(0.1, 16 / max(1, source.count("train") + source.count("test")))), 3)
-    source = sources.open_source(config.source, columns, share)
+def look(config: FitConfig, overrides: Sequence[str] = ()) -> Facts:
+    """Count the images and their classes, measure some, and look at the machine.
+
+    `overrides` of the stage data say what is counted. Errors as of `open_source`, and for too few images.
+    """
+    given = [text.removeprefix("data.") for text in overrides if text.startswith("data.")]
+    columns = {"label": config.label, "captions": config.captions}
+    asked = parse(STAGES["data"], {"source": config.source, **columns}, given)
+    chosen = {text.partition("=")[0] for text in given}
+    read = sources.Columns(asked.label, asked.captions, asked.attributes, asked.image)
+    source, share = sources.open_source(asked.source, read), asked.test_fraction
+    if not source.has_test_split and "test_fraction" not in chosen:
+        count = source.count("train") + source.count("test")  # a tenth is held out, of few images a fifth
+        share = round(min(0.2, max(0.1, 16 / max(1, count))), 3)
+    source = sources.open_source(asked.source, read, share)
+    found, test = source.count("train"), source.count("test")
+    few = f"{config.source} has too few images, {found} to train and {test} held out"
+    require(found >= 2, f"{few}: add some, 2 to train are needed, {FEW} are better")
     sides = []
     for item in islice(source.items("train"), 64):
         with contextlib.suppress(images.BadImage):  # skipped and counted by the data stage
             sides.append(min(images.load_image(item.image).shape[:2]))
     require(bool(sides), f"none of the first images of {config.source} can be read: look at them")
-    found = source.count("train")
-    validation = min(500, max(1, found // 10))
-    counts = found - validation, validation, source.count("test"), len(source.classes())
+    validation = min(500, max(min(2, found - 1), found // 10))
+    if "max_validation" in chosen:
+        validation = asked.max_validation
+        text = f"data.max_validation={validation} must be below the {found} to train: choose a smaller one"
+        require(validation < found, text)
+    train, test = len(range(found - validation)[: asked.max_train]), len(range(test)[: asked.max_test])
+    counts = train, validation, test, len(source.classes())
     gpu = torch.cuda.get_device_properties(0).total_memory >> 30 if device().type == "cuda" else 0
     machine = torch.get_num_threads(), native_bf16(device()), gpu
     return Facts(*counts, int(median(sides)), *machine, bool(getattr(source, "captions", ())), share)
@@ -203,8 +218,7 @@ def patch_side(tokenizer: Values) -> int:
     """Pixels of a patch's side: of the tokenizer to start from, or of a new one."""
     if init := tokenizer.get("init"):
         return weights.load_tokenizer(Path(init) if Path(init).is_dir() else folders.BUNDLED / init).factor
-    levels = tokenizer["model"]["multipliers"]
-    return 2 ** (levels.count(",") if isinstance(levels, str) else len(levels) - 1)
+    return 2 ** (len(parse(STAGES["tokenizer"], {"data": "data", **tokenizer}).model.multipliers) - 1)
 
 
 def rehearsal(values: Values, steps: int) -> Values:
@@ -214,8 +228,9 @@ def rehearsal(values: Values, steps: int) -> Values:
     stages = {name: stage for name, stage in values["stages"].items() if name in kept}
     short = {"steps": steps, "warmup": 0, "eval_every": steps, "log_every": 8, "save_every": steps}
     changes = {f"{s}.train.{k}": v for s in stages if "train" in stages[s] for k, v in short.items()}
-    at_once = int(stages["orders"]["batch_size"])
-    changes |= {"data.max_train": 2 * at_once, "data.max_test": 16, "data.max_validation": 1}
+    at_once = int(stages["orders"]["batch_size"] or 64)
+    validation = min(8, int(stages["data"]["max_validation"]))  # not 1, which may be a bad file
+    changes |= {"data.max_train": 2 * at_once, "data.max_test": 16, "data.max_validation": validation}
     changes |= {"orders.limit": at_once, "orders.test_limit": 1}
     changes |= {f"{name}.num_images": at_once for name in samples}
     return put({**values, "stages": stages}, {**changes, "samples-ordered.model": "any-order"})
@@ -294,9 +309,11 @@ def as_yaml(values: Values) -> str:
     return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=110)
 
 
-def preset(name: str) -> Values:
-    """The experiment of a preset."""
-    return yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text(encoding="utf-8"))
+def preset(name: str, overrides: Sequence[str] = ()) -> Values:
+    """The experiment of a preset; a ValueError for `overrides` that its stages refuse."""
+    path = Path(__file__).parent / f"{name}.yaml"
+    load_experiment(path, overrides)
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def typed(text: str) -> Any:

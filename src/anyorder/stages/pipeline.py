@@ -54,7 +54,8 @@ class PipelineStage:
     """How tokens are sampled unless a call says it; by default as the samples were, else at temperature 1."""
     good_orders: tuple[str, ...] = ()
     """Names of further orders that the model is good at, such as random; the web page of `anyorder demo`
-    offers these first and calls all others experiments. By default none but the policy."""
+    offers these first, and only fixed orders as experiments. By default none but the policy: then it offers
+    all there are."""
     example_class: str | None = None
     """Class that the web page opens with; by default the one with most images."""
     half: bool = False
