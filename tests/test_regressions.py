@@ -559,9 +559,8 @@ def test_parts_of_the_inception_score_hold_several_images():
 
 
 def test_values_that_would_overflow_are_refused():
-    for temperature in (1e-39, -1.0):
-        with pytest.raises(ValueError, match="temperature must be 0, or at least 1e-6"):
-            Sampling(temperature=temperature)
+    with pytest.raises(ValueError, match="temperature must be 0, or at least 1e-6"):
+        Sampling(temperature=1e-39)
     with pytest.raises(ValueError, match=r"seed must be below 2\*\*63"):
         TrainConfig(seed=2**64)
     with pytest.raises(ValueError, match="sum to 4 positions"):

@@ -46,8 +46,7 @@ class _ImageConfig:
     seed: int = 0
     """Image i is generated from seed + i; by default 0."""
     sampling: Sampling | None = None
-    """How tokens are sampled; by default what the pipeline says. Single settings of sampling and policy change
-    the pipeline's own; another policy.order, and temperature=0, begin with the defaults below."""
+    """How tokens are sampled; by default what the pipeline says."""
 
     renamed: ClassVar[dict[str, str]] = {"guidance": "guidance_scale"}
     """Earlier names, see `settings.read_stored`."""
@@ -62,6 +61,8 @@ class SampleConfig(_ImageConfig):
     """Generate images with a pipeline: 0000.png, 0001.png, ..., grid.png, orders.png and generation.webp.
 
     orders.png shows when each patch was generated; generation.webp is an animation of it.
+    Settings policy.* and sampling.* change those of the pipeline; another policy.order, or
+    sampling.temperature=0, begins with the defaults.
     """
 
     class_labels: tuple[str, ...] | None = ()
@@ -91,6 +92,8 @@ class CompleteConfig(_ImageConfig):
     """Generate parts of an image: inpainting (mask= or box=), outpainting (pad=), variations (keep=).
 
     Writes 0000.png, 0001.png, ... into out=FOLDER. Pixels outside of what is generated stay as they are.
+    Settings policy.* and sampling.* change those of the pipeline; another policy.order, or
+    sampling.temperature=0, begins with the defaults.
     """
 
     image: Path

@@ -336,7 +336,7 @@ class OwnSource(Source):
     def columns(self) -> Columns:  # type: ignore[override]
         """What any training item has."""
         items = self._texts_of["train"]
-        label, caption = (any(getattr(i, key) is not None for i in items) for key in ("label", "caption"))
+        label, caption = any(i.label for i in items), any(i.caption is not None for i in items)
         return Columns("label" if label else None, "caption" if caption else None)
 
     @cached_property

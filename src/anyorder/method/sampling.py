@@ -28,8 +28,9 @@ class Sampling:
     """Keep tokens at least min_p times as likely as the most likely one."""
 
     def __post_init__(self) -> None:
-        fits = self.temperature == 0 or 1e-6 <= self.temperature < math.inf  # below it logits overflow
-        require(fits, f"temperature must be 0, or at least 1e-6, got {self.temperature}")
+        require(0 <= self.temperature < math.inf, f"temperature must be >= 0, got {self.temperature}")
+        tiny = f"temperature must be 0, or at least 1e-6, got {self.temperature}: logits would overflow"
+        require(not 0 < self.temperature < 1e-6, tiny)
         whole = hasattr(self.top_k, "__index__") and self.top_k >= 0
         require(whole, f"top_k must be >= 0 (0 keeps all), got {self.top_k}")
         require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")

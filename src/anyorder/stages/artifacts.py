@@ -243,9 +243,9 @@ class Artifact:
             return True
         if growing and not overwrite:
             key, (was, now) = next(iter(differences.items()))
-            gone = " and the checkpoints are gone: add overwrite=true to begin anew"
-            text = f"{gone if more else f': choose {key}>={was}'} or another out="
-            raise ValueError(f"{key}={now}, but {was} are done already{text}")
+            gone = "no checkpoint is left to go on from, add overwrite=true to begin anew"
+            mend = gone if more else f"choose {key}>={was}"
+            raise ValueError(f"{key}={now}, but {was} are done already: {mend} or another out=")
         if not overwrite and (done or self._written()):
             changes = ", ".join(f"{key} {a} -> {b}" for key, (a, b) in list(differences.items())[:3])
             raise ValueError(

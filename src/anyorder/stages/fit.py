@@ -109,24 +109,27 @@ def look(config: FitConfig, overrides: Sequence[str] = ()) -> Facts:
         count = source.count("train") + source.count("test")  # a tenth is held out, of few images a fifth
         share = round(min(0.2, max(0.1, 16 / max(1, count))), 3)
     source = sources.open_source(asked.source, read, share)
-    found, test = source.count("train"), source.count("test")
-    few = f"{config.source} has too few images, {found} to train and {test} held out"
-    require(found >= 2, f"{few}: add some, 2 to train are needed, {FEW} are better")
     sides = []
     for item in islice(source.items("train"), 64):
         with contextlib.suppress(images.BadImage):  # skipped and counted by the data stage
             sides.append(min(images.load_image(item.image).shape[:2]))
-    require(bool(sides), f"none of the first images of {config.source} can be read: look at them")
-    validation = min(500, max(min(2, found - 1), found // 10))
-    if "max_validation" in chosen:
-        validation = asked.max_validation
-        text = f"data.max_validation={validation} must be below the {found} to train: choose a smaller one"
-        require(validation < found, text)
-    train, test = len(range(found - validation)[: asked.max_train]), len(range(test)[: asked.max_test])
-    counts = train, validation, test, len(source.classes())
+    readable = bool(sides) or source.count("train") == 0
+    require(readable, f"none of the first images of {config.source} can be read: look at them")
+    counts = *_counts(source, asked, "max_validation" in chosen), len(source.classes())
     gpu = torch.cuda.get_device_properties(0).total_memory >> 30 if device().type == "cuda" else 0
     machine = torch.get_num_threads(), native_bf16(device()), gpu
     return Facts(*counts, int(median(sides)), *machine, bool(getattr(source, "captions", ())), share)
+
+
+def _counts(source: sources.Source, asked: Any, chosen: bool) -> tuple[int, int, int]:
+    """Images to train, validate and test, as the stage data will cut them; `chosen`: max_validation is."""
+    found, test = source.count("train"), source.count("test")
+    text = f"{asked.source} has too few images, {found} to train and {test} held out"
+    require(found >= 2, f"{text}: add some, 2 to train are needed, {FEW} are better")
+    validation = asked.max_validation if chosen else min(500, max(min(2, found // 2), found // 10))
+    text = f"data.max_validation={validation} must be below the {found} to train: choose a smaller number"
+    require(validation < found, text)
+    return len(range(found - validation)[: asked.max_train]), validation, len(range(test)[: asked.max_test])
 
 
 def rehearse(values: Values, facts: Facts) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -182,8 +181,8 @@ class TrainStage(common.TrainingStage):
         require(headed or not online, f"online.order={getattr(self.online, 'label', '')} {text}")
         require(not (headed and self.train.compile) or self._all_random, COMPILED)
         kinds = ("nll", "bound") if headed else ("nll",)
-        watched = itertools.product(caches.splits(self.tokens)[:2], kinds)
-        self.train.require_watched([f"{split}_{kind}" for split, kind in watched])
+        watched = caches.splits(self.tokens)[:2]
+        self.train.require_watched([f"{split}_{kind}" for split in watched for kind in kinds])
 
     @property
     def aside(self) -> tuple[str, ...]:
