@@ -128,6 +128,7 @@ def test_an_override_without_a_setting_is_shown_as_it_was_typed(tmp_path, typed)
         (["policy.steps=4"], PolicyConfig("raster", steps=4, schedule="cosine"), None),
         (["policy.schedule=arccos"], PolicyConfig("raster", steps=3, schedule="arccos"), None),
         (["policy.order=margin"], PolicyConfig("margin"), None),
+        (["policy.order=raster", "policy.steps=2"], PolicyConfig("raster", steps=2), None),
         (["seed=3"], None, None),
     ],
 )
@@ -141,6 +142,14 @@ def test_one_setting_keeps_the_others_of_the_pipeline(tmp_path, capsys, typed, p
         shown = yaml.safe_load(capsys.readouterr().out.partition("\n")[2])
         assert shown["policy"] == (policy and vars(policy))
         assert shown["sampling"] == (sampling and vars(sampling))
+
+
+def test_a_setting_that_the_policy_of_the_pipeline_does_not_take_names_that_policy(tmp_path, capsys):
+    given = ["sample", "pipeline=fashion32", f"out={tmp_path}/out", "policy.steps=4"]
+    assert cli.main(given) == 2
+    assert "steps" in (said := capsys.readouterr().err)
+    assert "the pipeline's own is 'entropy, rate_every 8', policy.order=NAME begins" in said
+    assert cli.main([*given, "policy.order=entropy", "--dry-run"]) == 0
 
 
 def completed(folder: Path, pipeline: str, **settings) -> None:

@@ -280,9 +280,9 @@ def test_compiled_stages_draw_and_order_what_eager_ones_do(experiment, tmp_path,
     path, out = experiment
     compiled = []
 
-    def compile_decoding(model):  # with a backend that needs no C++ compiler
+    def compile_decoding(model, asked, images):  # with a backend that needs no C++ compiler
         compiled.append(model)
-        compiled_module.compile_decoding(model, backend="eager")
+        compiled_module.compile_decoding(model, asked, images, backend="eager")
 
     for stage in (pipeline, extract):
         monkeypatch.setattr(stage, "compile_decoding", compile_decoding)

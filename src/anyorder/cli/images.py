@@ -23,6 +23,7 @@ from anyorder.inference.folders import BUNDLED, find_parts
 from anyorder.inference.pipeline import Pipeline
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Sampling
+from anyorder.settings import parse
 from anyorder.stages.artifacts import Artifact
 
 log = logging.getLogger("anyorder")
@@ -61,8 +62,8 @@ class SampleConfig(_ImageConfig):
     """Generate images with a pipeline: 0000.png, 0001.png, ..., grid.png, orders.png and generation.webp.
 
     orders.png shows when each patch was generated; generation.webp is an animation of it.
-    Settings policy.* and sampling.* change those of the pipeline; another policy.order, or
-    sampling.temperature=0, begins with the defaults.
+    Settings policy.* and sampling.* change those of the pipeline; policy.order=... and
+    sampling.temperature=0 begin with the defaults instead.
     """
 
     class_labels: tuple[str, ...] | None = ()
@@ -92,8 +93,8 @@ class CompleteConfig(_ImageConfig):
     """Generate parts of an image: inpainting (mask= or box=), outpainting (pad=), variations (keep=).
 
     Writes 0000.png, 0001.png, ... into out=FOLDER. Pixels outside of what is generated stay as they are.
-    Settings policy.* and sampling.* change those of the pipeline; another policy.order, or
-    sampling.temperature=0, begins with the defaults.
+    Settings policy.* and sampling.* change those of the pipeline; policy.order=... and
+    sampling.temperature=0 begin with the defaults instead.
     """
 
     image: Path
@@ -132,11 +133,17 @@ def own_settings(texts: Sequence[str]) -> dict[str, Any]:
     if not given or not typed.get("pipeline"):
         return {}
     parts = find_parts(typed["pipeline"])
-    if typed.get("policy.order", parts.policy.order) != parts.policy.order:
+    if "policy.order" in typed:
         given.discard("policy")
     if typed.get("sampling.temperature") in ("0", "0.0"):
         given.discard("sampling")
-    return {name: dataclasses.asdict(getattr(parts, name)) for name in given}
+    own = {name: dataclasses.asdict(getattr(parts, name)) for name in given}
+    try:
+        parse(PolicyConfig, own.get("policy"), [text[7:] for text in texts if text.startswith("policy.")])
+    except ValueError as e:
+        hint = f"the pipeline's own is '{parts.policy.label}', policy.order=NAME begins with the defaults"
+        raise ValueError(f"policy: {e}; {hint}") from e
+    return own
 
 
 def sample_files(config: SampleConfig, out: Path, *, overwrite: bool = False) -> None:
