@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,8 +236,7 @@ def _begun_anew(artifact: Artifact) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt as e:
-            print("anyorder: interrupted; the same command begins anew", file=sys.stderr)
-            raise SystemExit(130) from e
+            raise KeyboardInterrupt("begins anew") from e
 
 
 def _numbered(n: int) -> list[str]:

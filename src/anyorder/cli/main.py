@@ -201,9 +201,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # of a reader that has seen enough: anyorder --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         if not follows:
-            print("anyorder: interrupted; the same command goes on from here", file=sys.stderr)
+            then = "begins anew" if str(e) == "begins anew" else "goes on from here"
+            print(f"anyorder: interrupted; the same command {then}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as e:
         unforeseen = isinstance(e, RuntimeError) and "home directory" not in str(e)  # of pathlib, for ~nobody
