@@ -620,7 +620,7 @@ def test_ctrl_c_ends_quietly_and_the_log_stays_short():
     async def visits(served):
         long = await served.ask("class_labels=" + "x" * 60_000)
         stalled = await served.stall("num_images=16&orders=raster")
-        heard, query = [[], [], []], "num_images=16&orders=raster&orders=entropy"
+        heard, query = [[], [], []], "num_images=16&orders=raster&orders=random"
         asking = [asyncio.create_task(served.ask(query, found=found)) for found in heard]
         await served.ask("num_images=1&orders=raster&seed=1", steps=0)  # and leave while waiting
         async with asyncio.timeout(60):

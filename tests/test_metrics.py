@@ -261,7 +261,8 @@ def test_evaluate_knows_equal_from_different_and_says_what_it_did(capsys) -> Non
     assert (other["extractor"], other["metric_name"]) == ("pixels", "FD (pixels)")
     assert 1 <= other["inception_score"] <= 4
     assert other["is_std"] >= 0
-    assert other["notes"] == ["KID subsets shrunk from 1000 to 50 images."]
+    few = "Inception Score of 10 parts of 5 images is strongly biased downwards."
+    assert other["notes"] == [few, "KID subsets shrunk from 1000 to 50 images."]
     assert "fid" not in other
     assert "generated images" in capsys.readouterr().err  # the progress bar
 
@@ -281,7 +282,10 @@ def test_only_fid_is_called_fid_and_few_images_are_noted() -> None:
     result = evaluate(extractor, [pictures(30)], [pictures(30, 1)], kid_subset_size=10)
     assert "fid" in result
     assert "fd" not in result
-    assert result["notes"] == ["FID from 30 images in 2048 dimensions is strongly biased upwards."]
+    assert result["notes"] == [
+        "FID from 30 images in 2048 dimensions is strongly biased upwards.",
+        "Inception Score of 10 parts of 3 images is strongly biased downwards.",
+    ]
 
 
 def test_evaluate_refuses_statistics_of_another_extractor_and_tiny_sets() -> None:
