@@ -452,9 +452,7 @@ def test_everything_is_reached_by_tab(visit):
 
 def test_the_page_says_that_the_server_is_gone(visit):
     with Served() as served:
-        page = visit(
-            "?num_images=16&orders=raster&orders=random", address=f"http://127.0.0.1:{served.port}/"
-        )
+        page = visit("?num_images=16&orders=raster&orders=random", address=f"http://127.0.0.1:{served.port}/")
         page.locator("#panels .panel").first.wait_for(timeout=MINUTE)
         served.process.send_signal(signal.SIGINT)
         assert (served.process.wait(30), served.process.communicate()[1]) == (0, "")
