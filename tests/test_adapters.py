@@ -374,7 +374,7 @@ def test_maskgit_vq_shortcut_is_applied_to_the_result_of_the_block():
 
 def test_maskgit_vq_refuses():
     model = tokenizer()
-    with pytest.raises(ValueError, match="divisible by 2"):
+    with pytest.raises(ValueError, match="multiple of 2"):
         model.encode(torch.zeros(1, 3, 5, 4))
     for tokens, grid in ((torch.full((1, 4), 7), Grid(2, 2)), (torch.zeros(1, 4, dtype=int), Grid(1, 3))):
         with pytest.raises(ValueError, match=r"in \[0, 7\)"):

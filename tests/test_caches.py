@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from anyorder.contracts import Grid
-from anyorder.data.caches import ImageSet, OrderSet, TokenSet, check_tokenizer, check_tokens
+from anyorder.data.caches import ImageSet, OrderSet, TokenSet, check_tokens
 from anyorder.files import fingerprint, save_array
 from anyorder.stages.artifacts import Artifact
 
@@ -88,7 +88,7 @@ def test_image_set(data):
 def test_token_set(tokens):
     train, test = TokenSet(tokens), TokenSet(tokens, "test")
     assert (len(train), len(test), train.grid, train.vocab_size) == (N, 4, GRID, VOCAB)
-    assert (train.tokenizer, train.data, train.classes) == ("tok", "dat", [])
+    assert train.classes == []
     batch, labels = train.batch([9, 0])
     assert batch.dtype == labels.dtype == torch.int64
     assert batch.tolist() == token_arrays()["train.tokens"][[9, 0]].tolist()
@@ -113,15 +113,7 @@ def test_order_set(tmp_path, tokens):
 
 
 def test_matching_caches_pass(tmp_path, tokens):
-    check_tokenizer(TokenSet(tokens), "tok")
     check_tokens(OrderSet(write_orders(tmp_path / "orders", tokens)), TokenSet(tokens))
-
-
-def test_another_tokenizer_is_refused(tokens):
-    with pytest.raises(
-        ValueError, match=r"tokens were made by tokenizer tok, not by new: tokenize the images again"
-    ):
-        check_tokenizer(TokenSet(tokens), "new")
 
 
 def test_other_tokens_are_refused(tmp_path, tokens):

@@ -27,7 +27,7 @@ from torch import nn
 from anyorder.contracts import Grid
 from anyorder.data.captions import CaptionTokenizer, TextConfig, several
 from anyorder.inference.inpainting import Filling, with_hole
-from anyorder.method.decoding import extract_orders, sample
+from anyorder.method.decoding import complete, extract_orders, sample
 from anyorder.method.guidance import GuidanceConfig, Guided
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Sampling, Streams, truncate
@@ -85,8 +85,8 @@ def of_filling(config: Filling) -> Any:
     mask = torch.zeros(1, 6, 8, dtype=torch.bool)
     mask[:, 2:5, 2:6] = True
     begun = with_hole(tokenizer, images, mask, config)
-    made = begun.complete(transformer(grid=(3, 4)), tokenizer, "raster", Streams([0]))
-    return numbers(made[0], made[1])
+    made = complete(transformer(grid=(3, 4)), begun.tokens, begun.known, "raster", Streams([0]), grid=GRID)
+    return numbers(begun.finish(tokenizer, made.tokens), begun.known)
 
 
 def of_text(config: TextConfig) -> Any:

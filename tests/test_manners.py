@@ -1,5 +1,6 @@
 """The command line as people meet it: help, typos, wrong folders, sizes, quiet runs, run folders."""
 
+import io
 import logging
 import os
 import re
@@ -234,3 +235,13 @@ def test_clean_follows_no_links_and_leaves_unfinished_work(run, tmp_path):
 def test_run_folders_are_needed(name, tmp_path, capsys):
     assert "give one or more run folders" in failed(capsys, name)
     assert "holds no artifacts" in failed(capsys, name, str(tmp_path))
+
+
+def test_bars_in_logs_of_jobs_are_not_drawn_ten_times_a_second(monkeypatch):
+    monkeypatch.delenv("TQDM_MININTERVAL", raising=False)
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    assert main.main(["--version"]) == 0
+    assert os.environ["TQDM_MININTERVAL"] == "10"
+    monkeypatch.setenv("TQDM_MININTERVAL", "1")
+    assert main.main(["--version"]) == 0
+    assert os.environ["TQDM_MININTERVAL"] == "1"

@@ -669,3 +669,11 @@ def test_stages_refuse_inputs_that_their_order_leaves_unused(settings, message):
         named = {name: "x" for name in stage.inputs if name in inputs}
         with pytest.raises(ValueError, match=message):
             parse(stage, {**named, **settings})
+
+
+def test_a_scale_alone_keeps_the_schedule_of_the_pipeline():
+    own = GuidanceConfig(5.0, "linear")
+    assert ImageRequest.of(0, guidance_scale=4.0).guidance(own) == GuidanceConfig(4.0, "linear")
+    asked = ImageRequest.of(0, guidance_scale=4.0, guidance_schedule="constant")
+    assert asked.guidance(own) == GuidanceConfig(4.0)
+    assert ImageRequest.of(0, guidance_scale=1.0).guidance(own) == GuidanceConfig()

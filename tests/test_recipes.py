@@ -288,3 +288,12 @@ def test_plans_of_other_recipes(name, capsys, monkeypatch):
     monkeypatch.setattr(estimates, "decoding_step", lambda *_: (20, fake.Pass(costs.Cost(1e9, 1e9), 7), 5))
     assert cli.main(["plan", name, "--kind", "a100"]) == 0
     assert "samples-ordered" in capsys.readouterr().out
+
+
+def test_a_plan_is_not_written_over_an_experiment_or_a_folder(tmp_path, capsys):
+    file = tmp_path / "mine.json"
+    file.write_text('{"stages": {"data": {"source": "sunsets"}}}')
+    for out, message in ((file, "is the experiment file itself"), (tmp_path, "must be a file, FILE.json")):
+        assert cli.main(["plan", str(file), f"out={out}"]) == 2
+        assert message in capsys.readouterr().err
+    assert file.read_text().startswith('{"stages"')

@@ -584,8 +584,7 @@ def test_inferred_orders_are_rated_in_float32(experiment, tmp_path, monkeypatch)
         stage = SampleStage(
             model=out / "ordered", tokenizer=out / "tokenizer", scorer=scorer, policy=PolicyConfig(order)
         )
-        with Artifact(tmp_path / order, "x", {}, {"tokenizer": out / "tokenizer"}) as artifact:
-            pipe = stage.load_pipeline(artifact, tokens, bf16=True)
+        pipe = stage.load_pipeline(tokens, bf16=True)
         found = tuple(
             next(m.parameters()).dtype if m is not None else None for m in (pipe.model, pipe.scorer)
         )

@@ -106,6 +106,16 @@ def test_captions_are_whole_words_where_they_are_frequent():
     assert 0 <= ids[ids >= 0].min() <= ids.max() < tokenizer.vocab_size
 
 
+def test_the_vocabulary_has_no_more_tokens_than_asked_for():
+    captions = [chr(0x4E00 + i) * 3 for i in range(300)]
+    assert CaptionTokenizer.train(captions, 100).vocab_size == 100
+
+
+def test_a_name_with_a_comma_is_found_in_brackets():
+    with pytest.raises(ValueError, match=r"""a name with a comma is written \["Shoes, red"\]"""):
+        index_of("red", ["Shoes, red", "Hats"], "class")
+
+
 def test_the_same_captions_give_the_same_tokens():
     captions = [f"picture {i} of {i % 7} things" for i in range(200)]
     definition = CaptionTokenizer.train(captions, 80).definition

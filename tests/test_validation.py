@@ -132,7 +132,7 @@ def test_near_ties_are_decided_by_kid():
     assert best(rows) == rows[2]
 
 
-def test_a_killed_search_goes_on(out, tmp_path, monkeypatch):
+def test_a_killed_search_goes_on(out, tmp_path, monkeypatch, caplog):
     command = [
         "tune", f"model={out}/any", f"features={out}/features", "temperatures=0.5,1", "scales=1.5",
         "num_images=8", "policy.order=entropy", "policy.per_step=8", f"out={tmp_path}/t",
@@ -147,6 +147,7 @@ def test_a_killed_search_goes_on(out, tmp_path, monkeypatch):
 
     monkeypatch.setattr(bootstrap, "measures", dying)
     assert cli.main(command) == 2
+    assert "FD of 8 images in 1280 features prefers low temperatures: give num_images" in caplog.text
     assert (tmp_path / "t" / "point-2" / "images.npy").is_file()
     assert cli.main(command) == 0
     assert len(calls) == 3
@@ -160,6 +161,18 @@ def test_settings_are_those_of_the_same_policy(out, tmp_path, capsys):
     assert "not for raster: run tune with this policy" in capsys.readouterr().err
     assert cli.main([*command, "sampling.temperature=0.9"]) == 2
     assert "leave sampling.temperature and guidance.scale out" in capsys.readouterr().err
+    same = [*command, "policy.order=entropy", "policy.per_step=8"]
+    assert cli.main([*same, "guidance.schedule=linear"]) == 2
+    assert "is a search with guidance.schedule=constant: say so here, too" in capsys.readouterr().err
+    assert cli.main([*same, "sampling.top_k=5"]) == 2
+    assert "is a search with sampling.top_k=0" in capsys.readouterr().err
+
+
+def test_another_policy_keeps_the_guidance_of_the_samples(out, tmp_path):
+    assert cli.main(["pipeline", f"samples={out}/chosen", "policy.order=raster", f"out={tmp_path}/p"]) == 0
+    stored, chosen = read_json(tmp_path / "p/pipeline.json"), read_manifest(out / "chosen")
+    assert stored["guidance"]["scale"] == chosen["guidance_scale"] == 1.5
+    assert stored.get("sampling", {}).get("temperature", 1.0) == chosen["temperature"]
 
 
 @pytest.mark.parametrize(

@@ -367,7 +367,7 @@ def test_names_tell_runs_of_one_name_apart():
         Path(text)
         for text in ("a/run/any", "b/run/any", "b/run/round-1/model", "b/more/round-1/model", "b/run/x")
     ]
-    found = [evaluations.label(path, paths) for path in paths]
+    found = [*evaluations.labels(paths).values()]
     assert found == ["a/run/any", "b/run/any", "run/round-1/model", "more/round-1/model", "x"]
 
 

@@ -188,6 +188,27 @@ def fingerprint(folder: str | Path) -> str:
     return read_manifest(folder)["fingerprint"]
 
 
+def fingerprints(folder: str | Path, role: str, stage: str = "") -> list[str]:
+    """Names of an artifact's content as an input of a stage in this role, the one to record first.
+
+    Of a pipeline that serves as a tokenizer only the tokenizer counts; earlier versions recorded all of it.
+    """
+    serves = stage if role == "init" else role  # a tokenizer begins as a tokenizer
+    manifest, inside = read_manifest(folder), "tokenizer/"
+    own = {n.removeprefix(inside): x for n, x in manifest["files"].items() if n.startswith(inside)}
+    return [*([name_of(own)] if own and serves == "tokenizer" else []), manifest["fingerprint"]]
+
+
+def made_from(record: Mapping[str, Any], role: str, folder: str | Path) -> bool:
+    """Whether an artifact with this record was made from what is now in a folder, in this role."""
+    return record["inputs"].get(role) in fingerprints(folder, role, record["stage"])
+
+
+def name_of(hashes: Mapping[str, str]) -> str:
+    """The fingerprint of files with these hashes."""
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
+
+
 class RowWriter:
     """Several `.npy` arrays that grow together, row by row, and survive a kill.
 

@@ -51,11 +51,13 @@ class Call:
             return Path(out).expanduser()
         raise ValueError(f"say where to write: anyorder {self.name} out=FOLDER ...")
 
-    def file(self, default: str = "") -> Path:
+    def file(self, default: str = "", ending: str = "") -> Path:
         """Remove `out=` from the settings: a file, and none of an artifact."""
         from anyorder.stages.artifacts import require_no_artifact
 
         require_no_artifact(out := self.out(default))
+        if out.is_dir() or not out.name.endswith(ending):
+            raise ValueError(f"out={out} must be a file, FILE{ending}: choose another name")
         return out
 
     def parse(self, config: str = "", **values: Any) -> Any:
@@ -122,8 +124,6 @@ MEANING = {
     "grid": "the model on a larger grid", "pipeline": "all that generates images, in one folder",
 }  # fmt: skip
 """What a stage has written."""
-
-
 EXAMPLES = {
     "quickstart": "any-order.train.steps=300 out=runs/short",
     "fit": "photos --time 30m",
@@ -243,10 +243,12 @@ def plan(call: Call) -> str:
     if len(call.paths) != 1:
         raise ValueError("give an experiment file or the name of a recipe, for example imagenet256")
     path = find_experiment(call.paths.pop())
-    out = call.file() if any(text.startswith("out=") for text in call.settings) else ""
+    out = call.file(ending=".json") if any(text.startswith("out=") for text in call.settings) else None
     overrides = call.of_stages()
     config = call.parse()
-    if call.show(config, out):
+    if out and out.resolve() == path.resolve():
+        raise ValueError(f"out={out} is the experiment file itself: choose another name")
+    if call.show(config, out or ""):
         return ""
     found = planning.plan(load_experiment(path, overrides), config)
     print(planning.describe(found))
@@ -324,7 +326,7 @@ def bench(call: Call) -> str:
     """
     from anyorder.bench import bench
 
-    out, old = call.file("bench.json"), call.take("against", "none")
+    out, old = call.file("bench.json", ".json"), call.take("against", "none")
     files, call.paths = call.paths, []
     if not old:
         raise ValueError("say what to compare with: --against FILE")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,8 +25,6 @@ from anyorder.settings import parse
 from anyorder.stages.artifacts import Artifact
 
 log = logging.getLogger("anyorder")
-
-
 SAMPLE_FIGURES = ("grid.png", "orders.png", "generation.webp")
 """What `figures.save_sample_figures` writes."""
 
@@ -129,13 +126,11 @@ def own_settings(texts: Sequence[str]) -> dict[str, Any]:
     """The pipeline's own policy and sampling, where typed settings (`sampling.top_k=5`) change some of it."""
     typed = {key.strip(): value for key, _, value in (text.partition("=") for text in texts)}
     given = {key.partition(".")[0] for key in typed} & {"policy", "sampling"}
+    given -= {"policy"} if "policy.order" in typed else set()
+    given -= {"sampling"} if typed.get("sampling.temperature") in ("0", "0.0") else set()
     if not given or not typed.get("pipeline"):
         return {}
     parts = find_parts(typed["pipeline"])
-    if "policy.order" in typed:
-        given.discard("policy")
-    if typed.get("sampling.temperature") in ("0", "0.0"):
-        given.discard("sampling")
     own = {name: dataclasses.asdict(getattr(parts, name)) for name in given}
     try:
         parse(PolicyConfig, own.get("policy"), [text[7:] for text in texts if text.startswith("policy.")])
@@ -150,7 +145,7 @@ def sample_files(config: SampleConfig, out: Path, *, overwrite: bool = False) ->
     artifact = _open("images", config, out, overwrite, [*_numbered(config.num_images), *SAMPLE_FIGURES])
     if artifact.current:
         return
-    with _begun_anew(artifact):
+    with artifact:
         _sample_into(config, out)
         artifact.finish(config.num_images)
 
@@ -182,7 +177,7 @@ def complete_file(config: CompleteConfig, out: Path, *, overwrite: bool = False)
     names = _numbered(config.num_images)
     artifact = _open("complete", config, out, overwrite, names)
     if not artifact.current:
-        with _begun_anew(artifact):
+        with artifact:
             _save(_completed(config), out)
             artifact.finish(config.num_images)
     return [out / name for name in names]
@@ -212,10 +207,7 @@ def _open(stage: str, config: Any, out: Path, overwrite: bool, names: Sequence[s
     hashes = [sha256(p) for p in paths if p is not None and p.is_file() and own not in p.resolve().parents]
     identity = {**dataclasses.asdict(config), "sha256": hashes}
     artifact = Artifact(out, stage, identity, {}, _compared, overwrite=overwrite)
-    if foreign := sorted({*names} & artifact.found):
-        artifact.close()
-        text = f"{out} holds files that no manifest vouches for ({', '.join(foreign[:3])}): move them away,"
-        raise ValueError(f"{text} or choose another out=")
+    artifact.refuse({*names} & artifact.found)
     if artifact.current:
         log.info("%s is up to date", out)
     return artifact
@@ -227,16 +219,6 @@ def _compared(then: dict[str, Any]) -> dict[str, Any]:
     spelled = {role: str(path.resolve()) for role, path in paths.items() if then.get(role) and path.exists()}
     contents = hashlib.sha256(str(then.pop("sha256", [])).encode()).hexdigest()[:8]
     return {**then, **spelled, "contents of the files": contents}
-
-
-@contextlib.contextmanager
-def _begun_anew(artifact: Artifact) -> Iterator[None]:
-    """Hold the folder; who interrupts the work is told the truth: images are written when all are made."""
-    with artifact:
-        try:
-            yield
-        except KeyboardInterrupt as e:
-            raise KeyboardInterrupt("begins anew") from e
 
 
 def _numbered(n: int) -> list[str]:

@@ -37,8 +37,6 @@ or missing input, 130 interrupted. No colours are used.
 device=cpu, cuda, cuda:1 or mps says where to compute; by default it is the first GPU.
 torchrun --nproc-per-node=N -m anyorder COMMAND ... shares a stage or a run among N processes.
 """
-
-
 GROUPS = {
     "whole runs": {
         "fit": "a model of your own images: plans, trains, compares; begin here",
@@ -160,6 +158,8 @@ def _set_up_log(flags: Collection[str]) -> None:
     logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, handlers=[handler])
     if quiet:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, which is later
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "10")  # seconds: logs of jobs are read, not watched
 
 
 def _follows() -> bool:
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     arguments = ["--help" if a in ("-h", "help") else a for a in (sys.argv[1:] if argv is None else argv)]
     _set_up_log({*arguments})
-    follows = _follows()
+    follows, function = _follows(), None
     try:
         if not arguments:
             print(FIRST)
@@ -201,9 +201,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # of a reader that has seen enough: anyorder --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt as e:
+    except KeyboardInterrupt:
         if not follows:
-            then = "begins anew" if str(e) == "begins anew" else "goes on from here"
+            then = "goes on from here" if function in (*PARALLEL, commands.fit) else "begins anew"
             print(f"anyorder: interrupted; the same command {then}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as e:

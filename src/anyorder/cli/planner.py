@@ -164,12 +164,13 @@ class Planner:
         if data not in self.here:
             self.here[data] = _source(stage)
         here = self.here[data]
-        train = stage.max_train or here.train or self.config.images
+        rest = max(here.train - stage.max_validation, 0)  # validation images are cut from those of training
+        train = stage.max_train or rest or self.config.images
         text = f"{stage.source} is not here: say how many training images it has, images=NUMBER"
         require(train is not None, text)
         assert train is not None
         return Facts(
-            min(train, here.train or train),
+            min(train, rest or train),
             stage.max_validation,
             stage.max_test or here.test or int(stage.test_fraction * train),
             here.classes or self.config.classes,

@@ -42,7 +42,7 @@ def state(folder: Path) -> str:
     for role, source in artifacts.input_folders(folder, manifest).items():
         if not (source / files.MANIFEST).is_file():
             return f"its {role} is no longer at {source}"
-        if files.fingerprint(source) != manifest["inputs"][role]:
+        if not files.made_from(manifest, role, source):
             return f"out of date: its {role} {source} was made again"
     return source_state(manifest["config"]) if manifest["stage"] == "data" else "up to date"
 

@@ -159,8 +159,6 @@ class TokenSet(_Split):
         super().__init__(folder, split)
         self.grid = contracts.Grid(*self._manifest["grid"])
         self.vocab_size: int = self._manifest["vocab_size"]  # of the tokenizer's codebook
-        self.tokenizer: str = self._manifest["tokenizer"]  # fingerprint of what made the tokens
-        self.data: str = self._manifest["data"]  # fingerprint of the images
         path, limit = self._path("tokens"), f"the vocabulary has {self.vocab_size}"
         self.tokens = _read(path, ("n", self.grid.n))  # (n, N) in [0, vocab_size), raster order
         self.labels = self._read_labels(len(self.tokens))
@@ -268,15 +266,6 @@ class OrderSet:
     def of_classes(self, condition: torch.Tensor) -> torch.Tensor:
         """The mean order of the class of each condition, (B, N) int64; of all classes where there is none."""
         return of_classes(self.class_orders, contracts.class_labels(condition).cpu())
-
-
-def check_tokenizer(tokens: TokenSet, tokenizer: str) -> None:
-    """Refuse, by a ValueError, tokens of another tokenizer than the one of this fingerprint."""
-    contracts.require(
-        tokens.tokenizer == tokenizer,
-        f"the tokens in {tokens.folder} were made by tokenizer {tokens.tokenizer}, not by {tokenizer}: "
-        "tokenize the images again with this tokenizer, or use the one that made them",
-    )
 
 
 def check_tokens(orders: OrderSet, tokens: TokenSet) -> None:

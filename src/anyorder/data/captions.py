@@ -56,7 +56,7 @@ class CaptionTokenizer:
         # Metaspace marks where words begin, so that "red" is another token than the end of "tired".
         words = [split.WhitespaceSplit(), split.Punctuation(), split.Metaspace()]
         tokenizer.pre_tokenizer = split.Sequence(words)
-        options = {"special_tokens": [_UNKNOWN], "show_progress": False}
+        options = {"special_tokens": [_UNKNOWN], "show_progress": False, "limit_alphabet": vocab_size - 1}
         trainer = library.trainers.BpeTrainer(vocab_size=vocab_size, **options)
         tokenizer.train_from_iterator(captions, trainer)
         return cls(tokenizer.to_str())
@@ -146,5 +146,7 @@ def index_of(name: str, allowed: abc.Sequence[str], what: str) -> int:
     if name not in allowed:
         same = (f", did you mean '{other}'?" for other in allowed if other.lower() == name.lower())
         hint = did_you_mean(name, allowed) or next(same, ":")
-        raise ValueError(f"unknown {what} '{name}'{hint} choose one of {', '.join(allowed) or 'none'}")
+        text = f"unknown {what} '{name}'{hint} choose one of {', '.join(allowed) or 'none'}"
+        parted = (other for other in allowed if name in map(str.strip, other.split(",")) and name != other)
+        raise ValueError("; ".join([text, *(f'a name with a comma is written ["{x}"]' for x in parted)]))
     return list(allowed).index(name)

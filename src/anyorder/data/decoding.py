@@ -26,10 +26,9 @@ CROP_RANGE = 1.1
 """Crops are cut from images that are so many times larger, as in LlamaGen's ten-crop (arXiv 2406.06525)."""
 CROPS = 5
 """The four corners and the middle, in the sequence of torchvision's FiveCrop."""
-
-
 Batches = Iterable[np.ndarray]
 """Row numbers (B,) of each batch."""
+_DECODING = ("size", "fit", "fill", "max_pixels")
 Ahead = contextlib.AbstractContextManager[None]
 
 
@@ -204,9 +203,6 @@ class Decoded:
 def ahead(pixels: np.ndarray | Decoded, batches: Batches) -> Ahead:
     """Have the workers decode `batches` of row numbers before they are asked for; an array needs none."""
     return pixels.ahead(batches) if isinstance(pixels, Decoded) else contextlib.nullcontext()
-
-
-_DECODING = ("size", "fit", "fill", "max_pixels")
 
 
 def described(source: Source, where: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,8 +28,6 @@ _SAVED = 30  # seconds between two notes of how far a split is
 _LONGEST = 4096  # bytes of an image's name
 _LISTED = 1000  # skipped images named in the manifest
 log = logging.getLogger("anyorder")
-
-
 Skipped = list[tuple[str, str, str]]
 """Name of an image that could not be used, the kind of reason, and the rest of it."""
 

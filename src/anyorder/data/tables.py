@@ -87,10 +87,9 @@ class ParquetSource(Shards):
         columns, path = self.columns, self._root / part
         with self._open(part) as file:
             image = _image_column(file.schema_arrow, columns.image, path)
-            names = {column: self._names(part, column) for column in columns.texts}
             batches = file.iter_batches(batch_size=256, columns=[image] * with_images + columns.texts)
             rows = (row for batch in batches for row in batch.to_pylist())
-            yield from _items(rows, image, columns, names, part, path, self._root)
+            yield from _items(self, rows, image, part, path)
 
     def _file(self, part: str) -> Any:
         """What pyarrow reads a part from."""
@@ -250,10 +249,9 @@ class HubSource(sources.Source):
     def _read(self, part: str, with_images: bool) -> Iterator[sources.Item]:
         columns, table = self.columns, self._tables[part]
         image = self._image_of(table)
-        names = {column: self._names(part, column) for column in columns.texts}
         read = [image] * with_images + columns.texts
         rows = table.select_columns(read) if read else [{}] * len(table)
-        yield from _items(rows, image, columns, names, part, self.name, self._root)
+        yield from _items(self, rows, image, part, self.name)
 
     def image(self, name: str) -> Any:
         """See `Source`."""
@@ -263,17 +261,13 @@ class HubSource(sources.Source):
 
 
 def _items(
-    rows: Iterable[dict[str, Any]],
-    image: str,
-    columns: sources.Columns,
-    names: dict[str, list[str] | None],
-    part: str,
-    where: str | Path,
-    root: Path,
+    source: Any, rows: Iterable[dict[str, Any]], image: str, part: str, where: str | Path
 ) -> Iterator[sources.Item]:
-    """The items of a part of a data set; paths of images must not leave `root`."""
+    """The items of a part of a source; paths of images must not leave its root."""
+    names = {column: source._names(part, column) for column in source.columns.texts}
     for i, row in enumerate(rows):
-        yield item_of(columns, row, names, where, f"{part}#{i}", _image(row.get(image), part, root))
+        found = _image(row.get(image), part, source._root)
+        yield item_of(source.columns, row, names, where, f"{part}#{i}", found)
 
 
 def item_of(

@@ -223,21 +223,25 @@ export class Editor {
       this.painting = false;
       this.update();
     };
+    canvas.oncontextmenu = () => !before;  // a menu would swallow the end of the stroke
     canvas.onpointerleave = () => { if (!before) { this.cursor = null; this.paint(); } };
   }
 
   listenToHandle(handle) {
     const side = +handle.dataset.side, sign = side < 2 ? -1 : 1;
     handle.onpointerdown = event => {
+      if (event.button || !event.isPrimary || this.dragging) return;
       event.preventDefault();
       handle.setPointerCapture(event.pointerId);
       this.dragging = {at: side % 2 ? event.clientY : event.clientX, patches: this.border[side]};
     };
     handle.onpointermove = event => {
       if (!this.dragging) return;
+      if (!event.buttons) return handle.onpointerup();  // where it was not told, as by a menu
       const way = sign * ((side % 2 ? event.clientY : event.clientX) - this.dragging.at);
       this.extend(side, this.dragging.patches + Math.round(way / (this.scale * this.factor)));
     };
+    handle.oncontextmenu = () => !this.dragging;
     handle.onpointerup = handle.onpointercancel = () => { this.dragging = null; this.fit(); };
   }
 

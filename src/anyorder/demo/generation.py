@@ -21,6 +21,7 @@ from torch import Tensor
 from anyorder.contracts import Grid, Step, require
 from anyorder.data.images import load_image, load_mask
 from anyorder.inference import figures
+from anyorder.inference.device import autocast_like
 from anyorder.inference.inpainting import Unfinished
 from anyorder.inference.pipeline import Pipeline
 from anyorder.method.policy_config import PolicyConfig
@@ -91,14 +92,14 @@ def choices(pipe: Pipeline) -> dict[str, PolicyConfig]:
     """
     names = [*pipe.good_orders, *([] if pipe.good_orders else SCORES), "random", *STATIC]
     names += ["class_mean"] if pipe.class_orders is not None else []
-    names += ["location"] if getattr(pipe.model.config, "location", False) else []
+    names += ["location"] if getattr((pipe.scorer or pipe.model).config, "location", False) else []
     return {policy.label: policy for policy in (pipe.policy, *map(PolicyConfig, names))}
 
 
 def describe_pipeline(pipe: Pipeline, name: str = "") -> dict[str, Any]:
     """What the page shows and offers, JSON-able; sizes are (height, width) in pixels, grids in patches."""
     grid, factor = pipe.model.grid, pipe.tokenizer.factor
-    classes = pipe.classes or [str(label) for label in range(pipe.model.config.num_classes)]
+    classes = pipe.classes or [str(label) for label in range(pipe.model.num_classes)]
     return {
         "name": name,
         "pipeline": repr(pipe),
@@ -257,7 +258,8 @@ def paint(pipe: Pipeline, begun: Unfinished, tokens: Tensor, revealed: Tensor) -
     """
     grid, factor = begun.grid, pipe.tokenizer.factor
     filled = tokens.gather(1, nearest_revealed(revealed, grid))
-    images = begun.finish(pipe.tokenizer, filled.to(begun.tokens.device)).cpu()
+    with autocast_like(pipe.model):
+        images = begun.finish(pipe.tokenizer, filled.to(begun.tokens.device)).cpu()
     patches = revealed.view(-1, 1, grid.h, grid.w)
     shown = patches.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     if begun.kept is not None:

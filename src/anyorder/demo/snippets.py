@@ -17,7 +17,8 @@ IMAGE, MASK = "image.png", "mask.png"
 
 
 def snippets(pipe: Pipeline, name: str, asked: generation.GenerateRequest) -> dict[str, str]:
-    """`python` and `command`: the request for people who have the pipeline `name`; errors as of `chosen`."""
+    """`python` and `command`, for people who have the pipeline `name`; errors as of `generate_events`."""
+    generation.generate_events(pipe, asked)  # refuses what cannot be generated; no step is made
     policies = generation.chosen(pipe, asked)
     return {
         "python": _python(pipe, name, asked, policies),

@@ -36,6 +36,7 @@ class Difference(NamedTuple):
     relative_low: float | None
     relative_high: float | None
     draws: Sequence[float] = ()
+    confidence: float = 0.95
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Difference:
@@ -52,8 +53,8 @@ class Difference(NamedTuple):
             return None if ratio is None or ratio <= -1 else 1 / (1 + ratio) - 1
 
         ratios = inverse(self.relative), inverse(self.relative_high), inverse(self.relative_low)
-        draws = [-draw for draw in self.draws]
-        return Difference(self.b, self.a, -self.difference, -self.high, -self.low, *ratios, draws)
+        rest = [-draw for draw in self.draws], self.confidence
+        return Difference(self.b, self.a, -self.difference, -self.high, -self.low, *ratios, *rest)
 
 
 def compare(
@@ -173,7 +174,7 @@ def _difference(a: Tensor, b: Tensor, confidence: float) -> Difference:
         ratios = float(ratio[0]), *_interval(ratio, confidence)
     estimate, resampled = (a - b)[0], (a - b)[1:]
     draws = [float(f"{x:.5g}") for x in resampled - resampled.mean() + estimate]
-    return Difference(float(a[0]), float(b[0]), float(estimate), low, high, *ratios, draws)
+    return Difference(float(a[0]), float(b[0]), float(estimate), low, high, *ratios, draws, confidence)
 
 
 def _interval(values: Tensor, confidence: float) -> tuple[float, float]:

@@ -125,7 +125,8 @@ def _unpickle(path: Path) -> Any:
     except OSError:
         raise
     except Exception as e:  # a damaged pickle may fail in any way
-        reason, *_ = str(e).strip().splitlines() or [""]
+        # PyTorch goes on to advise loading without this safety, which no file of something else needs.
+        reason, *_ = str(e).strip().partition("In PyTorch 2.6")[0].splitlines() or [""]
         text = f"{path} cannot be read as weights: {reason}"
         raise ValueError(weights.failed_download(path) or text) from e
 

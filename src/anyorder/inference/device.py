@@ -125,9 +125,9 @@ def images_at_once(model: contracts.AnyOrderNetwork, grid: contracts.Grid) -> in
     keys and values, twice, since some models keep two entries for each position. The processes that torchrun
     starts on one machine share the memory of its CPU, and agree on the batch of the first one.
     """
-    weight = next(model.parameters())
-    if not hasattr(model.config, "depth"):  # an own network, of which nothing is known
+    if not (hasattr(model.config, "depth") and hasattr(model.config, "width")):  # nothing is known of it
         return LARGEST["cpu"]
+    weight = next(model.parameters())
     sharers = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if weight.device.type == "cpu" else 1
     bytes_each = 4 * model.config.depth * grid.n * model.config.width * weight.element_size()
     fit = free_memory(weight.device) // 2 // sharers // bytes_each

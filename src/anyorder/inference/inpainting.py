@@ -15,14 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyorder.contracts import AnyOrderModel, Grid, Step, Tokenizer, Trace, require
+from anyorder.contracts import AnyOrderModel, Grid, Step, Tokenizer, require
 from anyorder.data.images import from_float
-from anyorder.method.decoding import GenerationOptions, complete, generate
+from anyorder.method.decoding import GenerationOptions, generate
 from anyorder.method.policy_config import Order
 from anyorder.method.sampling import Streams
-
-Completion = tuple[Tensor, Tensor, Trace]
-"""Images (B, 3, H, W) uint8, the tokens that were kept (B, N) bool, and the trace: these come first."""
+from anyorder.tokenizers.vq_network import grid_of
 
 
 @dataclass(frozen=True)
@@ -59,23 +57,10 @@ class Unfinished:
             made = made + fading_step(to_float(self.images) - made, self.kept, self.feather)
         return torch.where(self.kept, self.images, from_float(made))
 
-    def complete(
-        self,
-        model: AnyOrderModel,
-        tokenizer: Tokenizer,
-        order: Order,
-        streams: Streams,
-        **options: Unpack[GenerationOptions],
-    ) -> Completion:
-        """Generate the unknown tokens; arguments as of `decoding.complete`, without `grid`."""
-        options["grid"] = self.grid
-        trace = complete(model, self.tokens, self.known, order, streams, **options)
-        return self.finish(tokenizer, trace.tokens), self.known, trace
-
     def steps(
         self, model: AnyOrderModel, order: Order, streams: Streams, **options: Unpack[GenerationOptions]
     ) -> Iterator[Step]:
-        """The same step by step, for images that know equally many tokens."""
+        """Generate the unknown tokens of images that know equally many; arguments as of `generate`."""
         options["grid"] = self.grid
         at = positions_of(self.known)
         return generate(model, order, streams, known=(at, self.tokens.gather(1, at)), **options)
@@ -95,7 +80,7 @@ def with_hole(tokenizer: Tokenizer, images: Tensor, mask: Tensor, filling: Filli
     Takes images (B, 3, H, W) uint8, sides divisible by the tokenizer's `factor`, and a mask (B, H, W) bool,
     True where pixels are to be generated; all True is sampling. Known pixels stay as they are, bit by bit.
     """
-    grid, kept, pixels = grid_of(images, tokenizer.factor), ~mask[:, None], to_float(images)
+    grid, kept, pixels = grid_of(images.shape, tokenizer.factor), ~mask[:, None], to_float(images)
     known = ~open_tokens(mask, tokenizer.factor, filling.margin)
     tokens = tokenizer.encode(torch.where(kept, pixels, extend(pixels, kept)[0]))
     return Unfinished(tokens, known, grid, images, kept, filling.feather)
@@ -106,19 +91,10 @@ def with_part(tokenizer: Tokenizer, images: Tensor, keep: float, streams: Stream
 
     The others are generated, and no pixel is pasted. Images as of `with_hole`.
     """
-    grid = grid_of(images, tokenizer.factor)
+    grid = grid_of(images.shape, tokenizer.factor)
     # By rank rather than by threshold: every image keeps equally many, and all run as one batch.
     known = streams.permutation(grid.n) < min(round(keep * grid.n), grid.n - 1)
     return Unfinished(tokenizer.encode(to_float(images)), known, grid)
-
-
-def grid_of(images: Tensor, factor: int) -> Grid:
-    """The grid of tokens of images (B, 3, H, W); a ValueError refuses sides not divisible by `factor`."""
-    h, w = images.shape[2:]
-    text = f"images of {h} x {w} pixels (height x width) cannot be cut into patches of {factor} x {factor}: "
-    text += f"resize, crop or pad both sides to a multiple of {factor}"
-    require(h % factor == w % factor == 0, text)
-    return Grid(h // factor, w // factor)
 
 
 def open_tokens(mask: Tensor, factor: int, margin: int = 0) -> Tensor:

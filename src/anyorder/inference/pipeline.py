@@ -58,7 +58,7 @@ class Pipeline(folders.Parts):
             path_or_hub_id: a published model is named by its file, such as "hp-l33/ARPG/arpg_300m.pt".
             device: "cuda", "mps" or "cpu"; by default the first GPU if there is one.
             dtype: of the any-order models, torch.bfloat16 say; by default float32. Other orders come out,
-                and samples are decoded under autocast.
+                and images are decoded under autocast.
             allow_own: load own parts (docs/how-to/extend.md) that a pipeline of the hub names: modules that
                 are installed here. Code of the repository itself is never run.
 
@@ -196,10 +196,12 @@ class Pipeline(folders.Parts):
         with devices.memory_for(batch_size):
             for rows, model, policy, streams, options in self._batches(batch_size, *prepared):
                 begun = begin(rows, streams)
-                found, known, trace = begun.complete(model, self.tokenizer, policy, streams, **options)
+                trace = decoding.complete(model, begun.tokens, begun.known, policy, streams, **options)
+                with devices.autocast_like(self.model):  # as images are decoded that are generated whole
+                    found = begun.finish(self.tokenizer, trace.tokens)
                 shown = [Image.fromarray(one) for one in found.permute(0, 2, 3, 1).cpu().numpy()]
                 numbers = trace.order, trace.tokens, trace.log_prob, begun.grid, trace.steps
-                made.append(PipelineOutput(shown, *numbers, known))
+                made.append(PipelineOutput(shown, *numbers, begun.known))
         return PipelineOutput.joined(made)
 
     @takes_request
@@ -349,7 +351,7 @@ class Pipeline(folders.Parts):
     def _pixels(self, images: np.ndarray) -> tuple[Tensor, Grid]:
         """Images (B, H, W, 3) uint8 as (B, 3, H, W) beside the weights, and their grid."""
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(self.device)
-        return pixels, inpainting.grid_of(pixels, self.tokenizer.factor)
+        return pixels, inpainting.grid_of(pixels.shape, self.tokenizer.factor)
 
     def _given(self, images: Any, batch_size: int, asked: ImageRequest) -> Iterator[tuple[Any, ...]]:
         """Batches of given images: their tokens, and the arguments of `decoding.extract_orders`."""
@@ -392,7 +394,7 @@ class Pipeline(folders.Parts):
         n, given = request.columns(images or request.num_images)
         text = f"got {n} images for num_images={request.num_images}: give one image, or one for each"
         require(request.num_images in (None, n), text)
-        grid, guidance = grid or request.shape or self.model.grid, request.guidance
+        grid, guidance = grid or request.shape or self.model.grid, request.guidance(self.guidance)
         condition = self._condition(n, given)
         if request.guidance_scale is None and sampled and condition is not None:
             guidance = self.guidance

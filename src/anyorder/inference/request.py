@@ -6,7 +6,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -74,9 +74,8 @@ class ImageRequest:
 
     # The members below raise a ValueError where the fields make no sense.
 
-    @property
-    def guidance(self) -> GuidanceConfig:
-        """The guidance, whichever way it is given."""
+    def guidance(self, own: GuidanceConfig) -> GuidanceConfig:
+        """The guidance, whichever way it is given; a scale alone keeps the schedule of `own`."""
         scale = 1 if self.guidance_scale is None else self.guidance_scale
         schedule = self.guidance_schedule
         if isinstance(scale, GuidanceConfig):
@@ -86,7 +85,9 @@ class ImageRequest:
         require(finite, f"guidance_scale must be a finite number or a GuidanceConfig, got {scale!r}")
         text = "guidance_schedule has no effect at guidance_scale=1: give a scale, say 2"
         require(schedule is None or scale != 1, text)
-        return GuidanceConfig(float(scale), schedule or "constant")
+        if schedule or scale == 1:
+            return GuidanceConfig(float(scale), schedule or "constant")
+        return replace(own, scale=float(scale), locations=None)
 
     @property
     def tokens(self) -> Sampling | None:

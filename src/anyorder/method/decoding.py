@@ -246,7 +246,8 @@ def expected_information(
         fork = copy.deepcopy(state)  # `append` uses a state up
         log_p = model.score(fork, position).log_softmax(-1, dtype=torch.float32)
         fork = model.append(fork, position, rating_log_probs(fork, log_p).argmax(-1))
-        others = (~revealed.scatter(1, position, True)).nonzero()[:, 1].view(len(position), -1)
+        closed = revealed.scatter(1, position, True)  # sorted, as `nonzero` would make a GPU wait
+        others = closed.byte().argsort(dim=1, stable=True)[:, : candidates.shape[1] - 1]
         after = -score_candidates(model, fork, others, None, sampler.entropy, chunk)[2].sum(1, True)
         gains.append(entropies.sum(1, True) - entropies.gather(1, column) - after)
     return positions, torch.cat(gains, dim=1)

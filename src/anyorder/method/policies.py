@@ -21,23 +21,18 @@ def open_positions(progress: Progress) -> Tensor:
     return progress.revealed.byte().argsort(dim=1, stable=True)[:, : progress.open]
 
 
-@dataclass(frozen=True)
-class _Policy(ParallelSchedule):
-    """What policies share; see `contracts.OrderPolicy`."""
-
-    def subset(self, rows: Tensor) -> Self:
-        """The same policy for some images (R,) int64 of the batch."""
-        return self
-
-
 @dataclass(frozen=True, eq=False)
-class _Decided(_Policy):
+class _Decided(ParallelSchedule):
     """A policy that proposes just what is to be revealed: nothing is left to rate or select."""
 
     token_blind = True
     rated = False
     located = False
     look_ahead = 0
+
+    def subset(self, rows: Tensor) -> Self:
+        """The same policy for some images (R,) int64 of the batch."""
+        return self
 
     def _next(self, progress: Progress, priority: Tensor) -> Tensor:
         """The positions (B, K) to reveal now, by priority (B, N): the largest first."""
@@ -80,7 +75,7 @@ class FixedOrder(_Decided):
 
 
 @dataclass(frozen=True)
-class InferredOrder(_Policy):
+class InferredOrder(ParallelSchedule):
     """The model chooses: every open position is scored, the K with the highest ratings are revealed.
 
     `score="token_likelihood"` is the paper's rule (OAR, arXiv 2504.17069 v1, Sec. 3: the most likely

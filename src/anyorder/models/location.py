@@ -90,10 +90,10 @@ class LocationHead(nn.Module):
 
     def _log_probs(self, tables: LocationTables, *parts: Tensor) -> Tensor:
         """As of `forward` for some steps, with the condition (B, T, D) of each."""
-        *inputs, last, revealed, closed = parts  # inputs: hidden, content, condition
+        hidden, content, condition, last, revealed, closed = parts
         # The condition and embeddings are small beside hidden states: without a norm the head would ignore
         # the class, and begin in the order of another one.
-        every = torch.stack(inputs, dim=-2)
+        every = torch.stack((hidden, content, condition), dim=-2)
         query = self.query(nn.functional.rms_norm(every, every.shape[-1:]).flatten(-2))
         score = query @ tables.absolute.T + self._from_last(query, last, tables)
         score = score + around(revealed, query @ self.context.weight, tables.grid)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,13 +121,11 @@ def short_name(folder: str | Path) -> str:
     return Path(folder).name.removeprefix("eval-")
 
 
-def label(path: Path, paths: Iterable[Path]) -> str:
-    """The end of a path that tells it from all others: the name of an artifact, with its run if need be."""
-    others = {other.parts for other in paths} - {path.parts}
-    length = 1
-    while length < len(path.parts) and path.parts[-length:] in {other[-length:] for other in others}:
-        length += 1
-    return "/".join(path.parts[-length:])
+def labels(paths: Iterable[Path]) -> dict[Path, str]:
+    """By path the end that tells it from all others: the name of an artifact, with its run if need be."""
+    ends = {path: ["/".join(path.parts[-n:]) for n in range(1, len(path.parts) + 1)] for path in paths}
+    count = Counter(end for each in ends.values() for end in each)
+    return {path: next((end for end in each if count[end] == 1), str(path)) for path, each in ends.items()}
 
 
 def _together(values: list[Any]) -> Any:
@@ -251,7 +250,8 @@ def read_differences(artifacts: Found) -> Differences:
     found: Differences = {}
     for manifest in (manifest for _, manifest in artifacts if manifest["stage"] == "compare"):
         a, b = manifest["inputs"]["a"], manifest["inputs"]["b"]
-        found[a, b] = {name: Difference.read(value) for name, value in manifest["metrics"].items()}
+        level = {"confidence": manifest["config"]["confidence"]}  # which results of older versions lack
+        found[a, b] = {name: Difference.read(level | value) for name, value in manifest["metrics"].items()}
         found[b, a] = {name: difference.reversed for name, difference in found[a, b].items()}
     return found
 
@@ -259,10 +259,10 @@ def read_differences(artifacts: Found) -> Differences:
 def difference_table(artifacts: Found) -> Table | None:
     """Every comparison among the artifacts, None if there are none."""
     compared = [(path, manifest) for path, manifest in artifacts if manifest["stage"] == "compare"]
-    runs = {path.parent for path, _ in compared}
+    runs = labels(path.parent for path, _ in compared)
     rows = [
         {
-            **({"run": label(path.parent, runs)} if len(runs) > 1 else {}),
+            **({"run": runs[path.parent]} if len(runs) > 1 else {}),
             "a": short_name(manifest["a"]),
             "b": short_name(manifest["b"]),
             "metric": name,

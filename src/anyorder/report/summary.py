@@ -12,11 +12,13 @@ from typing import Any
 from anyorder import files
 from anyorder.contracts import require
 from anyorder.report import curves, evaluations, page, verdict
-from anyorder.report.evaluations import Found
+from anyorder.report.evaluations import Evaluation, Found
 from anyorder.report.page import Section
 from anyorder.report.tables import Spread, Table
 
 LOG = "metrics.jsonl"
+Names = Mapping[Path, str]
+"""Of artifacts by their folders, each unlike all others of the report."""
 Columns = Mapping[str, str | Callable[[dict[str, Any]], Any]]
 """By name of the column: a key of the manifest, with dots between levels, or a value made from it."""
 
@@ -41,17 +43,18 @@ def report(folders: Sequence[Path], out: Path, *, data_images: bool = True) -> T
 
     evaluated, compared = evaluations.read_evaluations(artifacts), evaluations.difference_table(artifacts)
     spaces = evaluations.spaces(evaluated)
-    opening = [_opening(space, artifacts, images=i == 0) for i, space in enumerate(spaces)]
+    names = evaluations.labels(path for path, _ in artifacts)
+    opening = [_opening(space, artifacts, names, images=i == 0) for i, space in enumerate(spaces)]
     for section, space in zip(opening if len(spaces) > 1 else [], spaces, strict=False):
         section.title = f"Results: {evaluations.metric_names(space)}, {space[0].split} split"
     folded = [
         *(section for space in spaces for section in _measures(space)),
         *([Section("Differences", "", [compared])] if compared else []),
-        *_samples(of("sample")),
-        *(kind.section(found, data_images) for kind in KINDS if (found := _rounds(of(kind.stage)))),
-        *_losses(of("train")),
-        Section("Time", "", [_times(artifacts)]),
-        Section("Manifests", "", [page.Details(f"{m['stage']}: {path.name}", m) for path, m in artifacts]),
+        *_samples(of("sample"), names),
+        *(kind.section(found, names, data_images) for kind in KINDS if (found := _rounds(of(kind.stage)))),
+        *_losses(of("train"), names),
+        Section("Time", "", [_times(artifacts, names)]),
+        Section("Manifests", "", [page.Details(f"{m['stage']}: {names[path]}", m) for path, m in artifacts]),
     ]
     for section in folded:
         section.folded = True
@@ -78,19 +81,20 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     files.write_text(path, buffer.getvalue())
 
 
-def _opening(evaluated: Sequence[evaluations.Evaluation], artifacts: Found, *, images: bool) -> Section:
+def _opening(evaluated: Sequence[Evaluation], artifacts: Found, names: Names, *, images: bool) -> Section:
     """The main table, the verdict, and the first run's images of the baselines and the best other variant."""
     variants, differences = evaluations.group(evaluated), evaluations.read_differences(artifacts)
     best = verdict.best_comparison(variants, differences)
     shown = [v for v in variants if v.policy in verdict.BASELINES or (best and v is best.variant)]
     folders = {manifest["fingerprint"]: (path, manifest) for path, manifest in artifacts}
     inputs = [variant.evaluations[0].manifest["inputs"].get("samples") for variant in shown or variants[:3]]
-    gallery = _images([folders[i] for i in inputs if i in folders], "grid.png", "samples") if images else []
+    chosen = [folders[i] for i in inputs if i in folders]
+    gallery = _images(chosen, names, "grid.png", "samples") if images else []
     results = verdict.main_table(variants, differences), verdict.verdict(variants, differences)
     return Section("Results", "", [*results, *gallery])
 
 
-def _measures(evaluated: Sequence[evaluations.Evaluation]) -> list[Section]:
+def _measures(evaluated: Sequence[Evaluation]) -> list[Section]:
     """Every measure, over seeds where there are seeds, and of every run."""
     variants, name = evaluations.group(evaluated), evaluations.metric_names(evaluated)
     split = evaluated[0].split
@@ -101,8 +105,8 @@ def _measures(evaluated: Sequence[evaluations.Evaluation]) -> list[Section]:
     )
     notes = sorted({note for evaluation in evaluated for note in evaluation.metrics.get("notes", [])})
     text, several = " ".join([text, *notes]), len(variants) < len(evaluated)
-    runs = {e.run for e in evaluated}
-    rows = [{"run": evaluations.label(e.run, runs)} | e.row() if several else e.row() for e in evaluated]
+    runs = evaluations.labels(e.run for e in evaluated)
+    rows = [{"run": runs[e.run]} | e.row() if several else e.row() for e in evaluated]
     single = evaluations.tables(rows, name, split)
     if not several:
         return [Section("All measures", text, single)]
@@ -111,24 +115,24 @@ def _measures(evaluated: Sequence[evaluations.Evaluation]) -> list[Section]:
     return [Section("All measures, over seeds", text, averaged), Section("All measures, by run", "", single)]
 
 
-def _images(found: Found, name: str, title: str) -> list[page.Item]:
+def _images(found: Found, names: Names, name: str, title: str) -> list[page.Item]:
     """A gallery of the images of this name, where there are any."""
     figures = [
-        page.Figure(p / name, evaluations.label(p, dict(found)).replace("samples-", ""), f"{title}: {p.name}")
+        page.Figure(p / name, names[p].replace("samples-", ""), f"{title}: {names[p]}")
         for p, _ in found
         if (p / name).is_file()
     ]
     return [page.Gallery(figures)] if figures else []
 
 
-def _samples(samples: Found) -> list[Section]:
+def _samples(samples: Found, names: Names) -> list[Section]:
     parts = [
         ("grid.png", "Samples", "The first samples of each set, not selected."),
         ("orders.png", "Order maps", "Each sample beside the map of its order, light first, dark last."),
         ("generation.webp", "Generation", "Samples as they are generated, each in its order."),
         ("drawing.webp", "Generation", "The same; older runs name the file so."),
     ]
-    found = [Section(title, text, _images(samples, name, title)) for name, title, text in parts]
+    found = [Section(title, text, _images(samples, names, name, title)) for name, title, text in parts]
     return [section for section in found if section.items]
 
 
@@ -141,12 +145,9 @@ def _rounds(found: Found) -> Found:
     ]
 
 
-def _table(found: Found, first: str, columns: Columns) -> Table:
+def _table(found: Found, names: Names, first: str, columns: Columns) -> Table:
     """A row for each artifact, `first` with the name; columns without any value are left out."""
-    rows = [
-        {first: evaluations.label(p, dict(found)), **{name: _value(m, c) for name, c in columns.items()}}
-        for p, m in found
-    ]
+    rows = [{first: names[p], **{name: _value(m, c) for name, c in columns.items()}} for p, m in found]
     shown = [name for name in (first, *columns) if any(row[name] is not None for row in rows)]
     return Table(shown, [{name: row[name] for name in shown} for row in rows])
 
@@ -178,11 +179,11 @@ class Kind:
     alt: str = ""
     of_data: bool = False
 
-    def section(self, found: Found, data_images: bool) -> Section:
+    def section(self, found: Found, names: Names, data_images: bool) -> Section:
         """The section; `data_images`: with images that contain images of the data set."""
         shown = self.image and (data_images or not self.of_data)
-        images = _images(found, self.image, self.alt) if shown else []
-        return Section(self.title, self.text, [_table(found, self.first, self.columns), *images])
+        images = _images(found, names, self.image, self.alt) if shown else []
+        return Section(self.title, self.text, [_table(found, names, self.first, self.columns), *images])
 
 
 KINDS = (
@@ -250,27 +251,25 @@ KINDS = (
 )  # fmt: skip
 
 
-def _losses(trained: Found) -> list[Section]:
+def _losses(trained: Found, names: Names) -> list[Section]:
     # A training that stopped before its first logged step holds no loss.
     kept = [path for path, _ in trained if (path / LOG).is_file()]
     logged = [path for path in kept if any("loss" in line for line in curves.read_metrics(path / LOG))]
     if not logged:
         return []
     starts = [_steps_before(path, trained) for path in logged]
-    image = curves.loss_curves(
-        [(evaluations.label(path, dict(trained)), path / LOG) for path in logged], starts
-    )
+    image = curves.loss_curves([(names[path], path / LOG) for path in logged], starts)
     text = "Fine-tuning continues at the last step of the model that it started from."
     return [Section("Loss", text, [page.Figure(image, "", "loss curves")])]
 
 
-def _trained_on(manifest: dict[str, Any]) -> str:
-    """Where the orders of a training came from, for tables."""
+def _trained_on(manifest: dict[str, Any]) -> str | None:
+    """Where the orders of a training came from, for tables; None of models made by hand, which do not say."""
     config = manifest["config"]
     if config.get("online"):
         return f"extracted while training: {config['online']['order']}"
     if "orders" not in manifest["inputs"]:
-        return config["order"]
+        return config.get("order")
     return "extracted, the mean of each class" if config.get("orders_as") == "class_mean" else "extracted"
 
 
@@ -279,12 +278,14 @@ def _steps_before(path: Path, trained: Found) -> int:
     start = dict(trained)[path]["inputs"].get("init")
     for other, manifest in trained:
         if manifest["fingerprint"] == start:
-            return manifest.get("steps", manifest["config"]["train"]["steps"]) + _steps_before(other, trained)
+            made = manifest.get("steps") or manifest["config"].get("train", {}).get("steps", 0)
+            return made + _steps_before(other, trained)
     return 0
 
 
-def _times(artifacts: Found) -> Table:
+def _times(artifacts: Found, names: Names) -> Table:
     # The rounds of iterate are artifacts of their own.
     total = sum(m.get("seconds") or 0 for _, m in artifacts if m["stage"] != "iterate")
     columns = {"stage": "stage", "seconds": "seconds", "examples/s": "examples_per_second"}
-    return _table([*artifacts, (Path("all"), {"stage": "", "seconds": total})], "artifact", columns)
+    every = [*artifacts, (Path("all"), {"stage": "", "seconds": total})]
+    return _table(every, {**names, Path("all"): "all"}, "artifact", columns)

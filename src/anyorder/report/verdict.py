@@ -44,9 +44,14 @@ class Comparison:
         lengths = {len(interval.draws) for interval in self.intervals}
         if len(self.intervals) < max(2, len(self.pairs)) or len(lengths) > 1 or 0 in lengths:
             return None
-        low, high = bootstrap.pooled(self.intervals)
+        low, high = bootstrap.pooled(self.intervals, self.level)
         scale = 100 / mean(b.distance for _, b in self.pairs)
         return scale * low, scale * high
+
+    @property
+    def level(self) -> float:
+        """Confidence of the intervals, the highest where seeds differ."""
+        return max(interval.confidence for interval in self.intervals)
 
     @property
     def outside(self) -> tuple[int, int]:
@@ -87,7 +92,8 @@ class Comparison:
             return f"One seed: no verdict ({name} against {self.baseline.name}: {numbers})."
         counts = f"intervals of FD below zero in {below} and above zero in {above} of {n} seeds"
         if self.interval:
-            counts = "interval over {} seeds {:+.1f} to {:+.1f} %".format(n, *self.interval)
+            counts = f"{100 * self.level:g} % interval over {n} seeds "
+            counts += "{:+.1f} to {:+.1f} %".format(*self.interval)
         verdict = {
             "no intervals": "no verdict, as intervals (stage compare) are missing",
             "within noise": "the difference is within noise",
@@ -152,7 +158,7 @@ def main_table(variants: Sequence[Variant], differences: Differences) -> Table:
     of = "training" if pool == "train" else "the validation split"
     caption = f"{spread}{evaluations.metric_names(members)} {against}; {evaluations.FLOOR}: of {of}."
     if any("(" in str(row.get(c)) for row in rows for c in columns if " against " in c):
-        caption += " In brackets: the interval over resampled images, of several seeds at 95 %."
+        caption += " In brackets: the interval over resampled images, at 95 % unless another level is given."
     shown = [{c: row[c] for c in columns} for row in rows] + last
     return Table(columns, shown, caption, evaluations.best_of(rows, measures), unranked=len(last))
 
@@ -164,9 +170,11 @@ def _row(variant: Variant, baseline: Variant | None, differences: Differences) -
         return cells
     found = compare_with(variant, baseline, differences) if variant is not baseline else None
     change = f"{100 * found.relative:+.1f} %" if found else None
+    at = f" at {100 * found.level:g} %" if found and found.intervals and found.level != 0.95 else ""
     if found and found.interval:
-        change = "{} ({:+.1f} to {:+.1f})".format(change, *found.interval)
+        low, high = found.interval
+        change = f"{change} ({low:+.1f} to {high:+.1f}{at})"
     elif found and len(found.pairs) == 1 and found.intervals:
         interval = evaluations.percent_interval(found.intervals[0])
-        change = f"{change} ({interval})" if interval else change
+        change = f"{change} ({interval}{at})" if interval else change
     return {**cells, f"FD against {baseline.name}": change, "verdict": found.outcome if found else None}

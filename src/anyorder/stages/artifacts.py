@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import logging
 import os
 import re
@@ -37,8 +35,7 @@ FURTHER = re.compile(
 )
 """Other files that stages write; all others are the user's and never touched."""
 Completion = Callable[[dict[str, Any]], dict[str, Any]]
-
-
+Inputs = Mapping[str, str | Path]
 _open_artifacts: weakref.WeakSet[Artifact] = weakref.WeakSet()
 
 
@@ -58,7 +55,7 @@ class Artifact:
         folder: str | Path,
         stage: str,
         config: Mapping[str, Any],
-        inputs: Mapping[str, str | Path],
+        inputs: Inputs,
         completed: Completion = lambda then: then,
         *,
         grows: Collection[str] = (),
@@ -80,21 +77,21 @@ class Artifact:
             ValueError: `folder` is or holds an input, is being written, or holds something else.
         """
         self.folder, self._descriptor, self._opened, self.found = Path(folder), -1, False, set[str]()
-        self._inputs, self._completed, self._grows = dict(inputs), completed, grows
-        self.identity = _identity(stage, config, inputs)
-        self._begin = time.perf_counter()
+        self._inputs, self._grows = dict(inputs), grows
+        self._asked = stage, config, self._inputs, completed
+        self.identity, self._begin = _identity(stage, config, inputs), time.perf_counter()
         _open_artifacts.add(self)
         for role, path in inputs.items():
             if self.folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
                 raise ValueError(f"out={folder} is or holds the input {role}={path}: choose another out=")
-        self.current = self.is_current(folder, stage, config, inputs, completed)
+        self.current = self.is_current(folder, *self._asked)
         if self.current and not (self.folder / IDENTITY).exists():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
         try:
             self._recover()
-            self.current = self.is_current(folder, stage, config, inputs, completed)
+            self.current = self.is_current(folder, *self._asked)
             if not self.current:
                 self._open(overwrite)
         except BaseException:
@@ -106,12 +103,12 @@ class Artifact:
         folder: str | Path,
         stage: str,
         config: Mapping[str, Any],
-        inputs: Mapping[str, str | Path],
+        inputs: Inputs,
         completed: Completion = lambda then: then,
     ) -> bool:
         """Whether `folder` is finished with this very configuration and these inputs; writes nothing."""
         then = _record(Path(folder) / files.MANIFEST)
-        return then is not None and not _differences(then, _identity(stage, config, inputs), completed)
+        return then is not None and not _differences(then, stage, config, inputs, completed)
 
     def finish(self, examples: int | None = None, seconds: float | None = None, **facts: Any) -> None:
         """Write the manifest: from now on the artifact is finished.
@@ -128,7 +125,7 @@ class Artifact:
         manifest = {
             **self.identity,
             "input_folders": {role: os.path.relpath(path, here) for role, path in self._inputs.items()},
-            "fingerprint": hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16],
+            "fingerprint": files.name_of(hashes),
             "files": hashes,
             "other_files": [name for name in names if name not in hashes],
             "versions": files.versions(),
@@ -147,6 +144,9 @@ class Artifact:
         if unfinished and (not self._written() or self._untouched()):
             (self.folder / IDENTITY).unlink(missing_ok=True)
             self._recover()
+        elif unfinished:
+            with contextlib.suppress(OSError):  # the disk may be full
+                self._write_identity(self.found, written=self._written())
         self._opened = False
         self._unlock()
 
@@ -183,16 +183,11 @@ class Artifact:
 
     def _open(self, overwrite: bool) -> None:
         """Begin, resume or replace: the only place where what is there is moved or deleted."""
-        done, begun = _record(self.folder / files.MANIFEST), _record(self.folder / IDENTITY)
-        then = done or begun
+        done = _record(self.folder / files.MANIFEST)
+        then = done or _record(self.folder / IDENTITY)
         if then is None:
-            if orphans := [name for name in _walk(self.folder) if _is_work(name)]:
-                raise ValueError(
-                    f"{self.folder} holds files that no manifest vouches for ({', '.join(orphans[:3])}): "
-                    "move them away, or choose another out="
-                )
+            self.refuse(self._written())
             return self._write_identity(_walk(self.folder))
-        self.found = set(then.get("found", ()))
         goes_on = self._goes_on(then, overwrite, done is not None)
         if done:
             listed = _listed(done)
@@ -201,6 +196,7 @@ class Artifact:
             for name in [*([] if goes_on else sorted(listed)), files.MANIFEST]:
                 _move(self.folder, self.folder / REPLACED, name)  # the manifest last: valid until then
         elif not goes_on and (work := self._written()):
+            self.refuse({*work} - {*then.get("written", work)})  # put there since
             log.warning("%s: %d files of unfinished work are discarded", self.folder, len(work))
             for name in work:
                 (self.folder / name).unlink()
@@ -213,19 +209,24 @@ class Artifact:
             return
         self._write_identity(self.found)
 
+    def refuse(self, foreign: Iterable[str]) -> None:
+        """Let go of the folder by a ValueError if it holds files of the user's that the stage might take."""
+        if names := sorted(foreign)[:3]:
+            self.close()
+            text = f"{self.folder} holds files that no manifest vouches for ({', '.join(names)}): "
+            raise ValueError(f"{text}move them away, or choose another out=")
+
     def _untouched(self) -> bool:
         """Whether nothing was written since what was set aside, to grow, was finished."""
-        if not (aside := self.folder / REPLACED / files.MANIFEST).is_file() or not self._written():
-            return False
+        aside = self.folder / REPLACED / files.MANIFEST
         times = [(self.folder / name).lstat().st_mtime_ns for name in self._written()]
-        return max(times) <= aside.stat().st_mtime_ns
+        return bool(times) and aside.is_file() and max(times) <= aside.stat().st_mtime_ns
 
     def _is_aside(self) -> bool:
         """Whether what waits to be replaced is the very artifact that is asked for, and whole."""
-        aside = _record((folder := self.folder / REPLACED) / files.MANIFEST)
-        if aside is None or _differences(aside, self.identity, self._completed):
+        if not self.is_current(folder := self.folder / REPLACED, *self._asked):
             return False
-        return all(os.path.lexists(folder / name) for name in _listed(aside))
+        return all(os.path.lexists(folder / name) for name in _listed(files.read_manifest(folder)))
 
     def _goes_on(self, then: Mapping[str, Any], overwrite: bool, done: bool) -> bool:
         """Whether the work that is there can be continued; a ValueError if it may not be replaced either."""
@@ -234,7 +235,7 @@ class Artifact:
                 f"{self.folder} holds the artifact of stage '{then['stage']}', not "
                 f"'{self.identity['stage']}': choose another out="
             )
-        differences = _differences(then, self.identity, self._completed)
+        differences = _differences(then, *self._asked)
         growing = {*differences} <= {*self._grows}
         numbers = all(isinstance(x, int | float) for pair in differences.values() for x in pair)
         more = growing and numbers and all(was < now for was, now in differences.values())
@@ -254,11 +255,11 @@ class Artifact:
             )
         return False
 
-    def _write_identity(self, found: Iterable[str]) -> None:
+    def _write_identity(self, found: Iterable[str], **further: Any) -> None:
         self.found = set(found)
         since = datetime.now().astimezone().isoformat(" ", timespec="seconds")
         writer = f"process {os.getpid()} on {socket.gethostname()} since {since}"
-        facts = {**self.identity, "found": sorted(self.found), "writer": writer}
+        facts = {**self.identity, "found": sorted(self.found), "writer": writer, **further}
         files.write_json(self.folder / IDENTITY, facts)
         self._opened = True
         for name in [*_walk(self.folder), *(entry.name for entry in os.scandir(self.folder))]:
@@ -338,7 +339,7 @@ def verify(folder: str | Path, seen: set[Path] | None = None) -> list[str]:
     for role, source in input_folders(folder, manifest).items():
         if not (source / files.MANIFEST).is_file():
             problems.append(f"{source} ({role} of {folder}) is missing")
-        elif files.fingerprint(source) != manifest["inputs"][role]:
+        elif not files.made_from(manifest, role, source):
             problems.append(f"{source} ({role} of {folder}) is not what it was made from")
         else:
             problems += verify(source, seen)
@@ -363,9 +364,9 @@ def input_folders(folder: str | Path, manifest: Mapping[str, Any]) -> dict[str, 
 # --- what an artifact is made from ------------------------------------------------------------------------
 
 
-def _identity(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str | Path]) -> dict[str, Any]:
-    fingerprints = {role: files.fingerprint(path) for role, path in inputs.items()}
-    return {"stage": stage, "config": files.plain(config), "inputs": fingerprints}
+def _identity(stage: str, config: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
+    names = {role: files.fingerprints(path, role, stage)[0] for role, path in inputs.items()}
+    return {"stage": stage, "config": files.plain(config), "inputs": names}
 
 
 def _record(path: Path) -> dict[str, Any] | None:
@@ -373,9 +374,11 @@ def _record(path: Path) -> dict[str, Any] | None:
 
 
 def _differences(
-    then: Mapping[str, Any], now: Mapping[str, Any], completed: Completion
+    then: Mapping[str, Any], stage: str, config: Mapping[str, Any], inputs: Inputs, completed: Completion
 ) -> dict[str, tuple[Any, Any]]:
     """Names of what differs (dotted) with the values of then and now."""
+    now = _identity(stage, config, inputs)
+    now["inputs"] |= {r: then["inputs"][r] for r, path in inputs.items() if files.made_from(then, r, path)}
     a, b = _compared(then, completed), _compared(now, completed)
     names = [name for name in {**b, **a} if a.get(name) != b.get(name)]
     return {name.removeprefix("config."): (a.get(name), b.get(name)) for name in names}

@@ -16,7 +16,7 @@ from anyorder.contracts import AnyOrderNetwork, class_labels, require
 from anyorder.data.caches import TokenSet
 from anyorder.data.classes import map_classes
 from anyorder.data.rows import slices
-from anyorder.files import RowWriter, fingerprint, load_array, read_json, read_manifest
+from anyorder.files import RowWriter, fingerprints, load_array, read_json, read_manifest
 from anyorder.inference import processes
 from anyorder.inference.device import Threads, device
 from anyorder.inference.folders import INDEX
@@ -64,6 +64,8 @@ class Rows:
         self._done = processes.told(self._writer.rows if self._writer else 0)
         parts = self._parts(self._done)
         self._whole = processes.told({part for part in parts if self._is_whole(part)})
+        self.known = self._done + sum(end - begin for begin, end in self._whole)
+        """How many rows an earlier run has made."""
         self._mine = [part for part in parts if part not in self._whole][processes.rank() :: processes.size()]
         self.own = [rows for begin, end in self._mine for rows in slices(end, size, begin)]
         """Row numbers of the batches that are this process's, in sequence."""
@@ -74,8 +76,7 @@ class Rows:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Row numbers (B,) of the batches that are this process's."""
-        known = self._done + sum(end - begin for begin, end in self._whole)
-        bar = tqdm(total=self.n, initial=known, desc=self.what, unit="image")
+        bar = tqdm(total=self.n, initial=self.known, desc=self.what, unit="image")
         with bar, Threads(device()) as threads:
             for part in self._mine:
                 writer = self._writer_of(part)
@@ -151,11 +152,12 @@ def trained_before(folder: Path) -> dict[str, Any]:
 
 def require_made_from(folder: Path, role: str, other: Path | None) -> None:
     """A ValueError if `folder` was made from another artifact in this role than `other` (None: from any)."""
-    recorded, given = read_manifest(folder)["inputs"].get(role), fingerprint(other) if other else None
+    recorded = read_manifest(folder)["inputs"].get(role)
+    names = fingerprints(other, role) if other else [None]
     require(
-        recorded == given,
-        f"{folder} was made with {role} {recorded}, but {other} is {given}: give the {role} that belongs to "
-        f"it, or run the stage that makes {folder} again",
+        recorded in names,
+        f"{folder} was made with {role} {recorded}, but {other} is {names[0]}: give the {role} that belongs "
+        f"to it, or run the stage that makes {folder} again",
     )
 
 

@@ -71,19 +71,20 @@ class CompletionStage(GeneratingStage):
             require_made_from(folder, "data", self.data)
         rows = row_numbers.evenly_spaced(self.num_images, len(images))
         hole, true = shaped_mask(self.mask, images.size), np.array(images.images[rows])
-        pipe = self.load_pipeline(artifact, tokens, len(rows) * len(self.seeds), bf16=self.bf16)
+        pipe = self.load_pipeline(tokens, len(rows) * len(self.seeds), bf16=self.bf16)
         condition = as_condition(pipe.model, tokens, torch.from_numpy(np.array(images.labels[rows])))
+        made = 0
         for seed in self.seeds:
             # Far apart, so that no image meets the numbers of another one in the next seed.
             seeds = [1_000_000 * seed + int(row) for row in rows]
-            self._complete(artifact.folder / str(seed), pipe, true, hole, condition, seeds)
+            made += self._complete(artifact.folder / str(seed), pipe, true, hole, condition, seeds)
         if not artifact.leads:
             return {}
         found = self._measure(artifact.folder, true, hole, pipe.tokenizer.factor)
         files.write_json(artifact.folder / "metrics.json", found)
         self._figure(artifact.folder, true, hole)
         return {
-            "examples": len(rows) * len(self.seeds),
+            "examples": made,
             "policy": self.policy.label,
             "token_blind": self.policy.token_blind,
             "metrics": found,
@@ -98,8 +99,8 @@ class CompletionStage(GeneratingStage):
         hole: np.ndarray,
         condition: torch.Tensor | None,
         seeds: list[int],
-    ) -> None:
-        """Batch by batch; a killed run goes on after its last batch."""
+    ) -> int:
+        """Batch by batch; a killed run goes on after its last batch; returns how many this one made."""
         n = (hole.size // pipe.tokenizer.factor**2,)
         names: dict[str, Any] = {"images": (true.shape[1:], np.uint8), "order": (n, np.uint16)}
         names |= {"log_prob": (n, np.float32)} if self._exact() else {}
@@ -121,6 +122,7 @@ class CompletionStage(GeneratingStage):
                 order = made.order if self.policy.order == "random" else self.policy
                 values.append(pipe.log_prob_of(true[some], made, order=order, **settings).cpu().numpy())
             rows.append(**dict(zip(rows.specs, values, strict=True)))
+        return rows.n - rows.known
 
     def _measure(self, folder: Path, true: np.ndarray, hole: np.ndarray, factor: int) -> dict[str, Any]:
         """Mean, standard deviation over the seeds and the values of each seed, metric by metric."""

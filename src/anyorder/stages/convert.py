@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from anyorder import families
-from anyorder.contracts import AnyOrderNetwork, require
+from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork, require
 from anyorder.evaluation.features import _digest
 from anyorder.files import fingerprint, sha256
 from anyorder.inference.convert import build, combine, read_tokenizer, recommended, require_file
@@ -57,7 +58,7 @@ def convert(config: ConvertConfig, out: Path, *, overwrite: bool = False) -> Non
         ValueError: not a file of a known model, parts that do not fit, or another conversion is there.
     """
     own = families.is_own("networks", str(config.source))
-    model = families.resolve("networks", str(config.source))() if own else None
+    model = _made(str(config.source)) if own else None
     identity = {**dataclasses.asdict(config), "sha256": _hashes(config, model)}
     if Artifact.is_current(out, "convert", identity, {}):
         log.info("%s is up to date", out)
@@ -82,6 +83,20 @@ def convert(config: ConvertConfig, out: Path, *, overwrite: bool = False) -> Non
     log.info("%s: %s, %.1f million parameters", out, type(model).__name__, parameters / 1e6)
 
 
+def _made(name: str) -> Any:
+    """The network that an own function returns; a ValueError for what is no such function."""
+    function = families.resolve("networks", name)
+    mend = "give package.module:function, without arguments, that returns a tokenizer or model with config"
+    try:
+        inspect.signature(function).bind()
+    except TypeError as e:
+        raise ValueError(f"{name} cannot be called without arguments ({e}): {mend}") from e
+    model = function()
+    networks = isinstance(model, AnyOrderNetwork | TokenizerNetwork) and hasattr(model, "config")
+    require(networks, f"{name} returned a {type(model).__name__}: {mend}")
+    return model
+
+
 def _require_effect(config: ConvertConfig, model: Any) -> None:
     """A ValueError for settings that the model does not use."""
     changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
@@ -95,6 +110,9 @@ def _require_effect(config: ConvertConfig, model: Any) -> None:
         unused |= changed & ({"joint_steps"} if families.kind_of(model) == "llamagen" else set())
         what = "policy and guidance need tokenizer=..., joint_steps a model of more than raster order"
     require(not unused, f"{', '.join(sorted(unused))} has no effect ({what}): leave it out")
+    text = "LlamaGen generates in raster order only: leave policy.order out"
+    others = config.policy and config.policy.order != "raster"
+    require(not (others and families.kind_of(model) == "llamagen"), text)
 
 
 def _hashes(config: ConvertConfig, own: nn.Module | None) -> dict[str, str]:

@@ -100,12 +100,6 @@ class DataStage:
         columns = Columns(self.label, self.captions, tuple(self.attributes), self.image)
         return open_source(self.source, columns, self.test_fraction)
 
-    @property
-    def _where(self) -> str:
-        """The source, wherever the commands that read it are run."""
-        path = Path(self.source).expanduser()
-        return str(path.resolve()) if path.exists() else self.source
-
     @cached_property
     def _stats(self) -> listing.Stats:
         return {} if self.source == "sunsets" else self._opened.stats()
@@ -114,12 +108,17 @@ class DataStage:
         """What the source holds now, as part of what identifies the artifact."""
         return {"listing": listing.digest(self._stats)} if self._stats else {}
 
+    def spelled(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings as they are compared: `photos/`, `./photos` and its full path are one source."""
+        return settings | {"source": _place(settings["source"])}
+
     def explain(self, folder: Path) -> None:
         """Say which files of the source are others than those that the artifact in `folder` was made of.
 
         A ValueError refuses to write into the source itself.
         """
-        require(self._where != str(folder.resolve()), f"out={folder} is the source: choose another out=")
+        itself = _place(self.source) == str(folder.resolve())
+        require(not itself, f"out={folder} is the source: choose another out=")
         if not self.cache and type(self._opened).__name__ == "HubSource":
             text = "%s is downloaded whole; parquet files of source=hf://datasets/%s are read where they are"
             log.info(text, self.source, self.source)
@@ -142,12 +141,18 @@ class DataStage:
                 self.max_train, self.max_test, self.max_skipped, self.max_validation, self.cache,
             )  # fmt: skip
             if not self.cache:
-                facts["decoding"] = described(self._opened, self._where, dataclasses.asdict(self))
+                facts["decoding"] = described(self._opened, _place(self.source), dataclasses.asdict(self))
         mend = "set test_fraction or max_test above 0"
         require(facts["counts"]["test"] > 0, f"the test split is empty, and later stages need it: {mend}")
         if self._stats:
             (artifact.folder / LISTING).write_bytes(gzip.compress(json.dumps(self._stats).encode(), mtime=0))
         return facts
+
+
+def _place(source: str) -> str:
+    """The source, wherever the commands that read it are run."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if source != "sunsets" and path.exists() else source
 
 
 def source_state(config: dict[str, Any]) -> str:

@@ -110,6 +110,11 @@ class EvalStage:
         extractor = spaces.load_extractor(self.features)
         reference = spaces.load_reference(self.features, split)
         images, source = files.load_array(self.samples / "images.npy"), artifact.identity["inputs"]["samples"]
+        text = f"{self.samples} holds {len(images)} images: distances and recall need at least 4"
+        require(len(images) >= 4, text)
+        # What may refuse its input comes before hours of work.
+        moments = spaces.reference_file(self.reference, extractor) if self.reference else None
+        agreement = self._attribute_agreement(images, test)
         generated = spaces.statistics(extractor, images, np.arange(len(images)), source, "generated images")
         training = spaces.training_features(self.features, extractor, caches.ImageSet(self.data))
         pool = floors.floor_split(self.data, split)
@@ -136,14 +141,13 @@ class EvalStage:
             **memorization.closeness(*gaps),
             "token_copies": memorization.copied_share(tokens, train.tokens),
             "token_copies_of_test": memorization.copied_share(test.tokens, train.tokens),
-            **self._attribute_agreement(images, test),
+            **agreement,
         }
         if "steps_per_image" in made:  # samples of earlier versions do not say
             found["steps_per_image"] = made["steps_per_image"]
         if again:
             found["rfd"] = metrics.frechet_distance(*(some.gaussian for some in again))
-        if self.reference is not None:
-            moments = spaces.reference_file(self.reference, extractor)
+        if moments is not None:
             found["fd_of_reference"] = metrics.frechet_distance(moments, generated.gaussian)
         of_classes = not files.read_manifest(self.features)["config"].get("label")  # not of an attribute
         if of_classes and isinstance(extractor, spaces.features.ClassifierFeatures):
@@ -168,8 +172,10 @@ class EvalStage:
         column = index_of(name, list(test.attributes), "attribute")
         extractor = spaces.load_extractor(self.attribute_features)
         reference = spaces.load_reference(self.attribute_features, test.split)
-        logits = torch.cat([extractor(batch)[1].cpu() for batch in uint8_batches(images)])
         asked = torch.from_numpy(np.array(files.load_array(self.samples / "condition.npy")[:, 1 + column]))
+        text = f"attribute_features: no image of {self.samples} was asked for a {name}: sample classes=test"
+        require(bool((asked >= 0).any()), text)
+        logits = torch.cat([extractor(batch)[1].cpu() for batch in uint8_batches(images)])
         true = torch.from_numpy(test.further[:, column].astype(np.int64))
         return {
             "attribute": name,

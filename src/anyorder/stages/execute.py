@@ -97,18 +97,18 @@ def split(stage: Any) -> tuple[dict[str, Any], dict[str, Path], Completion]:
     The folders of artifacts are no settings: moving them leaves what was made of them up to date. Settings
     that a stage puts `aside` are recorded, but not compared. What a stage has `observed` of files that are no
     artifacts counts as settings; an older artifact does not record it, and what cannot be observed any more
-    (of all that the stage `observes`) is not compared.
+    (of all that the stage `observes`) is not compared. A stage may have some `spelled` alike for that.
     """
     settings = dataclasses.asdict(stage)
     given = {role: settings.pop(role) for role in stage.inputs}
     inputs = {role: path for role, path in given.items() if path is not None}
     observed = stage.observed() if hasattr(stage, "observed") else {}
-
     unknown = {*getattr(stage, "observes", ())} - observed.keys()
 
     def compared(then: dict[str, Any]) -> dict[str, Any]:
-        aside = {*getattr(stage, "aside", ()), *unknown}
-        return observed | _without(completed(then, stage, stage.inputs), aside)
+        left_out = {*stage.inputs, *getattr(stage, "aside", ()), *unknown}
+        found = observed | _without(completed(then, stage), left_out)
+        return stage.spelled(found) if hasattr(stage, "spelled") else found
 
     return settings | observed, inputs, compared
 
@@ -132,18 +132,18 @@ def resolved(stage: Any) -> Any:
     return stage
 
 
-def completed(then: dict[str, Any], like: Any, without: Collection[str] = ()) -> dict[str, Any]:
+def completed(then: dict[str, Any], like: Any) -> dict[str, Any]:
     """A recorded configuration with the defaults of settings that did not exist when it was recorded.
 
     A new setting's default is what was done before it existed, so that it makes no artifact stale. `like` is
-    a configuration of now, for its fields; those named in `without` are no settings.
+    a configuration of now, for its fields.
     """
     found = defaults(type(like)) | read_stored(type(like), then)
     for name, value in found.items():
         group = getattr(like, name, None)
         if isinstance(value, dict) and dataclasses.is_dataclass(group):
             found[name] = completed(value, group)
-    return {name: value for name, value in found.items() if name not in without}
+    return found
 
 
 def _without(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

@@ -8,15 +8,14 @@ from statistics import mean, stdev
 from typing import Any, ClassVar
 
 from anyorder.contracts import require
-from anyorder.data.caches import OrderSet, TokenSet, check_tokenizer
+from anyorder.data.caches import OrderSet, TokenSet
 from anyorder.inference.device import device, fast_dtype
 from anyorder.inference.pipeline import Pipeline
 from anyorder.inference.weights import load_any_order, load_tokenizer
 from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Sampling
-from anyorder.stages.artifacts import Artifact
-from anyorder.stages.common import require_trained_on
+from anyorder.stages.common import require_made_from, require_trained_on
 
 
 @dataclass(kw_only=True)
@@ -61,13 +60,7 @@ class GeneratingStage:
         return self.guidance.scale != 1
 
     def load_pipeline(
-        self,
-        artifact: Artifact,
-        tokens: TokenSet,
-        images: int = 0,
-        *,
-        bf16: bool = False,
-        compiled: bool | None = None,
+        self, tokens: TokenSet, images: int = 0, *, bf16: bool = False, compiled: bool | None = None
     ) -> Pipeline:
         """A pipeline of the inputs, on the device.
 
@@ -75,20 +68,20 @@ class GeneratingStage:
         where, if the order is inferred, stays float32: in bf16 other orders come out (Kendall's tau 0.72 for
         margin). `compiled` is for so many `images` as of `Pipeline.compile_decoding`.
         """
-        pipe = load_parts(self, artifact, tokens)
+        pipe = load_parts(self, tokens)
         if self.scorer or not self.policy.decided:
             pipe.model.to(fast_dtype(device(), bf16))
         return pipe.compile_decoding(compiled, images)
 
 
-def load_parts(stage: Any, artifact: Artifact, tokens: TokenSet) -> Pipeline:
+def load_parts(stage: Any, tokens: TokenSet) -> Pipeline:
     """Models, tokenizer and orders of the classes that are inputs of a stage, on the device.
 
     A ValueError refuses a model that was trained on other tokens, or another tokenizer.
     """
     for folder in filter(None, (stage.model, stage.scorer)):
         require_trained_on(folder, tokens)
-    check_tokenizer(tokens, artifact.identity["inputs"]["tokenizer"])
+    require_made_from(tokens.folder, "tokenizer", stage.tokenizer)
     return Pipeline(
         load_any_order(stage.model),
         load_tokenizer(stage.tokenizer),

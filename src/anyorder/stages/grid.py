@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from anyorder.contracts import require
-from anyorder.data.caches import TokenSet, check_tokenizer
+from anyorder.data.caches import TokenSet
 from anyorder.data.rows import evenly_spaced
 from anyorder.files import read_manifest, write_json
 from anyorder.inference import figures
@@ -22,7 +22,7 @@ from anyorder.method.loss import image_nll
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.orders import random_orders
 from anyorder.stages.artifacts import Artifact
-from anyorder.stages.common import as_condition
+from anyorder.stages.common import as_condition, require_made_from
 from anyorder.stages.generation import GeneratingStage, over_seeds
 
 
@@ -56,8 +56,8 @@ class GridStage(GeneratingStage):
         """Write `metrics.json`, and a figure: images of the test split above samples."""
         assert self.tokens
         trained, other = TokenSet(self.tokens, "test"), TokenSet(self.other, "test")
-        pipe = self.load_pipeline(artifact, trained)
-        check_tokenizer(other, artifact.identity["inputs"]["tokenizer"])
+        pipe = self.load_pipeline(trained)
+        require_made_from(self.other, "tokenizer", self.tokenizer)
         text = f"{self.other} has other classes than {self.tokens}: tokenize the same kind of images"
         require(trained.classes == other.classes, text)
         both = {"own": trained, "other": other}

@@ -75,7 +75,7 @@ class PipelineStage:
         for role in GeneratingStage.inputs if self.samples else ():
             require_made_from(self.samples, role, getattr(self, role))  # type: ignore[arg-type]
         tokens = TokenSet(self.tokens, "test")
-        pipe = load_parts(self, artifact, tokens)
+        pipe = load_parts(self, tokens)
         policy, guidance, sampling = self.policy or PolicyConfig(), GuidanceConfig(), self.sampling
         if self.samples:
             made = read_manifest(self.samples)
@@ -85,8 +85,8 @@ class PipelineStage:
             sampling = sampling or parse_stored(Sampling, drawn)
             if not self.policy:
                 policy = stored_policy(config["policy"])
-                if (scale := made.get("guidance_scale", 1)) != 1:
-                    guidance = parse_stored(GuidanceConfig, config.get("guidance", {}) | {"scale": scale})
+            if (scale := made.get("guidance_scale", 1)) != 1:
+                guidance = parse_stored(GuidanceConfig, config.get("guidance", {}) | {"scale": scale})
         classes = class_names(self.model, pipe.model, tokens)
         vocabulary = dataclasses.replace(tokens.vocabulary, classes=classes)
         example = self.example_class or (classes[np.bincount(tokens.labels).argmax()] if classes else None)

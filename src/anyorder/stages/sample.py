@@ -17,6 +17,7 @@ from anyorder.inference import figures
 from anyorder.inference.device import device
 from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.sampling import Sampling
+from anyorder.settings import parse_stored
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import SHOWN, Rows, as_condition
 from anyorder.stages.generation import GeneratingStage
@@ -29,11 +30,13 @@ class SampleStage(GeneratingStage):
     together: ClassVar[bool] = True
     inputs: ClassVar[tuple[str, ...]] = (*GeneratingStage.inputs, "settings")
     settings: Path | None = None
-    """Tune artifact whose best temperature and guidance scale are taken, of the same policy."""
+    """Tune artifact whose best temperature and guidance scale are taken, of the same policy and further
+    sampling and guidance."""
     num_images: int = 1000
     """Number of images, at least 1; by default 1000."""
     prompts: tuple[str, ...] = ()
-    """Generate for these texts alone, num_images / len(prompts) images for each, all from the same seeds."""
+    """Generate for these texts alone, num_images / len(prompts) images for each, all from the same seeds;
+    ["a text, with a comma"] in brackets and quotes."""
     classes: Literal["test", "validation", "uniform"] = "test"
     """Generate for the classes, attributes and captions of test or validation images, or for every class
     equally often, without attributes and captions."""
@@ -82,7 +85,7 @@ class SampleStage(GeneratingStage):
         """
         assert self.tokens
         tokens = TokenSet(self.tokens, "test" if self.classes == "uniform" else self.classes)
-        pipe = self.load_pipeline(artifact, tokens, self.num_images, bf16=self.bf16, compiled=self.compile)
+        pipe = self.load_pipeline(tokens, self.num_images, bf16=self.bf16, compiled=self.compile)
         sampling, guidance = self._tuned()
         conditions, per_prompt = self._conditions(tokens), self.num_images // max(1, len(self.prompts))
         given = tokens.without(conditions, self.hide)
@@ -127,6 +130,11 @@ class SampleStage(GeneratingStage):
         made = read_manifest(self.settings)
         other = f"{self.settings} is a search for {made.get('policy')}, not for {self.policy.label}"
         require(made.get("policy") == self.policy.label, f"{other}: run tune with this policy")
+        for name, mine in {"sampling": self.sampling, "guidance": self.guidance}.items():
+            its = vars(parse_stored(type(mine), made["config"].get(name, {})))
+            differ = [f"{name}.{key}={value}" for key, value in its.items() if value != getattr(mine, key)]
+            text = f"{self.settings} is a search with {' '.join(differ)}: say so here, too, or search anew"
+            require(not differ, text)
         best, scale = made["best"], made["best"]["guidance_scale"]
         guidance = replace(self.guidance, scale=scale) if scale != 1 else GuidanceConfig()
         return replace(self.sampling, temperature=best["temperature"]), guidance

@@ -51,10 +51,8 @@ class TokensStage:
         further = processes.told(self._conditions(sets, artifact) if artifact.leads else {})
         model = load_tokenizer(self.tokenizer)
         grid = Grid(*(side // model.factor for side in images.size))
-        for each in sets:
-            self._encode(model, each, grid.n, artifact)
         return {
-            "examples": sum(map(len, sets)),
+            "examples": sum(self._encode(model, each, grid.n, artifact) for each in sets),
             "grid": [grid.h, grid.w],
             "vocab_size": model.vocab_size,
             "classes": images.classes,
@@ -88,8 +86,8 @@ class TokensStage:
         text = {"vocab_size": tokenizer.vocab_size, "length": self.text.length}
         return facts | {"text": text | ({"captions": count} if count > 1 else {})}
 
-    def _encode(self, model: TokenizerNetwork, images: ImageSet, n: int, artifact: Artifact) -> None:
-        """Encode one split as n tokens each, going on where a killed run stopped."""
+    def _encode(self, model: TokenizerNetwork, images: ImageSet, n: int, artifact: Artifact) -> int:
+        """Encode one split as n tokens each, going on where a killed run stopped; how many images it took."""
         split = images.split
         names = {f"{split}.tokens": ((n,), np.int32), f"{split}.labels": ((), np.int64)}
         rows = Rows(artifact.folder, names, len(images), self.batch_size, f"{split} tokens")
@@ -98,3 +96,4 @@ class TokensStage:
                 pixels, labels = images.batch(some, device=device())
                 tokens = model.encode(pixels).cpu().numpy()
                 rows.append(**{f"{split}.tokens": tokens, f"{split}.labels": labels.numpy()})
+        return rows.n - rows.known

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from anyorder.stages.execute import execute
 from anyorder.stages.generation import GeneratingStage
 from anyorder.stages.sample import SampleStage
 
+log = logging.getLogger("anyorder")
 TABLE = "table.json"
 """One row for each point that is measured."""
 MOST_POINTS = 12
@@ -47,8 +49,9 @@ class TuneStage(GeneratingStage):
     """Temperatures to try, each with every scale; at most 12 points in all."""
     scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
     """Guidance scales to try; 1 is no guidance."""
-    num_images: int = 1000
-    """Images generated for each point, for the classes of validation images; at least 4."""
+    num_images: int = 2000
+    """Images generated for each point, for the classes of validation images; at least 4. With fewer than the
+    features have dimensions (EfficientNet-Lite0: 1,280) the least FD is that of too low a temperature."""
     batch_size: int = 64
     """Images generated at once; samples do not depend on it, up to rounding."""
     bf16: bool = True
@@ -87,6 +90,10 @@ class TuneStage(GeneratingStage):
         rows: list[dict[str, float]] = processes.told(files.read_json(table) if table.is_file() else [])
         if artifact.leads:
             shutil.rmtree(artifact.folder / f"point-{len(rows)}", ignore_errors=True)  # left by a kill
+        begun = len(rows)
+        if artifact.leads and self.num_images < reference.features.shape[1]:
+            text = "FD of %d images in %d features prefers low temperatures: give num_images=%d or more"
+            log.warning(text, self.num_images, reference.features.shape[1], 2 * reference.features.shape[1])
         for number, (temperature, scale) in enumerate(points[len(rows) :], start=len(rows) + 1):
             folder = artifact.folder / f"point-{number}"
             execute("sample", self._samples(temperature, scale), folder)
@@ -102,7 +109,7 @@ class TuneStage(GeneratingStage):
             return {}
         figures.save_image(curves.search_curves(rows, extractor.metric), artifact.folder / "search.png")
         found = {"metric_name": extractor.metric, "policy": self.policy.label, "best": best(rows)}
-        return {"examples": self.num_images * len(rows), "points": rows, **found}
+        return {"examples": self.num_images * (len(rows) - begun), "points": rows, **found}
 
     def _samples(self, temperature: float, scale: float) -> SampleStage:
         """The sample stage of one point."""

@@ -54,7 +54,7 @@ class AutoencoderTokenizer(contracts.TokenizerNetwork):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """See `vq_network.ConvTokenizer`."""
-        vq_network.grid_of(images, self.factor)
+        vq_network.grid_of(images.shape, self.factor)
         z = _latents(self.autoencoder, images)
         return _nearest(z.movedim(1, -1).flatten(0, -2), self.codebook).view(len(z), -1)
 

@@ -45,7 +45,7 @@ class ConvTokenizer(contracts.TokenizerNetwork):
 
     def grid(self, images: Tensor) -> contracts.Grid:
         """The grid of tokens that `images` (B, 3, H, W) are cut into; errors as for `encode`."""
-        return grid_of(images, self.factor)
+        return grid_of(images.shape, self.factor)
 
     def _latents(self, images: Tensor) -> Tensor:
         """What is quantised, (B, N, D) float; checks the images."""
@@ -67,15 +67,15 @@ def check_tokens(tokens: Tensor, grid: contracts.Grid, vocab_size: int) -> None:
     contracts.require(fits, f"tokens must lie {allowed}, got {low} to {high}: {mend}")
 
 
-def grid_of(images: Tensor, factor: int) -> contracts.Grid:
-    """The grid of patches of `factor` pixels; a ValueError where images (B, 3, H, W) have none."""
-    got, sides = tuple(images.shape), images.shape[2:]
-    contracts.require(
-        images.ndim == 4 and got[1] == 3 and 0 not in sides and not any(s % factor for s in sides),
-        f"images must have shape (B, 3, H, W) with sides divisible by {factor}, got {got}: "
-        f"resize or crop both sides to a multiple of {factor}",
-    )
-    return contracts.Grid(sides[0] // factor, sides[1] // factor)
+def grid_of(shape: tuple[int, ...], factor: int) -> contracts.Grid:
+    """The grid of patches of `factor` pixels of images of a shape (B, 3, H, W); a ValueError if none fits."""
+    fits = len(shape) == 4 and shape[1] == 3 and 0 not in shape[2:]
+    contracts.require(fits, f"images must have shape (B, 3, H, W), got {tuple(shape)}")
+    h, w = shape[2:]
+    text = f"images of {h} x {w} pixels (height x width) cannot be cut into patches of {factor} x {factor}: "
+    text += f"resize, crop or pad both sides to a multiple of {factor}"
+    contracts.require(h % factor == w % factor == 0, text)
+    return contracts.Grid(h // factor, w // factor)
 
 
 def read_sizes(tensors: dict[str, Tensor], levels: str, first: str) -> dict[str, Any]:

@@ -58,6 +58,9 @@ class LowRank(nn.Module):
 
 def add_low_rank(model: AnyOrderNetwork, rank: int) -> None:
     """Freeze a model but for its class table, its location head and updates of rank >= 1 of its matrices."""
+    table, kind = families.family(families.kind_of(model)).class_table, type(model).__name__
+    if not table:
+        raise ValueError(f"lora={rank} is for transformers and converted models, got a {kind}: leave it out")
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         if name.partition(".")[0] == "location":
@@ -65,7 +68,7 @@ def add_low_rank(model: AnyOrderNetwork, rank: int) -> None:
         # The last matrix is left alone: it is as large as the codebook.
         elif isinstance(module, nn.Linear) and name not in ("head", "output"):
             parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank))
-    model.get_parameter(families.family(families.kind_of(model)).class_table).requires_grad_(True)
+    model.get_parameter(table).requires_grad_(True)
 
 
 def merge_low_rank(model: nn.Module) -> None:
