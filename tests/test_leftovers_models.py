@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import nn
 
 import anyorder.demo
 from anyorder import Pipeline
+from anyorder.cli import main as cli
 from anyorder.contracts import AnyOrderNetwork, Grid
 from anyorder.demo import generation
 from anyorder.inference.device import LARGEST, images_at_once
@@ -37,6 +39,51 @@ def test_low_rank_updates_of_an_own_network_are_refused_in_one_line():
     with pytest.raises(ValueError, match=r"lora=2 is for .* models, got a Counts: leave it out") as e:
         add_low_rank(Counts(CountsConfig(4, (2, 3))), 2)
     assert "\n" not in str(e.value)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with data, tokens, and a model that is an own network."""
+    folder = tmp_path_factory.mktemp("own")
+    at = {name: f"{name}={folder / name}" for name in ("data", "tokenizer", "tokens")}
+    assert cli.main(["data", "source=own_parts:split_squares", "size=16,16", f"out={folder}/data"]) == 0
+    assert cli.main(["convert", "own_parts:grey", str(folder / "tokenizer")]) == 0
+    assert cli.main(["tokens", at["data"], at["tokenizer"], f"out={folder}/tokens"]) == 0
+    network = ("network=own_parts:Counts", *SHORT, f"out={folder}/model")
+    assert cli.main(["train", at["tokens"], *network]) == 0
+    return folder
+
+
+SHORT = ("train.steps=1", "train.batch_size=4", "train.eval_every=0")
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "message"),
+    [
+        ("train", ("init={}/model", "lora=2"), "lora=2 is for .* got a Counts: leave it out"),
+        ("train", ("init={}/model", "groups=4,2"), "a Counts predicts no groups: remove groups"),
+        ("train", ("network=own_parts:Counts", "groups=4,2"), "Counts predicts no groups .*: remove groups"),
+        ("iterate", ("model={}/model",), "iterate trains .* a Counts, which takes none: give"),
+    ],
+)
+def test_what_an_own_network_cannot_is_said_before_anything_runs(trained, stage, settings, message, capsys):
+    given = [text.format(trained) for text in settings]
+    out = trained / f"{stage}-{len(list(trained.iterdir()))}"
+    assert cli.main([stage, f"tokens={trained}/tokens", *given, *SHORT, f"out={out}"]) == 2
+    assert re.search(message, error := capsys.readouterr().err.splitlines()[-1]), error
+    assert not list(out.rglob("*.npy"))
+
+
+def fives():
+    return Grey(GreyConfig(factor=5))
+
+
+def test_a_tokenizer_that_does_not_divide_the_images_is_refused_at_once(trained, capsys):
+    assert cli.main(["convert", "test_leftovers_models:fives", str(trained / "fives")]) == 0
+    given = (f"data={trained}/data", f"tokenizer={trained}/fives", f"out={trained}/cut")
+    assert cli.main(["tokens", *given]) == 2
+    assert "16 x 16 pixels (height x width) cannot be cut into patches of 5 x 5" in capsys.readouterr().err
+    assert not list((trained / "cut").rglob("*.npy*"))
 
 
 @dataclass

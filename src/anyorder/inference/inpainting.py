@@ -7,18 +7,14 @@ Tokens whose own patch is known throughout are kept. They have seen the replacem
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyorder.contracts import AnyOrderModel, Grid, Step, Tokenizer, require
+from anyorder.contracts import Grid, Tokenizer, require
 from anyorder.data.images import from_float
-from anyorder.method.decoding import GenerationOptions, generate
-from anyorder.method.policy_config import Order
 from anyorder.method.sampling import Streams
 from anyorder.tokenizers.vq_network import grid_of
 
@@ -57,21 +53,14 @@ class Unfinished:
             made = made + fading_step(to_float(self.images) - made, self.kept, self.feather)
         return torch.where(self.kept, self.images, from_float(made))
 
-    def steps(
-        self, model: AnyOrderModel, order: Order, streams: Streams, **options: Unpack[GenerationOptions]
-    ) -> Iterator[Step]:
-        """Generate the unknown tokens of images that know equally many; arguments as of `generate`."""
-        options["grid"] = self.grid
-        at = positions_of(self.known)
-        return generate(model, order, streams, known=(at, self.tokens.gather(1, at)), **options)
 
-
-def positions_of(known: Tensor) -> Tensor:
-    """Which tokens each image knows, (B, K) int64 from (B, N) bool; a ValueError if some know more."""
+def known_part(tokens: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions and tokens (B, K) that are `known` (B, N) bool of (B, N); a ValueError if some know more."""
     counts = known.sum(1).unique().tolist()
     text = f"these images keep {' and '.join(map(str, counts))} tokens: give masks that keep equally many"
     require(len(counts) == 1, f"{text}, or use complete")
-    return known.nonzero()[:, 1].view(len(known), -1)
+    at = known.nonzero()[:, 1].view(len(known), -1)
+    return at, tokens.gather(1, at)
 
 
 def with_hole(tokenizer: Tokenizer, images: Tensor, mask: Tensor, filling: Filling = Filling()) -> Unfinished:

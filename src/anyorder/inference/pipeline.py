@@ -221,7 +221,8 @@ class Pipeline(folders.Parts):
 
         def steps() -> Iterator[tuple[inpainting.Unfinished, contracts.Step]]:
             begun = begin(torch.arange(len(streams), device=self.device), streams)
-            for step in begun.steps(model, policy, streams, **options):
+            known = inpainting.known_part(begun.tokens, begun.known)
+            for step in decoding.generate(model, policy, streams, known=known, **options):
                 yield begun, step
 
         return steps()
@@ -321,8 +322,7 @@ class Pipeline(folders.Parts):
         model, order, streams, options = self._prepare(asked, None, grid, len(pixels))
         if completed.known is None or len(completed.known) != len(pixels):
             raise ValueError("give what complete returned, and one true image for each of its images")
-        kept = inpainting.positions_of(completed.known)
-        known = kept, completed.tokens.gather(1, kept)
+        known = inpainting.known_part(completed.tokens, completed.known)
         targets = self.tokenizer.encode(inpainting.to_float(pixels))
         steps = decoding.generate(model, order, streams, targets=targets, known=known, **options)
         return decoding.trace(steps, known).log_prob

@@ -82,11 +82,10 @@ class LocationHead(nn.Module):
         if revealed.shape[1] <= steps:
             return self._log_probs(tables, *every, *maps)
         parts = zip(*(x.split(steps, dim=1) for x in (*every, *maps)), strict=True)
-        if not torch.is_grad_enabled():
-            return torch.cat([self._log_probs(tables, *part) for part in parts], dim=1)
         # Computed again in the backward pass: each part holds several maps of scores.
         again = partial(checkpoint, self._log_probs, use_reentrant=False, preserve_rng_state=False)
-        return torch.cat([again(tables, *part) for part in parts], dim=1)
+        run = again if torch.is_grad_enabled() else self._log_probs
+        return torch.cat([run(tables, *part) for part in parts], dim=1)
 
     def _log_probs(self, tables: LocationTables, *parts: Tensor) -> Tensor:
         """As of `forward` for some steps, with the condition (B, T, D) of each."""

@@ -18,7 +18,7 @@ from anyorder.files import atomic, read_manifest
 from anyorder.inference.device import device
 from anyorder.inference.weights import CONFIG, WEIGHTS, load_any_order
 from anyorder.method.policy_config import PolicyConfig
-from anyorder.models.architecture import Architecture
+from anyorder.models.transformer import AnyOrderTransformer, Architecture
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import TrainingStage
 from anyorder.stages.execute import execute
@@ -100,8 +100,11 @@ class IterateStage(TrainingStage):
 
     def _round(self, folder: Path, model: Path, done: int) -> Path:
         """One E-step and one M-step; either is skipped if it is finished."""
-        located = getattr(load_any_order(model).config, "location", False)
+        network = load_any_order(model)
+        located = getattr(network.config, "location", False)
         if done == 0:
+            text = f"iterate trains a location head, {model} is a {type(network).__name__}, which takes none"
+            require(located or isinstance(network, AnyOrderTransformer), f"{text}: give a transformer")
             self._require_effect(located)
         extraction = self._extraction(model, self.policy if located else self.first)
         execute("orders", extraction, folder / "orders")

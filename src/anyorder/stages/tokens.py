@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from anyorder.contracts import Grid, TokenizerNetwork, require
+from anyorder.contracts import TokenizerNetwork, require
 from anyorder.data.caches import TEXT, ImageSet, splits
 from anyorder.data.captions import CaptionTokenizer, TextConfig, several
 from anyorder.files import save_array, write_text
@@ -17,6 +17,7 @@ from anyorder.inference.device import device
 from anyorder.inference.weights import load_tokenizer
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.common import Rows
+from anyorder.tokenizers.vq_network import grid_of
 
 
 @dataclass
@@ -48,9 +49,9 @@ class TokensStage:
         train, *others = splits(self.data)
         images = ImageSet(self.data, train, self.crops, self.mirror)
         sets = [images, *(ImageSet(self.data, split) for split in others)]
-        further = processes.told(self._conditions(sets, artifact) if artifact.leads else {})
         model = load_tokenizer(self.tokenizer)
-        grid = Grid(*(side // model.factor for side in images.size))
+        grid = grid_of((1, 3, *images.size), model.factor)
+        further = processes.told(self._conditions(sets, artifact) if artifact.leads else {})
         return {
             "examples": sum(self._encode(model, each, grid.n, artifact) for each in sets),
             "grid": [grid.h, grid.w],

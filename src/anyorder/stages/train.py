@@ -281,7 +281,7 @@ class TrainStage(common.TrainingStage):
             model = lora.adapt(model, tokens.grid, len(tokens.classes), known)
         if self.model.location and not _has_location(model):
             if not isinstance(model, transformer.AnyOrderTransformer):
-                raise ValueError("a published model takes no location head: remove model.location")
+                raise ValueError(f"a {type(model).__name__} takes no location head: remove model.location")
             head = {"location": True, "location_gradient": self.model.location_gradient}
             larger = transformer.AnyOrderTransformer(dataclasses.replace(model.config, **head)).to(device())
             larger.load_state_dict(model.state_dict(), strict=False)
@@ -290,7 +290,7 @@ class TrainStage(common.TrainingStage):
             raise ValueError(f"{self.init} brings location_gradient with its head: leave the setting out")
         if self.groups:
             if not isinstance(model, transformer.AnyOrderTransformer):
-                raise ValueError("a published model predicts no groups: remove groups")
+                raise ValueError(f"a {type(model).__name__} predicts no groups: remove groups")
             model.config.grouped = True
         if self.lora:
             lora.add_low_rank(model, self.lora)
@@ -302,6 +302,8 @@ class TrainStage(common.TrainingStage):
         model = weights.new_model(self.network, self.network_settings | sizes)
         if not isinstance(model, AnyOrderNetwork):
             raise ValueError(f"{self.network} must be a contracts.AnyOrderNetwork")
+        grouped = not self.groups or hasattr(model, "score_group")
+        require(grouped, f"{self.network} predicts no groups (contracts.GroupingModel): remove groups")
         return model
 
     def _require_conditions(self, tokens: caches.TokenSet) -> None:
