@@ -175,6 +175,7 @@ def names(checkpoints):
 def test_an_empty_folder_is_no_checkpoint(tmp_path):
     (tmp_path / "checkpoints/step-00000009").mkdir(parents=True)
     checkpoints = Checkpoints(tmp_path)
+    assert names(checkpoints) == []  # left by a kill while it was pruned
     assert checkpoints.load_latest() is None
     checkpoints.save(9, {"w": torch.ones(2)}, {})
     assert checkpoints.load_latest()[0] == 9

@@ -82,9 +82,8 @@ class Checkpoints:
         return None
 
     def _folders(self) -> list[Path]:
-        # Earlier versions left empty folders where they discarded checkpoints; step-7-best is not ours.
-        found = (folder for folder in self.folder.glob("step-*") if folder.name[5:].isdecimal())
-        return sorted(folder for folder in found if any(folder.glob("*")))
+        # step-7-best is not ours.
+        return sorted(folder for folder in self.folder.glob("step-*") if folder.name[5:].isdecimal())
 
     def prune(self, step: int) -> None:
         """Keep the state after `step` and those before it, `keep` in all."""
@@ -96,9 +95,13 @@ class Checkpoints:
             shutil.rmtree(folder)
 
     def _sweep(self) -> None:
-        """Remove what a killed process left unfinished."""
-        for folder in self.folder.glob(".step-*.tmp") if processes.leads() else ():
-            shutil.rmtree(folder)
+        """Remove what a killed process left: what it had not written, and folders that it had emptied."""
+        if processes.leads():
+            for folder in self.folder.glob(".step-*.tmp"):
+                shutil.rmtree(folder)
+            for folder in self._folders():
+                if not any(folder.iterdir()):
+                    folder.rmdir()
         processes.barrier()
 
 
