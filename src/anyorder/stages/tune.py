@@ -91,9 +91,9 @@ class TuneStage(GeneratingStage):
         if artifact.leads:
             shutil.rmtree(artifact.folder / f"point-{len(rows)}", ignore_errors=True)  # left by a kill
         begun = len(rows)
-        if artifact.leads and self.num_images < reference.features.shape[1]:
+        if artifact.leads and self.num_images < (dim := extractor.dim):
             text = "FD of %d images in %d features prefers low temperatures: give num_images=%d or more"
-            log.warning(text, self.num_images, reference.features.shape[1], 2 * reference.features.shape[1])
+            log.warning(text, self.num_images, dim, 2 * dim)
         for number, (temperature, scale) in enumerate(points[len(rows) :], start=len(rows) + 1):
             folder = artifact.folder / f"point-{number}"
             execute("sample", self._samples(temperature, scale), folder)
