@@ -425,16 +425,17 @@ def test_progress_shows_the_share_of_the_peak(tmp_path, monkeypatch):
     seen, shown = [], trainer.Trainer.shown
 
     def noted(self):
-        seen.append((self.flops, self.metrics["examples_per_second"], shown(self)))
+        seen.append((self.flops, dict(self.metrics), shown(self)))
         return seen[-1][-1]
 
     monkeypatch.setattr(trainer.Trainer, "shown", noted)
     result = run(tmp_path / "a", plain, linear())
     logged = [line["mfu"] for line in lines(tmp_path / "a") if "loss" in line]
     assert logged[-1] == training_facts(result)["mfu"] > 0
-    for flops, speed, line in seen:
+    for flops, metrics, line in seen:
         assert flops == 2 * (2 * 4 * 4 + 2 * 4 * 4)
-        assert float(line["mfu"].rstrip("%")) == pytest.approx(100 * flops * speed / 8 / 1e4, abs=0.06)
+        assert metrics["mfu"] == pytest.approx(flops * metrics["examples_per_second"] / 8 / 1e4, rel=0.01)
+        assert line["mfu"] == f"{metrics['mfu']:.1%}"
     seen.clear()
     run(tmp_path / "b", plain, linear(), compile=True, steps=3)
     assert [line for *_, line in seen if "mfu" in line] == [], "compiled code hides what it computes"
