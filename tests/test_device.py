@@ -79,7 +79,7 @@ def spin_count(**variables: str) -> str:
 
 
 def test_threads_spin_shortly_unless_the_user_decides():
-    assert spin_count() == "1000"
+    assert spin_count() == "3000"
     assert spin_count(GOMP_SPINCOUNT="7") == "7"
     assert spin_count(OMP_WAIT_POLICY="PASSIVE") == "None"
 
