@@ -91,6 +91,16 @@ def experiment(tmp_path_factory):
     return path, folder / "out"
 
 
+def test_a_plan_counts_attributes_and_captions(experiment, tmp_path):
+    path, out = experiment
+    assert cli.main(["plan", str(path), f"out={tmp_path}/plan.json"]) == 0
+    rows = {row["stage"]: row for row in read_json(tmp_path / "plan.json")["stages"]}
+    model = Pipeline.from_pretrained(out / "pipeline").model
+    assert model.config.attributes == (3, 2)
+    trained = sum(weights.numel() for weights in model.parameters())
+    assert round(rows["model"]["parameters (M)"] * 1e6) == trained
+
+
 # --- caption tokens
 
 

@@ -174,6 +174,7 @@ class Planner:
             stage.max_validation,
             stage.max_test or here.test or int(stage.test_fraction * train),
             here.classes or self.config.classes,
+            here.attributes,
         )
 
     def _network(self, path: Path | None, role: str) -> tuple[str, Any]:
@@ -207,7 +208,7 @@ class Planner:
         texts = {"text_vocab": tokens.text.vocab_size, "text_length": tokens.text.length}
         return "transformer", TransformerConfig(
             **vars(stage.model), vocab_size=tokenizer.vocab_size, grid=grid, num_classes=facts.classes,
-            grouped=bool(stage.groups), **(texts if self._made("data", tokens.data).captions else {}),
+            attributes=facts.attributes, grouped=bool(stage.groups), **(texts if self._made("data", tokens.data).captions else {}),
         )  # fmt: skip
 
     def _grid(self, tokens: Any, tokenizer: Any) -> tuple[int, int]:
@@ -397,12 +398,13 @@ class Planner:
 
 
 class Facts(NamedTuple):
-    """Numbers of images of each split, and of classes."""
+    """Numbers of images of each split, of classes, and of values of each attribute."""
 
     train: int
     validation: int
     test: int
     classes: int
+    attributes: tuple[int, ...] = ()
 
     @property
     def all(self) -> int:
@@ -411,10 +413,12 @@ class Facts(NamedTuple):
 
 
 def _source(stage: Any) -> Facts:
-    """Of the source of a data stage on this machine; zeros where it is not."""
+    """Of the source of a data stage on this machine; zeros where it is not, and one value an attribute."""
     if (name := stage.source) == "sunsets":
         return Facts(stage.max_train or 20_000, 0, stage.max_test or 2_000, 4)
     if not Path(name).expanduser().exists():
-        return Facts(0, 0, 0, 0)
-    source = sources.open_source(name, sources.Columns(stage.label, image=stage.image), stage.test_fraction)
-    return Facts(source.count("train"), 0, source.count("test"), len(source.classes()))
+        return Facts(0, 0, 0, 0, (1,) * len(stage.attributes))
+    columns = sources.Columns(stage.label, attributes=tuple(stage.attributes), image=stage.image)
+    source = sources.open_source(name, columns, stage.test_fraction)
+    sizes = tuple(max(1, len(values)) for values in source.attributes().values())
+    return Facts(source.count("train"), 0, source.count("test"), len(source.classes()), sizes)
