@@ -42,8 +42,10 @@ def pictures(folder):
     return folder
 
 
-def downloads(folder):
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory):
     """Stand-ins for what the heads of the recipes say to convert, under the same names."""
+    folder = tmp_path_factory.mktemp("downloads")
     torch.manual_seed(0)
     vq = VQModel(VQConfig(32, (1, 1, 1), 1, 8, 32, 4))
     torch.save({"model": vq.state_dict()}, folder / "vq.pt")
@@ -57,6 +59,7 @@ def downloads(folder):
         convert(config, folder / "weights" / name)
     images = np.random.default_rng(1).integers(0, 256, (16, 16, 16, 3), np.uint8)
     np.savez(folder / "adm.npz", arr_0=images)
+    return folder
 
 
 def toy(experiment, source):
@@ -145,9 +148,10 @@ def test_recipes_are_data_of_the_package():
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_runs_at_toy_size(name, tmp_path, monkeypatch):
+def test_a_recipe_runs_at_toy_size(name, tmp_path, monkeypatch, downloads):
     monkeypatch.chdir(tmp_path)
-    downloads(tmp_path)
+    for path in downloads.iterdir():
+        Path(path.name).symlink_to(path)
     overrides = toy(load_experiment(find_experiment(name)), pictures(tmp_path / "pictures"))
     assert cli.main(["run", name, *overrides, "--quiet"]) == 0
     out = tmp_path / "runs" / name
