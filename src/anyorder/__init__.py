@@ -1,7 +1,5 @@
 """Generate images in the order that the image itself asks for."""
 
-from __future__ import annotations
-
 import importlib
 import os
 from typing import TYPE_CHECKING, Any

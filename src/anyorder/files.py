@@ -1,7 +1,5 @@
 """Files: written atomically, errors that name them, arrays that grow row by row and survive a kill."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import glob

@@ -4,8 +4,6 @@
 revealed. Each is the inverse permutation of the other.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 

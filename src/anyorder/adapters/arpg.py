@@ -5,8 +5,6 @@ cross-decoder, all of them the mask embedding, are rotated by the position that 
 read. Scoring any number of positions is therefore one call that writes nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 

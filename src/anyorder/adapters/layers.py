@@ -6,8 +6,6 @@ RMSNorm, SwiGLU, rotary positions. Modules have the names of the published state
 Shapes: B images, T inputs, M candidates, D width, H heads, V codebook size, N positions.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -4,8 +4,6 @@ The sequence is [class, x_0, x_1, ...]: input i predicts token i, and no input s
 Position enters by rotating queries and keys by the input's *own* position, so that raster is the only order.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

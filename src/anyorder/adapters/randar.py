@@ -5,8 +5,6 @@ its token; logits are read off the queries. All queries are one learned vector, 
 before the first layer, and queries and keys are rotated again in every layer.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Times as shares of what the machine can do, measured in the same run."""
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 import time

@@ -4,8 +4,6 @@ A multiply-add is two FLOPs. Matrix products, convolutions and attention count, 
 else only the bytes do. Each reads its operands and writes its result once; attention moves no scores.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 All functions but `speeds` are to be used within `fake.imagined`.
 """
 
-from __future__ import annotations
-
 import os
 import timeit
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ The program that runs is the real one: forward, backward and the kernels of a CP
 asked for. Kernels of GPUs keep about the same tensors; what they use inside is not seen.
 """
 
-from __future__ import annotations
-
 from collections import abc
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Peak memory of sampling in an inferred order, beside the sizes of its parts."""
 
-from __future__ import annotations
-
 import gc
 import json
 import os

@@ -4,8 +4,6 @@ The docstring of a command ends its usage line. Heavy libraries are imported onl
 them, so that `anyorder --help` is quick.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import os

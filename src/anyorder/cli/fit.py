@@ -1,7 +1,5 @@
 """The command `anyorder fit`: the plan as people read it, the run, and what came out."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The commands `anyorder sample pipeline=...` and `anyorder complete`: images from a pipeline."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import logging
@@ -200,9 +198,9 @@ def _open(stage: str, config: Any, out: Path, overwrite: bool, names: Sequence[s
 
     The files that the settings name count by their contents.
     """
-    folders = (Path(config.pipeline).expanduser(), BUNDLED / config.pipeline)
+    folders = filter(Path.is_dir, (Path(config.pipeline).expanduser(), BUNDLED / config.pipeline))
     paths = [getattr(config, role, None) for role in ("image", "mask")]
-    paths += sorted(next(filter(Path.is_dir, folders), BUNDLED).rglob("*.*"))
+    paths += sorted(path for folder in [*folders][:1] for path in folder.rglob("*.*"))  # of the hub: none
     own = out.resolve()  # which may lie in the folder of the pipeline
     hashes = [sha256(p) for p in paths if p is not None and p.is_file() and own not in p.resolve().parents]
     identity = {**dataclasses.asdict(config), "sha256": hashes}

@@ -1,7 +1,5 @@
 """The command `anyorder`: one sub-command per stage, and a few that run many."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import inspect
@@ -216,7 +214,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         advice = "the disk is full: free some space and run the same command again, it goes on from here: "
         print(f"anyorder: error: {advice if full else ''}{str(e) or 'out of memory'}", file=sys.stderr)
         return 2 if isinstance(e, ValueError | FileNotFoundError) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

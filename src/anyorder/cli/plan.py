@@ -1,7 +1,5 @@
 """The command `anyorder plan`: what an experiment costs on some machine, before anything runs."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Any
 

@@ -208,7 +208,8 @@ class Planner:
         texts = {"text_vocab": tokens.text.vocab_size, "text_length": tokens.text.length}
         return "transformer", TransformerConfig(
             **vars(stage.model), vocab_size=tokenizer.vocab_size, grid=grid, num_classes=facts.classes,
-            attributes=facts.attributes, grouped=bool(stage.groups), **(texts if self._made("data", tokens.data).captions else {}),
+            attributes=facts.attributes, grouped=bool(stage.groups),
+            **(texts if self._made("data", tokens.data).captions else {}),
         )  # fmt: skip
 
     def _grid(self, tokens: Any, tokenizer: Any) -> tuple[int, int]:

@@ -1,7 +1,5 @@
 """`anyorder ls` and `anyorder clean`: what run folders hold, and what of it can go."""
 
-from __future__ import annotations
-
 import contextlib
 from collections import abc
 from pathlib import Path

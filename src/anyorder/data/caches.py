@@ -1,7 +1,5 @@
 """Readers of what the stages write: images, their tokens, and orders of those tokens."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

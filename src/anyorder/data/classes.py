@@ -1,7 +1,5 @@
 """Classes: their sequence, which of a model's classes they are, and names that can be shown."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Sequence
 

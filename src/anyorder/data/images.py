@@ -1,7 +1,5 @@
 """The one reader of images and masks: files, bytes, Pillow images and arrays, to RGB or to a mask."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -1,7 +1,5 @@
 """What lies below a folder: its files, how people name splits, and whether anything has changed."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools

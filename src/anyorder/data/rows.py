@@ -1,7 +1,5 @@
 """Row numbers: consecutive batches, and a few rows spread over many."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

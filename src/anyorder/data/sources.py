@@ -1,7 +1,5 @@
 """Where images come from: a folder, parquet files, tar shards, or a Hugging Face data set."""
 
-from __future__ import annotations
-
 import codecs
 import json
 import math

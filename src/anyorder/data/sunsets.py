@@ -5,8 +5,6 @@ so an image that begins with its sun can give its clouds the right colour. The c
 known, and `causes_of` reads them from pixels alone.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

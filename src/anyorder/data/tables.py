@@ -1,7 +1,5 @@
 """Tables of images: parquet files and Hugging Face data sets."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

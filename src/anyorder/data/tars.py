@@ -1,7 +1,5 @@
 """Tar shards as the library webdataset writes them: files of one name and several endings are one example."""
 
-from __future__ import annotations
-
 import json
 import re
 import tarfile

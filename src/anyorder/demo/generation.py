@@ -1,7 +1,5 @@
 """What the page asks for and gets: orders on offer, and the events of images that are being generated."""
 
-from __future__ import annotations
-
 import base64
 import io
 import itertools

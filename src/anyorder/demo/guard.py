@@ -1,7 +1,5 @@
 """What the page's server refuses, and the headers of every answer: no other web site may use it."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

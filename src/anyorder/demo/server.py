@@ -3,8 +3,6 @@
 `/draw` (GET, or POST for images) and `/animation` are event streams; `/about` and `/code` answer at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence

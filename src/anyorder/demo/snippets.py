@@ -1,7 +1,5 @@
 """Python and commands that do what the page does, to be copied from it."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -1,7 +1,5 @@
 """Classes that a classifier finds in generated images, and whether they are the intended ones."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -4,8 +4,6 @@ Only the Inception network of 2015 may call its Fréchet distance "FID". Every o
 "FD (name)": its numbers compare with those of the same extractor only.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass

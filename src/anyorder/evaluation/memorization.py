@@ -4,8 +4,6 @@ Test images, which were not trained on, are the reference: data sets hold near d
 share says nothing alone.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Published models: downloaded files, and names on the Hugging Face hub -> parts of a pipeline."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Mapping

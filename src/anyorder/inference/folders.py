@@ -1,7 +1,5 @@
 """Pipeline folders: a model, its tokenizer and what belongs to them."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field

@@ -5,8 +5,6 @@ by the nearest known ones before anything is encoded: neither kept nor generated
 Tokens whose own patch is known throughout are kept. They have seen the replacement, not the truth.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

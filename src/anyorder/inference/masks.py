@@ -3,8 +3,6 @@
 A mask is True (white) where pixels are to be *generated*, False (black) where they are kept.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 What is said here goes over gloo, between the hosts' memories: gradients take NCCL between GPUs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import itertools

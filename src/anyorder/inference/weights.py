@@ -1,7 +1,5 @@
 """Weights on disk: safetensors + JSON, never pickle, never half a file."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping

@@ -4,8 +4,6 @@ Sampling in a given order, sampling with inferred locations, order extraction an
 `generate` with another policy and another source of tokens (OAR, arXiv 2504.17069 v1, Sec. 3).
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial

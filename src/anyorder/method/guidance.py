@@ -1,7 +1,5 @@
 """Classifier-free guidance as a wrapper that is itself an any-order model."""
 
-from __future__ import annotations
-
 import math
 import typing
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The one loss: training on random orders and on extracted orders differ only in where `order` comes from."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TypedDict, Unpack
 

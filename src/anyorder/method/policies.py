@@ -1,7 +1,5 @@
 """Order policies: where to go next. Fixed orders, and orders inferred from the model's confidence."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self

@@ -13,8 +13,6 @@ A schedule says what share of the positions is still open after the share r of t
 Few first spends the steps where little is known and positions say most of one another.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

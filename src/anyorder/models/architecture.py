@@ -1,7 +1,5 @@
 """The size of an any-order transformer and its switches."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 

@@ -5,8 +5,6 @@ outside. All between two attentions works on rows, and is compiled once for each
 calls of each are compared with eager code, which goes on alone where they differ.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import os

@@ -5,8 +5,6 @@ stands where nothing is given, so that every prefix is A + L inputs long: plain 
 mask, and the captions of other images in a batch change nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

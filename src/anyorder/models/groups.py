@@ -10,8 +10,6 @@ There are max(K_g, K_{g-1}) inputs: N in all while steps grow or stay equal, bel
 groups of one this is the paper's model (OAR, arXiv 2504.17069), input for input.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple

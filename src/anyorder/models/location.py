@@ -5,8 +5,6 @@ far) without another evaluation of the transformer. With it, q(order, x) = prod 
 position) is an autoregressive model, and -log q(order, x) of any one order is an upper bound on -log p(x).
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Learned functions of real 2-D coordinates, displacements within a grid, rotary encoding."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 Several run folders of one experiment are its seeds: evaluations of equal name are one variant.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections import Counter

@@ -4,8 +4,6 @@ A report is a list of `Section`s; a section holds text and items, and an item is
 `Figure`, a `Gallery` of figures side by side, or `Details` that unfold. All text is escaped.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

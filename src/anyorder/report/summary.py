@@ -1,7 +1,5 @@
 """The report of one or more runs: a table, a verdict, images side by side; everything else folded below."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,6 @@ with an interval over seeds and resampled images below zero, its mean KID is not
 is not lower. Comparisons of older versions hold no resamples: there every seed's interval must be below zero.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean

@@ -1,7 +1,5 @@
 """What stages share: facts of trainings, and checks that artifacts belong together."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -171,15 +169,10 @@ def is_converted(folder: Path) -> bool:
 
 def known_classes(folder: Path, tokens: TokenSet, count: int) -> list[int | None]:
     """Which of the `count` classes of a converted model each class of the tokens is; see `map_classes`."""
-    return map_classes(tokens.classes, _own_names(folder), count)
+    return map_classes(tokens.classes, own_names(folder), count)
 
 
-def class_names(folder: Path, model: AnyOrderNetwork, tokens: TokenSet) -> list[str]:
-    """Names of the model's classes: those of the tokens if they are as many, else those it came with."""
-    return tokens.classes if model.num_classes == len(tokens.classes) else _own_names(folder)
-
-
-def _own_names(folder: Path) -> list[str]:
+def own_names(folder: Path) -> list[str]:
     """Class names that a converted model came with; none if they are not known."""
     index = folder / INDEX
     return read_json(index)["classes"] if index.is_file() else []

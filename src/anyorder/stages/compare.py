@@ -1,7 +1,5 @@
 """The stage that tells a difference from noise: two evaluated sets of samples, with intervals."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar

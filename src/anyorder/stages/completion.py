@@ -1,7 +1,5 @@
 """The stage that measures completion: holes in test images, whose true content is known."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal

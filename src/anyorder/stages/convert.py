@@ -1,7 +1,5 @@
 """The command `anyorder convert`: a downloaded file of weights becomes a folder."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The stage that reads images into arrays."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import gzip

@@ -1,7 +1,5 @@
 """The stage that compares generated images with real ones."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal

@@ -1,7 +1,5 @@
 """Running one stage: skipped if its artifact is up to date, resumed if it was killed."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

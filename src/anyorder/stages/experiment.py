@@ -7,8 +7,6 @@ A stage is a dataclass: its fields are its configuration, `inputs` names those t
 `run` does the work. `execute` skips a stage whose artifact is up to date and resumes one that was killed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import re

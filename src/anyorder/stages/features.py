@@ -1,7 +1,5 @@
 """The stage that makes the features that samples are compared in."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar

@@ -3,8 +3,6 @@
 Only `look` and `rehearse` do anything; the plan is made of pure functions of what they found.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io
@@ -322,5 +320,7 @@ def preset(name: str, overrides: Sequence[str] = ()) -> Values:
 def typed(text: str) -> Any:
     """Numbers and truth values as YAML has them; other texts are read by their settings."""
     known = {"true": True, "false": False, "null": None}
-    whole = re.fullmatch(r"\d+(e\+?\d{1,2})?", text.lower())  # 5e2, too
+    if re.fullmatch(r"0|[1-9]\d*", text):  # others, such as 010, are names
+        return int(text)
+    whole = re.fullmatch(r"[1-9]\d*e\+?\d{1,2}", text.lower())
     return int(float(text)) if whole else known.get(text.lower(), text)

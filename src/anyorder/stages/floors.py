@@ -1,7 +1,5 @@
 """What an evaluation is measured with: the split of the real images, and what real images score."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What the stages that generate images share: settings, a pipeline of artifacts, statistics over seeds."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev

@@ -1,7 +1,5 @@
 """The stage that takes a model to a grid it was not trained on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar

@@ -5,8 +5,6 @@ is greedily the most likely under the current model, its tokens being given. M-s
 location head on these orders. -log q(order, x) of the extracted order bounds -log p(x) from above.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The stage that extracts an order for each image from the model's own confidence (OAR v1, Sec. 3)."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, field
 from pathlib import Path

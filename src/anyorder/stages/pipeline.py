@@ -1,7 +1,5 @@
 """The stage that puts a model, its tokenizer and its orders into one pipeline folder."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from anyorder.method.policy_config import PolicyConfig, stored_policy
 from anyorder.method.sampling import Sampling
 from anyorder.settings import parse_stored
 from anyorder.stages.artifacts import Artifact
-from anyorder.stages.common import class_names, require_made_from, trained_before
+from anyorder.stages.common import own_names, require_made_from, trained_before
 from anyorder.stages.generation import GeneratingStage, load_parts
 
 
@@ -87,7 +85,9 @@ class PipelineStage:
                 policy = stored_policy(config["policy"])
             if (scale := made.get("guidance_scale", 1)) != 1:
                 guidance = parse_stored(GuidanceConfig, config.get("guidance", {}) | {"scale": scale})
-        classes = class_names(self.model, pipe.model, tokens)
+        classes = tokens.classes
+        if pipe.model.num_classes != len(classes):
+            classes = own_names(self.model)
         vocabulary = dataclasses.replace(tokens.vocabulary, classes=classes)
         example = self.example_class or (classes[np.bincount(tokens.labels).argmax()] if classes else None)
         parts = dataclasses.replace(

@@ -1,7 +1,5 @@
 """The stage that generates the images to be evaluated."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The stage that trains the tokenizer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar

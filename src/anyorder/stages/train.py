@@ -1,7 +1,5 @@
 """The stage that trains the any-order model, on random orders, one fixed order, or extracted orders."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar, Literal

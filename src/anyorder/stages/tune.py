@@ -1,7 +1,5 @@
 """The stage that searches temperature and guidance scale, the same way for every method."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import shutil

@@ -4,8 +4,6 @@ Nothing of diffusers is imported. What counts is the interface: `encode(images)`
 or an object with `latents` or `latent_dist.mode()`; `decode(latents)` gives images or what has a `sample`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

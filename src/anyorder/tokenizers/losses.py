@@ -250,9 +250,7 @@ class PerceptualLoss(nn.Module):
         Raises:
             ValueError: images smaller than 16 x 16.
         """
-        h, w = fake.shape[2:]
-        require(min(h, w) >= 16, f"lpips takes images of 16 x 16 pixels or more, got {h} x {w}: set lpips=0")
-        return _distance(self._features, fake, real, [getattr(self, f"head_{i}") for i in range(5)])
+        return _distance(self._features, fake, real, [getattr(self, f"head_{i}") for i in range(5)], 16)
 
     def _features(self, images: Tensor) -> list[Tensor]:
         """Unit-length features (B, C, h, w) float32 at the end of each stage."""
@@ -300,9 +298,7 @@ class LitePerceptualLoss(nn.Module):
         Raises:
             ValueError: images smaller than 32 x 32.
         """
-        h, w = fake.shape[2:]
-        require(min(h, w) >= 32, f"lpips takes images of 32 x 32 pixels or more, got {h} x {w}: set lpips=0")
-        return _distance(self._features, fake, real, [1.0] * len(LITE_STAGES))
+        return _distance(self._features, fake, real, [1.0] * len(LITE_STAGES), 32)
 
     def _features(self, images: Tensor) -> list[Tensor]:
         """Unit-length features (B, C, h, w) float32 at the end of each stage."""
@@ -317,9 +313,16 @@ class LitePerceptualLoss(nn.Module):
 
 
 def _distance(
-    features: Callable[[Tensor], list[Tensor]], fake: Tensor, real: Tensor, weights: Sequence[Tensor | float]
+    features: Callable[[Tensor], list[Tensor]],
+    fake: Tensor,
+    real: Tensor,
+    weights: Sequence[Tensor | float],
+    smallest: int,
 ) -> Tensor:
     """Squared distances of unit-length features, weighted by channel, their means over places summed."""
+    h, w = fake.shape[2:]
+    text = f"lpips takes images of {smallest} x {smallest} pixels or more, got {h} x {w}: set lpips=0"
+    require(min(h, w) >= smallest, text)
     with torch.no_grad():
         targets = features(real)
     triples = zip(features(fake), targets, weights, strict=True)

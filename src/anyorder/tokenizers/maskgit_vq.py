@@ -4,8 +4,6 @@ Convolutions and GroupNorm alone, average pooling, no convolution around the cod
 Euclidean distance. The published networks work on images in [0, 1]; the contract's are in [-1, 1].
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import pairwise
 

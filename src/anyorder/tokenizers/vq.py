@@ -4,8 +4,6 @@ VQGAN (arXiv 2012.09841) with the L2-normalised, low-dimensional codebook of ViT
 the layout of LlamaGen (arXiv 2406.06525, Sec. 3.1): its published VQ-16 and VQ-8 files load as they are.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

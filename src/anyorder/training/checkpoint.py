@@ -1,7 +1,5 @@
 """Training states on disk: safetensors + JSON, hashed, never half a file."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping
 from pathlib import Path

@@ -5,8 +5,6 @@ saving, and a run that was killed at any moment and resumed ends with the same b
 Seeds are mixed by `numpy.random.SeedSequence`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection
 from dataclasses import dataclass

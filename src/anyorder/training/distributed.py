@@ -4,8 +4,6 @@ A pass over one batch is what is reproducible; the processes share the passes of
 the same for any number of processes, but for the order of floating-point sums.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import warnings

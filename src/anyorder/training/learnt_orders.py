@@ -9,8 +9,6 @@ with equality where all orders have the same cost. Learned-order autoregressive 
 minimise such a bound, with a posterior of its own; here it is the policy that also generates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Fine-tuning a published model: other classes, another grid, low-rank updates."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

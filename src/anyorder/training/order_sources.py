@@ -3,8 +3,6 @@
 All are a `Source`; it is the only thing in which trainings of the any-order model differ.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path

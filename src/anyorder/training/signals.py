@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM, as clusters send it before they end a job: the step is finished, and a state saved."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import threading

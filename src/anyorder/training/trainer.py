@@ -5,8 +5,6 @@ far as its kernels are deterministic, see `torch.use_deterministic_algorithms`),
 function of (seed, step); see `config`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses
