@@ -198,9 +198,10 @@ def _open(stage: str, config: Any, out: Path, overwrite: bool, names: Sequence[s
 
     The files that the settings name count by their contents.
     """
-    folders = filter(Path.is_dir, (Path(config.pipeline).expanduser(), BUNDLED / config.pipeline))
+    folders = (Path(config.pipeline).expanduser(), BUNDLED / config.pipeline)
+    folder = next(filter(Path.is_dir, folders), None)  # of a pipeline of the hub there is none
     paths = [getattr(config, role, None) for role in ("image", "mask")]
-    paths += sorted(path for folder in [*folders][:1] for path in folder.rglob("*.*"))  # of the hub: none
+    paths += sorted(folder.rglob("*.*")) if folder else []
     own = out.resolve()  # which may lie in the folder of the pipeline
     hashes = [sha256(p) for p in paths if p is not None and p.is_file() and own not in p.resolve().parents]
     identity = {**dataclasses.asdict(config), "sha256": hashes}

@@ -320,7 +320,6 @@ def preset(name: str, overrides: Sequence[str] = ()) -> Values:
 def typed(text: str) -> Any:
     """Numbers and truth values as YAML has them; other texts are read by their settings."""
     known = {"true": True, "false": False, "null": None}
-    if re.fullmatch(r"0|[1-9]\d*", text):  # others, such as 010, are names
-        return int(text)
-    whole = re.fullmatch(r"[1-9]\d*e\+?\d{1,2}", text.lower())
-    return int(float(text)) if whole else known.get(text.lower(), text)
+    if re.fullmatch(r"(0|[1-9]\d*)(e\+?\d{1,2})?", text.lower()):  # 5e2, too; 010 is a name
+        return int(text) if text.isdecimal() else int(float(text))
+    return known.get(text.lower(), text)
