@@ -18,12 +18,11 @@ from own_parts import Counts, CountsConfig, Grey, GreyConfig
 from PIL import Image
 from test_demo import pipeline, post
 from test_verdict import artifact, comparison, line, markdown, rows, seeded
-from torch import nn
 
 import anyorder.demo
 from anyorder import Pipeline
 from anyorder.cli import main as cli
-from anyorder.contracts import AnyOrderNetwork, Grid
+from anyorder.contracts import Grid
 from anyorder.demo import generation
 from anyorder.inference.device import LARGEST, images_at_once
 from anyorder.inference.inpainting import Unfinished
@@ -98,11 +97,8 @@ class Tied(Counts):
     """Nine blocks that share one tensor, and numbers that are computed as it is made."""
 
     def __init__(self, config: TiedConfig):
-        AnyOrderNetwork.__init__(self)
-        self.config, self.num_classes = config, config.num_classes
-        self.vocab_size, self.grid = config.vocab_size, Grid(*config.grid)
+        super().__init__(config)
         self.rates = torch.linspace(0, 0.1, config.depth).tolist()
-        self.prior = nn.Parameter(torch.zeros(config.vocab_size))
 
     def _logits(self, counts):
         return (counts + 1.0).log() + self.prior
