@@ -435,6 +435,13 @@ def test_hostile_tar_shards(tmp_path):
             open_source(tmp_path / f"{name}.tar").count("train")
 
 
+def test_two_files_of_one_ending_in_an_example_are_refused(tmp_path):
+    """The library webdataset refuses them, too: which of them is the image, nobody knows."""
+    path = archive(tmp_path / "a.tar", ("1.png", PICTURES[0]), ("1.PNG", PICTURES[1]))
+    with pytest.raises(ValueError, match=r"a\.tar has two files '1\.PNG' that are png of 1: leave one out"):
+        open_source(path).count("train")
+
+
 def archive(path, *members, **sizes):
     """A tar file of (name, bytes), and of files with gaps (name=size) that hold no byte."""
     with tarfile.open(path, "w") as tar:
@@ -458,7 +465,7 @@ REASONS: dict[str, tuple[list[tuple[str, bytes]], dict[str, int], dict[str, int]
     ),
     "in the folder itself": ([("./3.png", PICTURES[3])], {}, {}, {}),
     "gaps of a TiB": ([], {"3_png": 2**40}, {"no image": 1}, {}),
-    "a text with gaps": ([("3.png", PICTURES[3])], {"3_txt": 2**40}, {}, {}),
+    "a text with gaps": ([("2.txt", b"red"), ("3.png", PICTURES[3])], {"3_txt": 2**40}, {}, {}),
     "a name like an offset": ([("x@a+b.txt", b"")], {}, {"no image": 1}, {}),
     "no bytes": ([("3.png", b"")], {}, {"empty file": 1}, {}),
 }  # fmt: skip

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 import shlex
 import signal
@@ -246,6 +247,18 @@ def test_mistakes_are_400_and_say_why(query, message):
     answer = CLIENT.get(f"/draw?{query}")
     assert answer.status_code == 400
     assert message in answer.json()["error"]
+
+
+def test_names_that_are_no_unicode_are_shown_and_taken_as_displayed():
+    """Folders that an archive of another encoding leaves are classes, too."""
+    names = [os.fsdecode(b"caf\xe9"), *CLASSES[1:]]
+    client = client_of(pipeline(classes=names))
+    shown = client.get("/about").json()["classes"]
+    assert shown == [r"caf\udce9", *CLASSES[1:]]
+    assert steps_of(0, events(client, class_labels=shown[0], num_images=1))
+    answer = client.get("/draw?class_labels=tea")
+    assert answer.json()["error"] == rf"unknown class 'tea': choose one of {', '.join(shown)}"
+    assert guard.Answer({"name": names[0]}).body == rb'{"name": "caf\udce9"}'
 
 
 def test_other_addresses_are_404():

@@ -501,6 +501,31 @@ def test_nothing_decodable_is_an_error(tmp_path):
     fill_folder(tmp_path / "in", {f"{i}.jpg": b"text" for i in range(9)})
     with pytest.raises(ValueError, match=r"none of 9 train images could be used: 0\.jpg: not an image"):
         ingest(FolderSource(tmp_path / "in", 0), tmp_path / "out", SIZE)
+    fill_folder(tmp_path / "split", {"train/1.png": encode(plain(RED)), "test/1.png": b"text"})
+    with pytest.raises(ValueError, match="; mend them, or choose others by test_fraction or max_test"):
+        ingest(FolderSource(tmp_path / "split"), tmp_path / "out", SIZE)
+
+
+def test_classes_without_a_training_image_are_named(tmp_path, caplog):
+    picture = encode(plain(RED))
+    fill_folder(tmp_path / "in", {"a/1.png": picture, "a/2.png": picture, "b/1.png": b"text"})
+    facts = ingest(FolderSource(tmp_path / "in", 0), tmp_path / "out", SIZE)
+    assert (facts["classes"], facts["classes_without_images"]) == (["a", "b"], ["b"])
+    assert "1 classes have no training image, and will not be learnt: b" in caplog.text
+    (tmp_path / "in/b/2.png").write_bytes(picture)
+    assert "classes_without_images" not in ingest(FolderSource(tmp_path / "in", 0), tmp_path / "out", SIZE)
+
+
+def test_captions_that_are_asked_for_exist(tmp_path):
+    columns = Columns(caption="txt")
+    fill_folder(tmp_path / "in", {f"{i}.png": encode(plain(RED)) for i in range(3)})
+    with pytest.raises(ValueError, match="captions=txt: none of the training images has one; give them"):
+        ingest(FolderSource(tmp_path / "in", 0, columns), tmp_path / "out", SIZE)
+    (tmp_path / "in/1.txt").write_text("a red square")
+    assert ingest(FolderSource(tmp_path / "in", 0, columns), tmp_path / "out", SIZE)["captions"] == 1
+    table = write_parquet(tmp_path / "a.parquet", [encode(plain(RED))] * 3, text=[None, "", None])
+    with pytest.raises(ValueError, match="captions=text: none of the training images has one"):
+        ingest(open_source(table, Columns(caption="text"), 0), tmp_path / "table", SIZE)
 
 
 # --- parquet ---

@@ -325,7 +325,8 @@ def test_batches_change_nothing_and_show_a_bar(capsys):
         whole, parts = (PIPE.complete(images, **how, batch_size=size) for size in (64, 2))
         assert torch.equal(whole.tokens, parts.tokens)
         assert torch.equal(whole.known, parts.known)
-        np.testing.assert_array_equal(np.stack(whole.images), np.stack(parts.images))
+        shades = np.stack(whole.images).astype(int) - np.stack(parts.images)
+        assert abs(shades).max() <= 1, "sums of another sequence may round to the next shade"
     with pytest.raises(ValueError, match="batch_size must be a whole number >= 1, got 0"):
         PIPE(batch_size=0)
     with pytest.raises(ValueError, match="got 2 orders for 5 images"):
@@ -449,8 +450,8 @@ def test_device_and_dtype(tmp_path):
         expected = to_uint8(TOKENIZER.decode(tokens, GRID))
     np.testing.assert_array_equal(fast, expected[0])
     assert 0 < abs(fast - slow).max() < 16
-    for wrong in ("cuda:99", "gpu", 1.5):
-        with pytest.raises(ValueError, match="device must be cuda, mps or cpu, and be there, got") as e:
+    for wrong, message in {"cuda:99": "is not there", "gpu": "got 'gpu'", 1.5: r"got '1\.5'"}.items():
+        with pytest.raises(ValueError, match=message) as e:
             Pipeline.from_pretrained(tmp_path, device=wrong)
         assert "\n" not in str(e.value)
 

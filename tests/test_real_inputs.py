@@ -227,6 +227,21 @@ def test_paths_may_begin_with_a_tilde(tmp_path, monkeypatch):
     assert open_source("~/d").classes() == ["cat"]
 
 
+def test_names_that_begin_with_a_tilde_are_no_home_folder(tmp_path, monkeypatch):
+    """`~` is a common name of a folder for scraps, and of a user's home: its images are others."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path, "data/~/x.png", "data/~/y.png")
+    fill(tmp_path / "home", "x.png", data=b"another")
+    for where in ("./data/~", "data"):
+        assert all((load_image(item.image) == RED).all() for item in open_source(where).items("train"))
+    monkeypatch.chdir(tmp_path / "data")
+    for where in (".", "./~"):
+        images = [item.image for split in ("train", "test") for item in open_source(where).items(split)]
+        assert len(images) == 2
+        assert all((load_image(image) == RED).all() for image in images)
+
+
 HALF = np.zeros((8, 8), np.uint8)
 HALF[:4] = 255
 TRANSPARENT = np.dstack([np.full((8, 8, 3), 255, np.uint8), HALF])

@@ -16,7 +16,8 @@ from PIL import Image
 from anyorder import Pipeline
 from anyorder.cli import main as cli
 from anyorder.data.caches import ImageSet, TokenSet
-from anyorder.data.captions import CaptionTokenizer, TextConfig, Vocabulary, index_of
+from anyorder.data.captions import CaptionTokenizer, TextConfig, Vocabulary
+from anyorder.data.classes import index_of
 from anyorder.data.ingest import ingest
 from anyorder.data.sources import Columns, open_source
 from anyorder.evaluation.classes import agreement

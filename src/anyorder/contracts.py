@@ -11,8 +11,6 @@
 Factorisation (OAR, arXiv 2504.17069, Sec. 3): log p(x | pi, c) = sum_i log p(x[pi_i] | x[pi_<i], pi_<=i, c).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -188,7 +186,7 @@ class Progress:
     noise: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
-    def start(cls, grid: Grid, batch_size: int, device: torch.device | str) -> Progress:
+    def start(cls, grid: Grid, batch_size: int, device: torch.device | str) -> "Progress":
         """Before anything is revealed."""
         numbers = torch.zeros(batch_size, grid.n, dtype=torch.float32, device=device)
         never = torch.full_like(numbers, -1, dtype=torch.int64)
@@ -239,7 +237,7 @@ class OrderPolicy(Protocol):
     def look_ahead(self) -> int:
         """How many of the best candidates are rated anew by expected information; 0: none."""
 
-    def subset(self, rows: Tensor) -> OrderPolicy:
+    def subset(self, rows: Tensor) -> "OrderPolicy":
         """The same policy for some images (R,) int64 of the batch."""
 
     def propose(self, progress: Progress) -> Tensor:

@@ -27,6 +27,11 @@ LARGEST_JSON = 1 << 28
 """Bytes."""
 
 
+def expanded(path: str | Path) -> Path:
+    """`~` at the beginning is the home folder; in `./~` it is a name, as `Path.expanduser` does not know."""
+    return Path(os.path.expanduser(path))
+
+
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its place only if the block succeeds.

@@ -5,8 +5,6 @@ each value by the annotation of its field. A text means what its field says: `1e
 text for a str, so that class names such as `010`, `yes`, `null` or `1:30` stay what they are.
 """
 
-from __future__ import annotations
-
 import ast
 import csv
 import dataclasses
@@ -138,7 +136,7 @@ def defaults(config_class: type) -> dict[str, Any]:
     return {f.name: dataclasses.asdict(f.default) if f.group and f.default else f.default for f in given}
 
 
-def _lines(settings: Mapping[str, _Field], keys: Iterable[str]) -> list[str]:
+def _lines(settings: Mapping[str, "_Field"], keys: Iterable[str]) -> list[str]:
     lines = []
     for key in keys:
         field = settings[key]
@@ -148,7 +146,7 @@ def _lines(settings: Mapping[str, _Field], keys: Iterable[str]) -> list[str]:
     return lines
 
 
-def _wrapped(field: _Field) -> list[str]:
+def _wrapped(field: "_Field") -> list[str]:
     doc = _docs(field.owner).get(field.name, "")
     return textwrap.wrap(doc, 100, initial_indent="    ", subsequent_indent="    ")
 

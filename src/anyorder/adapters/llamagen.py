@@ -58,28 +58,21 @@ class Block(nn.Module):
         return self.feed_forward(self.ffn_norm(x)) + x
 
 
-class ClassEmbedding(nn.Module):
-    """One row per class; the last one is the null label."""
-
-    def __init__(self, num_classes: int, width: int):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
-
-    def forward(self, labels: Tensor) -> Tensor:
-        """Labels (B,) to (B, 1, D)."""
-        return self.embedding_table(labels)[:, None]
-
-
 class GPT(layers.PublishedModel):
     """The modules of LlamaGen's GPT, which RandAR takes over."""
 
     def __init__(self, config: layers.GPTConfig):
         super().__init__(config)
-        self.cls_embedding = ClassEmbedding(config.num_classes, config.width)
+        table = nn.Embedding(config.num_classes + 1, config.width)  # the last row is the null label's
+        self.cls_embedding = nn.ModuleDict({"embedding_table": table})
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         self.norm = layers.norm(config.width)
         self.output = Linear(config.width, config.vocab_size, bias=False)
+
+    def _class(self, labels: Tensor) -> Tensor:
+        """Labels (B,) to (B, 1, D)."""
+        return self.cls_embedding["embedding_table"](labels)[:, None]
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.output(self.norm(x))
@@ -108,14 +101,14 @@ class LlamaGen(GPT):
 
     def _teacher_forced(self, tokens: Tensor, labels: Tensor, order: Tensor, rotations: Tensor) -> Tensor:
         _require_raster(order, 0)
-        x = torch.cat((self.cls_embedding(labels), self.tok_embeddings(tokens[:, :-1])), dim=1)
+        x = torch.cat((self._class(labels), self.tok_embeddings(tokens[:, :-1])), dim=1)
         factors = rotations.roll(1, 0)[None, :-1]
         for layer in self.layers:
             x = layer(x, factors, attention.causal)
         return self._logits(x)
 
     def _start(self, labels: Tensor, rotations: Tensor, cache: attention.Cache) -> State:
-        x = self._extend(cache, self.cls_embedding(labels), rotations[None, -1:])
+        x = self._extend(cache, self._class(labels), rotations[None, -1:])
         return State(cache, rotations, 0, self._logits(x))
 
     def score(self, state: State, positions: Tensor) -> Tensor:

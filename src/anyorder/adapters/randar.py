@@ -46,14 +46,14 @@ class RandAR(llamagen.GPT):
     def _teacher_forced(self, tokens: Tensor, labels: Tensor, order: Tensor, rotations: Tensor) -> Tensor:
         factors, seen = rotations[order], self.tok_embeddings(tokens.gather(1, order))
         # The token of the last step is seen by nobody.
-        x = torch.cat((self.cls_embedding(labels), _interleave(self._queries(factors), seen)[:, :-1]), dim=1)
+        x = torch.cat((self._class(labels), _interleave(self._queries(factors), seen)[:, :-1]), dim=1)
         factors = torch.cat((rotations[-1:].expand(len(order), 1, -1), _interleave(factors, factors)), dim=1)
         for layer in self.layers:
             x = layer(x, factors[:, :-1], attention.causal)
         return self._logits(x[:, 1::2])
 
     def _start(self, labels: Tensor, rotations: Tensor, cache: attention.Cache) -> State:
-        pending = self.cls_embedding(labels), rotations[-1:].expand(len(labels), 1, -1)
+        pending = self._class(labels), rotations[-1:].expand(len(labels), 1, -1)
         positions = labels.new_empty(len(labels), len(rotations) - 1)
         return State(cache, rotations, pending, attention.Scored(positions))
 

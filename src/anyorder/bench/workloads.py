@@ -1,7 +1,5 @@
 """What `anyorder bench` measures: ceilings of the machine, and workloads; add one to `WORKLOADS`."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Mapping
@@ -139,7 +137,7 @@ class Subject:
         self.streams = Streams(range(config.images), self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
 
-    def sampler(self, dtype: torch.dtype) -> Subject:
+    def sampler(self, dtype: torch.dtype) -> "Subject":
         """The same with weights of a dtype, compiled if that is asked for: what sampling runs."""
         found = copy.copy(self)
         found.dtype, found.model = dtype, copy.deepcopy(self.model).to(dtype).eval()

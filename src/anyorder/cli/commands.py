@@ -43,10 +43,15 @@ class Call:
             raise ValueError(f"{key}={value}: expected true or false")
         return value == "true"
 
+    @property
+    def folders(self) -> list[Path]:
+        """The paths that were typed."""
+        return [Path(os.path.expanduser(path)) for path in self.paths]
+
     def out(self, default: str = "") -> Path:
         """Remove `out=` from the settings."""
         if out := self.take("out", default):
-            return Path(out).expanduser()
+            return Path(os.path.expanduser(out))
         raise ValueError(f"say where to write: anyorder {self.name} out=FOLDER ...")
 
     def file(self, default: str = "", ending: str = "") -> Path:
@@ -204,7 +209,7 @@ def convert(call: Call) -> str:
     (source, out), call.paths = call.paths, []
     overwrite, config = call.flag("overwrite"), call.parse(source=source)
     if not call.show(config, out):
-        convert(config, Path(out).expanduser(), overwrite=overwrite)
+        convert(config, Path(os.path.expanduser(out)), overwrite=overwrite)
     after = f"anyorder sample pipeline={out} out=FOLDER, if it has a tokenizer, or anyorder tokens"
     return f"{out}; next: {after}"
 
@@ -269,7 +274,7 @@ def fit(call: Call) -> str:
     from anyorder.cli.fit import fit_folder
 
     source = call.paths.pop()
-    source = source if "://" in source else str(Path(source).expanduser())
+    source = source if "://" in source else os.path.expanduser(source)
     out, overwrite = call.out(f"runs/{Path(source).resolve().stem}"), call.flag("overwrite")
     overrides = call.of_stages()
     fit_folder(call.parse(source=source), out, overrides, dry_run=call.dry_run, overwrite=overwrite)
@@ -294,7 +299,7 @@ def report(call: Call) -> str:
 
     if not call.paths:
         raise ValueError("give one or more run folders, for example runs/quickstart")
-    folders = [Path(path).expanduser() for path in call.paths]
+    folders = call.folders
     out, images = call.file(f"{folders[0]}/report.html"), call.flag("data_images", "true")
     beside = [out.with_suffix(end) for key, end in (("csv", ".csv"), ("latex", ".tex")) if call.flag(key)]
     for path in beside:
@@ -364,7 +369,7 @@ def verify(call: Call) -> str:
     if not call.paths or call.settings:
         raise ValueError("give one or more artifact folders: anyorder verify FOLDER...")
     seen = set[Path]()
-    if problems := [problem for path in call.paths for problem in verify(Path(path).expanduser(), seen)]:
+    if problems := [problem for folder in call.folders for problem in verify(folder, seen)]:
         raise OSError("; ".join(problems))
     print(f"{', '.join(call.paths)}: every file with a hash is as it was written")
     return ""
@@ -400,4 +405,4 @@ def _runs(call: Call) -> list[Path]:
     """The run folders that were typed."""
     if not call.paths or call.settings:
         raise ValueError(f"give one or more run folders: anyorder {call.name} runs/quickstart")
-    return [Path(path).expanduser() for path in call.paths]
+    return call.folders

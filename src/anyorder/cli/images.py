@@ -13,7 +13,7 @@ from PIL import Image
 
 from anyorder.contracts import require
 from anyorder.data.images import load_image
-from anyorder.files import sha256
+from anyorder.files import expanded, sha256
 from anyorder.inference import figures, masks
 from anyorder.inference.folders import BUNDLED, find_parts
 from anyorder.inference.pipeline import Pipeline
@@ -198,7 +198,7 @@ def _open(stage: str, config: Any, out: Path, overwrite: bool, names: Sequence[s
 
     The files that the settings name count by their contents.
     """
-    folders = (Path(config.pipeline).expanduser(), BUNDLED / config.pipeline)
+    folders = (expanded(config.pipeline), BUNDLED / config.pipeline)
     folder = next(filter(Path.is_dir, folders), None)  # of a pipeline of the hub there is none
     paths = [getattr(config, role, None) for role in ("image", "mask")]
     paths += sorted(folder.rglob("*.*")) if folder else []
@@ -214,7 +214,7 @@ def _open(stage: str, config: Any, out: Path, overwrite: bool, names: Sequence[s
 
 def _compared(then: dict[str, Any]) -> dict[str, Any]:
     """Settings with every path spelled alike, and a short name of the files' contents in place of hashes."""
-    paths = {role: Path(str(then.get(role))).expanduser() for role in ("pipeline", "image", "mask")}
+    paths = {role: expanded(str(then.get(role))) for role in ("pipeline", "image", "mask")}
     spelled = {role: str(path.resolve()) for role, path in paths.items() if then.get(role) and path.exists()}
     contents = hashlib.sha256(str(then.pop("sha256", [])).encode()).hexdigest()[:8]
     return {**then, **spelled, "contents of the files": contents}

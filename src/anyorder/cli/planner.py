@@ -1,7 +1,5 @@
 """Costs of the stages of an experiment, counted without running it."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from anyorder.contracts import require
 from anyorder.data import sources
 from anyorder.evaluation.features import ClassifierConfig
 from anyorder.families import family
+from anyorder.files import expanded
 from anyorder.inference import weights
 from anyorder.method.schedules import reveals
 from anyorder.models.transformer import TransformerConfig
@@ -128,7 +127,7 @@ class Planner:
 
     known: ClassVar[dict[str, Any]] = {}
     """What was counted, by function and arguments."""
-    here: dict[Path | None, Facts]
+    here: dict[Path | None, "Facts"]
     """What was found of the data, by artifact."""
 
     def __init__(self, experiment: Experiment, config: PlanConfig, kind: Kind):
@@ -158,7 +157,7 @@ class Planner:
 
     # --- what the stages work on ------------------------------------------------------------------------
 
-    def _facts(self, data: Path | None) -> Facts:
+    def _facts(self, data: Path | None) -> "Facts":
         """Of the data artifact."""
         stage = self._made("data", data)
         if data not in self.here:
@@ -192,7 +191,7 @@ class Planner:
         kind, sizes = PUBLISHED[path.name]
         return kind, family(kind).config_class(**sizes)
 
-    def _tokens_of(self, path: Path | None) -> tuple[Any, Facts, Any]:
+    def _tokens_of(self, path: Path | None) -> tuple[Any, "Facts", Any]:
         """The stage that makes the tokens, the images behind it, and its tokenizer's configuration."""
         stage = self._made("tokens", path)
         return stage, self._facts(stage.data), self._network(stage.tokenizer, "tokenizer")[1]
@@ -417,7 +416,7 @@ def _source(stage: Any) -> Facts:
     """Of the source of a data stage on this machine; zeros where it is not, and one value an attribute."""
     if (name := stage.source) == "sunsets":
         return Facts(stage.max_train or 20_000, 0, stage.max_test or 2_000, 4)
-    if not Path(name).expanduser().exists():
+    if not expanded(name).exists():
         return Facts(0, 0, 0, 0, (1,) * len(stage.attributes))
     columns = sources.Columns(stage.label, attributes=tuple(stage.attributes), image=stage.image)
     source = sources.open_source(name, columns, stage.test_fraction)

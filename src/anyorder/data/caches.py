@@ -8,6 +8,7 @@ import torch
 from anyorder import contracts, files
 from anyorder.data import captions as texts
 from anyorder.data import decoding
+from anyorder.data.classes import index_of
 from anyorder.data.rows import evenly_spaced
 from anyorder.orders import of_classes
 
@@ -105,7 +106,7 @@ class ImageSet(_Split):
         """
         if attribute is None:
             return self.labels, self.classes
-        column = texts.index_of(attribute, list(self.attributes), "attribute")
+        column = index_of(attribute, list(self.attributes), "attribute")
         return self.attribute_values()[:, column], self.attributes[attribute]
 
     def captions(self) -> list[str] | None:
@@ -211,7 +212,7 @@ class TokenSet(_Split):
         columns |= {"captions": list(range(1 + len(self.attributes), width))} if self.text_length else {}
         left = condition.clone().reshape(len(condition), -1)
         for part in parts:
-            texts.index_of(part, list(columns), "part of the condition")
+            index_of(part, list(columns), "part of the condition")
             left[:, columns[part]] = -1
         return left.view_as(condition)
 

@@ -1,7 +1,5 @@
 """Captions as tokens, and the names of everything that a condition may hold."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import abc
 from functools import cached_property
@@ -11,7 +9,7 @@ import numpy as np
 import torch
 
 from anyorder.contracts import require
-from anyorder.settings import did_you_mean
+from anyorder.data.classes import index_of
 
 _UNKNOWN = "[UNK]"
 
@@ -47,7 +45,7 @@ class CaptionTokenizer:
         self.definition = definition
 
     @classmethod
-    def train(cls, captions: abc.Sequence[str], vocab_size: int) -> CaptionTokenizer:
+    def train(cls, captions: abc.Sequence[str], vocab_size: int) -> "CaptionTokenizer":
         """Learn at most `vocab_size` tokens; the same captions give the same ones."""
         library = _library()
         tokenizer = library.Tokenizer(library.models.BPE(unk_token=_UNKNOWN))
@@ -135,18 +133,3 @@ class Vocabulary:
             tokens = self.captions.encode(prompts, self.length)
             condition[:, 1 + len(self.attributes) :] = torch.from_numpy(tokens)
         return condition
-
-
-def index_of(name: str, allowed: abc.Sequence[str], what: str) -> int:
-    """Where a name stands among those allowed.
-
-    Raises:
-        ValueError: it does not; the message suggests the closest one.
-    """
-    if name not in allowed:
-        same = (f", did you mean '{other}'?" for other in allowed if other.lower() == name.lower())
-        hint = did_you_mean(name, allowed) or next(same, ":")
-        text = f"unknown {what} '{name}'{hint} choose one of {', '.join(allowed) or 'none'}"
-        parted = (other for other in allowed if name in map(str.strip, other.split(",")) and name != other)
-        raise ValueError("; ".join([text, *(f'a name with a comma is written ["{x}"]' for x in parted)]))
-    return list(allowed).index(name)

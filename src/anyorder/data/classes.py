@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Iterable, Sequence
 
+from anyorder.settings import did_you_mean
+
 log = logging.getLogger("anyorder")
 
 
@@ -46,3 +48,20 @@ def display_name(name: str, mathtext: bool = False) -> str:
     """
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
     return shown.replace("$", r"\$") if mathtext else shown
+
+
+def index_of(name: str, allowed: Sequence[str], what: str) -> int:
+    """Where a name stands among those allowed; one that cannot be typed is found as it is displayed.
+
+    Raises:
+        ValueError: it does not; the message suggests the closest one.
+    """
+    if name not in allowed:
+        allowed = list(map(display_name, allowed))
+    if name not in allowed:
+        same = (f", did you mean '{other}'?" for other in allowed if other.lower() == name.lower())
+        hint = did_you_mean(name, allowed) or next(same, ":")
+        text = f"unknown {what} '{name}'{hint} choose one of {', '.join(allowed) or 'none'}"
+        parted = (other for other in allowed if name in map(str.strip, other.split(",")) and name != other)
+        raise ValueError("; ".join([text, *(f'a name with a comma is written ["{x}"]' for x in parted)]))
+    return list(allowed).index(name)

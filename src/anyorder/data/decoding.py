@@ -1,7 +1,5 @@
 """Pixels without a cache: images are decoded when they are asked for, ahead of time by worker processes."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os
@@ -177,7 +175,7 @@ class Decoded:
             same = checksum is None or checksum == self._checksums[row]
             require(same, f"{self._reader.name(row)} {text}: {mend}")
 
-    def cropped(self) -> Decoded:
+    def cropped(self) -> "Decoded":
         """(5 n, H, W, 3), where row k * n + i is crop k of image i; see `CROP_RANGE`.
 
         Raises:

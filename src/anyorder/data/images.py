@@ -142,7 +142,7 @@ def _open(image: bytes | str | os.PathLike[str]) -> Image.Image:
         file: io.BytesIO | str = io.BytesIO(image)
         length = len(image)
     else:
-        file = path = os.path.expanduser(image)
+        file = path = os.path.expanduser(image) if isinstance(image, str) else os.fspath(image)
         # Opening a pipe or a device would wait for ever.
         _require(os.path.isfile(path), "unreadable file", "no regular file, or a broken link")
         length = os.path.getsize(path)

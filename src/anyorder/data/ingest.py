@@ -1,7 +1,5 @@
 """From a source of images to the arrays of a data artifact."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -19,6 +17,7 @@ from tqdm import tqdm
 from anyorder import files
 from anyorder.contracts import require
 from anyorder.data import images
+from anyorder.data.classes import display_name
 from anyorder.data.decoding import Found, Reader
 from anyorder.data.rows import slices
 from anyorder.data.sources import UNKNOWN, Item, Source
@@ -83,6 +82,12 @@ def ingest(
     limits = f"max_train and max_test must not be negative, got {max_train} and {max_test}"
     require(min(max_train or 0, max_test or 0) >= 0, limits)
     chosen = _rows(source, max_train, max_validation, max_test)
+    asked = source.columns.caption
+    described = sum(bool(source.texts["train"][i].caption) for i in chosen["train"]) if asked else 0
+    lacking = (
+        f"captions={asked}: none of the training images has one; give them captions, or leave captions out"
+    )
+    require(not asked or described > 0, lacking)
     decoding = {"size": size, "fit": fit, "fill": fill, "max_pixels": max_pixels}
     classes, attributes = source.classes(), source.attributes()
     codes = _Codes(classes, attributes)
@@ -103,6 +108,10 @@ def ingest(
             save({"settings": settings, "count": count, "skipped": skipped})
         result = files.read_json(done)
         facts["counts"][split], facts["skipped"][split] = result["count"], result["skipped"]
+    counts = np.bincount(files.load_array(folder / "train.labels.npy"), minlength=len(classes))
+    empty = [name for name, count in zip(classes, counts, strict=True) if count == 0] if classes else []
+    facts |= {"classes_without_images": empty} if empty else {}
+    facts |= {"captions": described} if asked else {}
     _report(facts, max_skipped)
     for split in chosen:
         (folder / f"{split}.partial").unlink()
@@ -150,10 +159,15 @@ def _report(facts: Mapping[str, Any], max_skipped: float) -> None:
     ignored, used = facts["ignored"]["reasons"], sum(facts["counts"].values())
     said = [f"{count} {split} images" for split, count in facts["counts"].items()]
     said += [f"classes: {len(facts['classes'])}"] * bool(facts["classes"])
+    if described := facts.get("captions"):
+        said.append(f"captions of training images: {described}")
     for verb, reasons in (("skipped", skipped), ("ignored", ignored)):
         counted = ", ".join(f"{n} x {reason}" for reason, n in reasons.items())
         said += [f"{verb} {counted}"] * bool(counted)
     log.info("%s", "; ".join(said))
+    if empty := facts.get("classes_without_images"):
+        shown = ", ".join(map(display_name, empty[:5])) + ", ..." * (len(empty) > 5)
+        log.warning("%d classes have no training image, and will not be learnt: %s", len(empty), shown)
     first = [skip for part in (*parts, facts["ignored"]) for skip in part["first"]]
     shown = "; ".join(f"{skip['name']}: {skip['reason']}" for skip in first[:3])
     for what, n in (("skipped", skipped.total()), ("of unknown suffix", ignored.get(UNKNOWN, 0))):
@@ -165,7 +179,7 @@ def _report(facts: Mapping[str, Any], max_skipped: float) -> None:
 
 
 def _ingest_split(
-    source: Source, folder: Path, split: str, items: list[Item], codes: _Codes, decoding: dict[str, Any],
+    source: Source, folder: Path, split: str, items: list[Item], codes: "_Codes", decoding: dict[str, Any],
     cache: bool, state: dict[str, Any], save: Callable[[dict[str, Any]], None],
 ) -> tuple[int, dict[str, Any]]:  # fmt: skip
     encoded = [os.fsencode(item.name) for item in items]
@@ -200,6 +214,7 @@ def _ingest_split(
                 saved = time.monotonic()
     listed = "; ".join(f"{name}: {kind}: {detail}" for name, kind, detail in skipped[:5]) or "there are none"
     unused = f"none of {len(items)} {split} images could be used: {listed}"
+    unused += "; mend them, or choose others by test_fraction or max_test" if split == "test" else ""
     require(writer.rows > 0 or (split == "test" and not skipped), unused)
     writer.close()
     if source.columns.caption:
@@ -208,7 +223,7 @@ def _ingest_split(
 
 
 def _writer(
-    folder: Path, split: str, codes: _Codes, name: np.dtype, size: images.Size | None, begin: int
+    folder: Path, split: str, codes: "_Codes", name: np.dtype, size: images.Size | None, begin: int
 ) -> files.RowWriter:
     """Of pixels, or without a `size` of what finds them again, and of labels and attributes, from a row."""
     arrays: dict[str, Any] = {"images": ((*size, 3), np.uint8)} if size else {}
@@ -221,7 +236,7 @@ def _writer(
     return files.RowWriter(folder, {f"{split}.{array}": kind for array, kind in arrays.items()}, most=begin)
 
 
-def _sorted(items: Sequence[Item], found: Found, codes: _Codes) -> tuple[list[dict[str, Any]], Skipped]:
+def _sorted(items: Sequence[Item], found: Found, codes: "_Codes") -> tuple[list[dict[str, Any]], Skipped]:
     """The values of what is kept of a block, and what is skipped."""
     kept: list[dict[str, Any]] = []
     skipped: Skipped = []

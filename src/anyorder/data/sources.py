@@ -19,6 +19,7 @@ from anyorder.contracts import require
 from anyorder.data import listing
 from anyorder.data.classes import in_sequence
 from anyorder.data.images import BadImage, suffixes
+from anyorder.files import expanded
 
 SIDECARS = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".md", ".yaml", ".yml", ".html", ".log", ".py"}
 """Files that are expected beside images; other unknown files may be images that cannot be read."""
@@ -179,7 +180,7 @@ def open_source(where: str | Path, columns: Columns = NO_COLUMNS, test_fraction:
         return OwnSource(str(where), test_fraction)
     if "://" in str(where):
         return RemoteSource(str(where), columns, test_fraction)
-    path = Path(where).expanduser()
+    path = expanded(where)
     if path.is_file():
         kinds: dict[str, Any] = {".tar": TarSource, ".parquet": ParquetSource}
         text = f"{where} is no parquet file and no tar file without compression: unpack it into a folder"

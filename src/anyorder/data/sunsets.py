@@ -172,14 +172,6 @@ class SunsetCauses:
         """(n,) bool: a sun and a cloud were found, and the cloud's colour is one that this sun gives."""
         return (self.sun >= 0) & (self.cloud >= 0) & (self.cloud // 2 == self.sun)
 
-    def shares(self) -> dict[str, float]:
-        """Shares of the images in [0, 1]: `consistency`, `no_sun`, `no_cloud`.
-
-        Clouds that are independent of the sun are consistent in about 1 / len(SUNS) of the images.
-        """
-        found = {"consistency": self.consistent, "no_sun": self.sun < 0, "no_cloud": self.cloud < 0}
-        return {name: float(flags.mean()) for name, flags in found.items()}
-
 
 def causes_of(images: np.ndarray) -> SunsetCauses:
     """Read the colours of sun and clouds in images (n, height, width, 3) uint8; stands mild blur and noise.

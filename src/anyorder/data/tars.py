@@ -47,7 +47,11 @@ class TarSource(Shards):
                 self._hidden[part] = []
                 members = ((*_key(member.name), member) for member in self._visible(file, part))
                 for key, group in groupby(members, lambda found: found[0]):
-                    example = {ending: member for _, ending, member in group}
+                    example: dict[str, tarfile.TarInfo] = {}
+                    for _, ending, member in group:
+                        twice = f"{path} has two files {member.name!r} that are {ending} of {key}"
+                        require(ending not in example, f"{twice}: leave one out")
+                        example[ending] = member
                     texts = _texts(file, example, self.columns.texts)
                     seen |= {*example, *texts}
                     item = self._item(part, key, example, texts)

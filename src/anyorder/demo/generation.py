@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from anyorder.contracts import Grid, Step, require
+from anyorder.data.classes import display_name
 from anyorder.data.images import load_image, load_mask
 from anyorder.inference import figures
 from anyorder.inference.device import autocast_like
@@ -97,12 +98,12 @@ def choices(pipe: Pipeline) -> dict[str, PolicyConfig]:
 def describe_pipeline(pipe: Pipeline, name: str = "") -> dict[str, Any]:
     """What the page shows and offers, JSON-able; sizes are (height, width) in pixels, grids in patches."""
     grid, factor = pipe.model.grid, pipe.tokenizer.factor
-    classes = pipe.classes or [str(label) for label in range(pipe.model.num_classes)]
+    classes = [*map(display_name, pipe.classes)] or [str(label) for label in range(pipe.model.num_classes)]
     return {
         "name": name,
         "pipeline": repr(pipe),
         "classes": classes,
-        "example_class": pipe.example_class or next(iter(classes), ""),
+        "example_class": display_name(pipe.example_class or "") or next(iter(classes), ""),
         "guidance": pipe.guidance.scale,
         "temperature": pipe.sampling.temperature,
         "takes_text": pipe.vocabulary.length > 0,

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anyorder.demo.line import PATIENCE, one_line
@@ -103,18 +103,28 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-async def refused(request: Request, error: Exception) -> JSONResponse:
+class Answer(Response):
+    """JSON in ASCII: names of files, and what is made of them, may be no Unicode."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return json.dumps(content, allow_nan=False).encode()
+
+
+async def refused(request: Request, error: Exception) -> Answer:
     """The answer to a request that is refused, as the page shows it."""
     assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    return Answer({"error": error.detail}, error.status_code, error.headers)
 
 
-async def wrong(request: Request, error: Exception) -> JSONResponse:
+async def wrong(request: Request, error: Exception) -> Answer:
     """The answer to settings that make no sense."""
-    return JSONResponse({"error": str(error)}, 400)
+    return Answer({"error": str(error)}, 400)
 
 
-async def failed(request: Request, error: Exception) -> JSONResponse:
+async def failed(request: Request, error: Exception) -> Answer:
     """The answer to a request that raised an error; one short line in the log."""
     logging.getLogger(__name__).error("%s failed: %s", request.url.path[:100], one_line(error))
-    return JSONResponse({"error": f"The server failed: {one_line(error)}"}, 500, HEADERS)
+    return Answer({"error": f"The server failed: {one_line(error)}"}, 500, HEADERS)

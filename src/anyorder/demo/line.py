@@ -5,8 +5,6 @@ counts the seconds outside of the sampling. The next event is sampled only after
 that at most one event per client is held in memory.
 """
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import json
@@ -33,14 +31,14 @@ class Line:
         self.open = 0
         self.moved = asyncio.Event()
 
-    def leave(self, stream: EventStream) -> None:
+    def leave(self, stream: "EventStream") -> None:
         """Those behind move up; nothing happens if the stream is not in the line."""
         if stream in self.waiting:
             self.waiting.remove(stream)
             self.moved.set()
             self.moved = asyncio.Event()
 
-    async def places(self, stream: EventStream) -> abc.AsyncIterator[int]:
+    async def places(self, stream: "EventStream") -> abc.AsyncIterator[int]:
         """Wait for the turn; yields the place in the line after each move, 1 is next."""
         while True:
             if stream not in self.waiting:  # it is new, or lost its turn

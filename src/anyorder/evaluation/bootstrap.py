@@ -5,8 +5,6 @@ float64 (R, n): how often it holds each image; features are never copied. An int
 about the noise of the images; `pooled` over several seeds also about that of training.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -39,14 +37,14 @@ class Difference(NamedTuple):
     confidence: float = 0.95
 
     @classmethod
-    def read(cls, values: Mapping[str, Any]) -> Difference:
+    def read(cls, values: Mapping[str, Any]) -> "Difference":
         """From JSON, which has null for what is not finite: there are no draws then."""
         bounds: dict[str, Any] = {key: math.nan for key in ("low", "high") if values[key] is None}
         finite = {} if None not in values.get("draws", ()) else {"draws": ()}
         return cls(**{**values, **bounds, **finite})
 
     @property
-    def reversed(self) -> Difference:
+    def reversed(self) -> "Difference":
         """The same of b - a."""
 
         def inverse(ratio: float | None) -> float | None:

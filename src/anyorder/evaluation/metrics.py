@@ -4,8 +4,6 @@ torchmetrics supplies PSNR and SSIM; its FID, KID and Inception Score each run t
 global random generator, so they are computed here, from shared features, and tested against it.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable
@@ -90,7 +88,7 @@ class FeatureStatistics:
             save_file(tensors, temporary, metadata={"source": source})
 
     @classmethod
-    def load(cls, path: str | Path, extractor: str, data: str) -> FeatureStatistics:
+    def load(cls, path: str | Path, extractor: str, data: str) -> "FeatureStatistics":
         """Read what `save` wrote for this extractor and these images.
 
         Raises:

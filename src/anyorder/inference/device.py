@@ -1,7 +1,5 @@
 """The device to compute on, and whether bfloat16 pays on it."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time
@@ -147,14 +145,7 @@ def free_memory(device: torch.device) -> int:
 
 def find_device(name: torch.device | str | None) -> torch.device:
     """The device of this name, by default that of `device`; a ValueError if this machine has none such."""
-    if name is None:
-        return device()
-    try:
-        torch.zeros((), device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:
-        reason = str(e).splitlines()[0]
-        raise ValueError(f"device must be cuda, mps or cpu, and be there, got {name!r}: {reason}") from e
+    return device() if name is None else _named(str(name), torch.cuda.device_count())
 
 
 class Threads:
@@ -187,7 +178,7 @@ class Threads:
         self._use(threads) if threads in self.choices else self._begin_trial()
         self._mark = time.perf_counter()
 
-    def __enter__(self) -> Threads:
+    def __enter__(self) -> "Threads":
         return self
 
     def __exit__(self, *_: object) -> None:

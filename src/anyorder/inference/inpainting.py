@@ -8,7 +8,6 @@ Tokens whose own patch is known throughout are kept. They have seen the replacem
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from anyorder.contracts import Grid, Tokenizer, require
@@ -86,9 +85,9 @@ def with_part(tokenizer: Tokenizer, images: Tensor, keep: float, streams: Stream
 
 def open_tokens(mask: Tensor, factor: int, margin: int = 0) -> Tensor:
     """Tokens to generate, (B, N) bool: patches with a masked pixel, and `margin` patches around them."""
-    touched = F.max_pool2d(mask[:, None].float(), factor)
+    touched = torch.nn.functional.max_pool2d(mask[:, None].float(), factor)
     for _ in range(margin):
-        touched = F.max_pool2d(touched, 3, stride=1, padding=1)
+        touched = torch.nn.functional.max_pool2d(touched, 3, stride=1, padding=1)
     return touched.flatten(1) > 0
 
 
@@ -109,11 +108,11 @@ def extend(values: Tensor, known: Tensor, rings: int | None = None) -> tuple[Ten
     values, reached = values * known, known.to(values.dtype)
     ring = torch.where(known, 0, -1)
     while bool((reached == 0).any()) and (rings is None or int(ring.max()) < rings):
-        number = 9 * F.avg_pool2d(reached, 3, stride=1, padding=1)
+        number = 9 * torch.nn.functional.avg_pool2d(reached, 3, stride=1, padding=1)
         fresh = (reached == 0) & (number > 0.5)
         if not bool(fresh.any()):  # nothing is known at all
             break
-        total = 9 * F.avg_pool2d(values, 3, stride=1, padding=1)
+        total = 9 * torch.nn.functional.avg_pool2d(values, 3, stride=1, padding=1)
         values = torch.where(fresh, total / number.clamp_min(1), values)
         reached = reached + fresh
         ring = torch.where(fresh, ring.max() + 1, ring)

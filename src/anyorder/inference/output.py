@@ -1,7 +1,5 @@
 """What a pipeline returns, and how it shows itself."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,7 +55,7 @@ class PipelineOutput:
         return max(1, 128 // max(self.images[0].size))
 
     @classmethod
-    def joined(cls, parts: Sequence[PipelineOutput]) -> PipelineOutput:
+    def joined(cls, parts: Sequence["PipelineOutput"]) -> "PipelineOutput":
         """The outputs of one or more batches as one."""
         names = ("order", "tokens", "log_prob", "steps") + (("known",) if parts[0].known is not None else ())
         columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}

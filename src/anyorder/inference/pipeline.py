@@ -1,7 +1,5 @@
 """`Pipeline`: a tokenizer and an any-order model that generate images, in the manner of diffusers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from tqdm import tqdm
 
 from anyorder import contracts, orders
 from anyorder.contracts import Grid, require
-from anyorder.data.captions import index_of
+from anyorder.data.classes import index_of
 from anyorder.data.images import to_uint8
 from anyorder.inference import device as devices
 from anyorder.inference import folders, inpainting, masks
@@ -51,7 +49,7 @@ class Pipeline(folders.Parts):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         allow_own: bool = False,
-    ) -> Pipeline:
+    ) -> "Pipeline":
         """Load a folder, "fashion32", "fashion64" or "emoji64" of the package, or one of the hub.
 
         Args:
@@ -78,14 +76,14 @@ class Pipeline(folders.Parts):
         """Upload the pipeline to the Hugging Face hub; returns the address of the commit."""
         return folders.upload(self, repo_id, token, private)
 
-    def to(self, target: torch.device | str | torch.dtype) -> Pipeline:
+    def to(self, target: torch.device | str | torch.dtype) -> "Pipeline":
         """Move all networks to a device, or the any-order models to a dtype."""
         networks = (self.model, self.scorer, None if isinstance(target, torch.dtype) else self.tokenizer)
         for network in filter(None, networks):
             network.to(target)
         return self
 
-    def compile_decoding(self, asked: bool | None = True, images: int = 0) -> Pipeline:
+    def compile_decoding(self, asked: bool | None = True, images: int = 0) -> "Pipeline":
         """Generate with compiled code from now on, on a GPU with CUDA graphs; call it after `to`.
 
         Each new batch size takes minutes at first. Arguments, errors: see `models.compiled.compile_decoding`.

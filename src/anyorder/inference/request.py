@@ -1,7 +1,5 @@
 """The request: one list of arguments for all that a pipeline generates."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import operator
@@ -64,7 +62,7 @@ class ImageRequest:
     """Instead of labels, prompt and attributes: (B,) or (B, 1 + A + L) int64, see `contracts`."""
 
     @classmethod
-    def of(cls, *request: Any, **settings: Any) -> ImageRequest:
+    def of(cls, *request: Any, **settings: Any) -> "ImageRequest":
         """The request of these arguments; a TypeError says what an unknown one is called here."""
         for name in settings.keys() - cls.__dataclass_fields__.keys():
             hint = f": it is called {_NAMES[name]}" if name in _NAMES else ""

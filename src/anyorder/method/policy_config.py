@@ -1,7 +1,5 @@
 """A policy as configuration files and users write it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
@@ -50,12 +48,12 @@ def _own(order: str) -> Any:
     return own if first == "grid" else None
 
 
-def stored_policy(values: Mapping[str, Any]) -> PolicyConfig:
+def stored_policy(values: Mapping[str, Any]) -> "PolicyConfig":
     """The configuration in a manifest, of this version or an earlier one."""
     return parse_stored(PolicyConfig, values)
 
 
-def make_policy(order: Order, grid: Grid, streams: Streams) -> OrderPolicy:
+def make_policy(order: "Order", grid: Grid, streams: Streams) -> OrderPolicy:
     """A policy from what users write.
 
     Args:

@@ -1,7 +1,5 @@
 """From logits to tokens and ratings: truncated sampling, and confidence scores of positions."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections import abc
@@ -95,7 +93,7 @@ class Streams:
         """Where the numbers are made."""
         return self.keys.device
 
-    def subset(self, rows: Tensor) -> Streams:
+    def subset(self, rows: Tensor) -> "Streams":
         """Those of some images (R,) int64."""
         part = copy.copy(self)
         part.keys = self.keys[rows]

@@ -3,8 +3,6 @@
 Shapes: B images, T inputs, M candidates, L cached inputs, D width, H heads.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -115,7 +113,9 @@ class Cache:
     """(B,) int64 where images differ: how many inputs of each are valid; `length` is then the largest."""
 
     @classmethod
-    def empty(cls, weight: Tensor, depth: int, batch_size: int, heads: int, length: int, width: int) -> Cache:
+    def empty(
+        cls, weight: Tensor, depth: int, batch_size: int, heads: int, length: int, width: int
+    ) -> "Cache":
         """Room for `length` inputs, O(depth * B * L * D), on the device and in the dtype of `weight`."""
         device, dtype = weight.device, weight.dtype
         if torch.is_autocast_enabled(device.type):
@@ -149,7 +149,7 @@ class Cache:
 
     def candidates(
         self, free: slice | None, pending: int = 0, joint: bool = False, size: int = 1
-    ) -> list[Candidates]:
+    ) -> list["Candidates"]:
         """One attention per layer for candidates; see `Candidates`."""
         seen = visible = None
         if self.lengths is not None:
@@ -301,7 +301,7 @@ class Scored:
     """Candidates of the largest call."""
 
     @classmethod
-    def empty(cls, like: Tensor, n: int) -> Scored:
+    def empty(cls, like: Tensor, n: int) -> "Scored":
         """Room for `n` candidates with hidden states like (B, D)."""
         positions = torch.empty(len(like), n, dtype=torch.int64, device=like.device)
         return cls(positions, like.new_empty(len(like), n, like.shape[1]))

@@ -1,7 +1,5 @@
 """Layers: a linear layer that is fast in decoding, RMSNorm with a fast backward pass."""
 
-from __future__ import annotations
-
 import copy
 import os
 from typing import Any
@@ -28,7 +26,7 @@ class Linear(nn.Linear):
     packed: Tensor | None = None
     """The weight in oneDNN's layout; never part of a state dict, a copy or a pickle."""
 
-    def train(self, mode: bool = True) -> Linear:
+    def train(self, mode: bool = True) -> "Linear":
         """As of `nn.Module`; the packed weight goes."""
         self.packed = None
         return super().train(mode)
@@ -36,7 +34,7 @@ class Linear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "packed": None}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Linear:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Linear":
         """Written out, since that of a parametrized layer passes by `__getstate__`."""
         memo[id(self)] = found = self.__new__(type(self))
         found.__dict__ = copy.deepcopy({**self.__dict__, "packed": None}, memo)

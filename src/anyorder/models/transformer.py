@@ -8,8 +8,6 @@ tables of a fixed grid: one model serves several resolutions and aspect ratios.
 Shapes: B images, T steps, M candidates, L cached steps, D width, H heads, V codebook size.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,7 +56,7 @@ class State(attention.DecodingState):
     """P: how long the cache is before the first step."""
     missing: int | None
     """How many positions are open; None where images may differ."""
-    together: Together | None = None
+    together: "Together | None" = None
     """What `score_group` scored last."""
 
 

@@ -1,7 +1,5 @@
 """Tables for the report, as text, HTML and Markdown."""
 
-from __future__ import annotations
-
 import math
 import numbers
 import statistics
@@ -19,7 +17,7 @@ class Spread(float):
     deviation: float
 
     @classmethod
-    def of(cls, values: abc.Sequence[float]) -> Spread:
+    def of(cls, values: abc.Sequence[float]) -> "Spread":
         """Mean and deviation of one or more values."""
         result = cls(statistics.mean(values))
         result.deviation = statistics.stdev(values) if len(values) > 1 else 0.0

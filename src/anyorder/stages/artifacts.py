@@ -5,8 +5,6 @@ versions, seconds and further facts. A folder without it is unfinished: `.identi
 made there, and by whom. An artifact that is replaced waits in `.replaced` until the new one is finished.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import logging
@@ -36,7 +34,7 @@ FURTHER = re.compile(
 """Other files that stages write; all others are the user's and never touched."""
 Completion = Callable[[dict[str, Any]], dict[str, Any]]
 Inputs = Mapping[str, str | Path]
-_open_artifacts: weakref.WeakSet[Artifact] = weakref.WeakSet()
+_open_artifacts: weakref.WeakSet["Artifact"] = weakref.WeakSet()
 
 
 class Artifact:
@@ -150,7 +148,7 @@ class Artifact:
         self._opened = False
         self._unlock()
 
-    def __enter__(self) -> Artifact:
+    def __enter__(self) -> "Artifact":
         return self
 
     def __exit__(self, *exception: object) -> None:

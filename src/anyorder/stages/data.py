@@ -16,6 +16,7 @@ from anyorder.data.decoding import described
 from anyorder.data.ingest import ingest
 from anyorder.data.sources import Columns, Source, open_source
 from anyorder.data.sunsets import write_sunsets
+from anyorder.files import expanded
 from anyorder.settings import parse_stored
 from anyorder.stages.artifacts import Artifact
 
@@ -149,7 +150,7 @@ class DataStage:
 
 def _place(source: str) -> str:
     """The source, wherever the commands that read it are run."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     return str(path.resolve()) if source != "sunsets" and path.exists() else source
 
 

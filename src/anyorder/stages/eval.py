@@ -11,7 +11,7 @@ from anyorder import files
 from anyorder.contracts import AnyOrderNetwork, require
 from anyorder.data import caches
 from anyorder.data import rows as select
-from anyorder.data.captions import index_of
+from anyorder.data.classes import index_of
 from anyorder.data.images import uint8_batches
 from anyorder.data.sunsets import causes_of
 from anyorder.evaluation import classes, memorization, metrics
@@ -152,7 +152,7 @@ class EvalStage:
             labels = torch.from_numpy(np.array(files.load_array(self.samples / "labels.npy")))
             found |= classes.class_agreement(reference.logits, generated.logits, labels)
         if files.read_manifest(self.data)["config"]["source"] == "sunsets":
-            found["consistency"] = causes_of(np.array(images)).shares()["consistency"]
+            found["consistency"] = float(causes_of(np.array(images)).consistent.mean())
         files.write_json(artifact.folder / "metrics.json", found)
         # Times are in the manifest alone: equal samples give equal files.
         times = {"seconds_per_image": made["seconds_per_image"]} | before

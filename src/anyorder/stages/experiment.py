@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from anyorder.contracts import require
-from anyorder.files import MANIFEST
+from anyorder.files import MANIFEST, expanded
 from anyorder.settings import did_you_mean, parse
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.execute import execute, resolved, split
@@ -100,7 +100,7 @@ def find_experiment(name: str) -> Path:
     """An experiment file, or one of this name that comes with the package; an error lists these."""
     known = [path for folder in (RECIPES, Path(__file__).parent) for path in sorted(folder.glob("*.yaml"))]
     recipes = {path.stem: path for path in known}
-    path = Path(name).expanduser()
+    path = expanded(name)
     found = path if path.is_file() else recipes.get(name)
     if found is None:
         hint = did_you_mean(name, recipes)
@@ -125,7 +125,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     refuse_unknown(values, ("out", "seed", "stages"), f"setting in {path}")
     templates = _mapping(values.get("stages"), f"{path}: stages")
     by_stage = _by_stage(overrides, list(templates))
-    out = Path(by_stage.pop("out", [str(values.get("out") or f"runs/{Path(path).stem}")])[-1]).expanduser()
+    out = expanded(by_stage.pop("out", [str(values.get("out") or f"runs/{Path(path).stem}")])[-1])
     seed = str(by_stage.pop("seed", [values.get("seed", 0)])[-1])
     require(seed.isdecimal(), f"seed must be an integer >= 0, got seed={seed}")
     stages: dict[str, tuple[str, Any]] = {}
@@ -198,7 +198,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: not YAML, not a mapping, too large, or a key that is given twice; the message says where.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise FileNotFoundError(f"no configuration file {path}")
     if path.stat().st_size > LARGEST_YAML:

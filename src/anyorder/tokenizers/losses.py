@@ -5,8 +5,6 @@ optimizer train both sides: the generator's term sees the discriminator's weight
 discriminator's term sees the reconstructions detached.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -156,13 +154,13 @@ def codebook_usage(tokens: Tensor, vocab_size: int) -> Tensor:
     return torch.stack(((frequency > 0).double().mean(), entropy.exp()))
 
 
-def generator_loss(discriminator: Discriminator, fake: Tensor) -> Tensor:
+def generator_loss(discriminator: "Discriminator", fake: Tensor) -> Tensor:
     """Hinge loss of the generator; gives the discriminator's weights no gradient."""
     frozen = {name: p.detach() for name, p in discriminator.named_parameters()}
     return -torch.func.functional_call(discriminator, frozen, (fake,)).float().mean()
 
 
-def discriminator_loss(discriminator: Discriminator, real: Tensor, fake: Tensor) -> Tensor:
+def discriminator_loss(discriminator: "Discriminator", real: Tensor, fake: Tensor) -> Tensor:
     """Hinge loss of the discriminator (arXiv 1705.02894); gives the generator no gradient."""
     on_real, on_fake = discriminator(torch.cat((real, fake.detach()))).float().chunk(2)
     return (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()) / 2
@@ -288,7 +286,7 @@ class LitePerceptualLoss(nn.Module):
                 delattr(part, name)
                 part.register_buffer(name, value.detach(), persistent=False)
 
-    def train(self, mode: bool = True) -> LitePerceptualLoss:
+    def train(self, mode: bool = True) -> "LitePerceptualLoss":
         """Stays in evaluation, whatever the `mode`: batch statistics are ImageNet's."""
         return super().train(False)
 

@@ -1,7 +1,5 @@
 """The log of a training: `metrics.jsonl`, TensorBoard, Weights & Biases, and loggers of your own."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -64,7 +62,7 @@ class Log:
         for logger in self.loggers if images else ():
             logger.images(step, images or {})
 
-    def __enter__(self) -> Log:
+    def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_: object) -> None:
