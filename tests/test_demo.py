@@ -258,7 +258,7 @@ def test_names_that_are_no_unicode_are_shown_and_taken_as_displayed():
     assert steps_of(0, events(client, class_labels=shown[0], num_images=1))
     answer = client.get("/draw?class_labels=tea")
     assert answer.json()["error"] == rf"unknown class 'tea': choose one of {', '.join(shown)}"
-    assert guard.Answer({"name": names[0]}).body == rb'{"name": "caf\udce9"}'
+    assert guard.answer({"name": names[0]}).body == rb'{"name": "caf\udce9"}'
 
 
 def test_other_addresses_are_404():

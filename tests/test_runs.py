@@ -341,6 +341,7 @@ def test_copies_of_training_images_are_found_in_an_evaluation(experiment, tmp_pa
     found = read_json(tmp_path / "eval" / "metrics.json")
     assert found["token_copies"] == found["nearest_training_share"] == 1
     assert found["nearest_training_ratio"] < 1e-3
+    assert found["notes"][-1].startswith("100 % of drawn are training images, token for token")
 
 
 def test_features_of_training_images_are_made_where_they_are_missing(experiment, tmp_path):

@@ -204,6 +204,7 @@ def test_one_interval_that_holds_zero_is_noise(tmp_path):
         ({"kid": 0.002}, "KID is higher"),
         ({"recall": 0.7}, "recall is lower"),
         ({"kid": 0.002, "recall": 0.7}, "KID is higher and recall is lower"),
+        ({"token_copies": 0.2}, "ordered copies training images"),
     ],
 )
 def test_measures_that_disagree_are_named(tmp_path, metrics, reasons):
@@ -216,8 +217,10 @@ def test_measures_that_disagree_are_named(tmp_path, metrics, reasons):
 
 def test_a_higher_distance_may_be_disagreed_with_too(tmp_path):
     runs = seeded(tmp_path, (ABOVE, ABOVE), raster=[1.0, 1.2], ordered=[2.0, 2.2])
-    changed(runs[0], "ordered", kid=0.0, recall=0.9)
-    assert "as FD is higher, but KID is lower and recall is higher" in markdown(*runs)
+    changed(runs[0], "ordered", kid=0.0, recall=0.9, token_copies=0.2)
+    assert "as FD is higher, but KID is lower and recall is higher (" in markdown(*runs)
+    changed(runs[1], "raster", token_copies=0.2)
+    assert "as FD is higher, but KID is lower and recall is higher and raster copies tr" in markdown(*runs)
 
 
 def test_better_kid_and_recall_do_not_stand_in_the_way(tmp_path):

@@ -56,8 +56,7 @@ def index_of(name: str, allowed: Sequence[str], what: str) -> int:
     Raises:
         ValueError: it does not; the message suggests the closest one.
     """
-    if name not in allowed:
-        allowed = list(map(display_name, allowed))
+    allowed = allowed if name in allowed else list(map(display_name, allowed))
     if name not in allowed:
         same = (f", did you mean '{other}'?" for other in allowed if other.lower() == name.lower())
         hint = did_you_mean(name, allowed) or next(same, ":")

@@ -159,8 +159,7 @@ def _report(facts: Mapping[str, Any], max_skipped: float) -> None:
     ignored, used = facts["ignored"]["reasons"], sum(facts["counts"].values())
     said = [f"{count} {split} images" for split, count in facts["counts"].items()]
     said += [f"classes: {len(facts['classes'])}"] * bool(facts["classes"])
-    if described := facts.get("captions"):
-        said.append(f"captions of training images: {described}")
+    said += [f"captions of training images: {facts.get('captions')}"] * ("captions" in facts)
     for verb, reasons in (("skipped", skipped), ("ignored", ignored)):
         counted = ", ".join(f"{n} x {reason}" for reason, n in reasons.items())
         said += [f"{verb} {counted}"] * bool(counted)

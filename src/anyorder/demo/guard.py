@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -103,28 +103,23 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-class Answer(Response):
+def answer(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """JSON in ASCII: names of files, and what is made of them, may be no Unicode."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        """The body."""
-        return json.dumps(content, allow_nan=False).encode()
+    return Response(json.dumps(content), status, headers, "application/json")
 
 
-async def refused(request: Request, error: Exception) -> Answer:
+async def refused(request: Request, error: Exception) -> Response:
     """The answer to a request that is refused, as the page shows it."""
     assert isinstance(error, HTTPException)
-    return Answer({"error": error.detail}, error.status_code, error.headers)
+    return answer({"error": error.detail}, error.status_code, error.headers)
 
 
-async def wrong(request: Request, error: Exception) -> Answer:
+async def wrong(request: Request, error: Exception) -> Response:
     """The answer to settings that make no sense."""
-    return Answer({"error": str(error)}, 400)
+    return answer({"error": str(error)}, 400)
 
 
-async def failed(request: Request, error: Exception) -> Answer:
+async def failed(request: Request, error: Exception) -> Response:
     """The answer to a request that raised an error; one short line in the log."""
     logging.getLogger(__name__).error("%s failed: %s", request.url.path[:100], one_line(error))
-    return Answer({"error": f"The server failed: {one_line(error)}"}, 500, HEADERS)
+    return answer({"error": f"The server failed: {one_line(error)}"}, 500, HEADERS)

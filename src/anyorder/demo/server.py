@@ -87,11 +87,11 @@ def create_app(pipe: Pipeline, hosts: Sequence[str] = (), name: str = "PIPELINE"
     waiting = line.Line()
 
     async def about(request: requests.Request) -> responses.Response:
-        return guard.Answer(generation.describe_pipeline(pipe, name))
+        return guard.answer(generation.describe_pipeline(pipe, name))
 
     async def code(request: requests.Request) -> responses.Response:
         asked = await understood(generation.GenerateRequest, request)
-        return guard.Answer(snippets(pipe, name, asked))
+        return guard.answer(snippets(pipe, name, asked))
 
     async def draw(request: requests.Request) -> responses.Response:
         return await started(generation.generate_events, generation.GenerateRequest, request)

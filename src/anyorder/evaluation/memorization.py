@@ -4,9 +4,17 @@ Test images, which were not trained on, are the reference: data sets hold near d
 share says nothing alone.
 """
 
+import logging
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+
+MOST_COPIES = 0.01
+"""Share of copies beyond that of test images; with more, distances reward copying."""
+log = logging.getLogger("anyorder")
 
 
 def nearest_distance(queries: Tensor, points: Tensor, chunk: int = 512) -> Tensor:
@@ -45,3 +53,17 @@ def copied_share(tokens: np.ndarray, training: np.ndarray, chunk: int = 4096) ->
         rows = np.asarray(training[begin : begin + chunk], dtype=np.int32)
         copies |= distinct.intersection(row.tobytes() for row in rows)
     return sum(row in copies for row in samples) / len(samples)
+
+
+def copies(metrics: Mapping[str, Any]) -> bool:
+    """Whether more samples than test images, by `MOST_COPIES`, have the tokens of a training image."""
+    return metrics.get("token_copies", 0) > metrics.get("token_copies_of_test", 0) + MOST_COPIES
+
+
+def warnings(metrics: Mapping[str, Any], name: str) -> list[str]:
+    """What to print with the numbers of these samples, if anything; logged, too."""
+    if not copies(metrics):
+        return []
+    share = f"{100 * metrics['token_copies']:.0f} % of {name} are training images, token for token"
+    log.warning("%s: FD, KID and recall take them for real ones", share)
+    return [f"{share}: FD, KID and recall take them for real ones."]

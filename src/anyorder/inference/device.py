@@ -77,15 +77,15 @@ def _named(name: str, gpus: int) -> torch.device:
     return torch.device(kind, int(number)) if number else torch.device(kind)
 
 
-def device() -> torch.device:
-    """The device of `device=` or ANYORDER_DEVICE, by default the first GPU, else the CPU; see `_named`.
+def device(name: str | None = None) -> torch.device:
+    """The device of this name, or of `device=` or ANYORDER_DEVICE, by default the first GPU, else the CPU.
 
     Of several processes that torchrun starts, each has the GPU of its number, as PyTorch's current device.
 
     Raises:
         ValueError: an unknown device, or one that is not there.
     """
-    return _named(os.environ.get(DEVICE, ""), torch.cuda.device_count())
+    return _named(os.environ.get(DEVICE, "") if name is None else name, torch.cuda.device_count())
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -141,11 +141,6 @@ def free_memory(device: torch.device) -> int:
             return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return 2 * 2**30
-
-
-def find_device(name: torch.device | str | None) -> torch.device:
-    """The device of this name, by default that of `device`; a ValueError if this machine has none such."""
-    return device() if name is None else _named(str(name), torch.cuda.device_count())
 
 
 class Threads:

@@ -65,7 +65,8 @@ class Pipeline(folders.Parts):
             ValueError: the folder is damaged, a known repository has no such file, own parts that are not
                 allowed or not installed, or no such device.
         """
-        pipe = cls(**vars(folders.find_parts(path_or_hub_id, allow_own))).to(devices.find_device(device))
+        parts = folders.find_parts(path_or_hub_id, allow_own)
+        pipe = cls(**vars(parts)).to(devices.device(None if device is None else str(device)))
         return pipe if dtype is None else pipe.to(dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:

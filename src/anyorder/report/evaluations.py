@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
+from anyorder.evaluation import memorization
 from anyorder.evaluation.bootstrap import Difference
 from anyorder.files import MANIFEST, read_manifest
 from anyorder.report.tables import Spread, Table
@@ -77,6 +78,7 @@ class Evaluation:
         self.name, self.run, self.metrics = short_name(self.path), self.path.parent, self.manifest["metrics"]
         self.distance: float = self.metrics["fid"] if "fid" in self.metrics else self.metrics["fd"]
         self.split: str = self.metrics.get("split", "test")
+        self.copies = memorization.copies(self.metrics)
 
     def row(self) -> dict[str, Any]:
         """Every column of the tables; None where there is no value."""

@@ -1,8 +1,9 @@
 """Which order wins: one table and one sentence, written from manifests.
 
 A variant wins against a baseline (samples in raster or random order) only if its Fréchet distance is lower,
-with an interval over seeds and resampled images below zero, its mean KID is not higher, and its mean recall
-is not lower. Comparisons of older versions hold no resamples: there every seed's interval must be below zero.
+with an interval over seeds and resampled images below zero, its mean KID is not higher, its mean recall
+is not lower, and its samples are no copies of training images. Older comparisons hold
+no resamples: there every seed's interval must be below zero.
 """
 
 from collections.abc import Sequence
@@ -58,11 +59,13 @@ class Comparison:
 
     @property
     def disagree(self) -> list[str]:
-        """What KID and recall say against the sign of the distance."""
-        kid, recall = self.change("kid"), self.change("recall")
-        if self.relative < 0:
-            return ["KID is higher"] * (kid > 0) + ["recall is lower"] * (recall < 0)
-        return ["KID is lower"] * (kid < 0) + ["recall is higher"] * (recall > 0)
+        """What KID, recall and copies of training images say against the sign of the distance."""
+        kid, recall, below = self.change("kid"), self.change("recall"), self.relative < 0
+        better = self.variant if below else self.baseline
+        found = [f"{better.name} copies training images"] * any(pair[not below].copies for pair in self.pairs)
+        if below:
+            return ["KID is higher"] * (kid > 0) + ["recall is lower"] * (recall < 0) + found
+        return ["KID is lower"] * (kid < 0) + ["recall is higher"] * (recall > 0) + found
 
     @property
     def outcome(self) -> str:

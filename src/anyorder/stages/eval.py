@@ -141,6 +141,7 @@ class EvalStage:
             "token_copies_of_test": memorization.copied_share(test.tokens, train.tokens),
             **agreement,
         }
+        found["notes"] += memorization.warnings(found, self.samples.name)
         if "steps_per_image" in made:  # samples of earlier versions do not say
             found["steps_per_image"] = made["steps_per_image"]
         if again:
