@@ -123,7 +123,8 @@ def test_completions_depend_neither_on_the_batch_nor_on_a_kill(experiment, tmp_p
     ("settings", "message"),
     [
         ({"num_images": 3}, "num_images must be >= 4"),
-        ({"seeds": []}, "seeds one number"),
+        ({"seeds": []}, "seeds one or more different numbers"),
+        ({"seeds": [1, 1]}, r"different numbers, got .* \(1, 1\)"),
         ({"mask": "center"}, "mask"),
         ({"policy": {"order": "class_mean"}}, "class_mean' needs the orders of the classes"),
         ({"filling": {"margin": -1}}, "margin must be >= 0"),

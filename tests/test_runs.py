@@ -30,7 +30,7 @@ from anyorder.method.sampling import Sampling, Streams
 from anyorder.models import compiled as compiled_module
 from anyorder.orders import random_orders
 from anyorder.report.summary import report
-from anyorder.settings import parse
+from anyorder.settings import as_overrides, parse
 from anyorder.stages import orders as extract
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.compare import CompareStage
@@ -773,6 +773,36 @@ def test_unknown_names_get_a_suggestion(tmp_path, text, overrides, message, caps
     assert "error" in capsys.readouterr().err
 
 
+def test_overrides_name_earlier_stages_as_the_file_does(tmp_path, monkeypatch):
+    """Whatever lies in the current folder under that name."""
+    stages = {
+        "data": {}, "any-order": {"stage": "train", "tokens": "here"},
+        "samples": {"stage": "sample", "model": "elsewhere"},
+    }  # fmt: skip
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({"out": "runs/x", "stages": stages}))
+    (tmp_path / "any-order").mkdir()
+    monkeypatch.chdir(tmp_path)
+    overrides = as_overrides(["samples.model=any-order", "--any-order.train.batch-size", "5"])
+    found = load_experiment("x.yaml", overrides).stages
+    assert found["samples"][1].model == Path("runs/x/any-order")
+    assert found["any-order"][1].train.batch_size == 5
+    with pytest.raises(ValueError, match="out= is empty: say where to write"):
+        load_experiment("x.yaml", ["out="])
+
+
+def test_reports_name_what_is_out_of_date(experiment, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(experiment[1], run)
+    said = []
+    for _ in range(2):
+        assert cli.main(["report", str(run), f"out={tmp_path}/r.md"]) == 0
+        said.append(capsys.readouterr().out)
+        manifest = json.loads((run / "any/manifest.json").read_text())
+        (run / "any/manifest.json").write_text(json.dumps(manifest | {"fingerprint": "another"}))
+    assert "out of date" not in said[0]
+    assert f"out of date, as anyorder ls says: {run}/" in said[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -794,6 +824,8 @@ def test_unknown_names_get_a_suggestion(tmp_path, text, overrides, message, caps
         (["report"], 2, "run folders"),
         (["report", "nowhere"], 2, "no finished artifact"),
         (["report", "x", "colour=red"], 2, "data_images"),
+        (["report", "x", "out=x.yaml"], 2, "out=x.yaml must end with .html, .md, .json, .csv or .tex"),
+        (["report", "runs/lr=0.1"], 2, "runs/lr=0.1 holds no finished artifact"),
         (["report", "x", "--dry-run"], 0, "report of x"),
         (["report", "--help"], 0, "RUN"),
         (["bench", "--help"], 0, "batch_size"),
@@ -954,6 +986,8 @@ def test_damaged_pipelines_are_named(pipe, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
         Pipeline.from_pretrained("nobody/nothing at all")
+    with pytest.raises(FileNotFoundError, match="a folder, did you mean 'fashion32'"):
+        Pipeline.from_pretrained("fashion3")
     with pytest.raises(ValueError, match="16"):
         Pipeline(pipe.model, type("T", (), {"vocab_size": 17})())
 

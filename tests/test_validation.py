@@ -178,8 +178,9 @@ def test_another_policy_keeps_the_guidance_of_the_samples(out, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperatures": [0.1, 0.2, 0.3, 0.4]}, "1 to 12 points, got 4 x 4"),
-        ({"temperatures": []}, "1 to 12 points, got 0 x 4"),
+        ({"temperatures": [0.1, 0.2, 0.3, 0.4]}, "1 to 12 different points, got 4 x 4"),
+        ({"temperatures": []}, "1 to 12 different points, got 0 x 4"),
+        ({"temperatures": [0.5, 0.5]}, "1 to 12 different points, got 2 x 4"),
         ({"guidance": {"scale": 2}}, "temperature and scale are searched"),
         ({"num_images": 3}, "num_images must be >= 4 and batch_size >= 1, got 3 and 64"),
     ],

@@ -29,7 +29,7 @@ LARGEST_JSON = 1 << 28
 
 def expanded(path: str | Path) -> Path:
     """`~` at the beginning is the home folder; in `./~` it is a name, as `Path.expanduser` does not know."""
-    return Path(os.path.expanduser(path))
+    return Path(path).expanduser() if str(path).startswith("~") else Path(path)
 
 
 @contextlib.contextmanager

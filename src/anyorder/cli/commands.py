@@ -13,6 +13,12 @@ from pathlib import Path
 from typing import Any
 
 
+def _path(text: str) -> Path:
+    from anyorder import files
+
+    return files.expanded(text)
+
+
 @dataclasses.dataclass
 class Call:
     """A command as it was typed."""
@@ -46,12 +52,12 @@ class Call:
     @property
     def folders(self) -> list[Path]:
         """The paths that were typed."""
-        return [Path(os.path.expanduser(path)) for path in self.paths]
+        return [_path(path) for path in self.paths]
 
     def out(self, default: str = "") -> Path:
         """Remove `out=` from the settings."""
         if out := self.take("out", default):
-            return Path(os.path.expanduser(out))
+            return _path(out)
         raise ValueError(f"say where to write: anyorder {self.name} out=FOLDER ...")
 
     def file(self, default: str = "", ending: str = "") -> Path:
@@ -209,7 +215,7 @@ def convert(call: Call) -> str:
     (source, out), call.paths = call.paths, []
     overwrite, config = call.flag("overwrite"), call.parse(source=source)
     if not call.show(config, out):
-        convert(config, Path(os.path.expanduser(out)), overwrite=overwrite)
+        convert(config, _path(out), overwrite=overwrite)
     after = f"anyorder sample pipeline={out} out=FOLDER, if it has a tokenizer, or anyorder tokens"
     return f"{out}; next: {after}"
 
@@ -274,8 +280,7 @@ def fit(call: Call) -> str:
     from anyorder.cli.fit import fit_folder
 
     source = call.paths.pop()
-    source = source if "://" in source else os.path.expanduser(source)
-    out, overwrite = call.out(f"runs/{Path(source).resolve().stem}"), call.flag("overwrite")
+    out, overwrite = call.out(f"runs/{_path(source).resolve().stem}"), call.flag("overwrite")
     overrides = call.of_stages()
     fit_folder(call.parse(source=source), out, overrides, dry_run=call.dry_run, overwrite=overwrite)
     return f"{out}/pipeline and {out}/report.html; next: anyorder sample pipeline={out}/pipeline out=images"
@@ -295,6 +300,7 @@ def report(call: Call) -> str:
     --csv and --latex write the numbers and the tables beside the page, or alone: out=FILE.csv, out=FILE.tex
     data_images=false leaves out figures that contain images of the data set
     """
+    from anyorder.cli import runs
     from anyorder.stages.artifacts import require_no_artifact
 
     if not call.paths:
@@ -304,12 +310,17 @@ def report(call: Call) -> str:
     beside = [out.with_suffix(end) for key, end in (("csv", ".csv"), ("latex", ".tex")) if call.flag(key)]
     for path in beside:
         require_no_artifact(path)
+    if out.suffix not in (".html", ".md", ".json", ".csv", ".tex"):
+        raise ValueError(f"out={out} must end with .html, .md, .json, .csv or .tex")
     if call.settings:
         raise ValueError(f"report takes out=FILE and data_images=true|false, got {call.settings[0]}")
     if call.dry_run:
         print(f"report of {', '.join(map(str, folders))} -> {out}")
         return ""
-    return _write_report(folders, out, images, beside)
+    written = _write_report(folders, out, images, beside)
+    if old := [path for run in folders for path in runs.folders(run) if "date: its" in runs.state(path)]:
+        print(f"out of date, as anyorder ls says: {', '.join(map(str, old))}")
+    return written
 
 
 def _write_report(folders: list[Path], out: Path, data_images: bool, beside: Sequence[Path] = ()) -> str:

@@ -42,7 +42,7 @@ def _stored(path: Path, source: str) -> str:
     require(planned, f"{path} is no plan of anyorder fit, and is kept: choose another out=")
     stored = stages["data"][1].source
     other = f"{path} is a plan for {stored}, not for {source}: choose another out="
-    require(Path(stored).resolve() == Path(source).resolve(), other)
+    require(files.expanded(stored).resolve() == files.expanded(source).resolve(), other)
     return path.read_text(encoding="utf-8")
 
 

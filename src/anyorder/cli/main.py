@@ -119,8 +119,8 @@ def _understand(arguments: list[str]) -> commands.Call:
     if name not in COMMANDS:
         hint = settings.did_you_mean(name, COMMANDS)
         raise ValueError(f"unknown command '{name}'{hint} Commands: {', '.join(COMMANDS)}")
-    paths = [text for text in words if "=" not in text]
-    given = [text for text in words if "=" in text]
+    given = [text for text in words if "=" in text and "/" not in text.partition("=")[0]]
+    paths = [text for text in words if text not in given]
     call = commands.Call(name, paths, given, "--dry-run" in rest, "--yes" in rest)
     if device := call.take("device"):
         os.environ["ANYORDER_DEVICE"] = device

@@ -177,7 +177,8 @@ def _download(hub_id: str, allow_own: bool) -> Parts:
             return load_published(published)
         folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.npy"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-        text = f"'{hub_id}' is neither a folder nor a hub id that can be reached: {e}"
+        hint = settings.did_you_mean(hub_id, bundled())
+        text = f"'{hub_id}' is neither a folder{hint} nor a hub id that can be reached: {e}"
         raise FileNotFoundError(text) from e
     reason = f"'{hub_id}' runs code of a package that is installed here, which takes allow_own=True"
     with families.loading(folder, "" if allow_own else reason):

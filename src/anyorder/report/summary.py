@@ -159,9 +159,14 @@ def _value(manifest: dict[str, Any], column: str | Callable[[dict[str, Any]], An
     return found
 
 
-def _seeds(key: str) -> Callable[[dict[str, Any]], Spread | None]:
-    """A column: mean and deviation of a metric that was measured for several seeds."""
-    return lambda m: Spread.of(m["metrics"][key]["seeds"]) if m["metrics"].get(key) else None
+def _seeds(key: str) -> Callable[[dict[str, Any]], float | None]:
+    """A column: a metric, with mean and deviation where it was measured for several seeds."""
+
+    def column(manifest: dict[str, Any]) -> float | None:
+        found = (manifest["metrics"].get(key) or {}).get("seeds") or [None]
+        return Spread.of(found) if len(found) > 1 else found[0]
+
+    return column
 
 
 @dataclass(frozen=True)

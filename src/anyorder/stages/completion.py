@@ -55,9 +55,9 @@ class CompletionStage(GeneratingStage):
     """Earlier names, see `settings.read_stored`."""
 
     def __post_init__(self) -> None:
-        text = "num_images must be >= 4, batch_size >= 1 and seeds one number at least, got"
-        valid = self.num_images >= 4 and self.batch_size >= 1 and self.seeds
-        require(bool(valid), f"{text} {self.num_images}, {self.batch_size} and {self.seeds}")
+        text = "num_images must be >= 4, batch_size >= 1 and seeds one or more different numbers, got"
+        valid = self.num_images >= 4 and self.batch_size >= 1 and 0 < len(self.seeds) == len({*self.seeds})
+        require(valid, f"{text} {self.num_images}, {self.batch_size} and {self.seeds}")
         super().__post_init__()
 
     def run(self, artifact: Artifact) -> dict[str, Any]:

@@ -125,7 +125,9 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     refuse_unknown(values, ("out", "seed", "stages"), f"setting in {path}")
     templates = _mapping(values.get("stages"), f"{path}: stages")
     by_stage = _by_stage(overrides, list(templates))
-    out = expanded(by_stage.pop("out", [str(values.get("out") or f"runs/{Path(path).stem}")])[-1])
+    where = by_stage.pop("out", [str(values.get("out") or f"runs/{Path(path).stem}")])[-1]
+    require(where != "", "out= is empty: say where to write")
+    out = expanded(where)
     seed = str(by_stage.pop("seed", [values.get("seed", 0)])[-1])
     require(seed.isdecimal(), f"seed must be an integer >= 0, got seed={seed}")
     stages: dict[str, tuple[str, Any]] = {}
@@ -135,11 +137,11 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         settings = _mapping(given, f"{path}, stage '{name}'")
         kind = str(settings.pop("stage", name))
         refuse_unknown([kind], STAGES, f"stage of '{name}' in {path}")
-        for role in (*STAGES[kind].inputs, *getattr(STAGES[kind], "references", ())):
-            if str(settings.get(role)) in stages:
-                settings[role] = out / str(settings[role])
+        roles = (*STAGES[kind].inputs, *getattr(STAGES[kind], "references", ()))
+        settings |= {r: out / str(settings[r]) for r in roles if str(settings.get(r)) in stages}
+        earlier = {f"{role}={other}": f"{role}={out / other}" for role in roles for other in stages}
         try:
-            stage = parse(STAGES[kind], settings, by_stage.get(name, ()))
+            stage = parse(STAGES[kind], settings, [earlier.get(x, x) for x in by_stage.get(name, ())])
         except ValueError as e:
             raise ValueError(f"{path}, stage '{name}': {e}") from e
         stages[name] = kind, _reseeded(kind, stage, int(seed))
@@ -164,16 +166,18 @@ def _reseeded(kind: str, stage: Any, seed: int) -> Any:
 def _by_stage(overrides: Sequence[str], names: list[str]) -> dict[str, list[Any]]:
     """Overrides by the stage they name; `out=` and `seed=` stand alone."""
     found: dict[str, list[Any]] = {}
+    spelled = {name.replace("-", "_"): name for name in names}  # as --any-order.train.steps arrives
     for override in overrides:
         key, _, value = override.partition("=")
-        stage, _, rest = key.partition(".")
+        typed, _, rest = key.partition(".")
+        stage = typed if typed in names else spelled.get(typed, typed)
         if key in ("out", "seed"):
             rest = value
         else:
             refuse_unknown([stage], names, f"stage in override '{override}'")
             text = f"got override '{override}', expected {stage}.key=value: say which setting of the stage"
             require(bool(rest), text)
-            rest = override.removeprefix(f"{stage}.")
+            rest = override.removeprefix(f"{typed}.")
         found.setdefault(stage, []).append(rest)
     return found
 

@@ -45,9 +45,9 @@ class GridStage(GeneratingStage):
     """Earlier names, see `settings.read_stored`."""
 
     def __post_init__(self) -> None:
-        text = "num_images and samples must be >= 1 and seeds one number at least, got"
-        numbers = (self.num_images, self.samples, len(self.seeds))
-        require(min(numbers) >= 1, f"{text} {self.num_images}, {self.samples} and {self.seeds}")
+        text = "num_images and samples must be >= 1 and seeds one or more different numbers, got"
+        fits = min(self.num_images, self.samples) >= 1 and 0 < len(self.seeds) == len({*self.seeds})
+        require(fits, f"{text} {self.num_images}, {self.samples} and {self.seeds}")
         super().__post_init__()
 
     def run(self, artifact: Artifact) -> dict[str, Any]:

@@ -59,9 +59,10 @@ class TuneStage(GeneratingStage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        points = len(self.temperatures) * len(self.scales)
-        got = f"got {len(self.temperatures)} x {len(self.scales)}"
-        require(1 <= points <= MOST_POINTS, f"temperatures x scales must be 1 to {MOST_POINTS} points, {got}")
+        points = len({*self.temperatures}) * len({*self.scales})
+        got = f"different points, got {len(self.temperatures)} x {len(self.scales)}"
+        fits = 1 <= points == len(self.temperatures) * len(self.scales) <= MOST_POINTS
+        require(fits, f"temperatures x scales must be 1 to {MOST_POINTS} {got}")
         counts = f"got {self.num_images} and {self.batch_size}"
         fits = self.num_images >= 4 and self.batch_size >= 1
         require(fits, f"num_images must be >= 4 and batch_size >= 1, {counts}")
