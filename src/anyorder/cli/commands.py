@@ -318,7 +318,7 @@ def report(call: Call) -> str:
         print(f"report of {', '.join(map(str, folders))} -> {out}")
         return ""
     written = _write_report(folders, out, images, beside)
-    if old := [path for run in folders for path in runs.folders(run) if "date: its" in runs.state(path)]:
+    if old := [path for run in folders for path in runs.folders(run) if "made again" in runs.outdated(path)]:
         print(f"out of date, as anyorder ls says: {', '.join(map(str, old))}")
     return written
 

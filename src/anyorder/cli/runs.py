@@ -37,12 +37,20 @@ def state(folder: Path) -> str:
     manifest = _manifest(folder)
     if manifest is None or (folder / artifacts.IDENTITY).is_file():
         return "unfinished: the same command goes on"
+    if manifest["stage"] == "data":
+        return source_state(manifest["config"])
+    return outdated(folder) or "up to date"
+
+
+def outdated(folder: Path) -> str:
+    """Which of an artifact's inputs is gone or was made again; empty if none is."""
+    manifest = _manifest(folder) or {"inputs": {}}
     for role, source in artifacts.input_folders(folder, manifest).items():
         if not (source / files.MANIFEST).is_file():
             return f"its {role} is no longer at {source}"
         if not files.made_from(manifest, role, source):
             return f"out of date: its {role} {source} was made again"
-    return source_state(manifest["config"]) if manifest["stage"] == "data" else "up to date"
+    return ""
 
 
 def checkpoints(runs: abc.Sequence[Path]) -> list[Path]:
