@@ -188,7 +188,8 @@ def test_ls_sees_that_photos_were_added_or_are_gone(tmp_path):
     assert runs.state(tmp_path / "data") == f"its source {photos} can no longer be read"
 
 
-def test_a_home_of_nobody_is_one_line(capsys):
+def test_a_home_of_nobody_is_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where it is written, should it not be refused
     assert main.main(["data", "source=sunsets", "size=16", "out=~nobody-of-this-name/data"]) != 0
     assert "Traceback" not in (said := capsys.readouterr().err)
     assert "home directory" in said
