@@ -2,8 +2,8 @@
 
 A variant wins against a baseline (samples in raster or random order) only if its Fréchet distance is lower,
 with an interval over seeds and resampled images below zero, its mean KID is not higher, its mean recall
-is not lower, and its samples are no copies of training images. Older comparisons hold
-no resamples: there every seed's interval must be below zero.
+is not lower, and its samples are no copies of training images. Older comparisons hold no resamples: there
+every seed's interval must be below zero.
 """
 
 from collections.abc import Sequence
