@@ -824,7 +824,7 @@ def test_reports_name_what_is_out_of_date(experiment, tmp_path, capsys):
         (["report"], 2, "run folders"),
         (["report", "nowhere"], 2, "no finished artifact"),
         (["report", "x", "colour=red"], 2, "data_images"),
-        (["report", "x", "out=x.yaml"], 2, "out=x.yaml must end with .html, .md, .json, .csv or .tex"),
+        (["report", "x", "out=x.yaml"], 2, "out=x.yaml must end with one of .html, .md, .tex, .json, .csv"),
         (["report", "runs/lr=0.1"], 2, "runs/lr=0.1 holds no finished artifact"),
         (["report", "x", "--dry-run"], 0, "report of x"),
         (["report", "--help"], 0, "RUN"),

@@ -1,4 +1,4 @@
-"""What each command does: it returns what was written and what to type next.
+"""What each command does: it returns a line that says what was written and what to type next.
 
 The docstring of a command ends its usage line. Heavy libraries are imported only by the command that needs
 them, so that `anyorder --help` is quick.
@@ -133,6 +133,7 @@ MEANING = {
     "grid": "the model on a larger grid", "pipeline": "all that generates images, in one folder",
 }  # fmt: skip
 """What a stage has written."""
+VERB = {True: "wrote", False: "up to date:"}
 EXAMPLES = {
     "quickstart": "any-order.train.steps=300 out=runs/short",
     "fit": "photos --time 30m",
@@ -171,12 +172,11 @@ def stage(call: Call) -> str:
     if call.name == "features" and call.paths == ["train"]:
         call.paths = []
     out, overwrite, config = call.out(), call.flag("overwrite"), call.parse()
-    if not call.show(config, out):
-        execute(call.name, config, out, overwrite=overwrite)
+    done = call.show(config, out) or execute(call.name, config, out, overwrite=overwrite)
     known = {role: path for role in config.inputs if (path := getattr(config, role)) is not None}
     names = {"data": "DATA", "tokenizer": "TOKENIZER", "tokens": "TOKENS", "features": "FEATURES"}
     after = NEXT.get(call.name, "report {run}").format(**(names | known | {"out": out, "run": out.parent}))
-    return f"{out}: {MEANING[call.name]}; next: anyorder {after}"
+    return f"{VERB[done]} {out}: {MEANING[call.name]}; next: anyorder {after}"
 
 
 def sample(call: Call) -> str:
@@ -187,10 +187,9 @@ def sample(call: Call) -> str:
 
     out, overwrite, own = call.out(), call.flag("overwrite"), own_settings(call.settings)
     config = call.parse("sample pipeline", **own)
-    if not call.show(config, out):
-        sample_files(config, out, overwrite=overwrite)
+    done = call.show(config, out) or sample_files(config, out, overwrite=overwrite)
     n, grid = config.num_images, out / "grid.png"
-    return f"{n} images, orders.png and generation.webp in {out}; next: look at {grid}"
+    return f"{VERB[done]} {n} images, orders.png and generation.webp in {out}; next: look at {grid}"
 
 
 def complete(call: Call) -> str:
@@ -199,8 +198,9 @@ def complete(call: Call) -> str:
 
     out, overwrite, own = call.out(), call.flag("overwrite"), own_settings(call.settings)
     config = call.parse(**own)
-    paths = [] if call.show(config, out) else complete_file(config, out, overwrite=overwrite)
-    return f"{', '.join(map(str, paths))}; next: another seed= for other images"
+    done = call.show(config, out) or complete_file(config, out, overwrite=overwrite)
+    text = f"{config.num_images} images in {out}; next: look at {out / '0000.png'}, or try another seed="
+    return f"{VERB[done]} {text}"
 
 
 def convert(call: Call) -> str:
@@ -214,10 +214,9 @@ def convert(call: Call) -> str:
         )
     (source, out), call.paths = call.paths, []
     overwrite, config = call.flag("overwrite"), call.parse(source=source)
-    if not call.show(config, out):
-        convert(config, _path(out), overwrite=overwrite)
+    done = call.show(config, out) or convert(config, _path(out), overwrite=overwrite)
     after = f"anyorder sample pipeline={out} out=FOLDER, if it has a tokenizer, or anyorder tokens"
-    return f"{out}; next: {after}"
+    return f"{VERB[done]} {out}; next: {after}"
 
 
 def run(call: Call) -> str:
@@ -264,7 +263,7 @@ def plan(call: Call) -> str:
     if not out:
         return ""
     write_json(out, found)
-    return f"{out}; next: anyorder run {path}"
+    return f"wrote {out}; next: anyorder run {path}"
 
 
 def fit(call: Call) -> str:
@@ -283,7 +282,8 @@ def fit(call: Call) -> str:
     out, overwrite = call.out(f"runs/{_path(source).resolve().stem}"), call.flag("overwrite")
     overrides = call.of_stages()
     fit_folder(call.parse(source=source), out, overrides, dry_run=call.dry_run, overwrite=overwrite)
-    return f"{out}/pipeline and {out}/report.html; next: anyorder sample pipeline={out}/pipeline out=images"
+    page, pipe = out / "report.html", out / "pipeline"
+    return f"wrote {pipe} and {page}; next: anyorder sample pipeline={pipe} out=images"
 
 
 def quickstart(call: Call) -> str:
@@ -301,6 +301,7 @@ def report(call: Call) -> str:
     data_images=false leaves out figures that contain images of the data set
     """
     from anyorder.cli import runs
+    from anyorder.report import summary
     from anyorder.stages.artifacts import require_no_artifact
 
     if not call.paths:
@@ -310,8 +311,8 @@ def report(call: Call) -> str:
     beside = [out.with_suffix(end) for key, end in (("csv", ".csv"), ("latex", ".tex")) if call.flag(key)]
     for path in beside:
         require_no_artifact(path)
-    if out.suffix not in (".html", ".md", ".json", ".csv", ".tex"):
-        raise ValueError(f"out={out} must end with .html, .md, .json, .csv or .tex")
+    if out.suffix not in summary.ENDINGS:
+        raise ValueError(f"out={out} must end with one of {', '.join(summary.ENDINGS)}")
     if call.settings:
         raise ValueError(f"report takes out=FILE and data_images=true|false, got {call.settings[0]}")
     if call.dry_run:
@@ -324,14 +325,14 @@ def report(call: Call) -> str:
 
 
 def _write_report(folders: list[Path], out: Path, data_images: bool, beside: Sequence[Path] = ()) -> str:
-    from anyorder.report.summary import report
+    from anyorder.report import summary
 
-    table = report(folders, out, data_images=data_images)
+    table = summary.report(folders, out, data_images=data_images)
     for path in beside:
-        report(folders, path)
+        summary.report(folders, path)
     if table is not None:
         print(table.text())
-    return f"{', '.join(map(str, [out, *beside]))}; next: open it in a browser"
+    return f"wrote {', '.join(map(str, [out, *beside]))}; next: open it in a browser"
 
 
 def bench(call: Call) -> str:
@@ -355,7 +356,7 @@ def bench(call: Call) -> str:
     if before is not None:
         table = bench.against(result, before)
         print(f"\n{table.caption}\n{table.text()}")
-    return "" if files else f"{out}; next, after a change: anyorder bench out=NEW.json --against {out}"
+    return "" if files else f"wrote {out}; next, after a change: anyorder bench out=NEW.json --against {out}"
 
 
 def demo(call: Call) -> str:

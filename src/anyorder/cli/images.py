@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,6 @@ from anyorder.method.sampling import Sampling
 from anyorder.settings import parse
 from anyorder.stages.artifacts import Artifact
 
-log = logging.getLogger("anyorder")
 SAMPLE_FIGURES = ("grid.png", "orders.png", "generation.webp")
 """What `figures.save_sample_figures` writes."""
 
@@ -138,14 +136,15 @@ def own_settings(texts: Sequence[str]) -> dict[str, Any]:
     return own
 
 
-def sample_files(config: SampleConfig, out: Path, *, overwrite: bool = False) -> None:
-    """Generate images and write the files, unless they are up to date; errors as of `Pipeline`."""
-    artifact = _open("images", config, out, overwrite, [*_numbered(config.num_images), *SAMPLE_FIGURES])
-    if artifact.current:
-        return
-    with artifact:
-        _sample_into(config, out)
-        artifact.finish(config.num_images)
+def sample_files(config: SampleConfig, out: Path, *, overwrite: bool = False) -> bool:
+    """Generate images and write the files; False if they are up to date. Errors as of `Pipeline`."""
+    names = [*_numbered(config.num_images), *SAMPLE_FIGURES]
+    artifact = _open("images", config, out, overwrite, names)
+    if done := not artifact.current:
+        with artifact:
+            _sample_into(config, out)
+            artifact.finish(config.num_images)
+    return done
 
 
 def _sample_into(config: SampleConfig, out: Path) -> None:
@@ -167,18 +166,14 @@ def _sample_into(config: SampleConfig, out: Path) -> None:
     figures.save_sample_figures(out, images, orders, pipe.model.grid, min(8, config.num_images), config.scale)
 
 
-def complete_file(config: CompleteConfig, out: Path, *, overwrite: bool = False) -> list[Path]:
-    """Complete one image and write the results, unless they are up to date; returns their paths.
-
-    Errors as of `Pipeline`.
-    """
-    names = _numbered(config.num_images)
-    artifact = _open("complete", config, out, overwrite, names)
-    if not artifact.current:
+def complete_file(config: CompleteConfig, out: Path, *, overwrite: bool = False) -> bool:
+    """Complete one image and write the results; False if they are up to date. Errors as of `Pipeline`."""
+    artifact = _open("complete", config, out, overwrite, _numbered(config.num_images))
+    if done := not artifact.current:
         with artifact:
             _save(_completed(config), out)
             artifact.finish(config.num_images)
-    return [out / name for name in names]
+    return done
 
 
 def _completed(config: CompleteConfig) -> list[Image.Image]:
@@ -207,8 +202,6 @@ def _open(stage: str, config: Any, out: Path, overwrite: bool, names: Sequence[s
     identity = {**dataclasses.asdict(config), "sha256": hashes}
     artifact = Artifact(out, stage, identity, {}, _compared, overwrite=overwrite)
     artifact.refuse({*names} & artifact.found)
-    if artifact.current:
-        log.info("%s is up to date", out)
     return artifact
 
 

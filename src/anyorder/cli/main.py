@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         world.enter_context(joined())
                     written = "" if follows and not parallel else function(call)
                 if written and not call.dry_run and not follows:
-                    print(f"wrote {written}")
+                    print(written)
         sys.stdout.flush()
         return 0 if arguments else 2
     except BrokenPipeError:  # of a reader that has seen enough: anyorder --help | head

@@ -17,6 +17,11 @@ from anyorder.report.tables import Spread, Table
 LOG = "metrics.jsonl"
 Names = Mapping[Path, str]
 """Of artifacts by their folders, each unlike all others of the report."""
+WRITERS = {
+    ".html": page.write_report, ".md": page.write_markdown, ".tex": page.write_latex,
+    ".json": page.write_records,
+}  # fmt: skip
+ENDINGS = *WRITERS, ".csv"
 Columns = Mapping[str, str | Callable[[dict[str, Any]], Any]]
 """By name of the column: a key of the manifest, with dots between levels, or a value made from it."""
 
@@ -64,9 +69,7 @@ def report(folders: Sequence[Path], out: Path, *, data_images: bool = True) -> T
         ]
         _write_csv(out, rows)
         return None
-    kinds = {".md": page.write_markdown, ".tex": page.write_latex, ".json": page.write_records}
-    write = kinds.get(out.suffix, page.write_report)
-    write(out, f"anyorder: {', '.join(Path(f).name for f in folders)}", [*opening, *folded])
+    WRITERS[out.suffix](out, f"anyorder: {', '.join(Path(f).name for f in folders)}", [*opening, *folded])
     return opening[0].tables[0] if opening else None
 
 

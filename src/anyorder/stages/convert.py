@@ -48,8 +48,8 @@ class ConvertConfig:
     """The guidance that the pipeline generates with; by default what the authors of the file recommend."""
 
 
-def convert(config: ConvertConfig, out: Path, *, overwrite: bool = False) -> None:
-    """Write the folder, unless it is up to date; `overwrite` replaces another conversion.
+def convert(config: ConvertConfig, out: Path, *, overwrite: bool = False) -> bool:
+    """Write the folder, unless it is up to date: False then; `overwrite` replaces another conversion.
 
     Raises:
         FileNotFoundError: no such file.
@@ -59,8 +59,7 @@ def convert(config: ConvertConfig, out: Path, *, overwrite: bool = False) -> Non
     model = _made(str(config.source)) if own else None
     identity = {**dataclasses.asdict(config), "sha256": _hashes(config, model)}
     if Artifact.is_current(out, "convert", identity, {}):
-        log.info("%s is up to date", out)
-        return
+        return False
     model = model or build(config.source, config.kind, config.grid, config.heads, config.joint_steps)
     any_order = isinstance(model, AnyOrderNetwork)
     _require_effect(config, model)
@@ -79,6 +78,7 @@ def convert(config: ConvertConfig, out: Path, *, overwrite: bool = False) -> Non
     parameters = sum(p.numel() for p in model.parameters())
     artifact.finish(kind=families.kind_of(model), parameters=parameters)
     log.info("%s: %s, %.1f million parameters", out, type(model).__name__, parameters / 1e6)
+    return True
 
 
 def _made(name: str) -> Any:
