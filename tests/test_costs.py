@@ -130,7 +130,7 @@ def test_the_tokenizer_is_as_pytorch_counts_it(changes):
     shape = {"channels": 4, "multipliers": (1, 3), "res_blocks": 1, "z_channels": 6, "groups": 2}
     config = VQConfig(**{**shape, "vocab_size": 13, "code_dim": 5, **changes})
     model = VQModel(config).requires_grad_(False)
-    images = torch.rand(B, 3, GRID.h * config.factor, GRID.w * config.factor) * 2 - 1
+    images = torch.rand(B, 3, GRID.h * model.factor, GRID.w * model.factor) * 2 - 1
     tokens = model.encode(images)
     for run in (lambda: model.encode(images), lambda: model.decode(tokens, GRID)):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

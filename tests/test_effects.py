@@ -121,7 +121,9 @@ def of_vq(config: VQConfig) -> Any:
     model, images = VQModel(config).train(), torch.rand(2, 3, 8, 8) * 2 - 1
     for step in range(3):
         found = model(images)
-        model.update_codebook(found.latents, found.tokens, torch.Generator().manual_seed(step))
+        model.quantize.update(
+            found.latents.detach().flatten(0, 1), found.tokens.flatten(), torch.Generator().manual_seed(step)
+        )
     losses = found.commitment_loss.item(), found.codebook_loss.item()
     return sorted(model.state_dict()), numbers(found.reconstruction, found.tokens), losses
 

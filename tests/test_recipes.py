@@ -294,6 +294,13 @@ def test_plans_of_other_recipes(name, capsys, monkeypatch):
     assert "samples-ordered" in capsys.readouterr().out
 
 
+def test_validation_images_of_sunsets_are_made_besides_those_of_training(tmp_path):
+    file, data = tmp_path / "x.yaml", {"source": "sunsets", "max_train": 80, "max_validation": 30}
+    file.write_text(json.dumps({"out": str(tmp_path), "stages": {"data": data}}))
+    planner = Planner(load_experiment(file), PlanConfig(), planning.KINDS["h100"])
+    assert planner._facts(tmp_path / "data")[:3] == (80, 30, 2000)
+
+
 def test_a_plan_is_not_written_over_an_experiment_or_a_folder(tmp_path, capsys):
     file = tmp_path / "mine.json"
     file.write_text('{"stages": {"data": {"source": "sunsets"}}}')

@@ -778,6 +778,7 @@ def test_overrides_name_earlier_stages_as_the_file_does(tmp_path, monkeypatch):
     stages = {
         "data": {}, "any-order": {"stage": "train", "tokens": "here"},
         "samples": {"stage": "sample", "model": "elsewhere"},
+        "any": {"stage": "train", "tokens": "here"}, "any.0.5": {"stage": "train", "tokens": "here"},
     }  # fmt: skip
     (tmp_path / "x.yaml").write_text(yaml.safe_dump({"out": "runs/x", "stages": stages}))
     (tmp_path / "any-order").mkdir()
@@ -786,6 +787,8 @@ def test_overrides_name_earlier_stages_as_the_file_does(tmp_path, monkeypatch):
     found = load_experiment("x.yaml", overrides).stages
     assert found["samples"][1].model == Path("runs/x/any-order")
     assert found["any-order"][1].train.batch_size == 5
+    found = load_experiment("x.yaml", ["any.0.5.train.steps=3", "any.train.steps=4"]).stages
+    assert [found[name][1].train.steps for name in ("any.0.5", "any")] == [3, 4]
     with pytest.raises(ValueError, match="out= is empty: say where to write"):
         load_experiment("x.yaml", ["out="])
 

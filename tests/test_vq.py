@@ -55,7 +55,7 @@ def test_layout_is_that_of_the_published_files(name: str, multipliers: tuple[int
 
 def test_defaults_are_vq16() -> None:
     assert VQConfig() == VQConfig(multipliers=(1, 1, 2, 2, 4))
-    assert VQConfig().factor == 16
+    assert VQModel(VQConfig()).factor == 16
 
 
 def test_config_survives_json() -> None:
@@ -333,7 +333,7 @@ def train(model: VQModel, steps: range) -> VQOutput:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for step in steps:
         output = model(pictures(seed=step))
-        model.update_codebook(output.latents, output.tokens, seeded(step))
+        model.quantize.update(output.latents.detach().flatten(0, 1), output.tokens.flatten(), seeded(step))
         optimizer.zero_grad()
         loss = output.reconstruction.square().mean() + output.commitment_loss + output.codebook_loss
         loss.backward()
@@ -402,7 +402,7 @@ def test_same_seed_same_codebook() -> None:
     first, second, other = (small(codebook_update="ema") for _ in range(3))
     for model, seed in ((first, 5), (second, 5), (other, 6)):
         output = model(pictures())
-        model.update_codebook(output.latents, output.tokens, seeded(seed))
+        model.quantize.update(output.latents.detach().flatten(0, 1), output.tokens.flatten(), seeded(seed))
     assert torch.equal(first.quantize.embedding.weight, second.quantize.embedding.weight)
     assert not torch.equal(first.quantize.embedding.weight, other.quantize.embedding.weight)
 

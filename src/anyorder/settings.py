@@ -18,7 +18,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -45,7 +45,7 @@ def parse(
         ValueError: unknown key, bad value, missing setting, or what a `__post_init__` refuses; it says where.
     """
     settings = _settings(config_class)
-    given, texts = _flatten(values or {}, settings), dict(map(_split, overrides))
+    given, texts = flatten(values or {}, settings), dict(map(_split, overrides))
     _refuse_unknown([*given, *texts], settings, dict(_old_names(config_class)))
     for key, text in texts.items():
         none = _optional(settings[key].hint) and text in ("null", "None", "none", "~")
@@ -240,12 +240,13 @@ def _name(hint: Any) -> str:
 # --- the values that a user gives -------------------------------------------------------------------------
 
 
-def _flatten(values: Mapping[str, Any], settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], settings: Collection[str] = (), prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted keys; one of `settings` is a value, even if it is a mapping."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and value and key not in settings:
-            flat |= _flatten(value, settings, f"{key}.")
+            flat |= flatten(value, settings, f"{key}.")
         elif value not in (None, {}) or not any(known.startswith(f"{key}.") for known in settings):
             flat[key] = value  # left out: a group whose lines are all commented out
     return flat

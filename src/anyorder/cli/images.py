@@ -42,7 +42,6 @@ class _ImageConfig:
     """How tokens are sampled; by default what the pipeline says."""
 
     renamed: ClassVar[dict[str, str]] = {"guidance": "guidance_scale"}
-    """Earlier names, see `settings.read_stored`."""
 
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size"):
@@ -73,7 +72,6 @@ class SampleConfig(_ImageConfig):
     """Generate through compiled code: pays for many images only, since compiling takes a while."""
 
     renamed = _ImageConfig.renamed | {"n": "num_images", "labels": "class_labels", "prompt": "prompts"}
-    """Earlier names, see `settings.read_stored`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,7 +109,6 @@ class CompleteConfig(_ImageConfig):
     """Patches around the hole that are generated, too, while their known pixels are kept; by default 0."""
 
     renamed: ClassVar[dict[str, str]] = {"label": "class_labels"} | _ImageConfig.renamed
-    """Earlier names, see `settings.read_stored`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -167,7 +167,8 @@ def _follows() -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    arguments = ["--help" if a in ("-h", "help") else a for a in (sys.argv[1:] if argv is None else argv)]
+    given = [*(sys.argv[1:] if argv is None else argv)]
+    arguments = ["--help" if a == "-h" or (a == "help" and i == 0) else a for i, a in enumerate(given)]
     _set_up_log({*arguments})
     follows, function = _follows(), None
     try:

@@ -329,9 +329,9 @@ class Planner:
     def _of_orders(self, stage: Any) -> Costs:
         kind, config = self._network(stage.model, "model")
         tokens, facts, tokenizer = self._tokens_of(stage.tokens)
-        n, splits = math.prod(self._grid(tokens, tokenizer)), 1 + (facts.validation > 0)
+        n = math.prod(self._grid(tokens, tokenizer))
         images = min(stage.limit or math.inf, facts.train * self._copies(tokens))
-        images += min(stage.test_limit, facts.test) * splits
+        images += sum(min(stage.test_limit, split) for split in (facts.validation, facts.test))
         batch = stage.batch_size or self._images_at_once(config, n)
         found = self._decoded(kind, config, n, stage.policy, images, batch, stage.bf16)
         found.disk = images * n * (2 + FLOAT)
@@ -415,7 +415,7 @@ class Facts(NamedTuple):
 def _source(stage: Any) -> Facts:
     """Of the source of a data stage on this machine; zeros where it is not, and one value an attribute."""
     if (name := stage.source) == "sunsets":
-        return Facts(stage.max_train or 20_000, 0, stage.max_test or 2_000, 4)
+        return Facts((stage.max_train or 20_000) + stage.max_validation, 0, stage.max_test or 2_000, 4)
     if not expanded(name).exists():
         return Facts(0, 0, 0, 0, (1,) * len(stage.attributes))
     columns = sources.Columns(stage.label, attributes=tuple(stage.attributes), image=stage.image)

@@ -63,12 +63,7 @@ def ingest(
         source: where the images come from.
         folder: the artifact's folder.
         size, fit, fill, max_pixels: see `load_image`.
-        max_train, max_test: how many images to take, spread evenly over the source; None for all.
-        max_skipped: largest share in [0, 1] of images that may be skipped, and of files that may have an
-            unknown suffix.
-        max_validation: how many images of the train split become the validation split instead: of each class
-            its share, chosen by their names, whatever `max_train` is.
-        cache: keep the pixels.
+        max_train, max_test, max_skipped, max_validation, cache: settings of the stage `data`.
 
     Returns:
         Facts for the manifest: `classes`, `attributes` (name to values) if there are any, `counts` by split,

@@ -1,6 +1,5 @@
 """Python and commands that do what the page does, to be copied from it."""
 
-import dataclasses
 import json
 import re
 import shlex
@@ -22,13 +21,6 @@ def snippets(pipe: Pipeline, name: str, asked: generation.GenerateRequest) -> di
         "python": _python(pipe, name, asked, policies),
         "command": "\n".join(_command(pipe, name, asked, policy) for policy in policies),
     }
-
-
-def _changed(policy: PolicyConfig) -> dict[str, Any]:
-    """The order, and every setting that is not the default."""
-    defaults = PolicyConfig()
-    values = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
-    return {key: v for key, v in values.items() if key == "order" or v != getattr(defaults, key)}
 
 
 def _python(pipe: Pipeline, name: str, asked: generation.GenerateRequest, chosen: list[PolicyConfig]) -> str:
@@ -54,9 +46,8 @@ for number, order in enumerate([{", ".join(orders)}]):
 
 
 def _order(policy: PolicyConfig) -> str:
-    values = _changed(policy)
-    given = ", ".join(f"{key}={value!r}" for key, value in values.items())
-    return repr(policy.order) if values.keys() == {"order"} else f"PolicyConfig({given})"
+    given = "".join(f", {key}={value!r}" for key, value in policy.changed().items())
+    return f"PolicyConfig({policy.order!r}{given})" if given else repr(policy.order)
 
 
 def _command(pipe: Pipeline, name: str, asked: generation.GenerateRequest, policy: PolicyConfig) -> str:
@@ -67,7 +58,8 @@ def _command(pipe: Pipeline, name: str, asked: generation.GenerateRequest, polic
         "num_images": asked.num_images, "seed": asked.seed,
         "guidance_scale": "" if scale is None else scale,
         **{f"sampling.{name}": value for name, value in generation.sampling_settings(pipe, asked).items()},
-        **{f"policy.{key}": value for key, value in _changed(policy).items()},
+        "policy.order": policy.order,
+        **{f"policy.{key}": value for key, value in policy.changed().items()},
         "image": IMAGE if asked.image else "", "mask": MASK if asked.mask else "",
         "keep": "" if asked.keep is None else asked.keep,
         "out": re.sub(r"\W+", "-", policy.label).strip("-"),

@@ -121,7 +121,6 @@ class PolicyConfig(ParallelSchedule):
     order of each image towards that of its class. 0 is the paper; needs the orders of the classes."""
 
     renamed: ClassVar[dict[str, str]] = {"spread": "min_distance"}
-    """Earlier names, see `settings.read_stored`."""
     removed: ClassVar[dict[str, Any]] = {"refresh": 1, "full_every": 0}
     """Settings that are gone: `rescore` was nearer to the exact order at the same cost."""
 
@@ -133,7 +132,7 @@ class PolicyConfig(ParallelSchedule):
         if self.order not in ("information", "location"):  # their defaults are others
             object.__setattr__(self, "sign", None if self.sign == 1 else self.sign)
             object.__setattr__(self, "temperature", self.temperature or None)
-        wrong = self._changed() - self._allowed()
+        wrong = self.changed().keys() - self._allowed()
         text = "sign, temperature, distance, location, rescore, rate_every and class_weight belong to "
         text += "inferred orders "
         text += f"({', '.join(INFERRED)}; temperature to location, too), not to '{self.order}'"
@@ -161,13 +160,13 @@ class PolicyConfig(ParallelSchedule):
         require(isinstance(value, bool), text)
         return value
 
-    def _changed(self) -> set[str]:
-        """The settings that are not the defaults."""
-        return {key for key, value in vars(self).items() if value != getattr(PolicyConfig, key)} - {"order"}
+    def changed(self) -> dict[str, Any]:
+        """The settings that are not the defaults, without the order itself."""
+        return {k: v for k, v in vars(self).items() if k != "order" and v != getattr(PolicyConfig, k)}
 
     def _inferred_policy(self) -> policies.InferredOrder | policies.LocatedOrder | None:
         """The policy, unless it follows an order that is fixed beforehand."""
-        settings = {name: getattr(self, name) for name in self._changed()}
+        settings = self.changed()
         if self.order in SCORES or (self.order not in _SETTINGS and _own(self.order) is None):
             return policies.InferredOrder(self.order, **settings)
         if self.order == "information":
@@ -219,9 +218,7 @@ class PolicyConfig(ParallelSchedule):
     @property
     def label(self) -> str:
         """Short name for tables: the order and every setting that is not the default."""
-        changed = self._changed()
-        names = [field.name for field in fields(self) if field.name in changed]
-        values = [(name, getattr(self, name)) for name in sorted(names, key=_SCHEDULE.__contains__)]
+        values = sorted(self.changed().items(), key=lambda item: item[0] in _SCHEDULE)
         texts = [f"{name} {v:g}" if isinstance(v, float) else f"{name} {v}" for name, v in values]
         return ", ".join([self.order, *texts])
 
@@ -239,7 +236,7 @@ class PolicyConfig(ParallelSchedule):
         if policy is not None:
             return policy
         if isinstance(own := _own(self.order), type):
-            return own(grid, **{name: getattr(self, name) for name in self._changed()})
+            return own(grid, **self.changed())
         if own is not None:
             orders = _as_tensor(own(grid))
         elif self.order == "random":

@@ -1,17 +1,12 @@
 """The residual block of the transformer: attention and SwiGLU."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from anyorder.models import attention, layers, positions
-
-if TYPE_CHECKING:
-    from anyorder.models.architecture import TransformerConfig
+from anyorder.models.architecture import TransformerConfig
 
 
 class Attention(nn.Module):

@@ -143,7 +143,8 @@ def find_artifacts(folders: Sequence[Path]) -> Found:
     """
     found: dict[Path, dict[str, Any]] = {}
     for folder in folders:
-        paths = [path for path in sorted(Path(folder).rglob(MANIFEST)) if ".replaced" not in path.parts]
+        paths = sorted(Path(folder).rglob(MANIFEST))
+        paths = [path for path in paths if ".replaced" not in path.relative_to(folder).parts]
         manifests = {}
         for path in paths:
             with contextlib.suppress(ValueError):  # of a web page, say

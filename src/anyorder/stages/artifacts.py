@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from anyorder import files
+from anyorder.settings import flatten
 
 log = logging.getLogger("anyorder")
 IDENTITY, REPLACED = ".identity.json", ".replaced"
@@ -386,15 +387,7 @@ def _compared(record: Mapping[str, Any], completed: Completion) -> dict[str, Any
     part = {key: record[key] for key in ("stage", "config", "inputs")}
     with contextlib.suppress(ValueError):  # a setting that no longer exists: it differs
         part["config"] = files.plain(completed(dict(part["config"])))
-    return _flat(part)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        group = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{name}.") if group else {f"{prefix}{name}": value}
-    return flat
+    return flatten(part)
 
 
 # --- which files are whose --------------------------------------------------------------------------------

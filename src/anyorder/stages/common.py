@@ -139,7 +139,7 @@ def training_facts(result: TrainResult) -> dict[str, Any]:
     facts = {name: getattr(result, name) for name in ("steps", "seconds", "examples")}
     facts |= {name: result.metrics[name] for name in ("mfu", "peak_memory") if name in result.metrics}
     parameters = sum(p.numel() for p in result.model.parameters())
-    return {"parameters": parameters, **facts, "device": str(device())}
+    return {"parameters": parameters, **facts}
 
 
 def trained_before(folder: Path) -> dict[str, Any]:

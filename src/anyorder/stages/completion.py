@@ -14,7 +14,6 @@ from anyorder.data.caches import ImageSet, TokenSet
 from anyorder.data.images import uint8_batches
 from anyorder.evaluation import metrics
 from anyorder.inference import figures
-from anyorder.inference.device import device
 from anyorder.inference.inpainting import Filling, open_tokens
 from anyorder.inference.masks import shaped_mask
 from anyorder.inference.pipeline import Pipeline
@@ -51,9 +50,6 @@ class CompletionStage(GeneratingStage):
     bf16: bool = True
     """Compute in bfloat16 where the hardware has it; false is slower and exact in float32."""
 
-    renamed: ClassVar[dict[str, str]] = {"n": "num_images"}
-    """Earlier names, see `settings.read_stored`."""
-
     def __post_init__(self) -> None:
         text = "num_images must be >= 4, batch_size >= 1 and seeds one or more different numbers, got"
         valid = self.num_images >= 4 and self.batch_size >= 1 and 0 < len(self.seeds) == len({*self.seeds})
@@ -86,7 +82,6 @@ class CompletionStage(GeneratingStage):
             "policy": self.policy.label,
             "token_blind": self.policy.token_blind,
             "metrics": found,
-            "device": str(device()),
         }
 
     def _complete(

@@ -157,7 +157,7 @@ class EvalStage:
         files.write_json(artifact.folder / "metrics.json", found)
         # Times are in the manifest alone: equal samples give equal files.
         times = {"seconds_per_image": made["seconds_per_image"]} | before
-        return {"examples": len(images), "metrics": found | times, "device": str(device())}
+        return {"examples": len(images), "metrics": found | times}
 
     def _attribute_agreement(self, images: np.ndarray, test: caches.TokenSet) -> dict[str, Any]:
         """Share of samples whose attribute, by its classifier, has the value that was asked for.

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 from anyorder.contracts import require
 from anyorder.files import read_manifest
 from anyorder.inference import processes
-from anyorder.inference.device import memory_for
-from anyorder.settings import defaults, read_stored
+from anyorder.inference.device import device, memory_for
+from anyorder.settings import defaults, flatten, read_stored
 from anyorder.stages.artifacts import Artifact, Completion, recorded_input
 
 log = logging.getLogger("anyorder")
@@ -59,11 +58,12 @@ def execute(name: str, stage: Any, out: Path, *, overwrite: bool = False) -> boo
             log.info("%s is up to date", out)
             return False
         log.info("%s -> %s", name, out)
+        where = str(device())  # refused before the work if there is none
         if artifact or getattr(stage, "together", False):
             with memory_for(getattr(stage, "batch_size", None)):
                 found = stage.run(artifact or seen)
         if artifact:
-            artifact.finish(**found)
+            artifact.finish(**{"device": where, **found})
         processes.barrier()
     return True
 
@@ -105,7 +105,8 @@ def split(stage: Any) -> tuple[dict[str, Any], dict[str, Path], Completion]:
 
     def compared(then: dict[str, Any]) -> dict[str, Any]:
         left_out = {*stage.inputs, *getattr(stage, "aside", ()), *unknown}
-        found = observed | _without(completed(then, stage), left_out)
+        flat = flatten(observed | completed(then, stage))
+        found = {key: value for key, value in flat.items() if key not in left_out}
         return stage.spelled(found) if hasattr(stage, "spelled") else found
 
     return settings | observed, inputs, compared
@@ -142,13 +143,3 @@ def completed(then: dict[str, Any], like: Any) -> dict[str, Any]:
         if isinstance(value, dict) and dataclasses.is_dataclass(group):
             found[name] = completed(value, group)
     return found
-
-
-def _without(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Nested settings without those of these dotted names."""
-    kept = {}
-    for key, value in settings.items():
-        inner = [name.removeprefix(f"{key}.") for name in names if name.startswith(f"{key}.")]
-        if key not in names:
-            kept[key] = _without(value, inner) if inner and isinstance(value, Mapping) else value
-    return kept

@@ -167,10 +167,12 @@ def _by_stage(overrides: Sequence[str], names: list[str]) -> dict[str, list[Any]
     """Overrides by the stage they name; `out=` and `seed=` stand alone."""
     found: dict[str, list[Any]] = {}
     spelled = {name.replace("-", "_"): name for name in names}  # as --any-order.train.steps arrives
+    spelled |= {name: name for name in names}
     for override in overrides:
         key, _, value = override.partition("=")
-        typed, _, rest = key.partition(".")
-        stage = typed if typed in names else spelled.get(typed, typed)
+        stages = [name for name in spelled if key.startswith(f"{name}.")]  # names may hold dots, too
+        typed = max(stages, key=len, default=key.partition(".")[0])
+        stage, rest = spelled.get(typed, typed), key.removeprefix(typed)[1:]
         if key in ("out", "seed"):
             rest = value
         else:

@@ -26,6 +26,7 @@ class GeneratingStage:
         "tokenizer": ("tokens", "tokenizer"),
     }
     required: ClassVar[tuple[str, ...]] = ("tokens", "tokenizer")
+    renamed: ClassVar[dict[str, str]] = {"n": "num_images"}
     model: Path
     """Any-order model, trained here or converted."""
     tokenizer: Path | None = None

@@ -41,9 +41,6 @@ class GridStage(GeneratingStage):
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig("random"))
     """The order they are generated in; by default random. An inferred order costs O(N^2) on large grids."""
 
-    renamed: ClassVar[dict[str, str]] = {"n": "num_images"}
-    """Earlier names, see `settings.read_stored`."""
-
     def __post_init__(self) -> None:
         text = "num_images and samples must be >= 1 and seeds one or more different numbers, got"
         fits = min(self.num_images, self.samples) >= 1 and 0 < len(self.seeds) == len({*self.seeds})
@@ -68,7 +65,6 @@ class GridStage(GeneratingStage):
             "next_position": read_manifest(self.model)["config"].get("model", {}).get("next_position"),
             "metrics": found,
             "policy": self.policy.label,
-            "device": str(device()),
         }
 
     def _nll(self, model: Any, tokens: TokenSet) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 from anyorder.contracts import require
 from anyorder.files import atomic, read_manifest
-from anyorder.inference.device import device
 from anyorder.inference.weights import CONFIG, WEIGHTS, load_any_order
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.models.transformer import AnyOrderTransformer, Architecture
@@ -93,7 +92,6 @@ class IterateStage(TrainingStage):
             "rounds": history,
             "best_round": best + 1,
             "extraction_evaluations": sum(facts["extraction_evaluations"] for facts in history),
-            "device": str(device()),
         }
 
     def _round(self, folder: Path, model: Path, done: int) -> Path:

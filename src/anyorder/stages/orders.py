@@ -113,7 +113,6 @@ class OrdersStage:
             "token_blind": self.policy.token_blind,
             "extraction_evaluations": n * self.policy.evaluations(tokens.grid.n),
             "mean_log_prob": float(written[1].mean()),
-            "device": str(device()),
             **self._statistics(torch.from_numpy(orders), rows, tokens),
         }
 

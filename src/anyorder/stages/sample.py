@@ -12,7 +12,6 @@ from anyorder.contracts import class_labels, require
 from anyorder.data.caches import TokenSet
 from anyorder.files import load_array, read_manifest
 from anyorder.inference import figures
-from anyorder.inference.device import device
 from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.sampling import Sampling
 from anyorder.settings import parse_stored
@@ -51,8 +50,6 @@ class SampleStage(GeneratingStage):
     seed: int = 0
     """Image i is generated from seed + i."""
 
-    renamed: ClassVar[dict[str, str]] = {"n": "num_images"}
-    """Earlier names, see `settings.read_stored`."""
     aside: ClassVar[tuple[str, ...]] = ("compile",)
 
     def __post_init__(self) -> None:
@@ -118,7 +115,6 @@ class SampleStage(GeneratingStage):
             "token_blind": self.policy.token_blind,
             "temperature": sampling.temperature,
             "guidance_scale": guidance.scale,
-            "device": str(device()),
         }
 
     def _tuned(self) -> tuple[Sampling, GuidanceConfig]:

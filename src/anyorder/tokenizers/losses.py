@@ -131,12 +131,12 @@ class TokenizerLoss(nn.Module):
         """
         own = [torch.stack(x) for x in zip(*self._passes, strict=True)]
         self._passes.clear()
-        # (P, passes, B, ...) to the sequence in which one process would have run the passes.
-        latents, tokens = (stacked(x).transpose(0, 1).flatten(0, 2) for x in own)
+        # (P, passes, B, N, ...) to the sequence in which one process would have run the passes.
+        latents, tokens = (stacked(x).transpose(0, 1).flatten(0, 3) for x in own)
         # Hashed, because a CPU generator reads no more than the low 32 bits of its seed.
         seed = int(np.random.SeedSequence((self.config.seed, step)).generate_state(1)[0])
         recent = model.quantize.codebook_used
-        model.update_codebook(latents, tokens, torch.Generator(recent.device).manual_seed(seed))
+        model.quantize.update(latents, tokens, torch.Generator(recent.device).manual_seed(seed))
         found = codebook_usage(recent.long(), model.vocab_size).to(recent)
         return dict(zip(("codebook_usage", "codebook_perplexity"), found, strict=True))
 

@@ -71,11 +71,6 @@ class VQConfig:
         how = self.codebook_update
         require(how in ("ema", "gradient"), f"codebook_update must be 'ema' or 'gradient', got {how!r}")
 
-    @property
-    def factor(self) -> int:
-        """Pixels per patch side."""
-        return 2 ** (len(self.multipliers) - 1)
-
 
 @dataclass
 class VQOutput:
@@ -115,10 +110,6 @@ class VQModel(network.ConvTokenizer):
             commitment_loss=self.config.commitment * loss(latents, codes.detach()),
             codebook_loss=loss(codes, latents.detach()) if learned else latents.new_zeros(()),
         )
-
-    def update_codebook(self, latents: Tensor, tokens: Tensor, generator: torch.Generator) -> None:
-        """Learn from the outputs (B, N, D) and (B, N) of a training step; see `Quantizer.update`."""
-        self.quantize.update(latents.detach().flatten(0, 1), tokens.flatten(), generator)
 
     def _latents(self, images: Tensor) -> Tensor:
         self.grid(images)
