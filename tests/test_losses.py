@@ -82,7 +82,7 @@ def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"l1": -1.0}, "l1 must not be negative"),
+        ({"l1": -1.0}, "l1 must be >= 0, got -1"),
         ({"adversarial": -1.0}, "adversarial"),
         ({"discriminator_start": -1}, "discriminator_start"),
         ({"lpips": 1.0, "lpips_path": Path("y")}, "lpips_path=y holds heads for VGG16: give vgg_path"),

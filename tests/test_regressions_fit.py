@@ -141,7 +141,7 @@ def test_the_plan_shows_captions_only_where_they_are_kept(tmp_path, untimed):
     ("override", "message"),
     [
         ("any-order.train.steps=abc", "stage 'any-order': train.steps='abc': expected int"),
-        ("any-order.train.batch_size=0", "stage 'any-order': train: batch_size must be at least 1, got 0"),
+        ("any-order.train.batch_size=0", "stage 'any-order': train: batch_size must be >= 1, got 0"),
         ("samples-raster.num_images=null", "stage 'samples-raster': num_images='null': expected int"),
         ("data.max_train=abc", "max_train='abc': expected int"),
     ],

@@ -30,7 +30,7 @@ from anyorder.method.sampling import Sampling, Streams
 from anyorder.models import compiled as compiled_module
 from anyorder.orders import random_orders
 from anyorder.report.summary import report
-from anyorder.settings import as_overrides, parse
+from anyorder.settings import as_overrides, flatten, parse
 from anyorder.stages import orders as extract
 from anyorder.stages.artifacts import Artifact
 from anyorder.stages.compare import CompareStage
@@ -702,7 +702,7 @@ def test_artifacts_that_do_not_belong_together_are_refused(experiment, tmp_path)
         (TrainStage, {"tokens": "t", "groups_schedule": "cosine"}, "goes with it"),
         (TrainStage, {"tokens": "t", "train": {"patience": 1, "eval_every": 0}}, "patience needs"),
         (IterateStage, {"model": "m", "tokens": "t", "random_floor": 0.9}, "random_floor"),
-        (IterateStage, {"model": "m", "tokens": "t", "rounds": 0}, "rounds and patience"),
+        (IterateStage, {"model": "m", "tokens": "t", "rounds": 0}, "rounds must be >= 1, got 0"),
         (TrainStage, {"tokens": "t", "order": "raster", "random_share": 1.5}, "random_share"),
         (TrainStage, {"tokens": "t", "order": "raster", "random_share_ramp": (0.2, 0.8)}, "give both"),
         (
@@ -884,9 +884,10 @@ def test_older_configurations_are_completed_with_defaults():
     then = {key: value for key, value in told.items() if key not in ("online", "jitter")}
     then["train"] = {key: value for key, value in told["train"].items() if key != "patience"}
     found = completion(then)
-    assert (found["jitter"], found["train"]["patience"], found["train"]["ema"]) == (0.0, 0, 0.9)
+    assert (found["jitter"], found["train.patience"], found["train.ema"]) == (0.0, 0, 0.9)
     assert found["online"] is None, "what did not exist was off, whatever is asked for now"
-    assert found.keys() == told.keys() - {"tokenizer"}, "inputs are no settings, nor is what is put aside"
+    assert {"tokenizer", "train.log_every"} <= {*now.aside}
+    assert found.keys() == flatten(told | {"online": None}).keys() - {*now.aside}
 
 
 # --- the Python interface ----------------------------------------------------------------------------------

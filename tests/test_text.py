@@ -177,10 +177,10 @@ def test_unknown_names_get_a_suggestion():
         Vocabulary().condition(1, prompts=["red"])
 
 
-@pytest.mark.parametrize("settings", [{"vocab_size": 1}, {"length": 0}])
-def test_text_config_refuses(settings):
-    with pytest.raises(ValueError, match="vocab_size must be >= 2 and length >= 1"):
-        TextConfig(**settings)
+@pytest.mark.parametrize(("name", "least"), [("vocab_size", 2), ("length", 1), ("captions", 1)])
+def test_text_config_refuses(name, least):
+    with pytest.raises(ValueError, match=f"{name} must be >= {least}, got {least - 1}"):
+        TextConfig(**{name: least - 1})
 
 
 # --- data
@@ -384,7 +384,7 @@ def test_agreement_in_closed_form():
         (["sample", "prompts=[a,b]", "num_images=3"], "multiple of the 2 prompts"),
         (["sample", "prompts=[a]", "hide=[class]", "num_images=3"], "leave nothing to hide"),
         (["sample", "hide=[color]", "num_images=3"], "did you mean 'colour'"),
-        (["tokens", "text.length=0"], "length >= 1"),
+        (["tokens", "text.length=0"], "length must be >= 1"),
         (["features", "label=color", "train.steps=2"], "did you mean 'colour'"),
         (["features", "label=colour", "extractor=inception"], "set extractor=classifier"),
         (["eval", "samples={out}/prompted"], "made for prompts"),

@@ -688,10 +688,10 @@ def test_no_checkpoint_of_non_finite_buffers(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"keep": 0}, "keep must be at least 1"),
-        ({"seed": -1}, "seed must be at least 0"),
-        ({"clip": -0.5}, "clip must be at least 0"),
+        ({"steps": 0}, "steps must be >= 1, got 0"),
+        ({"keep": 0}, "keep must be >= 1"),
+        ({"seed": -1}, "seed must be >= 0"),
+        ({"clip": -0.5}, "clip must be >= 0"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
         ({"beta2": float("nan")}, r"beta2 must be in \[0, 1\)"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),

@@ -182,7 +182,7 @@ def test_another_policy_keeps_the_guidance_of_the_samples(out, tmp_path):
         ({"temperatures": []}, "1 to 12 different points, got 0 x 4"),
         ({"temperatures": [0.5, 0.5]}, "1 to 12 different points, got 2 x 4"),
         ({"guidance": {"scale": 2}}, "temperature and scale are searched"),
-        ({"num_images": 3}, "num_images must be >= 4 and batch_size >= 1, got 3 and 64"),
+        ({"num_images": 3}, "num_images must be >= 4, got 3"),
     ],
 )
 def test_searches_that_cannot_be_are_refused(settings, message):

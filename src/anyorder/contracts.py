@@ -30,6 +30,13 @@ def require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def at_least(least: float, settings: Any, *names: str) -> None:
+    """A ValueError unless each of these settings is `least` or more; None passes."""
+    for name in names:
+        value = getattr(settings, name)
+        require(value is None or value >= least, f"{name} must be >= {least}, got {value}")
+
+
 @dataclass(frozen=True)
 class Grid:
     """A grid of h x w patches; raster position p lies at row p // w, column p % w."""

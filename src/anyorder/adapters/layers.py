@@ -44,8 +44,7 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         self.grid = (self.grid[0], self.grid[1])
-        for name in ("depth", "width", "heads", "vocab_size", "num_classes"):
-            contracts.require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        contracts.at_least(1, self, "depth", "width", "heads", "vocab_size", "num_classes")
         width, unit = self.width, 4 * self.heads
         contracts.require(width % unit == 0, f"width must be a multiple of 4 * heads = {unit}, got {width}")
         share, kept = self.label_dropout, self.extrapolated

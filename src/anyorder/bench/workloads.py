@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anyorder.bench import costs
-from anyorder.contracts import Grid
+from anyorder.contracts import Grid, at_least
 from anyorder.inference.device import device, fast_dtype
 from anyorder.method import decoding
 from anyorder.method.loss import token_nll
@@ -86,9 +86,7 @@ class BenchConfig:
     """Sides of the square grids at which the peak memory of sampling in an inferred order is measured."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "images", "chunk", "triad_mib", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        at_least(1, self, "batch_size", "images", "chunk", "triad_mib", "repeats")
         for name, sizes in {**vars(self.over), "memory": self.memory}.items():
             if min(sizes, default=1) < 1:
                 raise ValueError(f"{name} must list numbers >= 1, got {list(sizes)}")

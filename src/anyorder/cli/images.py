@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from anyorder.contracts import require
+from anyorder.contracts import at_least, require
 from anyorder.data.images import load_image
 from anyorder.files import expanded, sha256
 from anyorder.inference import figures, masks
@@ -44,8 +44,7 @@ class _ImageConfig:
     renamed: ClassVar[dict[str, str]] = {"guidance": "guidance_scale"}
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "batch_size"):
-            require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        at_least(1, self, "num_images", "batch_size")
 
 
 @dataclass(kw_only=True)
@@ -75,7 +74,7 @@ class SampleConfig(_ImageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.scale >= 1, f"scale must be >= 1, got {self.scale}")
+        at_least(1, self, "scale")
 
 
 @dataclass(kw_only=True)

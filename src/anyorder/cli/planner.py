@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from anyorder.bench import estimates
 from anyorder.bench.costs import Cost
 from anyorder.bench.fake import Pass
-from anyorder.contracts import require
+from anyorder.contracts import at_least, require
 from anyorder.data import sources
 from anyorder.evaluation.features import ClassifierConfig
 from anyorder.families import family
@@ -64,12 +64,10 @@ class PlanConfig:
     """Classes, where the data are not on this machine."""
 
     def __post_init__(self) -> None:
-        require(self.gpus >= 1, f"gpus must be >= 1, got {self.gpus}")
+        at_least(1, self, "gpus", "images")
+        at_least(0, self, "classes")
         share = f"efficiency must be a share above 0 and at most 1, got {self.efficiency}"
         require(0 < self.efficiency <= 1, share)
-        known = self.images is None or self.images >= 1
-        counts = f"got {self.images} and {self.classes}"
-        require(known and self.classes >= 0, f"images must be >= 1 and classes >= 0, {counts}")
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anyorder.contracts import require
+from anyorder.contracts import at_least
 from anyorder.data.classes import index_of
 
 _UNKNOWN = "[UNK]"
@@ -27,10 +27,8 @@ class TextConfig:
     step, all else the first."""
 
     def __post_init__(self) -> None:
-        got = f"{self.vocab_size} and {self.length}"
-        fits = self.vocab_size >= 2 and self.length >= 1
-        require(fits, f"vocab_size must be >= 2 and length >= 1, got {got}")
-        require(self.captions >= 1, f"captions must be >= 1, got {self.captions}")
+        at_least(2, self, "vocab_size")
+        at_least(1, self, "length", "captions")
 
 
 class CaptionTokenizer:

@@ -145,18 +145,18 @@ def _frechet_of_resamples(
     real: FeatureStatistics, fake: FeatureStatistics, counts: Tensor, reals: Tensor
 ) -> Tensor:
     """The Fréchet distance (R,) of every pair of resamples; row 0 is that of the sets, of all dimensions."""
-    estimate = torch.tensor([metrics.frechet_distance(real.gaussian, fake.gaussian)], dtype=torch.float64)
     mean, covariance = real.gaussian
     x, y = (s.features.double() - mean for s in (real, fake))
     if len(counts) > 1 and len(mean) > LEADING:
         leading = torch.linalg.eigh(covariance).eigenvectors[:, -LEADING:]
         x, y = x @ leading, y @ leading
     pairs = zip(reals[1:], counts[1:], strict=True)
-    rows = [frechet_of_counts(_gaussian(x, r), y, c[None]) for r, c in pairs]
-    return torch.cat([estimate, *rows])
+    rows = [metrics.frechet_distance(gaussian_of_counts(x, r), gaussian_of_counts(y, c)) for r, c in pairs]
+    estimate = metrics.frechet_distance(real.gaussian, fake.gaussian)
+    return torch.tensor([estimate, *rows], dtype=torch.float64)
 
 
-def _gaussian(x: Tensor, counts: Tensor) -> metrics.Gaussian:
+def gaussian_of_counts(x: Tensor, counts: Tensor) -> metrics.Gaussian:
     """Moments of a resample of x (n, dim), from how often (n,) it holds each."""
     n = counts.sum()
     mean = counts @ x / n
@@ -185,17 +185,6 @@ def _interval(values: Tensor, confidence: float) -> tuple[float, float]:
     tail = (1 - confidence) / 2
     shift = float(estimate - resampled.mean())
     return float(resampled.quantile(tail)) + shift, float(resampled.quantile(1 - tail)) + shift
-
-
-def frechet_of_counts(real: metrics.Gaussian, fake: Tensor, counts: Tensor) -> Tensor:
-    """`metrics.frechet_distance` of every resample of the features `fake` (n, dim), (R,) float64."""
-    x = fake.double() - real.mean
-    y, n = x @ metrics.root(real.covariance), len(fake)  # the covariance of y is A^1/2 B A^1/2
-    means, squares = counts @ x / n, counts @ x.square().sum(1)
-    traces = (squares - n * means.square().sum(1)) / (n - 1)
-    covariances = (_gaussian(y[row > 0], row[row > 0]).covariance for row in counts)
-    crosses = torch.stack([torch.linalg.eigvalsh(c).clamp(min=0).sqrt().sum() for c in covariances])
-    return (means.square().sum(1) + real.covariance.trace() + traces - 2 * crosses).clamp(min=0)
 
 
 def kernel_of_counts(

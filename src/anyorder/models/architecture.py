@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
-from anyorder.contracts import Grid, require
+from anyorder.contracts import Grid, at_least, require
 
 
 @dataclass
@@ -42,8 +42,7 @@ class Architecture:
     """Recompute blocks in the backward pass: about `depth` times less memory, a third more time."""
 
     def __post_init__(self) -> None:
-        for name in ("depth", "width", "heads"):
-            require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        at_least(1, self, "depth", "width", "heads")
         whole = self.width % (4 * self.heads) == 0
         require(whole, f"width must be a multiple of 4 * heads = {4 * self.heads}, got {self.width}")
         for name in ("dropout", "token_dropout", "label_dropout", "part_dropout"):
@@ -84,7 +83,6 @@ class TransformerConfig(Architecture):
             "attributes must have >= 1 value each, text_vocab and text_length both be 0 or >= 1, got "
             f"{list(self.attributes)}, {self.text_vocab} and {self.text_length}",
         )
-        sizes = f"got {self.vocab_size} and {self.num_classes}"
-        fits = self.vocab_size >= 1 and self.num_classes >= 0
-        require(fits, f"vocab_size must be >= 1 and num_classes >= 0, {sizes}")
+        at_least(1, self, "vocab_size")
+        at_least(0, self, "num_classes")
         Grid(*self.grid)

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from anyorder.contracts import require
+from anyorder.contracts import at_least, require
 from anyorder.data import images, listing
 from anyorder.data.decoding import described
 from anyorder.data.ingest import ingest
@@ -72,8 +72,7 @@ class DataStage:
     """Seed of sunsets."""
 
     def __post_init__(self) -> None:
-        limits = (self.max_train or 0, self.max_test or 0, self.max_validation)
-        require(min(limits) >= 0, f"max_train, max_test, max_validation must not be negative, got {limits}")
+        at_least(0, self, "max_train", "max_test", "max_validation")
         share, most = self.max_skipped, images.MOST_PIXELS
         require(0 <= share <= 1, f"max_skipped must be a share from 0 to 1, got {share}")
         colors = min(self.fill) >= 0 and max(self.fill) <= 255

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from anyorder.contracts import require
+from anyorder.contracts import at_least, require
 from anyorder.files import atomic, read_manifest
 from anyorder.inference.weights import CONFIG, WEIGHTS, load_any_order
 from anyorder.method.policy_config import PolicyConfig
@@ -59,8 +59,7 @@ class IterateStage(TrainingStage):
     """Training of each round."""
 
     def __post_init__(self) -> None:
-        counts = f"rounds and patience must be >= 1, got {self.rounds} and {self.patience}"
-        require(min(self.rounds, self.patience) >= 1, counts)
+        at_least(1, self, "rounds", "patience")
         shares = f"got {self.random_floor} and {self.random_share}"
         ordered = 0 <= self.random_floor <= self.random_share <= 1
         require(ordered, f"random_floor <= random_share must lie in [0, 1], {shares}")

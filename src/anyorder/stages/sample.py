@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from torch import Tensor
 
-from anyorder.contracts import class_labels, require
+from anyorder.contracts import at_least, class_labels, require
 from anyorder.data.caches import TokenSet
 from anyorder.files import load_array, read_manifest
 from anyorder.inference import figures
@@ -53,9 +53,8 @@ class SampleStage(GeneratingStage):
     aside: ClassVar[tuple[str, ...]] = ("compile",)
 
     def __post_init__(self) -> None:
-        text = f"num_images and batch_size must be >= 1, got {self.num_images} and {self.batch_size}"
-        require(min(self.num_images, self.batch_size) >= 1, text)
-        require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
+        at_least(1, self, "num_images", "batch_size")
+        at_least(0, self, "seed")
         super().__post_init__()
         kept = self.sampling.temperature == self.guidance.scale == 1
         found = "settings brings temperature and scale: leave sampling.temperature and guidance.scale out"

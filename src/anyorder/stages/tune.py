@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from anyorder import files
-from anyorder.contracts import require
+from anyorder.contracts import at_least, require
 from anyorder.data.caches import splits
 from anyorder.evaluation import bootstrap
 from anyorder.inference import figures, processes
@@ -63,9 +63,8 @@ class TuneStage(GeneratingStage):
         got = f"different points, got {len(self.temperatures)} x {len(self.scales)}"
         fits = 1 <= points == len(self.temperatures) * len(self.scales) <= MOST_POINTS
         require(fits, f"temperatures x scales must be 1 to {MOST_POINTS} {got}")
-        counts = f"got {self.num_images} and {self.batch_size}"
-        fits = self.num_images >= 4 and self.batch_size >= 1
-        require(fits, f"num_images must be >= 4 and batch_size >= 1, {counts}")
+        at_least(4, self, "num_images")
+        at_least(1, self, "batch_size")
         searched = self.sampling.temperature == self.guidance.scale == 1
         require(searched, "temperature and scale are searched: set temperatures and scales instead")
         for point in itertools.product(self.temperatures, self.scales):

@@ -6,7 +6,7 @@ discriminator's term sees the reconstructions detached.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from anyorder import efficientnet
-from anyorder.contracts import exact, require
+from anyorder.contracts import at_least, exact, require
 from anyorder.tokenizers.vq import VQModel
 
 
@@ -48,8 +48,7 @@ class LossConfig:
     """Seed of the choices that re-seed unused codes; combined with the step: resuming changes none."""
 
     def __post_init__(self) -> None:
-        for name in ("l1", "l2", "lpips", "adversarial", "discriminator_start", "seed"):
-            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        at_least(0, self, "l1", "l2", "lpips", "adversarial", "discriminator_start", "seed")
         require(
             self.vgg_path is not None or self.lpips_path is None or self.lpips == 0,
             f"lpips_path={self.lpips_path} holds heads for VGG16: give vgg_path, a file with torchvision's "
@@ -212,12 +211,39 @@ VGG16_STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 """Indices of the convolutions in torchvision's `vgg16().features`; a 2 x 2 max-pool lies between stages."""
 
 
-class PerceptualLoss(nn.Module):
-    """Distance of images in the features of VGG16 (LPIPS, arXiv 1801.03924, Eq. 1).
+class FeatureDistance(nn.Module):
+    """Squared distance of unit-length features, weighted by channel (LPIPS, arXiv 1801.03924, Eq. 1).
 
-    Weights are read from files into buffers outside the state dict: they neither train nor enter checkpoints.
+    Weights are buffers outside the state dict: they neither train nor enter checkpoints.
     """
 
+    smallest: int
+    """Pixels of the shorter side that images need."""
+
+    def forward(self, fake: Tensor, real: Tensor) -> Tensor:
+        """Mean distance of two batches (B, 3, H, W) in [-1, 1], a float32 scalar.
+
+        Raises:
+            ValueError: images are too small.
+        """
+        h, w = fake.shape[2:]
+        text = f"lpips takes images of {self.smallest} x {self.smallest} pixels or more, got {h} x {w}"
+        require(min(h, w) >= self.smallest, f"{text}: set lpips=0")
+        with torch.no_grad():
+            targets = self._features(real)
+        pairs = enumerate(zip(self._features(fake), targets, strict=True))
+        parts = [(getattr(self, f"head_{i}", 1.0) * (a - b) ** 2).sum(1).mean() for i, (a, b) in pairs]
+        return torch.stack(parts).sum()
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        """Unit-length features (B, C, h, w) float32 at the end of each stage."""
+        raise NotImplementedError
+
+
+class PerceptualLoss(FeatureDistance):
+    """In the features of VGG16, by weights from files."""
+
+    smallest = 16
     mean: Tensor
     std: Tensor
 
@@ -242,16 +268,7 @@ class PerceptualLoss(nn.Module):
         self.register_buffer("mean", (2 * mean - 1)[:, None, None], persistent=False)
         self.register_buffer("std", (2 * std)[:, None, None], persistent=False)
 
-    def forward(self, fake: Tensor, real: Tensor) -> Tensor:
-        """Mean distance of two batches (B, 3, H, W) in [-1, 1], a float32 scalar.
-
-        Raises:
-            ValueError: images smaller than 16 x 16.
-        """
-        return _distance(self._features, fake, real, [getattr(self, f"head_{i}") for i in range(5)], 16)
-
     def _features(self, images: Tensor) -> list[Tensor]:
-        """Unit-length features (B, C, h, w) float32 at the end of each stage."""
         x, features = (images - self.mean) / self.std, []
         for i, stage in enumerate(VGG16_STAGES):
             x = F.max_pool2d(x, 2) if i else x
@@ -266,12 +283,13 @@ LITE_STAGES = (0, 2, 4, 10)
 """Blocks of EfficientNet-Lite0 at the ends of the stages of stride 2, 4, 8 and 16."""
 
 
-class LitePerceptualLoss(nn.Module):
-    """Distance of images in the features of EfficientNet-Lite0, trained on ImageNet (arXiv 1905.11946).
+class LitePerceptualLoss(FeatureDistance):
+    """In the features of EfficientNet-Lite0, trained on ImageNet (arXiv 1905.11946), channels weighted alike.
 
-    As LPIPS (arXiv 1801.03924, Eq. 1) with equal weights of channels, in a network whose weights come with a
-    package. They neither train nor enter checkpoints.
+    Its weights come with a package.
     """
+
+    smallest = 32
 
     def __init__(self) -> None:
         """Load the network.
@@ -290,16 +308,7 @@ class LitePerceptualLoss(nn.Module):
         """Stays in evaluation, whatever the `mode`: batch statistics are ImageNet's."""
         return super().train(False)
 
-    def forward(self, fake: Tensor, real: Tensor) -> Tensor:
-        """Mean distance of two batches (B, 3, H, W) in [-1, 1], a float32 scalar.
-
-        Raises:
-            ValueError: images smaller than 32 x 32.
-        """
-        return _distance(self._features, fake, real, [1.0] * len(LITE_STAGES), 32)
-
     def _features(self, images: Tensor) -> list[Tensor]:
-        """Unit-length features (B, C, h, w) float32 at the end of each stage."""
         network, features = self.network, []
         # Its pixels are (x - 127) / 128 of x in [0, 255].
         x = network._swish(network._bn0(network._conv_stem((images * 127.5 + 0.5) / 128)))
@@ -308,23 +317,6 @@ class LitePerceptualLoss(nn.Module):
             if i in LITE_STAGES:
                 features.append(F.normalize(x.float(), dim=1, eps=1e-10))
         return features
-
-
-def _distance(
-    features: Callable[[Tensor], list[Tensor]],
-    fake: Tensor,
-    real: Tensor,
-    weights: Sequence[Tensor | float],
-    smallest: int,
-) -> Tensor:
-    """Squared distances of unit-length features, weighted by channel, their means over places summed."""
-    h, w = fake.shape[2:]
-    text = f"lpips takes images of {smallest} x {smallest} pixels or more, got {h} x {w}: set lpips=0"
-    require(min(h, w) >= smallest, text)
-    with torch.no_grad():
-        targets = features(real)
-    triples = zip(features(fake), targets, weights, strict=True)
-    return torch.stack([(weight * (a - b) ** 2).sum(1).mean() for a, b, weight in triples]).sum()
 
 
 def _read_weights(path: str | Path, names: list[str], what: str) -> dict[str, Tensor]:

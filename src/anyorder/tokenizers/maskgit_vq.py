@@ -10,8 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from anyorder import families
-from anyorder.contracts import Grid, require
+from anyorder import contracts, families
 from anyorder.tokenizers import vq_network as network
 
 MASKGIT_VQ = families.File("fun-research/TiTok", "maskgit-vqgan-imagenet-f16-256.bin")
@@ -35,9 +34,8 @@ class MaskGITVQConfig:
 
     def __post_init__(self) -> None:
         self.multipliers = tuple(self.multipliers)
-        for name in ("channels", "res_blocks", "vocab_size", "code_dim"):
-            require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
-        require(
+        contracts.at_least(1, self, "channels", "res_blocks", "vocab_size", "code_dim")
+        contracts.require(
             self.channels % GROUPS == 0 and min(self.multipliers, default=0) >= 1,
             f"channels must be a multiple of {GROUPS} and multipliers one number >= 1 per resolution, "
             f"got {self.channels} and {self.multipliers}",
@@ -54,7 +52,7 @@ class MaskGITVQ(network.ConvTokenizer):
         self.grid(images)
         return self.encoder((images + 1) / 2).flatten(2).mT
 
-    def _decode(self, codes: Tensor, grid: Grid) -> Tensor:
+    def _decode(self, codes: Tensor, grid: contracts.Grid) -> Tensor:
         return self.decoder(codes.mT.unflatten(2, (grid.h, grid.w))) * 2 - 1
 
 

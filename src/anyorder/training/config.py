@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from anyorder.contracts import require
+from anyorder.contracts import at_least, require
 
 
 @dataclass
@@ -74,10 +74,8 @@ class TrainConfig:
     """Own logger, package.module:Class, see `training.log.Logger`."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("seed", "eval_every", "sample_every", "weight_decay", "clip", "patience"):
-            self._require(name, getattr(self, name) >= 0, "at least 0")
+        at_least(1, self, "steps", "batch_size", "accumulation", "log_every", "save_every", "keep")
+        at_least(0, self, "seed", "eval_every", "sample_every", "weight_decay", "clip", "patience")
         self._require("seed", self.seed < 2**63, "below 2**63")
         for name in ("beta1", "beta2", "ema"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
