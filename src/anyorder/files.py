@@ -29,7 +29,10 @@ LARGEST_JSON = 1 << 28
 
 def expanded(path: str | Path) -> Path:
     """`~` at the beginning is the home folder; in `./~` it is a name, as `Path.expanduser` does not know."""
-    return Path(path).expanduser() if str(path).startswith("~") else Path(path)
+    try:
+        return Path(path).expanduser() if str(path).startswith("~") else Path(path)
+    except RuntimeError as e:
+        raise ValueError(f"{path}: {e} Write ./{path} if it is a name") from e
 
 
 @contextlib.contextmanager

@@ -205,9 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             then = "goes on from here" if function in (*PARALLEL, commands.fit) else "begins anew"
             print(f"anyorder: interrupted; the same command {then}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as e:
-        unforeseen = isinstance(e, RuntimeError) and "home directory" not in str(e)  # of pathlib, for ~nobody
-        if unforeseen or "--traceback" in arguments:
+    except (ValueError, OSError, ImportError, MemoryError) as e:
+        if "--traceback" in arguments:
             raise
         if follows:  # torchrun ends it meanwhile if the first process has the same to say
             time.sleep(5)

@@ -270,7 +270,7 @@ class Planner:
     def _of_data(self, stage: Any) -> Costs:
         made = next(path for path, each in self.stages.items() if each is stage)
         pixels = math.prod(stage.size) * 3 if stage.cache else 0
-        return Costs(disk=self._facts(made).all * (pixels + 8))
+        return Costs(disk=sum(self._facts(made)[:3]) * (pixels + 8))
 
     def _of_tokenizer(self, stage: Any) -> Costs:
         made = next(path for path, each in self.stages.items() if each is stage)
@@ -403,11 +403,6 @@ class Facts(NamedTuple):
     test: int
     classes: int
     attributes: tuple[int, ...] = ()
-
-    @property
-    def all(self) -> int:
-        """All images."""
-        return self.train + self.validation + self.test
 
 
 def _source(stage: Any) -> Facts:
