@@ -130,7 +130,7 @@ def test_json_round_trip(tmp_path):
 def test_damaged_json_is_named(tmp_path):
     for damage in (b'{"a": 1', b"\xff\xfe\x00"):
         (tmp_path / "x.json").write_bytes(damage)
-        with pytest.raises(ValueError, match=r"x\.json is not valid JSON .* run the stage again"):
+        with pytest.raises(ValueError, match=r"x\.json is not valid JSON .* make it again"):
             read_json(tmp_path / "x.json")
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "y.json")

@@ -261,7 +261,7 @@ def test_home_folders_are_expanded(tmp_path, monkeypatch):
     (tmp_path / "p").mkdir()
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/p"):
         Pipeline.from_pretrained("~/p")
-    (tmp_path / "x.yaml").write_text("out: ~\nstages: {}")
+    (tmp_path / "x.yaml").write_text("out: ~\nstages: {data: {}}")
     assert load_experiment("~/x.yaml").out == Path("runs/x")
 
 
@@ -274,6 +274,9 @@ def test_load_yaml(tmp_path):
         ("a: [", "not valid YAML"),
         ("a: 1\nb: {c: 1, c: 2}", r"(?s)a\.yaml.*'c' is given twice.*line 2"),
         ("a: !!python/object:os.system {}", "not valid YAML"),
+        ("a: !!timestamp x", "not valid YAML"),
+        ("a: !!bool maybe", "not valid YAML"),
+        ("a: !!int x", r"a\.yaml is not valid YAML"),
     ]:
         path.write_text(content)
         with pytest.raises(ValueError, match=message):

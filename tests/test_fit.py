@@ -335,7 +335,7 @@ def test_what_is_wrong_is_said_at_once(tmp_path, capsys):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no image")
     assert main(["fit", str(tmp_path / "broken")]) == 2
-    assert "none of the first images" in capsys.readouterr().err
+    assert "broken can be read: look at them" in capsys.readouterr().err
 
 
 # --- what fit uses of the stages --------------------------------------------------------------------------

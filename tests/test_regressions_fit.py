@@ -42,7 +42,7 @@ def runs(monkeypatch):
     """Folders that experiments would have written to."""
     found = []
     monkeypatch.setattr(experiment.Experiment, "run", lambda self, overwrite=False: found.append(self.out))
-    monkeypatch.setattr(command, "report", lambda *_: None)
+    monkeypatch.setattr(command.summary, "report", lambda *_: None)
     monkeypatch.setattr(command, "comparison", lambda out: "")
     return found
 
@@ -89,6 +89,37 @@ def test_one_bad_file_does_not_end_the_rehearsal(tmp_path):
     path.write_text(fit.as_yaml({**short, "out": str(tmp_path / "out")}))
     experiment.load_experiment(path).run()
     assert short["stages"]["data"]["max_validation"] == facts.validation == 4
+
+
+def test_bad_files_that_come_first_do_not_end_the_look(tmp_path):
+    folder = photos(tmp_path / "photos", 30)
+    (folder / "0").mkdir()
+    for i in range(70):
+        (folder / f"0/{i}.png").write_bytes(b"")
+    assert fit.look(fit.FitConfig(source=str(folder))).side == 32
+
+
+def test_one_caption_is_enough_wherever_it_is(tmp_path):
+    folder = photos(tmp_path / "photos", 30)
+    (folder / "b/0.txt").write_text("  \n")
+    assert not fit.look(fit.FitConfig(source=str(folder))).captions, "it is blank"
+    typed = ["data", f"source={folder}", "size=16", "captions=txt", "max_train=2", f"out={tmp_path}/data"]
+    assert main(typed) == 2
+    for i in range(1, 30):
+        (folder / f"b/{i}.txt").write_text("words")
+    assert fit.look(fit.FitConfig(source=str(folder))).captions
+    assert main([*typed, "overwrite=true"]) == 0
+
+
+def test_another_report_html_is_kept(tmp_path, runs, untimed, capsys):
+    folder, page = photos(tmp_path / "photos", 30), tmp_path / "out" / "report.html"
+    page.parent.mkdir()
+    page.write_text("mine")
+    (tmp_path / "x.yaml").write_text("stages: {data: {source: sunsets}}")
+    for typed in (["fit", str(folder), "--time", "10m"], ["run", str(tmp_path / "x.yaml")]):
+        assert main([*typed, f"out={page.parent}"]) == 2
+        assert f"{page} is no report of anyorder, and is kept" in capsys.readouterr().err
+    assert (page.read_text(), runs) == ("mine", [])
 
 
 def test_of_few_images_two_stop_early(tmp_path):

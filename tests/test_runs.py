@@ -762,6 +762,11 @@ def test_policies_of_fixed_orders_take_no_score_settings():
         ("stages: {data: {}}", ["dta.seed=1"], "did you mean 'data'"),
         ("stages: {data: {}}", ["data.seed=x"], "expected int"),
         ("stages: {tokens: {data: data}}", [], "required"),
+        ("", [], "has no stages"),
+        ("out: [a]\nstages: {data: {}}", [], r"out must be the name of a folder, got \['a'\]"),
+        ("out: false\nstages: {data: {}}", [], "out must be the name of a folder, got False"),
+        ("stages: {'': {stage: data}}", [], "a stage cannot be called ''"),
+        ("stages: {data: {max_test: 0}}", [], "max_test must be >= 1, got 0"),
     ],
 )
 def test_unknown_names_get_a_suggestion(tmp_path, text, overrides, message, capsys):

@@ -132,7 +132,7 @@ def read_json(path: str | Path, largest: int = LARGEST_JSON) -> Any:
         damage = "nested too deeply"
     except ValueError as e:
         damage = str(e)
-    raise ValueError(f"{path} is not valid JSON ({damage}); delete it and run the stage again")
+    raise ValueError(f"{path} is not valid JSON ({damage}); delete its folder and make it again")
 
 
 def sha256(path: str | Path) -> str:

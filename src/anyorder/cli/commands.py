@@ -234,12 +234,12 @@ def run(call: Call) -> str:
     if call.dry_run:
         print("\n".join(experiment.plan()))
         return ""
-    experiment.run(overwrite)
     from anyorder.inference.processes import leads
+    from anyorder.report import summary
 
-    if not leads():
-        return ""
-    return _write_report([experiment.out], experiment.out / "report.html", True)
+    page = summary.default_page(experiment.out)
+    experiment.run(overwrite)
+    return _write_report([experiment.out], page, True) if leads() else ""
 
 
 def plan(call: Call) -> str:
@@ -308,6 +308,8 @@ def report(call: Call) -> str:
         raise ValueError("give one or more run folders, for example runs/quickstart")
     folders = call.folders
     out, images = call.file(f"{folders[0]}/report.html"), call.flag("data_images", "true")
+    if out == folders[0] / "report.html":
+        summary.default_page(folders[0])
     beside = [out.with_suffix(end) for key, end in (("csv", ".csv"), ("latex", ".tex")) if call.flag(key)]
     for path in beside:
         require_no_artifact(path)

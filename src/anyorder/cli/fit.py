@@ -6,7 +6,7 @@ from pathlib import Path
 
 from anyorder import files
 from anyorder.contracts import require
-from anyorder.report.summary import report
+from anyorder.report import summary
 from anyorder.stages import fit
 from anyorder.stages.experiment import load_experiment
 
@@ -28,8 +28,9 @@ def fit_folder(
         with files.atomic(path) as temporary:
             temporary.write_text(text, "utf-8")
             load_experiment(temporary, overrides)  # or refuse
+    page = summary.default_page(out)
     load_experiment(path, [*overrides, f"out={out}"]).run(overwrite)  # a copied plan names another folder
-    table = report([out], out / "report.html")
+    table = summary.report([out], page)
     print(comparison(out) if table is None else f"{table.text()}\n{comparison(out)}")
     shown = out / "samples-ordered"
     print(f"samples: {shown}/grid.png, with their orders: orders.png, as an animation: generation.webp")

@@ -78,11 +78,11 @@ def ingest(
     require(min(max_train or 0, max_test or 0) >= 0, limits)
     chosen = _rows(source, max_train, max_validation, max_test)
     asked = source.columns.caption
-    described = sum(bool(source.texts["train"][i].caption) for i in chosen["train"]) if asked else 0
+    described = asked and any(item.caption for item in source.texts["train"])
     lacking = (
         f"captions={asked}: none of the training images has one; give them captions, or leave captions out"
     )
-    require(not asked or described > 0, lacking)
+    require(not asked or bool(described), lacking)
     decoding = {"size": size, "fit": fit, "fill": fill, "max_pixels": max_pixels}
     classes, attributes = source.classes(), source.attributes()
     codes = _Codes(classes, attributes)

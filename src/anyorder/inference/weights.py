@@ -71,7 +71,8 @@ def load_model(folder: str | Path, kind: str | None = None) -> nn.Module:
     folder = Path(folder)
     for path in (folder / CONFIG, folder / WEIGHTS):
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no model ({path.name} is missing): train one first")
+            mend = "train one first; if one is damaged, delete its folder and make it again"
+            raise FileNotFoundError(f"{folder} holds no model ({path.name} is missing): {mend}")
     with loading(folder):
         found, declared, config = _read_config(folder / CONFIG)
         require(kind in (None, found), f"{folder} holds a model of kind '{found}', expected '{kind}'")

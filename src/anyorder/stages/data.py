@@ -72,7 +72,8 @@ class DataStage:
     """Seed of sunsets."""
 
     def __post_init__(self) -> None:
-        at_least(0, self, "max_train", "max_test", "max_validation")
+        at_least(1, self, "max_train", "max_test")
+        at_least(0, self, "max_validation")
         share, most = self.max_skipped, images.MOST_PIXELS
         require(0 <= share <= 1, f"max_skipped must be a share from 0 to 1, got {share}")
         colors = min(self.fill) >= 0 and max(self.fill) <= 255

@@ -125,7 +125,10 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     refuse_unknown(values, ("out", "seed", "stages"), f"setting in {path}")
     templates = _mapping(values.get("stages"), f"{path}: stages")
     by_stage = _by_stage(overrides, list(templates))
-    where = by_stage.pop("out", [str(values.get("out") or f"runs/{Path(path).stem}")])[-1]
+    require(bool(templates), f"{path} has no stages: give some, stages: {{data: {{source: FOLDER}}, ...}}")
+    named = values.get("out")
+    require(isinstance(named, str | None), f"{path}: out must be the name of a folder, got {named!r}")
+    where = by_stage.pop("out", [named or f"runs/{Path(path).stem}"])[-1]
     require(where != "", "out= is empty: say where to write")
     out = expanded(where)
     seed = str(by_stage.pop("seed", [values.get("seed", 0)])[-1])
@@ -133,7 +136,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     stages: dict[str, tuple[str, Any]] = {}
     for name, given in templates.items():
         text = f"{path}: a stage cannot be called '{name}': choose a name of a folder, not out or seed"
-        require(Path(name).name == name and name not in ("..", "out", "seed"), text)
+        require(Path(name).name == name and name not in ("", "..", "out", "seed"), text)
         settings = _mapping(given, f"{path}, stage '{name}'")
         kind = str(settings.pop("stage", name))
         refuse_unknown([kind], STAGES, f"stage of '{name}' in {path}")
@@ -215,7 +218,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         if node is not None and _size(node, {}) > MOST_VALUES:
             raise yaml.YAMLError(f"more than {MOST_VALUES} values, with its aliases expanded")
         values = None if node is None else loader.construct_document(node)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as e:  # of !!tags, too
         reason = "nested too deeply" if isinstance(e, RecursionError) else " ".join(str(e).split())
         raise ValueError(f"{path} is not valid YAML: {reason}") from e
     return _mapping(values, str(path))

@@ -12,7 +12,6 @@ import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -108,15 +107,18 @@ def look(config: FitConfig, overrides: Sequence[str] = ()) -> Facts:
         share = round(min(0.2, max(0.1, 16 / max(1, count))), 3)
     source = sources.open_source(asked.source, read, share)
     sides = []
-    for item in islice(source.items("train"), 64):
+    for item in source.items("train"):
         with contextlib.suppress(images.BadImage):  # skipped and counted by the data stage
             sides.append(min(images.load_image(item.image).shape[:2]))
+        if len(sides) == 64:
+            break
     readable = bool(sides) or source.count("train") == 0
-    require(readable, f"none of the first images of {config.source} can be read: look at them")
+    require(readable, f"no image of {config.source} can be read: look at them")
     counts = *_counts(source, asked, "max_validation" in chosen), len(source.classes())
     gpu = torch.cuda.get_device_properties(0).total_memory >> 30 if device().type == "cuda" else 0
     machine = torch.get_num_threads(), native_bf16(device()), gpu
-    return Facts(*counts, int(median(sides)), *machine, bool(getattr(source, "captions", ())), share)
+    described = any(file.read_bytes().strip() for file in getattr(source, "captions", {}).values())
+    return Facts(*counts, int(median(sides)), *machine, described, share)
 
 
 def _counts(source: sources.Source, asked: Any, chosen: bool) -> tuple[int, int, int]:
