@@ -122,6 +122,20 @@ def test_another_report_html_is_kept(tmp_path, runs, untimed, capsys):
     assert (page.read_text(), runs) == ("mine", [])
 
 
+def test_a_file_is_no_output_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/below"):
+        assert main(["data", "source=sunsets", "size=16", "max_train=2", f"out={tmp_path}/{out}"]) == 2
+        assert f"{tmp_path}/file is a file, not a folder: choose another out=" in capsys.readouterr().err
+
+
+def test_without_test_images_nothing_is_decoded(tmp_path, monkeypatch, capsys):
+    folder = photos(tmp_path / "photos", 3)
+    monkeypatch.setattr("anyorder.stages.data.ingest", pytest.fail)
+    assert main(["data", f"source={folder}", "size=16", "test_fraction=0", f"out={tmp_path}/data"]) == 2
+    assert "has no test images, which later stages need: give test_fraction" in capsys.readouterr().err
+
+
 def test_of_few_images_two_stop_early(tmp_path):
     assert fit.look(fit.FitConfig(source=str(photos(tmp_path / "photos", 6)))).validation == 2
 

@@ -494,7 +494,7 @@ def test_architecture_refuses(settings, message):
     ("settings", "message"),
     [
         ({"vocab_size": 0}, "vocab_size must be >= 1"),
-        ({"num_classes": -1}, "num_classes >= 0"),
+        ({"num_classes": -1}, "num_classes must be >= 0"),
         ({"grid": (0, 4)}, "at least one row"),
     ],
 )

@@ -273,7 +273,7 @@ def fit(call: Call) -> str:
     The plan is kept in out/experiment.yaml: the same command again goes on with it.
     """
     if len(call.paths) != 1:
-        raise ValueError("give one folder of images: anyorder fit FOLDER")
+        raise ValueError("give one folder of images: anyorder fit FOLDER (./FOLDER if its name holds =)")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("fit measures one process and plans for it: start it without torchrun")
     from anyorder.cli.fit import fit_folder

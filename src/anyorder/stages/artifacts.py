@@ -83,6 +83,9 @@ class Artifact:
         for role, path in inputs.items():
             if self.folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
                 raise ValueError(f"out={folder} is or holds the input {role}={path}: choose another out=")
+        for path in (self.folder, *self.folder.parents):
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"out={folder}: {path} is a file, not a folder: choose another out=")
         self.current = self.is_current(folder, *self._asked)
         if self.current and not (self.folder / IDENTITY).exists():
             return

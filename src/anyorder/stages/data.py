@@ -135,14 +135,15 @@ class DataStage:
         else:
             text = f"{self.source} has a test split of its own: leave test_fraction out"
             require(not (self._changed("test_fraction") and self._opened.has_test_split), text)
+            mend = "give test_fraction above 0"
+            held_out = self._opened.count("test") > 0
+            require(held_out, f"{self.source} has no test images, which later stages need: {mend}")
             facts = ingest(
                 self._opened, artifact.folder, self.size, self.fit, self.fill, self.max_pixels,
                 self.max_train, self.max_test, self.max_skipped, self.max_validation, self.cache,
             )  # fmt: skip
             if not self.cache:
                 facts["decoding"] = described(self._opened, _place(self.source), dataclasses.asdict(self))
-        mend = "set test_fraction or max_test above 0"
-        require(facts["counts"]["test"] > 0, f"the test split is empty, and later stages need it: {mend}")
         if self._stats:
             (artifact.folder / LISTING).write_bytes(gzip.compress(json.dumps(self._stats).encode(), mtime=0))
         return facts
