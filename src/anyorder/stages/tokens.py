@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from anyorder.contracts import TokenizerNetwork, require
+from anyorder.contracts import TokenizerNetwork, at_least, require
 from anyorder.data.caches import TEXT, ImageSet, splits
 from anyorder.data.captions import CaptionTokenizer, TextConfig, several
 from anyorder.files import save_array, write_text
@@ -40,7 +40,7 @@ class TokensStage:
     """How captions become tokens, where the data have captions."""
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, f"batch_size must be >= 1, got {self.batch_size}")
+        at_least(1, self, "batch_size")
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `SPLIT.{tokens,labels}.npy`, and what the data have of `SPLIT.{attributes,captions}.npy`."""
