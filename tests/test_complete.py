@@ -217,6 +217,7 @@ def test_other_forms_of_images_and_masks(ours):
         ({"keep": 1.0}, "keep must be a share"),
         ({"pad": (0, 0, 0, 0)}, "pad must be pixels"),
         ({"pad": (4, 4)}, "pad must be pixels"),
+        ({"pad": (10**7, 0, 0, 0)}, "pad makes an image of .* allowed are 64,000,000 in all"),
         ({"pad": (1, 0, 0, 0)}, "12 x 17 pixels .* patches of 4 x 4"),
         ({"image": images_of(2, (10, 16)), "keep": 0.5}, "10 x 16 pixels .* multiple of 4"),
         (

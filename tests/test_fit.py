@@ -385,3 +385,10 @@ def test_fit_is_refused_in_several_processes(monkeypatch, capsys, tmp_path):
     assert main(["fit", str(tmp_path), f"out={tmp_path / 'out'}"]) == 2
     assert "start it without torchrun" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_classes_of_one_image_each_are_refused_before_any_work(tmp_path, capsys):
+    photos(tmp_path / "photos", classes=[f"c{i}" for i in range(20)], each=1)
+    assert main(["fit", str(tmp_path / "photos"), "--time", "1m", f"out={tmp_path}/out"]) == 2
+    assert "classes and only" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

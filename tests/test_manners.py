@@ -214,6 +214,8 @@ def test_clean_deletes_checkpoints_of_finished_trainings_alone(run, capsys):
     assert (run / "theirs" / "checkpoints" / "x.safetensors").is_file()
     assert main.main(["verify", str(run / "tokenizer")]) == 0
     assert runs.state(run / "tokenizer") == "up to date"
+    (run / "tokenizer" / "config.json").unlink()
+    assert "config.json is missing" in runs.state(run / "tokenizer")
 
 
 def test_clean_follows_no_links_and_leaves_unfinished_work(run, tmp_path):
@@ -246,3 +248,10 @@ def test_bars_in_logs_of_jobs_are_not_drawn_ten_times_a_second(monkeypatch):
     monkeypatch.setenv("TQDM_MININTERVAL", "1")
     assert main.main(["--version"]) == 0
     assert os.environ["TQDM_MININTERVAL"] == "1"
+
+
+def test_what_comes_next_can_be_pasted(tmp_path, capsys):
+    small = ["size=16", "max_train=4", "max_validation=2", "max_test=2"]
+    assert main.main(["data", "source=sunsets", *small, f"out={tmp_path}/my photos/data"]) == 0
+    typed = shlex.split(capsys.readouterr().out.partition("next: ")[2])
+    assert typed[2:] == [f"data={tmp_path}/my photos/data", f"out={tmp_path}/my photos/tokenizer"]

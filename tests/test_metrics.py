@@ -1,4 +1,5 @@
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -245,10 +246,14 @@ def test_bits_per_dim_of_a_uniform_byte_per_value() -> None:
     assert bits_per_dim(math.log(16), tokens_per_image=64, dimensions=32 * 32 * 3) == pytest.approx(1 / 12)
 
 
+def of(batches: Iterable[Tensor]) -> FeatureStatistics:
+    return statistics(Pixels(), batches)
+
+
 def test_evaluate_knows_equal_from_different_and_says_what_it_did(capsys) -> None:
     images, darker = pictures(60), pictures(50, 1) // 2
-    same = evaluate(Pixels(), images.split(7), images.split(60))
-    other = evaluate(Pixels(), statistics(Pixels(), images.split(20)), darker.split(9))
+    same = evaluate(Pixels(), of(images.split(7)), of(images.split(60)))
+    other = evaluate(Pixels(), of(images.split(20)), of(darker.split(9)))
     assert same["fd"] == pytest.approx(0, abs=1e-9)
     means = [x.float().mean((2, 3)).double() / 255 for x in (images, darker)]
     assert other["fd"] == pytest.approx(
@@ -264,12 +269,12 @@ def test_evaluate_knows_equal_from_different_and_says_what_it_did(capsys) -> Non
     few = "Inception Score of 10 parts of 5 images is strongly biased downwards."
     assert other["notes"] == [few, "KID subsets shrunk from 1000 to 50 images."]
     assert "fid" not in other
-    assert "generated images" in capsys.readouterr().err  # the progress bar
+    assert "features" in capsys.readouterr().err  # the progress bar
 
 
 def test_evaluate_does_not_depend_on_batches() -> None:
     images, others = pictures(40), pictures(30, 1)
-    runs = [evaluate(Pixels(), images.split(n), others.split(n + 1)) for n in (1, 40)]
+    runs = [evaluate(Pixels(), of(images.split(n)), of(others.split(n + 1))) for n in (1, 40)]
     for key, value in runs[0].items():
         assert runs[1][key] == (
             pytest.approx(value, rel=1e-6, abs=1e-9) if isinstance(value, float) else value
@@ -279,7 +284,7 @@ def test_evaluate_does_not_depend_on_batches() -> None:
 def test_only_fid_is_called_fid_and_few_images_are_noted() -> None:
     extractor = Pixels()
     extractor.metric, extractor.dim = "FID", 2048
-    result = evaluate(extractor, [pictures(30)], [pictures(30, 1)], kid_subset_size=10)
+    result = evaluate(extractor, of([pictures(30)]), of([pictures(30, 1)]), kid_subset_size=10)
     assert "fid" in result
     assert "fd" not in result
     assert result["notes"] == [
@@ -289,9 +294,9 @@ def test_only_fid_is_called_fid_and_few_images_are_noted() -> None:
 
 
 def test_evaluate_refuses_statistics_of_another_extractor_and_tiny_sets() -> None:
-    with pytest.raises(ValueError, match="by 'other', the extractor is 'pixels'"):
-        evaluate(Pixels(), FeatureStatistics("other"), [pictures(5)])
+    with pytest.raises(ValueError, match="by other, pixels, the extractor is pixels: compute them"):
+        evaluate(Pixels(), FeatureStatistics("other"), of([pictures(5)]))
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
-        evaluate(Pixels(), [pictures(1)], [pictures(5)])
+        evaluate(Pixels(), of([pictures(1)]), of([pictures(5)]))
     with pytest.raises(ValueError, match="at least 2 images, got 0"):
-        evaluate(Pixels(), [pictures(5)], [])
+        evaluate(Pixels(), of([pictures(5)]), of([]))

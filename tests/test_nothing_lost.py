@@ -104,6 +104,19 @@ def test_a_replaced_artifact_is_kept_until_the_new_one_is_finished(done):
     assert not (done / ".replaced").exists()
 
 
+@pytest.mark.parametrize("cleaned", [False, True])
+def test_a_finished_artifact_that_lacks_a_file_is_made_again(done, cleaned):
+    before = read_manifest(done)
+    (done / "x.npy").unlink()
+    if cleaned:  # nothing to go on from
+        (done / "checkpoints" / "step").unlink()
+    assert execute("stage", Stage(), done)
+    assert load_array(done / "x.npy").tolist() == [0, 1]
+    assert read_manifest(done)["fingerprint"] == before["fingerprint"]
+    assert read_manifest(done)["first"] == (0 if cleaned else 1)
+    assert not execute("stage", Stage(), done)
+
+
 @pytest.mark.parametrize("moved", [0, 1, 2, 3])
 def test_a_kill_while_an_artifact_is_set_aside_loses_nothing(done, moved, monkeypatch):
     """After any number of moved files, the manifest is the last, the old artifact comes back."""
@@ -504,3 +517,13 @@ def test_help_into_a_closed_pipe_is_quiet():
 def test_the_command_alone_says_how_to_begin(capsys):
     assert cli.main([]) == 2
     assert "anyorder sample pipeline=fashion32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mine", [False, True])
+def test_a_refused_command_leaves_no_empty_folders(tmp_path, mine):
+    if mine:
+        (tmp_path / "new").mkdir()
+    with pytest.raises(ValueError, match="does not fit"):
+        execute("stage", Stage(fail="before"), tmp_path / "new" / "run" / "stage")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"] * mine
+    assert not mine or not any((tmp_path / "new").iterdir())

@@ -766,6 +766,7 @@ def test_policies_of_fixed_orders_take_no_score_settings():
         ("out: [a]\nstages: {data: {}}", [], r"out must be the name of a folder, got \['a'\]"),
         ("out: false\nstages: {data: {}}", [], "out must be the name of a folder, got False"),
         ("stages: {'': {stage: data}}", [], "a stage cannot be called ''"),
+        ('stages: {"a\\0b": {stage: data}}', [], "a stage cannot be called"),
         ("stages: {data: {max_test: 0}}", [], "max_test must be >= 1, got 0"),
     ],
 )

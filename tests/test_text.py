@@ -482,3 +482,8 @@ def test_pipelines_without_captions_say_so(pipe):
     plain = Pipeline(pipe.model, pipe.tokenizer, pipe.classes)
     with pytest.raises(ValueError, match="trained with captions"):
         plain(prompt="red")
+
+
+def test_broken_texts_are_read_with_question_marks():
+    tokenizer = CaptionTokenizer.train(["a red shoe", "a \ud800 shoe"], 64)
+    assert np.array_equal(tokenizer.encode(["a \udfff shoe"], 8), tokenizer.encode(["a ? shoe"], 8))

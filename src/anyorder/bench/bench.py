@@ -192,10 +192,8 @@ def against(new: dict[str, Any], old: dict[str, Any]) -> Table:
     sizes, before = _sizes(new), _sizes(old)
     other = [f"{name} is {size} and {before[name]}" for name, size in sizes.items() if size != before[name]]
     if other:
-        raise ValueError(
-            f"the results are of different sizes: {', '.join(other)}; "
-            "run one of them again with the settings of the other"
-        )
+        text = f"the results are of different sizes: {', '.join(other)}"
+        raise ValueError(f"{text}; run one of them again with the settings of the other")
     rows, rows_before = _by_name(new), _by_name(old)
     compared = [_ratios(name, row, rows_before[name]) for name, row in rows.items() if name in rows_before]
     if not compared:

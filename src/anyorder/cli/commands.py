@@ -7,8 +7,8 @@ them, so that `anyorder --help` is quick.
 import dataclasses
 import importlib
 import os
+import shlex
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,8 @@ def stage(call: Call) -> str:
     done = call.show(config, out) or execute(call.name, config, out, overwrite=overwrite)
     known = {role: path for role in config.inputs if (path := getattr(config, role)) is not None}
     names = {"data": "DATA", "tokenizer": "TOKENIZER", "tokens": "TOKENS", "features": "FEATURES"}
-    after = NEXT.get(call.name, "report {run}").format(**(names | known | {"out": out, "run": out.parent}))
+    names |= {key: shlex.quote(str(path)) for key, path in (known | {"out": out, "run": out.parent}).items()}
+    after = NEXT.get(call.name, "report {run}").format(**names)
     return f"{VERB[done]} {out}: {MEANING[call.name]}; next: anyorder {after}"
 
 
@@ -215,8 +216,8 @@ def convert(call: Call) -> str:
     (source, out), call.paths = call.paths, []
     overwrite, config = call.flag("overwrite"), call.parse(source=source)
     done = call.show(config, out) or convert(config, _path(out), overwrite=overwrite)
-    after = f"anyorder sample pipeline={out} out=FOLDER, if it has a tokenizer, or anyorder tokens"
-    return f"{VERB[done]} {out}; next: {after}"
+    after = f"anyorder sample pipeline={shlex.quote(str(out))} out=FOLDER, if it has a tokenizer"
+    return f"{VERB[done]} {out}; next: {after}, or anyorder tokens"
 
 
 def run(call: Call) -> str:
@@ -263,7 +264,7 @@ def plan(call: Call) -> str:
     if not out:
         return ""
     write_json(out, found)
-    return f"wrote {out}; next: anyorder run {path}"
+    return f"wrote {out}; next: anyorder run {shlex.quote(str(path))}"
 
 
 def fit(call: Call) -> str:
@@ -283,12 +284,12 @@ def fit(call: Call) -> str:
     overrides = call.of_stages()
     fit_folder(call.parse(source=source), out, overrides, dry_run=call.dry_run, overwrite=overwrite)
     page, pipe = out / "report.html", out / "pipeline"
-    return f"wrote {pipe} and {page}; next: anyorder sample pipeline={pipe} out=images"
+    return f"wrote {pipe} and {page}; next: anyorder sample pipeline={shlex.quote(str(pipe))} out=images"
 
 
 def quickstart(call: Call) -> str:
     """[out=runs/quickstart] [stage.key=value ...] [overwrite=true]"""
-    call.paths.insert(0, str(resources.files("anyorder.stages") / "quickstart.yaml"))
+    call.paths.insert(0, str(Path(__file__).parent.parent / "stages" / "quickstart.yaml"))
     return run(call)
 
 
@@ -358,7 +359,8 @@ def bench(call: Call) -> str:
     if before is not None:
         table = bench.against(result, before)
         print(f"\n{table.caption}\n{table.text()}")
-    return "" if files else f"wrote {out}; next, after a change: anyorder bench out=NEW.json --against {out}"
+    after = f"anyorder bench out=NEW.json --against {shlex.quote(str(out))}"
+    return "" if files else f"wrote {out}; next, after a change: {after}"
 
 
 def demo(call: Call) -> str:

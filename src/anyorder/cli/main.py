@@ -212,5 +212,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             time.sleep(5)
         full = isinstance(e, OSError) and (e.errno == errno.ENOSPC or "No space left" in str(e))
         advice = "the disk is full: free some space and run the same command again, it goes on from here: "
-        print(f"anyorder: error: {advice if full else ''}{str(e) or 'out of memory'}", file=sys.stderr)
+        reason = " ".join(str(e).splitlines()) or "out of memory"
+        print(f"anyorder: error: {advice if full else ''}{reason}", file=sys.stderr)
         return 2 if isinstance(e, ValueError | FileNotFoundError) else 1

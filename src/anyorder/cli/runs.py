@@ -37,6 +37,8 @@ def state(folder: Path) -> str:
     manifest = _manifest(folder)
     if manifest is None or (folder / artifacts.IDENTITY).is_file():
         return "unfinished: the same command goes on"
+    if gone := artifacts.missing(folder, manifest):
+        return f"{gone[0]} is missing: the same command makes it again"
     if manifest["stage"] == "data":
         return source_state(manifest["config"])
     return outdated(folder) or "up to date"

@@ -54,7 +54,7 @@ class CaptionTokenizer:
         tokenizer.pre_tokenizer = split.Sequence(words)
         options = {"special_tokens": [_UNKNOWN], "show_progress": False, "limit_alphabet": vocab_size - 1}
         trainer = library.trainers.BpeTrainer(vocab_size=vocab_size, **options)
-        tokenizer.train_from_iterator(captions, trainer)
+        tokenizer.train_from_iterator(map(_encodable, captions), trainer)
         return cls(tokenizer.to_str())
 
     @cached_property
@@ -69,10 +69,17 @@ class CaptionTokenizer:
     def encode(self, captions: abc.Sequence[str], length: int) -> np.ndarray:
         """Tokens (n, length) int64, cut or filled with -1; an empty caption is none at all."""
         tokens = np.full((len(captions), length), -1, np.int64)
-        for row, found in zip(tokens, self._tokenizer.encode_batch(list(captions)), strict=True):
+        for row, found in zip(
+            tokens, self._tokenizer.encode_batch(list(map(_encodable, captions))), strict=True
+        ):
             ids = found.ids[:length]
             row[: len(ids)] = ids
         return tokens
+
+
+def _encodable(text: str) -> str:
+    """The text with "?" for lone surrogates, such as broken JSON holds."""
+    return text.encode(errors="replace").decode()
 
 
 def several(captions: abc.Sequence[str], count: int) -> list[str]:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from anyorder.contracts import require
 from anyorder.evaluation import metrics
-from anyorder.evaluation.metrics import FeatureStatistics
 
 LEADING = 256
 """Of more dimensions, the noise of the Fréchet distance is that of these with the largest variance."""
@@ -56,9 +56,9 @@ class Difference(NamedTuple):
 
 
 def compare(
-    real: FeatureStatistics,
-    a: FeatureStatistics,
-    b: FeatureStatistics,
+    real: metrics.FeatureStatistics,
+    a: metrics.FeatureStatistics,
+    b: metrics.FeatureStatistics,
     resamples: int = 400,
     confidence: float = 0.95,
     seed: int = 0,
@@ -73,15 +73,11 @@ def compare(
             of 3 or fewer images.
     """
     _require_enough(real, a, b)
-    if resamples < 2 or not 0 < confidence < 1:
-        raise ValueError(
-            f"resamples must be >= 2 and confidence lie in (0, 1), got {resamples} and {confidence}"
-        )
-    if len({real.extractor, a.extractor, b.extractor}) > 1:
-        raise ValueError(
-            f"the features are by '{real.extractor}', '{a.extractor}' and '{b.extractor}': "
-            "evaluate both sets with one extractor"
-        )
+    text = f"resamples must be >= 2 and confidence lie in (0, 1), got {resamples} and {confidence}"
+    require(resamples >= 2 and 0 < confidence < 1, text)
+    text = f"the features are by '{real.extractor}', '{a.extractor}' and '{b.extractor}'"
+    one = real.extractor == a.extractor == b.extractor
+    require(one, f"{text}: evaluate both sets with one extractor")
     generator = torch.Generator().manual_seed(seed)
     counts = resample_counts(a.n, resamples, generator)
     others = counts if a.n == b.n else resample_counts(b.n, resamples, generator)
@@ -99,7 +95,7 @@ def resample_counts(n: int, resamples: int, generator: torch.Generator) -> Tenso
     return torch.stack([torch.ones(n, dtype=torch.int64), *counts]).double()
 
 
-def measures(real: FeatureStatistics, fake: FeatureStatistics) -> dict[str, float]:
+def measures(real: metrics.FeatureStatistics, fake: metrics.FeatureStatistics) -> dict[str, float]:
     """`distance`, `kid` (of all images), `precision` and `recall` of one set."""
     _require_enough(real, fake)
     once = [torch.ones(1, x.n, dtype=torch.float64) for x in (fake, real)]
@@ -123,14 +119,13 @@ def pooled(seeds: Sequence[Difference], confidence: float = 0.95, draws: int = 4
     return float(values.quantile(tail)), float(values.quantile(1 - tail))
 
 
-def _require_enough(*sets: FeatureStatistics) -> None:
+def _require_enough(*sets: metrics.FeatureStatistics) -> None:
     least = min(each.n for each in sets)
-    if least <= 3:
-        raise ValueError(f"precision and recall need more than 3 images of each set, got {least}")
+    require(least > 3, f"precision and recall need more than 3 images of each set, got {least}")
 
 
 def _metrics(
-    real: FeatureStatistics, fake: FeatureStatistics, counts: Tensor, reals: Tensor
+    real: metrics.FeatureStatistics, fake: metrics.FeatureStatistics, counts: Tensor, reals: Tensor
 ) -> dict[str, Tensor]:
     precision, recall = precision_recall_of_counts(real.features, fake.features, counts, real_counts=reals)
     return {
@@ -142,7 +137,7 @@ def _metrics(
 
 
 def _frechet_of_resamples(
-    real: FeatureStatistics, fake: FeatureStatistics, counts: Tensor, reals: Tensor
+    real: metrics.FeatureStatistics, fake: metrics.FeatureStatistics, counts: Tensor, reals: Tensor
 ) -> Tensor:
     """The Fréchet distance (R,) of every pair of resamples; row 0 is that of the sets, of all dimensions."""
     mean, covariance = real.gaussian

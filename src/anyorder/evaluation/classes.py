@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anyorder.contracts import require
+
 
 def class_agreement(test: Tensor, samples: Tensor, labels: Tensor) -> dict[str, float]:
     """Compare predictions for samples, logits (m, classes), with those for test images, logits (n, classes).
@@ -38,11 +40,9 @@ def agreement(logits: Tensor, targets: Tensor) -> float:
         ValueError: no image has a target, or the sizes do not agree.
     """
     known = targets >= 0
-    if len(logits) != len(targets) or not bool(known.any()):
-        raise ValueError(
-            f"got {len(logits)} images and {int(known.sum())} of {len(targets)} targets: "
-            "give one for every image, and at least one that is not -1"
-        )
+    text = f"got {len(logits)} images and {int(known.sum())} of {len(targets)} targets: "
+    text += "give one for every image, and at least one that is not -1"
+    require(len(logits) == len(targets) and bool(known.any()), text)
     return float((logits.argmax(1) == targets)[known].double().mean())
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyorder import efficientnet
+from anyorder.contracts import require
 from anyorder.families import Family
 from anyorder.files import sha256
 
@@ -99,11 +100,9 @@ def inception_weights(path: str | Path | None = None) -> Path:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no Inception weights at {path}: download {INCEPTION_URL} to that file")
-    if (found := sha256(path)) != INCEPTION_SHA256:
-        raise ValueError(
-            f"{path} has sha256 {found[:8]}…, the weights that define FID have {INCEPTION_SHA256[:8]}…: "
-            f"delete it and download {INCEPTION_URL}"
-        )
+    found, right = sha256(path), INCEPTION_SHA256
+    text = f"{path} has sha256 {found[:8]}…, the weights that define FID have {right[:8]}…: delete it and"
+    require(found == right, f"{text} download {INCEPTION_URL}")
     return path
 
 
@@ -132,13 +131,10 @@ class ClassifierConfig:
     """Share of the target spread over all classes (Szegedy et al. 2016, arXiv 1512.00567), in [0, 1)."""
 
     def __post_init__(self) -> None:
-        if self.num_classes < 2:
-            raise ValueError(
-                f"a classifier needs at least 2 classes, the data set has {self.num_classes}: evaluate with "
-                "Inception-2015, or give the data set labels"
-            )
-        if self.image_size < 16:
-            raise ValueError(f"the classifier takes images of at least 16 pixels, got {self.image_size}")
+        text = f"a classifier needs at least 2 classes, the data set has {self.num_classes}: evaluate with "
+        require(self.num_classes >= 2, f"{text}Inception-2015, or give the data set labels")
+        text = f"the classifier takes images of at least 16 pixels, got {self.image_size}"
+        require(self.image_size >= 16, text)
         if not 1 <= len(self.channels) <= 4 or any(c < 8 or c % 8 for c in self.channels):
             raise ValueError(f"channels must be 1 to 4 positive multiples of 8, got {self.channels}")
 
@@ -180,11 +176,11 @@ class Classifier(nn.Module):
         Raises:
             ValueError: the images are not of the size that the classifier was made for.
         """
-        if min(images.shape[-2:]) != self.config.image_size:
-            raise ValueError(
-                f"the classifier was made for images of {self.config.image_size} pixels (shorter side), "
-                f"got {images.shape[-2]}x{images.shape[-1]}: resize them, or train another classifier"
-            )
+        h, w, side = *images.shape[-2:], self.config.image_size
+        text = (
+            f"the classifier was made for images of {side} pixels (shorter side), got {h}x{w}: resize them,"
+        )
+        require(min(h, w) == side, f"{text} or train another classifier")
         features = self.trunk(images).mean((2, 3))
         return features, self.head(features)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchmetrics.functional import image as pairs
 from tqdm import tqdm
 
+from anyorder.contracts import require
 from anyorder.evaluation.features import FeatureExtractor
 from anyorder.files import atomic
 
@@ -103,11 +104,11 @@ class FeatureStatistics:
                 features, logits = file.get_tensor("features"), file.get_tensor("logits")
         except SafetensorError as e:
             raise ValueError(f"{path} is damaged ({e}): delete it and compute it again") from e
-        if found != {"extractor": extractor, "data": data}:
-            raise ValueError(
-                f"{path} holds statistics of data '{found.get('data')}' by '{found.get('extractor')}', "
-                f"expected data '{data}' by '{extractor}': delete it and compute it again"
-            )
+        text = (
+            f"{path} holds statistics of data '{found.get('data')}' by '{found.get('extractor')}', expected"
+        )
+        text += f" data '{data}' by '{extractor}': delete it and compute it again"
+        require(found == {"extractor": extractor, "data": data}, text)
         result = cls(extractor, data)
         result.update(features, logits)
         return result
@@ -124,9 +125,9 @@ def statistics(
     result = FeatureStatistics(extractor.name, data)
     with tqdm(desc=description, unit="image") as bar:
         for images in batches:
-            if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-                got = f"{images.dtype} of shape {tuple(images.shape)}"
-                raise ValueError(f"metrics take uint8 images (B, 3, H, W), got {got}")
+            fits = images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3
+            got = f"{images.dtype} of shape {tuple(images.shape)}"
+            require(fits, f"metrics take uint8 images (B, 3, H, W), got {got}")
             result.update(*extractor(images))
             bar.update(len(images))
     return result
@@ -263,11 +264,8 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
 
 
 def _comparable(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, float]:
-    if images.shape != targets.shape or images.dtype != targets.dtype:
-        raise ValueError(
-            f"images and targets must agree in shape and dtype, got {tuple(images.shape)} {images.dtype} "
-            f"and {tuple(targets.shape)} {targets.dtype}"
-        )
+    ours, others = (f"{tuple(x.shape)} {x.dtype}" for x in (images, targets))
+    require(ours == others, f"images and targets must agree in shape and dtype, got {ours} and {others}")
     if images.dtype == torch.uint8:
         return images.float(), targets.float(), 255.0
     return images.float() + 1, targets.float() + 1, 2.0  # SSIM compares means: none may be negative
@@ -283,15 +281,15 @@ def bits_per_dim(nll_per_token: float, tokens_per_image: int, dimensions: int) -
 
 def evaluate(
     extractor: FeatureExtractor,
-    real: FeatureStatistics | Iterable[Tensor],
-    fake: FeatureStatistics | Iterable[Tensor],
+    real: FeatureStatistics,
+    fake: FeatureStatistics,
     kid_subset_size: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
     """All distribution metrics of generated images against real ones.
 
-    Images are uint8 batches (B, 3, H, W), or their statistics. KID subsets shrink, with a note, where a set
-    is smaller than they are; `seed` is that of KID and of the Inception Score.
+    KID subsets shrink, with a note, where a set is smaller than they are; `seed` is that of KID and of the
+    Inception Score.
 
     Returns:
         fid (Inception-2015) or fd (any other extractor), other metrics, sizes, names, and `notes`: caveats to
@@ -300,7 +298,9 @@ def evaluate(
     Raises:
         ValueError: 3 or fewer images, statistics of another extractor, or NaN features.
     """
-    real, fake = _resolve(extractor, real, "real images"), _resolve(extractor, fake, "generated images")
+    by = {real.extractor, fake.extractor}
+    text = f"the statistics are by {', '.join(sorted(by))}, the extractor is {extractor.name}"
+    require(by == {extractor.name}, f"{text}: compute them again with this extractor")
     distance = frechet_distance(real.gaussian, fake.gaussian)
     n = min(real.n, fake.n)
     subset_size = min(kid_subset_size, n)
@@ -327,16 +327,3 @@ def evaluate(
         + [few] * (score is not None and fake.n < 50 * splits)
         + [shrunk] * (subset_size < kid_subset_size),
     }
-
-
-def _resolve(
-    extractor: FeatureExtractor, images: FeatureStatistics | Iterable[Tensor], description: str
-) -> FeatureStatistics:
-    if not isinstance(images, FeatureStatistics):
-        return statistics(extractor, images, description=description)
-    if images.extractor != extractor.name:
-        raise ValueError(
-            f"statistics of the {description} are by '{images.extractor}', the extractor is "
-            f"'{extractor.name}': compute them again with this extractor"
-        )
-    return images

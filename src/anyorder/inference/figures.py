@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from anyorder.contracts import Grid
+from anyorder.contracts import Grid, require
 from anyorder.data.classes import display_name
 from anyorder.files import atomic
 
@@ -98,11 +98,9 @@ def ranks(orders: np.ndarray, grid: Grid) -> np.ndarray:
         ValueError: a row is not a permutation of the grid's positions.
     """
     orders = np.asarray(orders)
-    if orders.shape[1:] != (grid.n,) or (np.sort(orders, axis=1) != np.arange(grid.n)).any():
-        raise ValueError(
-            f"orders must be permutations of the {grid.n} positions of a {grid.h}x{grid.w} grid, "
-            f"got shape {orders.shape}"
-        )
+    valid = orders.shape[1:] == (grid.n,) and (np.sort(orders, axis=1) == np.arange(grid.n)).all()
+    text = f"orders must be permutations of the {grid.n} positions of a {grid.h}x{grid.w} grid, got shape"
+    require(bool(valid), f"{text} {orders.shape}")
     return orders.argsort(axis=1).reshape(-1, grid.h, grid.w)
 
 

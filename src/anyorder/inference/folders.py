@@ -160,7 +160,7 @@ def find_parts(path_or_hub_id: str | Path, allow_own: bool = False) -> Parts:
     A pipeline of the hub that names own parts by import path is refused without `allow_own`.
     """
     folder, name = files.expanded(path_or_hub_id), str(path_or_hub_id)
-    if folder.is_dir():
+    if folder.exists():
         return load_parts(folder)
     return load_parts(BUNDLED / name) if name in bundled() else _download(name, allow_own)
 

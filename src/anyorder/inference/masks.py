@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from anyorder.contracts import require
-from anyorder.data.images import load_image, load_mask
+from anyorder.data import images as reading
 
 Box = tuple[int, int, int, int]
 """Pixels (left, top, right, bottom), right and bottom excluded, as in Pillow."""
@@ -26,7 +26,7 @@ def read_images(images: Any) -> np.ndarray:
     Takes a path, a Pillow image of any mode, a uint8 array (H, W, 3), or several as a list or array. A
     ValueError refuses what cannot be read, and different sizes.
     """
-    found = [load_image(one) for one in _several(images, "images", (3,), np.uint8)]
+    found = [reading.load_image(one) for one in _several(images, "images", (3,), np.uint8)]
     require(bool(found), "got no image: give at least one")
     sizes = sorted({one.shape[:2] for one in found})
     listed = ", ".join(f"{h} x {w}" for h, w in sizes)
@@ -51,7 +51,7 @@ def _several(given: Any, what: str, channels: tuple[int, ...], *dtypes: type) ->
 
 def _read_masks(masks: Any, n: int, size: tuple[int, int]) -> np.ndarray:
     """One mask for all images or one each, (n, H, W) bool, of `size` (height, width)."""
-    found = [load_mask(one) for one in _several(masks, "masks", (), np.bool_, np.uint8)]
+    found = [reading.load_mask(one) for one in _several(masks, "masks", (), np.bool_, np.uint8)]
     for mask in found:
         text = f"the mask has {mask.shape} pixels (height, width), the image {size}: resize the mask to the"
         require(mask.shape == size, f"{text} image (Image.Resampling.NEAREST)")
@@ -101,4 +101,9 @@ def canvas(images: np.ndarray, mask: Any, padding: Sequence[int] | None) -> tupl
     require(valid, f"{text} {','.join(map(str, padding))}")
     left, top, right, bottom = padding
     around = ((0, 0), (top, bottom), (left, right))
+    width, height, most = left + w + right, top + h + bottom, reading.MAX_PIXELS
+    text = (
+        f"pad makes an image of {width} x {height} pixels, allowed are {most:,} in all: choose a smaller pad"
+    )
+    require(width * height <= most, text)
     return np.pad(images, (*around, (0, 0))), np.pad(hole, around, constant_values=True)

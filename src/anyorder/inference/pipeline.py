@@ -438,9 +438,8 @@ class Pipeline(folders.Parts):
         if not isinstance(order, policy_config.PolicyConfig) or not order.by_class:
             return order, order
         if self.class_orders is None:
-            raise ValueError(
-                f"this pipeline has no orders of classes: choose another order than {order.label}"
-            )
+            text = f"this pipeline has no orders of classes: choose another order than {order.label}"
+            raise ValueError(text)
         labels = torch.full((n,), -1) if condition is None else contracts.class_labels(condition).cpu()
         rows, streams = orders.of_classes(self.class_orders, labels), Streams([], self.device)
         build = order.build

@@ -89,6 +89,7 @@ class Artifact:
         self.current = self.is_current(folder, *self._asked)
         if self.current and not (self.folder / IDENTITY).exists():
             return
+        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
         try:
@@ -110,7 +111,9 @@ class Artifact:
     ) -> bool:
         """Whether `folder` is finished with this very configuration and these inputs; writes nothing."""
         then = _record(Path(folder) / files.MANIFEST)
-        return then is not None and not _differences(then, stage, config, inputs, completed)
+        if then is None or missing(folder, then):
+            return False
+        return not _differences(then, stage, config, inputs, completed)
 
     def finish(self, examples: int | None = None, seconds: float | None = None, **facts: Any) -> None:
         """Write the manifest: from now on the artifact is finished.
@@ -146,6 +149,9 @@ class Artifact:
         if unfinished and (not self._written() or self._untouched()):
             (self.folder / IDENTITY).unlink(missing_ok=True)
             self._recover()
+            with contextlib.suppress(OSError):  # holds something else
+                for path in self._made:
+                    path.rmdir()
         elif unfinished:
             with contextlib.suppress(OSError):  # the disk may be full
                 self._write_identity(self.found, written=self._written())
@@ -194,7 +200,9 @@ class Artifact:
         if done:
             listed = _listed(done)
             self.found = set(_walk(self.folder)) - listed
-            log.info("%s: what is there is kept until the new artifact is finished", self.folder)
+            gone = ", ".join(missing(self.folder, done)[:3])
+            why = f"{gone} is missing; " if gone else ""
+            log.info("%s: %swhat is there is kept until the new artifact is finished", self.folder, why)
             for name in [*([] if goes_on else sorted(listed)), files.MANIFEST]:
                 _move(self.folder, self.folder / REPLACED, name)  # the manifest last: valid until then
         elif not goes_on and (work := self._written()):
@@ -203,7 +211,7 @@ class Artifact:
             for name in work:
                 (self.folder / name).unlink()
                 _leave_no_empty_folders(self.folder, name)
-        if not (done or goes_on) and self._is_aside():
+        if not (done or goes_on) and self.is_current(self.folder / REPLACED, *self._asked):
             log.info("%s: what was set aside was made just so, and is put back", self.folder)
             (self.folder / IDENTITY).unlink()
             self._recover()
@@ -224,12 +232,6 @@ class Artifact:
         times = [(self.folder / name).lstat().st_mtime_ns for name in self._written()]
         return bool(times) and aside.is_file() and max(times) <= aside.stat().st_mtime_ns
 
-    def _is_aside(self) -> bool:
-        """Whether what waits to be replaced is the very artifact that is asked for, and whole."""
-        if not self.is_current(folder := self.folder / REPLACED, *self._asked):
-            return False
-        return all(os.path.lexists(folder / name) for name in _listed(files.read_manifest(folder)))
-
     def _goes_on(self, then: Mapping[str, Any], overwrite: bool, done: bool) -> bool:
         """Whether the work that is there can be continued; a ValueError if it may not be replaced either."""
         if then["stage"] != self.identity["stage"]:
@@ -242,7 +244,10 @@ class Artifact:
         numbers = all(isinstance(x, int | float) for pair in differences.values() for x in pair)
         more = growing and numbers and all(was < now for was, now in differences.values())
         states = [self.folder / n for n in then.get("other_files", ()) if n.startswith("checkpoints/")]
-        if more and (not states or any(map(Path.is_file, states))):
+        here = any(map(Path.is_file, states))
+        if not differences:  # unfinished, or a file is missing since
+            return here or not done
+        if more and (here or not states):
             return True
         if growing and not overwrite:
             key, (was, now) = next(iter(differences.items()))
@@ -348,6 +353,11 @@ def verify(folder: str | Path, seen: set[Path] | None = None) -> list[str]:
     return problems
 
 
+def missing(folder: str | Path, manifest: Mapping[str, Any]) -> list[str]:
+    """The files of a finished artifact that have a hash, and are no longer there."""
+    return [name for name in manifest.get("files", ()) if not (Path(folder) / name).exists()]
+
+
 def require_no_artifact(path: Path) -> None:
     """A ValueError if a finished artifact has this file: nothing else may write it."""
     listed: Any = ()
@@ -361,9 +371,6 @@ def input_folders(folder: str | Path, manifest: Mapping[str, Any]) -> dict[str, 
     """Where the inputs of a finished artifact were when it was made, by role."""
     recorded = manifest.get("input_folders", {})
     return {role: Path(os.path.normpath(Path(folder) / path)) for role, path in recorded.items()}
-
-
-# --- what an artifact is made from ------------------------------------------------------------------------
 
 
 def _identity(stage: str, config: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
@@ -391,9 +398,6 @@ def _compared(record: Mapping[str, Any], completed: Completion) -> dict[str, Any
     with contextlib.suppress(ValueError):  # a setting that no longer exists: it differs
         part["config"] = files.plain(completed(dict(part["config"])))
     return flatten(part)
-
-
-# --- which files are whose --------------------------------------------------------------------------------
 
 
 def _walk(folder: Path, below: str = "") -> Iterator[str]:

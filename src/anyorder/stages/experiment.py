@@ -136,7 +136,8 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     stages: dict[str, tuple[str, Any]] = {}
     for name, given in templates.items():
         text = f"{path}: a stage cannot be called '{name}': choose a name of a folder, not out or seed"
-        require(Path(name).name == name and name not in ("", "..", "out", "seed"), text)
+        a_name = Path(name).name == name and name.isprintable()
+        require(a_name and name not in ("", "..", "out", "seed"), text)
         settings = _mapping(given, f"{path}, stage '{name}'")
         kind = str(settings.pop("stage", name))
         refuse_unknown([kind], STAGES, f"stage of '{name}' in {path}")

@@ -60,12 +60,12 @@ class SampleStage(GeneratingStage):
         found = "settings brings temperature and scale: leave sampling.temperature and guidance.scale out"
         require(self.settings is None or kept, found)
         hidden = self.hide or self.classes != "test"
-        if self.prompts and (hidden or self.num_images % len(self.prompts)):
-            raise ValueError(
-                f"num_images must be a multiple of the {len(self.prompts)} prompts, and they leave nothing "
-                f"to hide and no classes: got num_images={self.num_images}, hide={list(self.hide)}, "
-                f"classes={self.classes}"
-            )
+        n, prompts = self.num_images, len(self.prompts)
+        text = (
+            f"num_images must be a multiple of the {prompts} prompts, and they leave nothing to hide and no"
+        )
+        text += f" classes: got num_images={n}, hide={list(self.hide)}, classes={self.classes}"
+        require(not prompts or not (hidden or n % prompts), text)
 
     @property
     def _scaled(self) -> bool:
