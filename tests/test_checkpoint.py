@@ -3,6 +3,8 @@ import json
 import logging
 import os
 import resource
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -130,6 +132,13 @@ def test_more_blocks_than_tensors_are_refused_before_they_are_made(tmp_path):
     save_model(tmp_path, model, dataclasses.replace(model.config, depth=10**9), "transformer")
     with pytest.raises(ValueError, match="does not fit depth=1000000000: it has only"):
         load_model(tmp_path)
+
+
+def test_loading_does_not_import_the_compiler_of_pytorch():
+    """It takes a second, and elementwise functions on the device "meta" need it."""
+    code = "from anyorder import Pipeline; import sys; Pipeline.from_pretrained('fashion32'); "
+    run = [sys.executable, "-c", code + "sys.exit('torch._dynamo' in sys.modules)"]
+    assert subprocess.run(run).returncode == 0
 
 
 def test_weights_of_a_failed_training_are_refused(tmp_path):

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork, require
 from anyorder.families import Family, family, loading
@@ -109,15 +110,35 @@ def build_model(declared: Family, config: Any, tensors: Mapping[str, Tensor], so
     blocks = getattr(config, "depth", 0) if type(config).__module__.startswith("anyorder.") else 0
     text = f"{source} does not fit depth={blocks}: it has only {len(tensors)} tensors"
     require(blocks <= len(tensors), text)
-    with torch.device("meta"), suppress(RuntimeError):
-        _require_fit(declared.model_class(config), tensors, source)
+    limit = _Limit(2 * sum(tensor.numel() for tensor in tensors.values()) + 2**22)
+    try:
+        with default_dtype(torch.float32), limit:  # weights are kept in it, whatever the caller's default is
+            model = declared.model_class(config)
+    except RuntimeError as e:  # "meta" takes no memory, but a second to import PyTorch's compiler
+        with torch.device("meta"), suppress(RuntimeError):
+            _require_fit(declared.model_class(config), tensors, source)
+        raise ValueError(f"{source} does not fit its configuration: {e}") from e
+    load_state(model, tensors, source)
     for name, tensor in tensors.items():
         finite = not tensor.is_floating_point() or bool(tensor.isfinite().all())
         require(finite, f"{source} is of no use: {name} holds NaN or infinity; train again")
-    with default_dtype(torch.float32):  # weights are kept in it, whatever the caller's default is
-        model = declared.model_class(config)
-    load_state(model, tensors, source)
     return model.eval()
+
+
+class _Limit(TorchFunctionMode):
+    """A RuntimeError once `torch.empty`, which all weights come from, has made more than `left` numbers."""
+
+    def __init__(self, left: int):
+        super().__init__()
+        self.left = left
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.empty:
+            self.left -= made.numel()
+            if self.left < 0:
+                raise RuntimeError("the configuration needs far more weights than there are")
+        return made
 
 
 @contextmanager
