@@ -75,7 +75,8 @@ def test_known_pixels_of_test_images_are_kept(experiment, name, seeds, hole):
 def test_completion_is_measured_over_seeds(experiment):
     _, out = experiment
     found = read_json(out / "random" / "metrics.json")
-    assert set(found) == {"fd", "hole_mse", "hole_psnr", "hole_nll"}
+    assert set(found) == {"fd", "kid", "precision", "recall", "hole_mse", "hole_psnr", "hole_nll"}
+    assert 0 <= found["recall"]["mean"] <= 1
     assert all(len(values["seeds"]) == 2 and values["std"] >= 0 for values in found.values())
     assert 0 < found["hole_mse"]["mean"] < 1
     assert found["hole_nll"]["mean"] == pytest.approx(np.log(16), abs=0.5)

@@ -203,12 +203,12 @@ class Kind:
 KINDS = (
     Kind(
         "completion", "Completions",
-        "Holes in test images, generated given the rest. FD or FID: between completed and true images. "
+        "Holes in test images, generated given the rest. FD or FID, KID, recall: against true images. "
         "Inside the hole: hole_mse (pixels in [0, 1]), hole_psnr (dB), and for token-blind policies hole_nll "
         "(nats per true token). Mean ± deviation over seeds. Rows of images: true, its hole, completions.",
-        "completion", {"mask": "config.mask", "policy": "policy", "FD": _seeds("fd"),
-         "FID": _seeds("fid"), "hole_mse": _seeds("hole_mse"), "hole_psnr": _seeds("hole_psnr"),
-         "hole_nll": _seeds("hole_nll")},
+        "completion", {"mask": "config.mask", "policy": "policy", **{
+            name: _seeds(name.lower())
+            for name in ("FD", "FID", "KID", "recall", "hole_mse", "hole_psnr", "hole_nll")}},
         "grid.png", "completions", of_data=True,
     ),
     Kind(

@@ -128,8 +128,11 @@ class CompletionStage(GeneratingStage):
             made = np.array(files.load_array(folder / f"{seed}.images.npy"))
             found = metrics.statistics(extractor, uint8_batches(made), description=f"seed {seed}")
             error = np.square((made[:, hole].astype(np.float64) - true[:, hole]) / 255).mean((1, 2))
+            both = reference.features, found.features
             of_seed = {
                 distance: metrics.frechet_distance(reference.gaussian, found.gaussian),
+                "kid": metrics.kernel_distance(*both, subset_size=min(1000, found.n))[0],
+                **metrics.precision_recall(*both)._asdict(),
                 "hole_mse": float(error.mean()),
                 "hole_psnr": float(-10 * np.log10(error.clip(1e-10)).mean()),
             }
