@@ -343,6 +343,10 @@ def test_images_are_replaced_only_where_that_is_meant(files, capsys):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert cli.main([*command, "num_images=2"]) == 0  # up to date
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / "0001.png").unlink()
+    assert cli.main([*command, "num_images=2"]) == 0  # what is missing is made again
+    assert (out / "0001.png").read_bytes() == before["0001.png"]
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert cli.main([*command, "seed=7"]) == 2
     assert "add overwrite=true" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -354,8 +354,9 @@ def verify(folder: str | Path, seen: set[Path] | None = None) -> list[str]:
 
 
 def missing(folder: str | Path, manifest: Mapping[str, Any]) -> list[str]:
-    """The files of a finished artifact that have a hash, and are no longer there."""
-    return [name for name in manifest.get("files", ()) if not (Path(folder) / name).exists()]
+    """Those of the files with a hash, or of all files where none has one, that are no longer there."""
+    names = manifest.get("files") or manifest.get("other_files", ())
+    return [name for name in names if not (Path(folder) / name).exists()]
 
 
 def require_no_artifact(path: Path) -> None:
