@@ -235,10 +235,10 @@ def run(call: Call) -> str:
     if call.dry_run:
         print("\n".join(experiment.plan()))
         return ""
+    from anyorder.cli import runs
     from anyorder.inference.processes import leads
-    from anyorder.report import summary
 
-    page = summary.default_page(experiment.out)
+    page = runs.default_page(experiment.out)
     experiment.run(overwrite)
     return _write_report([experiment.out], page, True) if leads() else ""
 
@@ -277,13 +277,13 @@ def fit(call: Call) -> str:
         raise ValueError("give one folder of images: anyorder fit FOLDER (./FOLDER if its name holds =)")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("fit measures one process and plans for it: start it without torchrun")
+    from anyorder.cli import runs
     from anyorder.cli.fit import fit_folder
 
     source = call.paths.pop()
     out, overwrite = call.out(f"runs/{_path(source).resolve().stem}"), call.flag("overwrite")
-    overrides = call.of_stages()
+    overrides, page, pipe = call.of_stages(), runs.default_page(out), out / "pipeline"
     fit_folder(call.parse(source=source), out, overrides, dry_run=call.dry_run, overwrite=overwrite)
-    page, pipe = out / "report.html", out / "pipeline"
     return f"wrote {pipe} and {page}; next: anyorder sample pipeline={shlex.quote(str(pipe))} out=images"
 
 
@@ -310,7 +310,7 @@ def report(call: Call) -> str:
     folders = call.folders
     out, images = call.file(f"{folders[0]}/report.html"), call.flag("data_images", "true")
     if out == folders[0] / "report.html":
-        summary.default_page(folders[0])
+        runs.default_page(folders[0])
     beside = [out.with_suffix(end) for key, end in (("csv", ".csv"), ("latex", ".tex")) if call.flag(key)]
     for path in beside:
         require_no_artifact(path)

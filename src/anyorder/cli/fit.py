@@ -28,9 +28,8 @@ def fit_folder(
         with files.atomic(path) as temporary:
             temporary.write_text(text, "utf-8")
             load_experiment(temporary, overrides)  # or refuse
-    page = summary.default_page(out)
     load_experiment(path, [*overrides, f"out={out}"]).run(overwrite)  # a copied plan names another folder
-    table = summary.report([out], page)
+    table = summary.report([out], out / "report.html")
     print(comparison(out) if table is None else f"{table.text()}\n{comparison(out)}")
     shown = out / "samples-ordered"
     print(f"samples: {shown}/grid.png, with their orders: orders.png, as an animation: generation.webp")

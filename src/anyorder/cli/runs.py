@@ -55,6 +55,14 @@ def outdated(folder: Path) -> str:
     return ""
 
 
+def default_page(run: Path) -> Path:
+    """The report of a run folder; a ValueError if another file lies there."""
+    path = run / "report.html"
+    ours = not path.is_file() or b"<title>anyorder" in path.read_bytes()[:1000]
+    require(ours, f"{path} is no report of anyorder, and is kept: move it away, or choose another out=")
+    return path
+
+
 def checkpoints(runs: abc.Sequence[Path]) -> list[Path]:
     """Files of checkpoints that finished trainings left, as their manifests list them."""
     found = (file for run in runs for path in folders(run) for file in _checkpoints(path))

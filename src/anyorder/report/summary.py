@@ -73,14 +73,6 @@ def report(folders: Sequence[Path], out: Path, *, data_images: bool = True) -> T
     return opening[0].tables[0] if opening else None
 
 
-def default_page(run: Path) -> Path:
-    """The report of a run folder; a ValueError if another file lies there."""
-    path = run / "report.html"
-    ours = not path.is_file() or b"<title>anyorder" in path.read_bytes()[:1000]
-    require(ours, f"{path} is no report of anyorder, and is kept: move it away, or choose another out=")
-    return path
-
-
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Unrounded values, a column for each measure that one of the rows has."""
     shown = [name for name in rows[0] if any(row[name] is not None for row in rows)]
