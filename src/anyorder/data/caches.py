@@ -230,13 +230,11 @@ class OrderSet:
         self.policy_settings = manifest.get("config", {}).get("policy", {})
         self.scorer = manifest.get("scorer", {})  # training behind the model that scored
         path, rows = self.folder / "train.order.npy", manifest["rows"]
-        self.orders = files.load_array(path)  # (n, N), a permutation of raster positions in every row
-        size = self.orders.shape
-        _check(len(size) == 2 and size[0] == rows, path, f"got shape {size}, expected {rows} rows")
+        self.orders = _read(path, (rows, "N"))  # (n, N), a permutation of raster positions in every row
         self._check_orders(path, _sample(self.orders))
         path = self.folder / "train.log_prob.npy"
-        self.log_prob = files.load_array(path)  # (n, N) nats, of each token in order steps when revealed
-        _check(self.log_prob.shape == size, path, f"got shape {self.log_prob.shape}, the orders have {size}")
+        # (n, N) nats, of each token in order steps when revealed
+        self.log_prob = _read(path, self.orders.shape, "float32")
         self.class_orders = self._table("class_order.npy")  # the mean order of each class
         path = self.folder / "train.row.npy"  # which rows of the tokens they are of; older caches: the first
         self.rows = _read(path, (rows,)) if path.is_file() else np.arange(rows)
