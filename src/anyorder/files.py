@@ -231,7 +231,7 @@ class RowWriter:
         """Open or reopen; `arrays` maps a name to (shape of one row, dtype).
 
         What a kill left of the last `batch` rows is dropped, so that batches keep their bounds, and all rows
-        behind the first `most`.
+        behind the first `most`; 0 begins anew, whatever is there.
         """
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -240,7 +240,7 @@ class RowWriter:
         finished = [path for name in self.specs if (path := self.folder / f"{name}.npy").is_file()]
         if len(finished) == len(self.specs):
             self.rows = min(len(load_array(path)) for path in finished)
-            if self.rows <= most:
+            if self.rows <= most > 0:
                 return
         for path in finished:  # a kill came while they were closed
             os.replace(path, f"{path}.partial")

@@ -224,9 +224,6 @@ def _writer(
     arrays |= {} if size else {"names": ((), name), "checksums": ((), np.int64)}
     arrays |= {"labels": ((), np.int64)}
     arrays |= {"attributes": ((len(codes.attributes),), np.int64)} if codes.attributes else {}
-    for array in ("images", "names", "checksums", "labels", "attributes") if not begin else ():
-        for ending in ("npy", "npy.partial"):  # of a killed run; nothing else, it may be the user's
-            (folder / f"{split}.{array}.{ending}").unlink(missing_ok=True)
     return files.RowWriter(folder, {f"{split}.{array}": kind for array, kind in arrays.items()}, most=begin)
 
 

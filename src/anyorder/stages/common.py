@@ -113,10 +113,7 @@ class Rows:
         if processes.size() == 1 and self._writer:
             self._join(part[0])
             return self._writer
-        for name in self._arrays(part):
-            for ending in ("npy", "npy.partial"):  # of other batches, or cut short
-                (self.folder / f"{name}.{ending}").unlink(missing_ok=True)
-        return RowWriter(self.folder, self._arrays(part))
+        return RowWriter(self.folder, self._arrays(part), most=0)  # what is there has other bounds
 
     def _join(self, until: int) -> None:
         """Append the parts up to a row to the arrays."""
