@@ -93,7 +93,9 @@ def ingest(
         done = folder / f"{split}.partial"  # the suffix makes Artifact drop it with other old work
         texts = source.texts["test" if split == "test" else "train"]
         items = [texts[i] for i in rows]
-        settings = repr((source, decoding, cache, _digest(items)))
+        # What was begun of other names, labels or captions does not go on.
+        digest = hashlib.sha256("".join(map(repr, items)).encode()).hexdigest()
+        settings = repr((source, decoding, cache, digest))
         state = files.read_json(done) if done.is_file() else {}
         if state.get("settings") != settings:
             state = {"settings": settings, "images": 0, "rows": 0, "lost": []}
@@ -111,14 +113,6 @@ def ingest(
     for split in chosen:
         (folder / f"{split}.partial").unlink()
     return facts
-
-
-def _digest(items: Sequence[Item]) -> str:
-    """Of names, labels and captions: what was begun of others does not go on."""
-    found = hashlib.sha256()
-    for item in items:
-        found.update(repr(item).encode())
-    return found.hexdigest()
 
 
 def _rows(source: Source, train: int | None, validation: int, test: int | None) -> dict[str, np.ndarray]:
