@@ -69,9 +69,8 @@ class CaptionTokenizer:
     def encode(self, captions: abc.Sequence[str], length: int) -> np.ndarray:
         """Tokens (n, length) int64, cut or filled with -1; an empty caption is none at all."""
         tokens = np.full((len(captions), length), -1, np.int64)
-        for row, found in zip(
-            tokens, self._tokenizer.encode_batch(list(map(_encodable, captions))), strict=True
-        ):
+        encoded = self._tokenizer.encode_batch(list(map(_encodable, captions)))
+        for row, found in zip(tokens, encoded, strict=True):
             ids = found.ids[:length]
             row[: len(ids)] = ids
         return tokens

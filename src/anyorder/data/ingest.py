@@ -79,10 +79,8 @@ def ingest(
     chosen = _rows(source, max_train, max_validation, max_test)
     asked = source.columns.caption
     described = asked and any(item.caption for item in source.texts["train"])
-    lacking = (
-        f"captions={asked}: none of the training images has one; give them captions, or leave captions out"
-    )
-    require(not asked or bool(described), lacking)
+    text = f"captions={asked}: none of the training images has one; give them captions, or leave captions out"
+    require(not asked or bool(described), text)
     decoding = {"size": size, "fit": fit, "fill": fill, "max_pixels": max_pixels}
     classes, attributes = source.classes(), source.attributes()
     codes = _Codes(classes, attributes)

@@ -115,10 +115,8 @@ def look(config: FitConfig, overrides: Sequence[str] = ()) -> Facts:
     readable = bool(sides) or source.count("train") == 0
     require(readable, f"no image of {config.source} can be read: look at them")
     counts = *_counts(source, asked, "max_validation" in chosen), len(source.classes())
-    text = (
-        f"{config.source} has {counts[3]} classes and only {counts[0]} images to train: merge classes, or do"
-    )
-    require(2 * counts[3] <= counts[0] or counts[3] < 2, f"{text} without (all in one folder, no label=)")
+    text = f"{config.source} has {counts[3]} classes and only {counts[0]} images to train: merge classes, or"
+    require(2 * counts[3] <= counts[0] or counts[3] < 2, f"{text} do without (all in one folder, no label=)")
     gpu = torch.cuda.get_device_properties(0).total_memory >> 30 if device().type == "cuda" else 0
     machine = torch.get_num_threads(), native_bf16(device()), gpu
     described = any(file.read_bytes().strip() for file in getattr(source, "captions", {}).values())

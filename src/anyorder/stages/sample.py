@@ -61,11 +61,9 @@ class SampleStage(GeneratingStage):
         require(self.settings is None or kept, found)
         hidden = self.hide or self.classes != "test"
         n, prompts = self.num_images, len(self.prompts)
-        text = (
-            f"num_images must be a multiple of the {prompts} prompts, and they leave nothing to hide and no"
-        )
-        text += f" classes: got num_images={n}, hide={list(self.hide)}, classes={self.classes}"
-        require(not prompts or not (hidden or n % prompts), text)
+        text = f"num_images must be a multiple of the {prompts} prompts, and they leave nothing to hide and"
+        got = f"got num_images={n}, hide={list(self.hide)}, classes={self.classes}"
+        require(not prompts or not (hidden or n % prompts), f"{text} no classes: {got}")
 
     @property
     def _scaled(self) -> bool:

@@ -149,10 +149,8 @@ class TrainStage(common.TrainingStage):
         text = f"learn_orders must be 0, or at least 2 orders for each image, got {self.learn_orders}"
         require(self.learn_orders == 0 or self.learn_orders >= 2, text)
         given = (self.orders, self.online, self.groups, self.train.compile, self.train.shard)
-        text = (
-            "learn_orders takes no orders, online, order, groups, train.compile, train.shard: leave them out"
-        )
-        require(not self.learn_orders or (self.order == "random" and not any(given)), text)
+        text = "learn_orders takes no orders, online, order, groups, train.compile, train.shard: leave them"
+        require(not self.learn_orders or (self.order == "random" and not any(given)), f"{text} out")
         text = "learn_orders needs a location head: give init=... with one, or model.location=true"
         require(not self.learn_orders or self.model.location or self.init is not None, text)
 
