@@ -44,7 +44,6 @@ from anyorder.stages import fit as fit_stage
 from anyorder.stages import generation
 from anyorder.stages import iterate as iterate_stage
 from anyorder.stages import orders as orders_stage
-from anyorder.stages.convert import convert
 from anyorder.stages.execute import execute
 from anyorder.stages.experiment import STAGES, load_experiment
 from anyorder.tokenizers.vq import VQConfig, VQModel
@@ -449,10 +448,8 @@ def written(out: Path) -> dict[str, str]:
 def ran(command: str, settings: Settings, out: Path) -> Any:
     """Run a command; what it wrote or found."""
     config = parse(config_class(command), settings)
-    if command in STAGES:
+    if command in (*STAGES, "convert"):
         execute(command, config, out)
-    elif command == "convert":
-        convert(config, out)
     elif command == "sample pipeline":
         image_commands.sample_files(config, out)
     elif command == "complete":

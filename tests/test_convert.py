@@ -24,7 +24,8 @@ from anyorder.inference.convert import build, published_models, recommended
 from anyorder.inference.weights import load_model, save_model
 from anyorder.method.guidance import GuidanceConfig
 from anyorder.method.policy_config import PolicyConfig
-from anyorder.stages.convert import ConvertConfig, convert
+from anyorder.stages.convert import ConvertConfig
+from anyorder.stages.execute import execute
 from anyorder.tokenizers.maskgit_vq import MASKGIT_VQ, MaskGITVQ, MaskGITVQConfig
 from anyorder.tokenizers.vq import VQ16, VQConfig, VQModel
 
@@ -254,10 +255,10 @@ def test_convert_makes_a_pipeline(tmp_path, name, make, capsys):
 def test_parts_are_converted_one_by_one(tmp_path, caplog):
     caplog.set_level("INFO", "anyorder")
     tokenizer, model, pipeline = (tmp_path / name for name in ("tokenizer", "model", "pipeline"))
-    convert(ConvertConfig(download(tmp_path, maskgit_vq(), "t.bin")), tokenizer)
+    execute("convert", ConvertConfig(download(tmp_path, maskgit_vq(), "t.bin")), tokenizer)
     source = download(tmp_path, model_of("randar"))
-    convert(ConvertConfig(source, grid=GRID), model)
-    convert(ConvertConfig(source, tokenizer, grid=GRID, policy=PolicyConfig("margin")), pipeline)
+    execute("convert", ConvertConfig(source, grid=GRID), model)
+    execute("convert", ConvertConfig(source, tokenizer, grid=GRID, policy=PolicyConfig("margin")), pipeline)
     assert_same(load_model(tokenizer), maskgit_vq())
     assert_same(load_model(model), model_of("randar"))
     pipe = Pipeline.from_pretrained(pipeline)
@@ -270,16 +271,16 @@ def test_parts_are_converted_one_by_one(tmp_path, caplog):
 
 def test_a_second_conversion_is_up_to_date_until_the_file_changes(tmp_path):
     config, out = ConvertConfig(download(tmp_path, maskgit_vq())), tmp_path / "out"
-    assert convert(config, out)
-    assert not convert(config, out)
+    assert execute("convert", config, out)
+    assert not execute("convert", config, out)
     changed = maskgit_vq()
     changed.quantize.embedding.weight.data += 1
     download(tmp_path, changed)
     with pytest.raises(ValueError, match="overwrite=true"):
-        convert(config, out)
-    assert convert(config, out, overwrite=True)
+        execute("convert", config, out)
+    assert execute("convert", config, out, overwrite=True)
     assert_same(load_model(out), changed)
-    assert not convert(config, out)
+    assert not execute("convert", config, out)
 
 
 def test_parts_that_do_not_belong_together(tmp_path):
@@ -287,16 +288,16 @@ def test_parts_that_do_not_belong_together(tmp_path):
     other = download(tmp_path, MaskGITVQ(MaskGITVQConfig(32, (1, 2), 1, 16, 4)), "other.bin")
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="32 tokens, the tokenizer 16: published models with 16384"):
-        convert(ConvertConfig(source, other), out)
+        execute("convert", ConvertConfig(source, other), out)
     with pytest.raises(ValueError, match="holds a ARPG, no tokenizer"):
-        convert(ConvertConfig(source, source), out)
+        execute("convert", ConvertConfig(source, source), out)
     with pytest.raises(ValueError, match="is a tokenizer itself: leave tokenizer= out"):
-        convert(ConvertConfig(other, other), out)
+        execute("convert", ConvertConfig(other, other), out)
     assert not out.exists()
     folder = tmp_path / "folder"
-    convert(ConvertConfig(source), folder)
+    execute("convert", ConvertConfig(source), folder)
     with pytest.raises(ValueError, match="holds a ARPG, expected a tokenizer"):
-        convert(ConvertConfig(source, folder), out)
+        execute("convert", ConvertConfig(source, folder), out)
 
 
 def test_a_tokenizer_is_no_any_order_model(tmp_path):
@@ -419,7 +420,7 @@ def test_every_published_model_has_the_guidance_of_its_authors(kind, name, scale
 def test_a_converted_pipeline_is_guided_unless_a_call_says_otherwise(tmp_path):
     file = download(tmp_path, model_of("arpg"))
     tokenizer = download(tmp_path, vq(), "vq.pt")
-    convert(ConvertConfig(file, tokenizer=tokenizer, grid=GRID), tmp_path / "out")
+    execute("convert", ConvertConfig(file, tokenizer=tokenizer, grid=GRID), tmp_path / "out")
     pipe = Pipeline.from_pretrained(tmp_path / "out")
     assert pipe.guidance == GuidanceConfig(5.0, "linear")
     assert "guidance   5, linear" in repr(pipe)
@@ -442,7 +443,7 @@ def test_guidance_of_a_conversion_is_a_setting(tmp_path):
     file = download(tmp_path, model_of("arpg"))
     own = GuidanceConfig(3.0)
     with pytest.raises(ValueError, match="guidance has no effect"):
-        convert(ConvertConfig(file, grid=GRID, guidance=own), tmp_path / "out")
+        execute("convert", ConvertConfig(file, grid=GRID, guidance=own), tmp_path / "out")
     tokenizer = download(tmp_path, vq(), "vq.pt")
-    convert(ConvertConfig(file, tokenizer=tokenizer, grid=GRID, guidance=own), tmp_path / "out")
+    execute("convert", ConvertConfig(file, tokenizer=tokenizer, grid=GRID, guidance=own), tmp_path / "out")
     assert Pipeline.from_pretrained(tmp_path / "out").guidance == own

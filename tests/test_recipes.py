@@ -20,7 +20,8 @@ from anyorder.cli.planner import Kind, PlanConfig, Planner, update_bytes
 from anyorder.files import read_json, read_manifest
 from anyorder.models.architecture import TransformerConfig
 from anyorder.models.transformer import AnyOrderTransformer
-from anyorder.stages.convert import ConvertConfig, convert
+from anyorder.stages.convert import ConvertConfig
+from anyorder.stages.execute import execute
 from anyorder.stages.experiment import RECIPES, find_experiment, load_experiment
 from anyorder.tokenizers.vq import VQConfig, VQModel
 from anyorder.training.config import TrainConfig
@@ -49,14 +50,14 @@ def downloads(tmp_path_factory):
     torch.manual_seed(0)
     vq = VQModel(VQConfig(32, (1, 1, 1), 1, 8, 32, 4))
     torch.save({"model": vq.state_dict()}, folder / "vq.pt")
-    convert(ConvertConfig(folder / "vq.pt"), folder / "weights/vq16")
+    execute("convert", ConvertConfig(folder / "vq.pt"), folder / "weights/vq16")
     for name, made in (("randar-l", RandAR), ("arpg-l", ARPG)):
         model = made(
             GPTConfig(depth=2, width=64, heads=1, vocab_size=32, grid=(4, 4), num_classes=len(CLASSES))
         )
         torch.save({"model": model.state_dict()}, folder / f"{name}.pt")
         config = ConvertConfig(folder / f"{name}.pt", tokenizer=folder / "weights/vq16", grid=(4, 4))
-        convert(config, folder / "weights" / name)
+        execute("convert", config, folder / "weights" / name)
     images = np.random.default_rng(1).integers(0, 256, (16, 16, 16, 3), np.uint8)
     np.savez(folder / "adm.npz", arr_0=images)
     return folder

@@ -206,7 +206,7 @@ def complete(call: Call) -> str:
 
 def convert(call: Call) -> str:
     """SOURCE DEST [key=value ...]"""
-    from anyorder.stages.convert import convert
+    from anyorder.stages.execute import execute
 
     if len(call.paths) != 2:
         raise ValueError(
@@ -215,7 +215,7 @@ def convert(call: Call) -> str:
         )
     (source, out), call.paths = call.paths, []
     overwrite, config = call.flag("overwrite"), call.parse(source=source)
-    done = call.show(config, out) or convert(config, _path(out), overwrite=overwrite)
+    done = call.show(config, out) or execute("convert", config, _path(out), overwrite=overwrite)
     after = f"anyorder sample pipeline={shlex.quote(str(out))} out=FOLDER, if it has a tokenizer"
     return f"{VERB[done]} {out}; next: {after}, or anyorder tokens"
 

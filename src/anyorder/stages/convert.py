@@ -3,10 +3,9 @@
 import dataclasses
 import inspect
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import Any, ClassVar
 
 from anyorder import families
 from anyorder.contracts import AnyOrderNetwork, TokenizerNetwork, require
@@ -28,6 +27,7 @@ class ConvertConfig:
     a pipeline folder for Pipeline.from_pretrained.
     """
 
+    inputs: ClassVar[tuple[str, ...]] = ()
     source: Path
     """The downloaded file; or package.module:function of your own, which returns a network to store."""
     tokenizer: Path | None = None
@@ -47,38 +47,53 @@ class ConvertConfig:
     guidance: GuidanceConfig | None = None
     """The guidance that the pipeline generates with; by default what the authors of the file recommend."""
 
+    @cached_property
+    def _own(self) -> Any:
+        """The network of an own function; None for a file."""
+        return _made(str(self.source)) if families.is_own("networks", str(self.source)) else None
 
-def convert(config: ConvertConfig, out: Path, *, overwrite: bool = False) -> bool:
-    """Write the folder, unless it is up to date: False then; `overwrite` replaces another conversion.
+    def observed(self) -> dict[str, Any]:
+        """Hashes of the contents, so that a file that was replaced is converted again."""
+        hashes = {"source": _digest(self._own)} if self._own else {}
+        paths = {"tokenizer": self.tokenizer} | ({} if self._own else {"source": self.source})
+        for role, path in paths.items():
+            if path is not None:
+                hashes[role] = fingerprint(path) if path.is_dir() else sha256(require_file(path))
+        return {"sha256": hashes}
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a file of a known model, parts that do not fit, or another conversion is there.
-    """
-    own = families.is_own("networks", str(config.source))
-    model = _made(str(config.source)) if own else None
-    identity = {**dataclasses.asdict(config), "sha256": _hashes(config, model)}
-    if Artifact.is_current(out, "convert", identity, {}):
-        return False
-    model = model or build(config.source, config.kind, config.grid, config.heads, config.joint_steps)
-    any_order = isinstance(model, AnyOrderNetwork)
-    _require_effect(config, model)
-    if config.extrapolated is not None:
-        model.config = dataclasses.replace(model.config, extrapolated=config.extrapolated)
-    parts = None
-    if config.tokenizer is not None:
-        require(any_order, f"{config.source} is a tokenizer itself: leave tokenizer= out")
-        guidance = config.guidance or recommended(families.kind_of(model), config.source.name)
-        parts = combine(model, read_tokenizer(config.tokenizer), config.policy, guidance)
-    artifact = Artifact(out, "convert", identity, {}, overwrite=overwrite)
-    if parts is None:
-        save_model(out, model, model.config, families.kind_of(model))
-    else:
-        save_parts(out, parts)
-    parameters = sum(p.numel() for p in model.parameters())
-    artifact.finish(kind=families.kind_of(model), parameters=parameters)
-    log.info("%s: %s, %.1f million parameters", out, type(model).__name__, parameters / 1e6)
-    return True
+    def run(self, artifact: Artifact) -> dict[str, Any]:
+        """Write the folder; a ValueError for what is no known model, or parts that do not fit."""
+        model = self._own or build(self.source, self.kind, self.grid, self.heads, self.joint_steps)
+        kind, out = families.kind_of(model), artifact.folder
+        self._require_effect(model, kind)
+        if self.extrapolated is not None:
+            model.config = dataclasses.replace(model.config, extrapolated=self.extrapolated)
+        if self.tokenizer is None:
+            save_model(out, model, model.config, kind)
+        else:
+            text = f"{self.source} is a tokenizer itself: leave tokenizer= out"
+            require(isinstance(model, AnyOrderNetwork), text)
+            guidance = self.guidance or recommended(kind, self.source.name)
+            save_parts(out, combine(model, read_tokenizer(self.tokenizer), self.policy, guidance))
+        parameters = sum(p.numel() for p in model.parameters())
+        log.info("%s: %s, %.1f million parameters", out, type(model).__name__, parameters / 1e6)
+        return {"kind": kind, "parameters": parameters}
+
+    def _require_effect(self, model: Any, kind: str) -> None:
+        """A ValueError for settings that the model does not use."""
+        changed = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        if self._own:
+            unused, what = changed & {"kind", "grid", "heads", "joint_steps"}, "the function decides it"
+        elif not isinstance(model, AnyOrderNetwork):
+            unused = changed & {"grid", "heads", "joint_steps", "extrapolated", "policy", "guidance"}
+            what = "a tokenizer has no positions"
+        else:
+            unused = changed & ({"policy", "guidance"} if self.tokenizer is None else set())
+            unused |= changed & ({"joint_steps"} if kind == "llamagen" else set())
+            what = "policy and guidance need tokenizer=..., joint_steps a model of more than raster order"
+        require(not unused, f"{', '.join(sorted(unused))} has no effect ({what}): leave it out")
+        others = self.policy and self.policy.order != "raster" and kind == "llamagen"
+        require(not others, "LlamaGen generates in raster order only: leave policy.order out")
 
 
 def _made(name: str) -> Any:
@@ -93,32 +108,3 @@ def _made(name: str) -> Any:
     networks = isinstance(model, AnyOrderNetwork | TokenizerNetwork) and hasattr(model, "config")
     require(networks, f"{name} returned a {type(model).__name__}: {mend}")
     return model
-
-
-def _require_effect(config: ConvertConfig, model: Any) -> None:
-    """A ValueError for settings that the model does not use."""
-    changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
-    if families.is_own("networks", str(config.source)):
-        unused, what = changed & {"kind", "grid", "heads", "joint_steps"}, "the function decides it"
-    elif not isinstance(model, AnyOrderNetwork):
-        unused = changed & {"grid", "heads", "joint_steps", "extrapolated", "policy", "guidance"}
-        what = "a tokenizer has no positions"
-    else:
-        unused = changed & ({"policy", "guidance"} if config.tokenizer is None else set())
-        unused |= changed & ({"joint_steps"} if families.kind_of(model) == "llamagen" else set())
-        what = "policy and guidance need tokenizer=..., joint_steps a model of more than raster order"
-    require(not unused, f"{', '.join(sorted(unused))} has no effect ({what}): leave it out")
-    text = "LlamaGen generates in raster order only: leave policy.order out"
-    others = config.policy and config.policy.order != "raster"
-    require(not (others and families.kind_of(model) == "llamagen"), text)
-
-
-def _hashes(config: ConvertConfig, own: nn.Module | None) -> dict[str, str]:
-    """Hashes of the contents, so that a file that was replaced is converted again."""
-    paths = {"tokenizer": config.tokenizer} | ({} if own else {"source": config.source})
-    hashes = {} if own is None else {"source": _digest(own)}
-    return hashes | {
-        role: fingerprint(path) if path.is_dir() else sha256(require_file(path))
-        for role, path in paths.items()
-        if path is not None
-    }
