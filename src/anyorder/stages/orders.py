@@ -10,8 +10,8 @@ import torch
 
 from anyorder import files
 from anyorder import orders as stats
-from anyorder.contracts import AnyOrderNetwork, require
-from anyorder.data.caches import OrderSet, TokenSet, splits
+from anyorder.contracts import AnyOrderNetwork, at_least, require
+from anyorder.data import caches
 from anyorder.data.rows import evenly_spaced
 from anyorder.data.sunsets import sun_first
 from anyorder.inference import figures, processes
@@ -67,11 +67,8 @@ class OrdersStage:
         require(not self.policy.adaptive, unknown)
         text = "orders=FOLDER goes with policy.class_weight > 0: give both or neither"
         require(self.policy.by_class == (self.orders is not None), text)
-        require(self.test_limit >= 1, f"test_limit must be >= 1, got {self.test_limit}")
+        at_least(1, self, "test_limit", "batch_size", "limit")
         self.test_limit = min(self.test_limit, self.limit or self.test_limit)
-        for name in ("batch_size", "limit"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} must be >= 1, got {value}")
         text = f"seed={self.seed} is for orders with noise: give policy.temperature, or leave it out"
         require(self.seed == 0 or not self.policy.deterministic, text)
 
@@ -82,7 +79,7 @@ class OrdersStage:
 
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `SPLIT.{order,log_prob,seconds}.npy`, `class_order.npy` and statistics of orders."""
-        tokens, *others = (TokenSet(self.tokens, split) for split in splits(self.tokens))
+        tokens, *others = (caches.TokenSet(self.tokens, split) for split in caches.splits(self.tokens))
         common.require_trained_on(self.model, tokens)
         n = min(self.limit or len(tokens), len(tokens))
         model = load_any_order(self.model).to(fast_dtype(device(), self.bf16))
@@ -116,7 +113,7 @@ class OrdersStage:
             **self._statistics(torch.from_numpy(orders), rows, tokens),
         }
 
-    def _statistics(self, orders: torch.Tensor, rows: np.ndarray, tokens: TokenSet) -> dict[str, Any]:
+    def _statistics(self, orders: torch.Tensor, rows: np.ndarray, tokens: caches.TokenSet) -> dict[str, Any]:
         """How far orders (n, N) agree with raster order and with one another, and what they reveal first."""
         raster = stats.static_order("raster", tokens.grid)
         found: dict[str, Any] = {
@@ -135,7 +132,7 @@ class OrdersStage:
         causes, own = np.array(causes[rows[some]]), orders.numpy()[some]
         return found | {"sun_first": sun_first(own, causes, tokens.grid, (h, w))}
 
-    def _batch_sizes(self, note: Path, model: AnyOrderNetwork, tokens: TokenSet) -> list[int]:
+    def _batch_sizes(self, note: Path, model: AnyOrderNetwork, tokens: caches.TokenSet) -> list[int]:
         """All batch sizes that the work was done with, the one to go on with last; kept in the file `note`.
 
         A run goes on with the size it began with, whatever memory is free by then, unless another one is
@@ -150,10 +147,10 @@ class OrdersStage:
         return sizes
 
     def _extract(
-        self, folder: Path, model: AnyOrderNetwork, tokens: TokenSet, images: np.ndarray, size: int
+        self, folder: Path, model: AnyOrderNetwork, tokens: caches.TokenSet, images: np.ndarray, size: int
     ) -> None:
         """Extract the orders of some images, `size` at once; a killed run resumes after its last batch."""
-        cache = OrderSet(self.orders) if self.orders else None
+        cache = caches.OrderSet(self.orders) if self.orders else None
         rows = common.Rows(folder, _arrays(tokens), len(images), size, f"{tokens.split} orders")
         for some in rows:
             begin = time.perf_counter()
@@ -169,7 +166,7 @@ class OrdersStage:
             rows.append(**dict(zip(rows.specs, values, strict=True)))
 
 
-def _arrays(tokens: TokenSet) -> dict[str, tuple[tuple[int, ...], type]]:
+def _arrays(tokens: caches.TokenSet) -> dict[str, tuple[tuple[int, ...], type]]:
     """Arrays that are written of a split: name, shape of a row, and type."""
     n = tokens.grid.n
     each = {"order": ((n,), np.uint16), "log_prob": ((n,), np.float32), "seconds": ((), np.float32)}
