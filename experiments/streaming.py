@@ -59,7 +59,7 @@ def decode(count: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         photos(Path(name) / "photos", count, (375, 500))
         source = FolderSource(Path(name) / "photos", 0)
-        names = np.array([os.fsencode(item.name) for item in source.texts["train"]])
+        names = np.array([os.fsencode(item.name) for item in source.items["train"]])
         decoding = {"size": (256, 256), "fit": "crop", "fill": WHITE, "max_pixels": MAX_PIXELS}
         for workers in (0, 1, 2, 0, 1, 2):
             os.environ[WORKERS] = str(workers)

@@ -363,8 +363,8 @@ def test_what_was_begun_of_others_does_not_go_on(tmp_path, monkeypatch):
     others = ["1", "2"]
 
     class Changing(FolderSource):
-        def _read(self, part, with_images):
-            for item in super()._read(part, with_images):
+        def _read(self, part):
+            for item in super()._read(part):
                 yield item._replace(label=others["/a/" in f"/{item.name}"])
 
     def begun():
@@ -400,11 +400,10 @@ def test_sunsets_are_always_kept():
 
 def test_tar_shards_have_columns(tmp_path):
     source = open_source(shards(tmp_path / "in"), Columns("cls", "text", ("hue",)), 0)
-    item, *_ = source.items("train")
+    item, *_ = source.items["train"]
     assert (item.label, item.caption, item.attributes) == ("a", "image 0", ("red",))
-    assert item.image == source.image(item.name) == PICTURES[0]
+    assert source.image(item.name) == PICTURES[0]
     assert item.name.startswith("shard-0.tar#x/0000.png@512+")
-    assert source.texts["train"][0].image == b""
     assert len(source.stats()) == 2
     assert open_source(tmp_path / "in/shard-1.tar", test_fraction=0).count("train") == 15
     with pytest.raises(ValueError, match=r"shard-0.tar has no column 'kind'; it has cls, hue, json"):
@@ -427,7 +426,8 @@ def test_hostile_tar_shards(tmp_path):
     assert facts["skipped"]["train"]["reasons"] == {"no image": 2}
     assert json.loads((tmp_path / "out/train.captions.json").read_text()) == ["", "three"]
     masks = open_source(tmp_path / "a.tar", Columns(image="seg.png"), 0)
-    assert [item.image for item in masks.items("train") if isinstance(item.image, bytes)] == [PICTURES[1]]
+    found = [masks.image(item.name) for item in masks.items["train"]]
+    assert [image for image in found if isinstance(image, bytes)] == [PICTURES[1]]
     (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:3000])
     (tmp_path / "c.tar").write_bytes(b"\x1f\x8b" + bytes(600))
     for name in ("b", "c"):
@@ -560,7 +560,7 @@ def test_blocks_are_read_in_sequence(tmp_path, workers):
 
 
 def captions_of(source):
-    return {item.name: item.caption for split in ("train", "test") for item in source.texts[split]}
+    return {item.name: item.caption for split in ("train", "test") for item in source.items[split]}
 
 
 def test_captions_from_lines_and_json_lines(tmp_path):
@@ -599,7 +599,7 @@ def test_several_captions_of_a_table(tmp_path):
     pq.write_table(pa.table(found), tmp_path / "x.parquet")
     for column, expected in (("several", ["a b\nc", "", None]), ("one", ["a b", "c", None])):
         source = open_source(tmp_path / "x.parquet", Columns(caption=column), 0)
-        assert [item.caption for item in source.texts["train"]] == expected
+        assert [item.caption for item in source.items["train"]] == expected
 
 
 def test_training_draws_one_of_several_captions(tmp_path):

@@ -367,21 +367,21 @@ def test_linked_class_folder_is_followed(tmp_path):
     (tmp_path / "in" / "cat").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "up").symlink_to(tmp_path / "in")
     source = FolderSource(tmp_path / "in", 0)
-    assert [(item.label, item.name) for item in source.items("train")] == [("cat", "cat/1.png")]
+    assert [(item.label, item.name) for item in source.items["train"]] == [("cat", "cat/1.png")]
 
 
 def test_split_by_hash_is_stable_and_complete(tmp_path):
     names = [f"{i}.png" for i in range(200)]
     fill_folder(tmp_path, dict.fromkeys(names, encode(plain(RED))))
-    splits = {s: {i.name for i in FolderSource(tmp_path, 0.2).items(s)} for s in ("train", "test")}
+    splits = {s: {i.name for i in FolderSource(tmp_path, 0.2).items[s]} for s in ("train", "test")}
     assert splits["train"] | splits["test"] == set(names)
     assert not splits["train"] & splits["test"]
     assert 20 < len(splits["test"]) < 60
     for name in names[:150]:
         (tmp_path / name).unlink()
-    rest = {i.name for i in FolderSource(tmp_path, 0.2).items("test")}
+    rest = {i.name for i in FolderSource(tmp_path, 0.2).items["test"]}
     assert rest == splits["test"] & set(names[150:])
-    larger = {i.name for i in FolderSource(tmp_path, 0.5).items("test")}
+    larger = {i.name for i in FolderSource(tmp_path, 0.5).items["test"]}
     assert rest < larger
 
 
@@ -574,7 +574,7 @@ def test_parquet_folder(tmp_path):
 def test_parquet_file_without_labels_is_split_by_hash(tmp_path):
     path = write_parquet(tmp_path / "all.parquet", PNGS * 25)
     source = open_source(path, test_fraction=0.3)
-    names = {s: [i.name for i in source.items(s)] for s in ("train", "test")}
+    names = {s: [i.name for i in source.items[s]] for s in ("train", "test")}
     assert source.classes() == []
     assert len(names["train"]) == source.count("train") > 50
     assert len(names["test"]) == source.count("test") > 15
@@ -677,7 +677,7 @@ def test_hub_columns_as_attributes_and_captions(hub):
     source = open_source("user/both", Columns(caption="label", attributes=("label",)))
     assert source.classes() == []
     assert source.attributes() == {"label": ["zebra", "ant"]}
-    assert [(item.attributes, item.caption) for item in source.items("train")] == [
+    assert [(item.attributes, item.caption) for item in source.items["train"]] == [
         (("zebra",), "zebra"), (("ant",), "ant"), ((None,), None)
     ]  # fmt: skip
     with pytest.raises(ValueError, match="has no column 'text'"):
@@ -688,7 +688,7 @@ def test_hub_source_without_test_split_or_labels(hub):
     source = HubSource("user/one", test_fraction=0.25)
     assert source.classes() == []
     assert source.count("train") + source.count("test") == 60
-    assert 5 < source.count("test") == len(list(source.items("test"))) < 25
+    assert 5 < source.count("test") == len(source.items["test"]) < 25
 
 
 def test_hub_source_errors(hub):

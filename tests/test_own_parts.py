@@ -313,7 +313,7 @@ def test_an_own_split_and_captions(tmp_path):
     assert [source.count(split) for split in ("train", "test")] == [32, 8]
     assert source.classes() == ["0", "1"]
     squares = open_source("own_parts:Squares", test_fraction=0.2)
-    assert {item.caption for item in squares.items("train")} == {"dark square", "bright square"}
+    assert {item.caption for item in squares.items["train"]} == {"dark square", "bright square"}
     with pytest.raises(ValueError, match="has no columns: leave out image, label"):
         open_source("own_parts:Squares", Columns(label="x"))
     with pytest.raises(ValueError, match="cannot import 'own_parts:Circles'"):

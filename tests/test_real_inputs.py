@@ -234,10 +234,12 @@ def test_names_that_begin_with_a_tilde_are_no_home_folder(tmp_path, monkeypatch)
     fill(tmp_path, "data/~/x.png", "data/~/y.png")
     fill(tmp_path / "home", "x.png", data=b"another")
     for where in ("./data/~", "data"):
-        assert all((load_image(item.image) == RED).all() for item in open_source(where).items("train"))
+        source = open_source(where)
+        assert all((load_image(source.image(item.name)) == RED).all() for item in source.items["train"])
     monkeypatch.chdir(tmp_path / "data")
     for where in (".", "./~"):
-        images = [item.image for split in ("train", "test") for item in open_source(where).items(split)]
+        source = open_source(where)
+        images = [source.image(item.name) for split in ("train", "test") for item in source.items[split]]
         assert len(images) == 2
         assert all((load_image(image) == RED).all() for image in images)
 
@@ -319,7 +321,7 @@ LAYOUTS = {
 def test_layouts(name, tmp_path):
     files, expected = LAYOUTS[name]
     source = FolderSource(fill(tmp_path, *files), test_fraction=0)
-    found = [(split, item.label) for split in ("train", "test") for item in source.items(split)]
+    found = [(split, item.label) for split in ("train", "test") for item in source.items[split]]
     assert {pair: found.count(pair) for pair in found} == expected
 
 
@@ -354,7 +356,7 @@ def test_what_anyorder_wrote_is_no_data(tmp_path):
     fill(tmp_path, "runs/model/.identity.json", data=b"{}")
     fill(tmp_path, "dog/manifest.json", data=b"[1]")  # of somebody else
     source = FolderSource(tmp_path, 0)
-    assert sorted(i.name for i in source.items("train")) == ["cat/1.png", "dog/1.png"]
+    assert sorted(i.name for i in source.items["train"]) == ["cat/1.png", "dog/1.png"]
     assert source.ignored()["written by anyorder"] == ["drawn", "runs/model", "runs/samples"]
     with pytest.raises(ValueError, match="samples was written by anyorder: source= takes a folder of images"):
         open_source(tmp_path / "runs/samples")
@@ -429,7 +431,7 @@ def test_labels(name, tmp_path):
     path = table(tmp_path / "x.parquet", image=structs(len(column)), label=column)
     source = ParquetSource(path, Columns("label"), 0)
     assert source.classes() == classes
-    assert [item.label for item in source.items("train")] == labels
+    assert [item.label for item in source.items["train"]] == labels
 
 
 NOT_LABELS = {
@@ -486,15 +488,17 @@ def test_the_image_column_is_chosen(tmp_path):
     with pytest.raises(ValueError, match=r"several columns of images: choose image=image or image=mask"):
         ParquetSource(path, test_fraction=0).count("train")
     for name, color in (("image", RED), ("mask", BLACK), ("raw", BLACK), ("file", WHITE)):
-        (first, _) = ParquetSource(path, Columns(image=name), 0).items("train")
-        assert (load_image(first.image) == color).all()
+        source = ParquetSource(path, Columns(image=name), 0)
+        (first, _) = source.items["train"]
+        assert (load_image(source.image(first.name)) == color).all()
     with pytest.raises(ValueError, match="has no column 'img'; it has image, mask, raw, file"):
         ParquetSource(path, Columns(image="img"), 0).count("train")
     number = table(tmp_path / "y.parquet", image=structs(1), number=[1])
     with pytest.raises(ValueError, match=r"column 'number' of .*y\.parquet holds no images; image may"):
         ParquetSource(number, Columns(image="number"), 0).count("train")
     raw = table(tmp_path / "z.parquet", raw=[PNG])
-    assert [item.image for item in ParquetSource(raw, test_fraction=0).items("train")] == [PNG]
+    source = ParquetSource(raw, test_fraction=0)
+    assert [source.image(item.name) for item in source.items["train"]] == [PNG]
 
 
 def test_rows_cannot_name_files_outside_the_data(tmp_path):
@@ -566,9 +570,9 @@ def test_hub_data_sets_with_two_images_and_files_elsewhere(tmp_path, monkeypatch
     with pytest.raises(ValueError, match="u/x has several columns of images: choose image=a or image=b"):
         HubSource("u/x").count("train")
     source = HubSource("u/x", Columns(image="b"), 0)
-    good, bad = source.items("train")
-    assert good.image == tmp_path / "cache/x.png"
-    assert isinstance(bad.image, BadImage)
+    good, bad = (source.image(item.name) for item in source.items["train"])
+    assert good == tmp_path / "cache/x.png"
+    assert isinstance(bad, BadImage)
     assert source.ignored() == {"beside the splits": ["extra"]}
     assert source.stats() == {}
 

@@ -269,7 +269,7 @@ def test_splits_inside_classes_are_found_below_a_folder_around_all(tmp_path, ins
     source = open_source(str(tmp_path / "given"))
     assert source.has_test_split
     assert (source.count("train"), source.count("test")) == (12, 6)
-    assert not any("/test" in item.name for item in source.items("train", False))
+    assert not any("/test" in item.name for item in source.items["train"])
 
 
 def test_long_captions_are_no_foreign_file(tmp_path, monkeypatch):
@@ -307,12 +307,12 @@ class Beyond(Labelled):
 
 
 def test_own_data_sets_say_what_is_wrong():
-    found = open_source(f"{__name__}:both").items("train", False)
+    found = open_source(f"{__name__}:both").items["train"]
     assert [item.label for item in found] == ["x", "y", None]
     with pytest.raises(ValueError, match="training images"):
         open_source(f"{__name__}:nothing_to_train").count("train")
     with pytest.raises(ValueError, match="label 2 of item 1 of train; classes has 2 names"):
-        list(open_source(f"{__name__}:Beyond").items("train", False))
+        open_source(f"{__name__}:Beyond").items["train"]
 
 
 # --- fit --------------------------------------------------------------------------------------------------
@@ -380,9 +380,8 @@ def test_endings_are_read_in_either_case(tmp_path):
             member.size = len(image.getvalue())
             tar.addfile(member, io.BytesIO(image.getvalue()))
     source = open_source(str(tmp_path / "A.TAR"))
-    assert [item.image for split in ("train", "test") for item in source.items(split)] == [
-        image.getvalue()
-    ] * 3
+    read = [source.image(item.name) for split in ("train", "test") for item in source.items[split]]
+    assert read == [image.getvalue()] * 3
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -395,12 +394,12 @@ def test_captions_are_read_in_the_encodings_of_text_editors(tmp_path, encoding):
     (tmp_path / "a/a0.txt").write_text("red shoe", encoding=encoding)
     for asked, expected in (("all.jsonl", {"red shoe"}), ("txt", {"red shoe", None})):
         source = open_source(str(tmp_path / "a"), Columns(caption=asked))
-        found = {item.caption for split in ("train", "test") for item in source.items(split)}
+        found = {item.caption for split in ("train", "test") for item in source.items[split]}
         assert found == expected
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name in ("a0.png", "a0.txt"):
             tar.add(tmp_path / "a" / name, name)
-    (item,) = open_source(str(tmp_path / "a.tar"), Columns(caption="txt"), 0).items("train")
+    (item,) = open_source(str(tmp_path / "a.tar"), Columns(caption="txt"), 0).items["train"]
     assert item.caption == "red shoe"
 
 

@@ -80,7 +80,7 @@ def test_one_bad_file_does_not_end_the_rehearsal(tmp_path):
     config = fit.FitConfig(source=str(folder))
     facts = fit.look(config)
     source = open_source(folder, test_fraction=facts.test_fraction)
-    names = [item.name for item in source.items("train", False)]
+    names = [item.name for item in source.items["train"]]
     for i in _validation_rows(source, 1):  # which alone was in the rehearsal
         (folder / names[i]).write_bytes(b"")
     short = fit.rehearsal(fit.adapt(fit.preset("tiny"), facts, config), 8)

@@ -78,7 +78,7 @@ def ingest(
     require(min(max_train or 0, max_test or 0) >= 0, limits)
     chosen = _rows(source, max_train, max_validation, max_test)
     asked = source.columns.caption
-    described = asked and any(item.caption for item in source.texts["train"])
+    described = asked and any(item.caption for item in source.items["train"])
     text = f"captions={asked}: none of the training images has one; give them captions, or leave captions out"
     require(not asked or bool(described), text)
     decoding = {"size": size, "fit": fit, "fill": fill, "max_pixels": max_pixels}
@@ -89,8 +89,7 @@ def ingest(
     facts |= {"attributes": attributes} if attributes else {}
     for split, rows in chosen.items():
         done = folder / f"{split}.partial"  # the suffix makes Artifact drop it with other old work
-        texts = source.texts["test" if split == "test" else "train"]
-        items = [texts[i] for i in rows]
+        items = [source.items["test" if split == "test" else "train"][i] for i in rows]
         # What was begun of other names, labels or captions does not go on.
         digest = hashlib.sha256("".join(map(repr, items)).encode()).hexdigest()
         settings = repr((source, decoding, cache, digest))
@@ -133,7 +132,7 @@ def _validation_rows(source: Source, count: int) -> np.ndarray:
     mend = "choose a smaller number, or 0 for no validation split"
     fits = 0 <= count < max(1, total)
     require(fits, f"max_validation must be at least 0 and below {total} training images, got {count}: {mend}")
-    items = source.items("train", with_images=False) if count else ()
+    items = source.items["train"] if count else ()
     keys = [(item.label or "", hashlib.sha256(os.fsencode(item.name)).digest()) for item in items]
     middles = (2 * np.arange(count) + 1) * total // (2 * max(1, count))
     return np.sort(np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)[middles])

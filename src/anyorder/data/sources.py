@@ -5,7 +5,7 @@ import json
 import math
 import posixpath
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,9 +33,8 @@ Parts = dict[str | None, list[str]]
 
 
 class Item(NamedTuple):
-    """One image, not yet decoded."""
+    """What is known of one image."""
 
-    image: Any  # as `load_image` takes it, or a BadImage
     label: str | None
     name: str  # unique in the source; also decides the split where there is none
     attributes: tuple[str | None, ...] = ()  # value of each of the source's attributes
@@ -80,12 +79,12 @@ class Source:
     def _parts(self) -> Parts:
         raise NotImplementedError
 
-    def _read(self, part: str, with_images: bool) -> Iterator[Item]:
-        """Every item of a part; images are empty if not asked for."""
+    def _read(self, part: str) -> Iterable[Item]:
+        """Every item of a part."""
         raise NotImplementedError
 
     def image(self, name: str) -> Any:
-        """The image of the item of this name, in any sequence and process; as `Item.image`."""
+        """The image of the item of this name, as `load_image` takes it, or a BadImage; in any process."""
         raise NotImplementedError
 
     def _names(self, part: str, column: str) -> list[str] | None:
@@ -103,23 +102,14 @@ class Source:
         return {"train": train, "test": test} if test else {"all": train}
 
     @cached_property
-    def _held_out(self) -> dict[str, bool]:
-        """Name of each item of "all" -> whether it is in the test split."""
-        names = [item.name for part in self._splits["all"] for item in self._read(part, False)]
-        return dict(zip(names, listing.held_out(names, self.test_fraction), strict=True))
-
-    def items(self, split: str, with_images: bool = True) -> Iterator[Item]:
-        """The items of a split; the same ones in the same sequence every time."""
-        whole = "all" in self._splits
-        for part in self._splits["all" if whole else split]:
-            for item in self._read(part, with_images):
-                if not whole or self._held_out[item.name] == (split == "test"):
-                    yield item
-
-    @cached_property
-    def texts(self) -> dict[str, list[Item]]:
-        """The items of train and test without their images."""
-        return {split: list(self.items(split, with_images=False)) for split in ("train", "test")}
+    def items(self) -> dict[str, list[Item]]:
+        """The items of the splits train and test; the same ones in the same sequence every time."""
+        found = {s: [x for part in parts for x in self._read(part)] for s, parts in self._splits.items()}
+        if (whole := found.pop("all", None)) is not None:
+            held_out = listing.held_out([item.name for item in whole], self.test_fraction)
+            for split in ("train", "test"):
+                found[split] = [x for x, out in zip(whole, held_out, strict=True) if out == (split == "test")]
+        return found
 
     @property
     def has_test_split(self) -> bool:
@@ -128,15 +118,15 @@ class Source:
 
     def count(self, split: str) -> int:
         """How many items the split has."""
-        return len(self.texts[split])
+        return len(self.items[split])
 
     def classes(self) -> list[str]:
         """Class names, in the source's sequence if it has one; empty if the images have no classes."""
-        return self._values(self.columns.label, (item.label for item in self.texts["train"]))
+        return self._values(self.columns.label, (item.label for item in self.items["train"]))
 
     def attributes(self) -> dict[str, list[str]]:
         """Names of further attributes, and the values of each in the train split or in the source's list."""
-        items, named = self.texts["train"], enumerate(self.columns.attributes)
+        items, named = self.items["train"], enumerate(self.columns.attributes)
         return {column: self._values(column, (item.attributes[i] for item in items)) for i, column in named}
 
     def _values(self, column: str | None, found: Iterable[str | None]) -> list[str]:
@@ -242,8 +232,8 @@ class FolderSource(Source):
             parts[split].append(name)
         return parts
 
-    def _read(self, part: str, with_images: bool) -> Iterator[Item]:
-        yield Item(self.image(part), self._found[0][part][1], part, caption=self._caption(part))
+    def _read(self, part: str) -> Iterable[Item]:
+        yield Item(self._found[0][part][1], part, caption=self._caption(part))
 
     def _caption(self, name: str) -> str | None:
         asked = self.columns.caption
@@ -294,7 +284,7 @@ class FolderSource(Source):
 
     def stats(self) -> listing.Stats:
         """See `Source`."""
-        names = [item.name for items in self.texts.values() for item in items]
+        names = [item.name for items in self.items.values() for item in items]
         return listing.stats(self.path, names + self._texts)
 
 
@@ -357,21 +347,18 @@ class OwnSource(Source):
 
     @cached_property
     def _texts_of(self) -> dict[str, list[Item]]:
-        """The items of each part without their images, which may be slow to make."""
-        return {part: [item._replace(image=b"") for item in self._items(part)] for part in self._sets}
+        """The items of each part, whose images may be slow to make."""
+        return {part: [self._item(part, i)[1] for i in range(len(each))] for part, each in self._sets.items()}
 
-    def _read(self, part: str, with_images: bool) -> Iterator[Item]:
-        return self._items(part) if with_images else iter(self._texts_of[part])
+    def _read(self, part: str) -> Iterable[Item]:
+        return self._texts_of[part]
 
     def image(self, name: str) -> Any:
         """See `Source`."""
         part, _, number = name.rpartition(" ")
-        return self._item(part, int(number)).image
+        return self._item(part, int(number))[0]
 
-    def _items(self, part: str) -> Iterator[Item]:
-        return (self._item(part, i) for i in range(len(self._sets[part])))
-
-    def _item(self, part: str, i: int) -> Item:
+    def _item(self, part: str, i: int) -> tuple[Any, Item]:
         found, classes = self._sets[part][i], self._names(part, "label")
         given = [*found, None, None] if isinstance(found, (tuple, list)) else [found, None, None]
         image, label, caption = given[:3]
@@ -389,7 +376,7 @@ class OwnSource(Source):
             label = classes[int(label)] if int(label) >= 0 else None
         label = None if label is None else str(label)
         caption = joined([caption] if isinstance(caption, str) else caption) if caption is not None else None
-        return Item(image, label, f"{part} {i}", caption=caption)
+        return image, Item(label, f"{part} {i}", caption=caption)
 
 
 def _clamped(image: np.ndarray, strict: bool) -> np.ndarray | BadImage:

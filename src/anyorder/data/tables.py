@@ -81,13 +81,12 @@ class ParquetSource(Shards):
             _check_column(column, file.schema_arrow.names, self._root / part)
             return _described(file.schema_arrow, column)
 
-    def _read(self, part: str, with_images: bool) -> Iterator[sources.Item]:
-        columns, path = self.columns, self._root / part
+    def _read(self, part: str) -> Iterable[sources.Item]:
+        path = self._root / part
         with self._open(part) as file:
-            image = _image_column(file.schema_arrow, columns.image, path)
-            batches = file.iter_batches(batch_size=256, columns=[image] * with_images + columns.texts)
-            rows = (row for batch in batches for row in batch.to_pylist())
-            yield from _items(self, rows, image, part, path)
+            _image_column(file.schema_arrow, self.columns.image, path)  # or refuse
+            batches = file.iter_batches(batch_size=256, columns=self.columns.texts)
+            yield from _items(self, (row for batch in batches for row in batch.to_pylist()), part, path)
 
     def _file(self, part: str) -> Any:
         """What pyarrow reads a part from."""
@@ -244,12 +243,10 @@ class HubSource(sources.Source):
         require(bool(images), f"the data set has no Image column; it has {', '.join(table.features)}")
         return _chosen(self.columns.image, images, self.name)
 
-    def _read(self, part: str, with_images: bool) -> Iterator[sources.Item]:
-        columns, table = self.columns, self._tables[part]
-        image = self._image_of(table)
-        read = [image] * with_images + columns.texts
-        rows = table.select_columns(read) if read else [{}] * len(table)
-        yield from _items(self, rows, image, part, self.name)
+    def _read(self, part: str) -> Iterable[sources.Item]:
+        columns, table = self.columns.texts, self._tables[part]
+        rows = table.select_columns(columns) if columns else [{}] * len(table)
+        return _items(self, rows, part, self.name)
 
     def image(self, name: str) -> Any:
         """See `Source`."""
@@ -259,13 +256,11 @@ class HubSource(sources.Source):
 
 
 def _items(
-    source: Any, rows: Iterable[dict[str, Any]], image: str, part: str, where: str | Path
+    source: Any, rows: Iterable[dict[str, Any]], part: str, where: str | Path
 ) -> Iterator[sources.Item]:
-    """The items of a part of a source; paths of images must not leave its root."""
+    """The items of a part of a source."""
     names = {column: source._names(part, column) for column in source.columns.texts}
-    for i, row in enumerate(rows):
-        found = _image(row.get(image), part, source._root)
-        yield item_of(source.columns, row, names, where, f"{part}#{i}", found)
+    return (item_of(source.columns, row, names, where, f"{part}#{i}") for i, row in enumerate(rows))
 
 
 def item_of(
@@ -274,7 +269,6 @@ def item_of(
     names: Mapping[str, list[str] | None],
     where: str | Path,
     name: str,
-    image: Any,
 ) -> sources.Item:
     """The item of a row of texts, class numbers (see `names`), and captions, which may be lists."""
     captions = row.get(columns.caption or "")
@@ -284,7 +278,7 @@ def item_of(
     caption = texts.get(columns.caption or "")
     caption = " ".join(caption.splitlines()) if caption and not several else caption
     attributes = tuple(texts[column] or None for column in columns.attributes)
-    return sources.Item(image, texts.get(columns.label or "") or None, name, attributes, caption)
+    return sources.Item(texts.get(columns.label or "") or None, name, attributes, caption)
 
 
 def _image(value: Any, part: str, root: Path) -> bytes | Path | BadImage:

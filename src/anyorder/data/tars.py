@@ -3,7 +3,7 @@
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -37,10 +37,10 @@ class TarSource(Shards):
 
     def ignored(self) -> dict[str, list[str]]:
         """See `Source`."""
-        found = [name for names in self._hidden.values() for name in names] if self.texts else []
+        found = [name for names in self._hidden.values() for name in names] if self.items else []
         return super().ignored() | {listing.HIDDEN: found}
 
-    def _read(self, part: str, with_images: bool) -> Iterator[sources.Item]:
+    def _read(self, part: str) -> Iterable[sources.Item]:
         path, seen = self._root / part, set[str]()
         try:
             with tarfile.open(path, "r:") as file:
@@ -54,8 +54,7 @@ class TarSource(Shards):
                         example[ending] = member
                     texts = _texts(file, example, self.columns.texts)
                     seen |= {*example, *texts}
-                    item = self._item(part, key, example, texts)
-                    yield item._replace(image=self.image(item.name)) if with_images else item
+                    yield self._item(part, key, example, texts)
                 _require_end(file)
         except (tarfile.TarError, OSError, EOFError) as e:
             mend = "write it again, without compression"
@@ -81,7 +80,7 @@ class TarSource(Shards):
         require(columns.image is not None or len(found) < 2, f"{several}: {mend}")
         image = members.get(columns.image or next(iter(found), ""))
         place = f"{image.name}@{image.offset_data}+{image.size}" if image and _is_plain(image) else f"{key}@"
-        return item_of(columns, texts, {}, self._root / part, f"{part}#{place}", b"")
+        return item_of(columns, texts, {}, self._root / part, f"{part}#{place}")
 
     def image(self, name: str) -> Any:
         """See `Source`."""

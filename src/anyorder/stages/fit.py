@@ -107,9 +107,9 @@ def look(config: FitConfig, overrides: Sequence[str] = ()) -> Facts:
         share = round(min(0.2, max(0.1, 16 / max(1, count))), 3)
     source = sources.open_source(asked.source, read, share)
     sides = []
-    for item in source.items("train"):
+    for item in source.items["train"]:
         with contextlib.suppress(images.BadImage):  # skipped and counted by the data stage
-            sides.append(min(images.load_image(item.image).shape[:2]))
+            sides.append(min(images.load_image(source.image(item.name)).shape[:2]))
         if len(sides) == 64:
             break
     readable = bool(sides) or source.count("train") == 0
