@@ -324,7 +324,7 @@ class OwnSource(Source):
     @cached_property
     def columns(self) -> Columns:  # type: ignore[override]
         """What any training item has."""
-        items = self._texts_of["train"]
+        items = self.items["train"]
         label, caption = any(i.label for i in items), any(i.caption is not None for i in items)
         return Columns("label" if label else None, "caption" if caption else None)
 
@@ -345,13 +345,8 @@ class OwnSource(Source):
         classes = getattr(self._sets[part], "classes", None) if column == "label" else None
         return None if classes is None else list(map(str, classes))
 
-    @cached_property
-    def _texts_of(self) -> dict[str, list[Item]]:
-        """The items of each part, whose images may be slow to make."""
-        return {part: [self._item(part, i)[1] for i in range(len(each))] for part, each in self._sets.items()}
-
     def _read(self, part: str) -> Iterable[Item]:
-        return self._texts_of[part]
+        return (self._item(part, i)[1] for i in range(len(self._sets[part])))
 
     def image(self, name: str) -> Any:
         """See `Source`."""
