@@ -38,7 +38,7 @@ Inputs = Mapping[str, str | Path]
 _open_artifacts: weakref.WeakSet["Artifact"] = weakref.WeakSet()
 
 
-class Artifact:
+class Artifact(contextlib.AbstractContextManager["Artifact"]):
     """The folder of one stage, locked until it is finished or closed, or the process ends.
 
     Attributes:
@@ -157,9 +157,6 @@ class Artifact:
                 self._write_identity(self.found, written=self._written())
         self._opened = False
         self._unlock()
-
-    def __enter__(self) -> "Artifact":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()

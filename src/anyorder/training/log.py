@@ -31,7 +31,7 @@ class Logger(Protocol):
         """The training ends, or is interrupted."""
 
 
-class Log:
+class Log(contextlib.AbstractContextManager["Log"]):
     """One JSON line per report in `metrics.jsonl`, and the loggers that the configuration asks for.
 
     Lines beyond `step`, and half lines that a kill left, are dropped when the log is opened. Values that are
@@ -61,9 +61,6 @@ class Log:
         """Pass figures on to the loggers; None: there are none."""
         for logger in self.loggers if images else ():
             logger.images(step, images or {})
-
-    def __enter__(self) -> "Log":
-        return self
 
     def __exit__(self, *_: object) -> None:
         for logger in self.loggers:
