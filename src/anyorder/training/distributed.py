@@ -97,11 +97,6 @@ def synchronised(objective: Any, last: bool) -> Iterator[None]:
     yield
 
 
-def clip(module: nn.Module, limit: float) -> Tensor:
-    """Clip the gradient of a module; its norm, a scalar, over all processes."""
-    return full(nn.utils.clip_grad_norm_(module.parameters(), limit))
-
-
 def local(x: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return x.to_local() if hasattr(x, "to_local") else x

@@ -110,7 +110,7 @@ def train(
     trainer = Trainer(model, loss, examples, config, Path(folder), torch.device(device), extra, after)
     trainer.resume()
     if ready:
-        ready(trainer.averaged())
+        ready(trainer.unsharded(trainer.average))
     total, done = (steps * trainer.examples_per_step for steps in (config.steps, trainer.step_number))
     with (
         Log(trainer.folder, trainer.step_number, config) as log,
@@ -121,7 +121,7 @@ def train(
     ):
         while not (trainer.finished or stopped()):
             if ready:
-                trainer.averaged()
+                trainer.unsharded(trainer.average)
             with devices.memory_explained(lambda: memory.advice(trainer)):
                 trainer.step()
             trainer.threads.step()
@@ -232,9 +232,9 @@ class Trainer:
     def _update(self, values: dict[str, Tensor]) -> None:
         """Clip the gradients, update weights and average; `values` are kept for the log."""
         limit = self.config.clip or math.inf
-        norms = [distributed.clip(module, limit) for module in self.trained.values()]
+        clipped = (nn.utils.clip_grad_norm_(module.parameters(), limit) for module in self.trained.values())
         # The norm of no gradient at all (a discriminator before its start) is made on the CPU.
-        norms = [norm.to(self.device, non_blocking=True) for norm in norms]
+        norms = [distributed.full(norm).to(self.device, non_blocking=True) for norm in clipped]
         finite = torch.stack([values["loss"], *norms]).isfinite().all()
         # The fused kernel makes no update where found_inf is 1 (torch.amp uses it so): weights stay as they
         # were before the first bad step until the host learns of it.
@@ -305,14 +305,10 @@ class Trainer:
     def call(self, hook: Hook) -> Any:
         """What a hook, called in the leader with the averaged model and the step, returns."""
         with self._clock_stopped(), torch.no_grad():
-            average = self.averaged().eval()
+            average = self.unsharded(self.average).eval()
             found = processes.told(hook(average, self.step_number) if processes.leads() else None)
         self.model.train()
         return found
-
-    def averaged(self) -> nn.Module:
-        """The averaged model as it is now, whole in every process."""
-        return self.unsharded(self.average)
 
     def unsharded(self, module: nn.Module) -> nn.Module:
         """`module`, or a whole copy of it that the next call overwrites."""
