@@ -129,9 +129,8 @@ class DataStage:
     def run(self, artifact: Artifact) -> dict[str, Any]:
         """Write `SPLIT.{images,labels}.npy` or `SPLIT.{names,checksums,labels}.npy`, as `ingest` says."""
         if self.source == "sunsets":
-            n_train = 20_000 if self.max_train is None else self.max_train
-            n_test = 2_000 if self.max_test is None else self.max_test
-            facts = write_sunsets(artifact.folder, self.size, n_train, n_test, self.seed, self.max_validation)
+            counts = self.max_train or 20_000, self.max_test or 2_000
+            facts = write_sunsets(artifact.folder, self.size, *counts, self.seed, self.max_validation)
         else:
             text = f"{self.source} has a test split of its own: leave test_fraction out"
             require(not (self._changed("test_fraction") and self._opened.has_test_split), text)

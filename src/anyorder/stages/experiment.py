@@ -86,10 +86,9 @@ def _is_current(folder: Path, kind: str, stage: Any) -> bool:
     if not all((path / MANIFEST).is_file() for path in (folder, *_inputs(stage))):
         return False
     try:
-        settings, inputs, completion = split(resolved(stage))
+        return Artifact.is_current(folder, kind, *split(resolved(stage)))
     except FileNotFoundError:  # images or inputs of inputs are gone: running the stage says so
         return False
-    return Artifact.is_current(folder, kind, settings, inputs, completion)
 
 
 def _inputs(stage: Any) -> Iterable[Path]:

@@ -82,14 +82,12 @@ class TrainConfig:
         self._require("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite")
         self._require("warmup", 0 <= self.warmup <= self.steps, f"in [0, steps = {self.steps}]")
         self._require("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "in [0, 1]")
-        if self.patience and not self.eval_every:
-            raise ValueError("patience needs evaluations: give eval_every > 0")
+        require(not self.patience or self.eval_every > 0, "patience needs evaluations: give eval_every > 0")
         if not self.patience and self.watch != TrainConfig.watch:
             raise ValueError(f"watch={self.watch} is for patience: give patience > 0, say 3")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
-        if not holds:
-            raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
+        require(holds, f"{name} must be {allowed}, got {getattr(self, name)}")
 
     def require_watched(self, evaluated: Collection[str], *, samples: bool = True) -> None:
         """A ValueError if `patience` watches what is not `evaluated`, or there are no `samples` to show."""
