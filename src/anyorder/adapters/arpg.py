@@ -5,7 +5,7 @@ cross-decoder, all of them the mask embedding, are rotated by the position that 
 read. Scoring any number of positions is therefore one call that writes nothing.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -87,18 +87,10 @@ class TwoDecoders(nn.Module):
         self.norm = norm(width)
         self.to_k, self.to_v = (Linear(width, width, bias=False) for _ in range(2))
 
-    def remember(self, x: Tensor, factors: Tensor, attends: Iterable[Attend]) -> tuple[Tensor, Tensor]:
+    def remember(self, x: Tensor, factors: Tensor, attends: list[Attend]) -> tuple[Tensor, Tensor]:
         """Inputs (B, T, D) to the keys and values (B, H, T, D / H) that queries read."""
-        for block, attend in zip(self.self_dec, attends, strict=True):
-            x = block(x, factors, attend)
-        x = self.norm(x)
+        x = self.norm(attention.run_blocks(self.self_dec, x, factors, attends))
         return rotate(split_heads(self.to_k(x), self.heads), factors), split_heads(self.to_v(x), self.heads)
-
-    def ask(self, x: Tensor, factors: Tensor, read: Read) -> Tensor:
-        """Queries (B, M, D) to outputs (B, M, D)."""
-        for block in self.cross_dec:
-            x = block(x, factors, read)
-        return x
 
 
 @dataclass
@@ -136,7 +128,9 @@ class ARPG(PublishedModel):
     def _ask(self, factors: Tensor, read: Read) -> Tensor:
         """Logits (B, M, V) of the positions with the rotations (B, M, D / H / 2)."""
         queries = self.embeddings.weight[self.vocab_size].expand(*factors.shape[:2], -1)
-        return self.head(self.norm(self.layers.ask(queries, factors, read)))
+        blocks = self.layers.cross_dec
+        x = attention.run_blocks(blocks, queries, factors, [read] * len(blocks))
+        return self.head(self.norm(x))
 
     def _teacher_forced(self, tokens: Tensor, labels: Tensor, order: Tensor, rotations: Tensor) -> Tensor:
         seen = order[:, :-1]

@@ -79,8 +79,7 @@ class GPT(layers.PublishedModel):
 
     def _extend(self, cache: attention.Cache, x: Tensor, factors: Tensor) -> Tensor:
         """Run inputs (B, T, D) behind the cache and write them into it; outputs (B, T, D)."""
-        for layer, attend in zip(self.layers, cache.extend(), strict=True):
-            x = layer(x, factors, attend)
+        x = attention.run_blocks(self.layers, x, factors, cache.extend())
         cache.length += x.shape[1]
         return x
 
@@ -103,9 +102,8 @@ class LlamaGen(GPT):
         _require_raster(order, 0)
         x = torch.cat((self._class(labels), self.tok_embeddings(tokens[:, :-1])), dim=1)
         factors = rotations.roll(1, 0)[None, :-1]
-        for layer in self.layers:
-            x = layer(x, factors, attention.causal)
-        return self._logits(x)
+        attends = [attention.causal] * len(self.layers)
+        return self._logits(attention.run_blocks(self.layers, x, factors, attends))
 
     def _start(self, labels: Tensor, rotations: Tensor, cache: attention.Cache) -> State:
         x = self._extend(cache, self._class(labels), rotations[None, -1:])

@@ -48,9 +48,8 @@ class RandAR(llamagen.GPT):
         # The token of the last step is seen by nobody.
         x = torch.cat((self._class(labels), _interleave(self._queries(factors), seen)[:, :-1]), dim=1)
         factors = torch.cat((rotations[-1:].expand(len(order), 1, -1), _interleave(factors, factors)), dim=1)
-        for layer in self.layers:
-            x = layer(x, factors[:, :-1], attention.causal)
-        return self._logits(x[:, 1::2])
+        attends = [attention.causal] * len(self.layers)
+        return self._logits(attention.run_blocks(self.layers, x, factors[:, :-1], attends)[:, 1::2])
 
     def _start(self, labels: Tensor, rotations: Tensor, cache: attention.Cache) -> State:
         pending = self._class(labels), rotations[-1:].expand(len(labels), 1, -1)
@@ -72,8 +71,7 @@ class RandAR(llamagen.GPT):
         columns = state.scored.columns(positions.shape[1], cache.room - waiting)
         assert columns is not None, "more candidates than open positions"
         free = slice(cache.length + columns.start, cache.length + waiting + columns.stop)
-        for layer, attend in zip(self.layers, cache.candidates(free, waiting, joint), strict=True):
-            x = layer(x, factors, attend)
+        x = attention.run_blocks(self.layers, x, factors, cache.candidates(free, waiting, joint))
         cache.length += waiting
         state.pending = before[:, :0], turned[:, :0]
         state.scored.add(columns, positions)

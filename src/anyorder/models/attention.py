@@ -101,6 +101,13 @@ def merge_with_own(q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor, 
     return out.lerp(values, (weight - total).sigmoid().to(v.dtype))
 
 
+def run_blocks(blocks: Any, x: Tensor, rotation: Any, attends: list[Any]) -> Tensor:
+    """Inputs (B, T, D) through blocks `block(x, rotation, attend)`, one of `attends` for each."""
+    for block, attend in zip(blocks, attends, strict=True):
+        x = block(x, rotation, attend)
+    return x
+
+
 @dataclasses.dataclass
 class Cache:
     """Keys and values of the inputs so far, preallocated and written in place."""

@@ -1,7 +1,6 @@
 """The residual block of the transformer: attention and SwiGLU."""
 
 import math
-from collections.abc import Iterable
 
 from torch import Tensor, nn
 
@@ -53,15 +52,6 @@ class Block(nn.Module):
         # A sum lies in memory as its first term: for few rows as `Linear` returns, and wants, them.
         x = self.dropout(self.attention.out(attended)) + x
         return self.dropout(self.mlp(self.mlp_norm(x))) + x
-
-
-def run_blocks(
-    blocks: nn.ModuleList, x: Tensor, rotation: positions.Rotation | None, attends: Iterable[attention.Attend]
-) -> Tensor:
-    """(B, T, D) to (B, T, D); one of `attends` per block."""
-    for block, attend in zip(blocks, attends, strict=True):
-        x = block(x, rotation, attend)
-    return x
 
 
 class SwiGLU(nn.Module):

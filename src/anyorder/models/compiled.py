@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from anyorder.contracts import require
-from anyorder.models.attention import Candidates, merge_heads, merge_with_self
-from anyorder.models.blocks import Block, run_blocks
+from anyorder.models.attention import Candidates, merge_heads, merge_with_self, run_blocks
+from anyorder.models.blocks import Block
 from anyorder.models.positions import Rotation
 from anyorder.models.transformer import AnyOrderTransformer
 

@@ -25,7 +25,7 @@ from anyorder.models import attention, conditioning, groups, layers, location
 from anyorder.models import positions as encoding
 from anyorder.models.architecture import Architecture as Architecture
 from anyorder.models.architecture import TransformerConfig as TransformerConfig
-from anyorder.models.blocks import Block, run_blocks
+from anyorder.models.blocks import Block
 from anyorder.orders import inverse
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         """Run inputs (B, T, D) as one causal block into the cache."""
         rotation = state.tables.rotation(before, after)
         state.cache.reserve(x.shape[1])
-        x = run_blocks(self.blocks, x, rotation, state.cache.extend())
+        x = attention.run_blocks(self.blocks, x, rotation, state.cache.extend())
         state.cache.length += x.shape[1]
         return x
 
@@ -324,7 +324,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         rotation = state.tables.rotation(state.last.expand_as(positions), positions)
         if compiled is not None:
             return compiled(self.blocks, self.norm, x, rotation, attends)[:, :m]
-        return self.norm(run_blocks(self.blocks, x, rotation, attends))
+        return self.norm(attention.run_blocks(self.blocks, x, rotation, attends))
 
     def _run_alone(self, state: State, positions: Tensor) -> Tensor:
         """Hidden states (B, M, D) of candidates, each as a step of its own behind a step of several."""
@@ -332,7 +332,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         last, positions = state.last.repeat(1, m), positions.repeat_interleave(k, dim=1)
         x = self._inputs(state, positions, state.pending.repeat(1, m, 1), last)
         rotation = state.tables.rotation(last, positions)
-        x = run_blocks(self.blocks, x, rotation, state.cache.candidates(None, size=k))
+        x = attention.run_blocks(self.blocks, x, rotation, state.cache.candidates(None, size=k))
         return self.norm(x[:, ::k])
 
     def score_group(self, state: State, positions: Tensor) -> Tensor:
@@ -347,7 +347,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         x = self._inputs(state, at, groups.padded(state.pending, m), last)
         rotation = state.tables.rotation(last, at)
         state.cache.reserve(m)  # steps that shrink have more inputs than positions
-        x = run_blocks(self.blocks, x, rotation, state.cache.extend(joint=True))
+        x = attention.run_blocks(self.blocks, x, rotation, state.cache.extend(joint=True))
         x = self.norm(x[:, : positions.shape[1]])
         state.scored.count, state.together = 0, Together(positions, x[:, -1], m)
         return self.head(x)
