@@ -97,9 +97,9 @@ class PublishedModel(contracts.AnyOrderNetwork):
         """The state before anything is revealed: O(depth * B * N * D); refuses labels out of range."""
         labels = self._labels(batch_size, condition, check=True)
         layers.pack(self)
-        depth, length = self.config.depth // self.decoders, self.inputs * (grid or self.grid).n + 1
-        size = (depth, batch_size, self.config.heads, length, self.config.width)
-        return self._start(labels, self._rotations(grid), attention.Cache.empty(self._weight, *size))
+        weight, length = next(self.parameters()), self.inputs * (grid or self.grid).n + 1
+        size = (self.config.depth // self.decoders, batch_size, self.config.heads, length, self.config.width)
+        return self._start(labels, self._rotations(grid), attention.Cache.empty(weight, *size))
 
     def _teacher_forced(self, tokens: Tensor, labels: Tensor, order: Tensor, rotations: Tensor) -> Tensor:
         """Logits (B, N, V), from checked labels (B,) and the rotations (N + 1, D / H / 2) of the grid."""
@@ -114,14 +114,9 @@ class PublishedModel(contracts.AnyOrderNetwork):
         """Whether the positions of one step see one another."""
         return self.config.joint_steps
 
-    @property
-    def _weight(self) -> Tensor:
-        """Any weight: where it is, and in which dtype, is where and how the model computes."""
-        return next(self.parameters())
-
     def _labels(self, batch_size: int, condition: Tensor | None, check: bool | None = None) -> Tensor:
         """Labels (B,) int64 in [0, num_classes]; None and -1 become `num_classes`, the null label."""
-        sizes, where = [self.num_classes], self._weight.device
+        sizes, where = [self.num_classes], next(self.parameters()).device
         values = conditioning.read_condition(condition, batch_size, sizes, where, check)
         if self.training and condition is not None:
             values = conditioning.hide(values, 0, self.config.label_dropout, 0.0)
@@ -130,8 +125,8 @@ class PublishedModel(contracts.AnyOrderNetwork):
     def _rotations(self, grid: contracts.Grid | None) -> Tensor:
         """The table of `rotation_table`, where the weights are."""
         kept, head_width = self.config.extrapolated, self.config.width // self.config.heads
-        stretched = self.grid if kept is not None else None
-        return rotation_table(grid or self.grid, head_width, self._weight.device, stretched, kept or 0)
+        stretched, where = self.grid if kept is not None else None, next(self.parameters()).device
+        return rotation_table(grid or self.grid, head_width, where, stretched, kept or 0)
 
 
 class FeedForward(nn.Module):
