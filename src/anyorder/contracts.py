@@ -31,10 +31,10 @@ def require(holds: bool, message: str) -> None:
 
 
 def at_least(least: float, settings: Any, *names: str) -> None:
-    """A ValueError unless each of these settings is `least` or more; None passes."""
+    """A ValueError unless each of these settings is `least` or more, and finite; None passes."""
     for name in names:
         value = getattr(settings, name)
-        require(value is None or value >= least, f"{name} must be >= {least}, got {value}")
+        require(value is None or least <= value < torch.inf, f"{name} must be >= {least}, got {value}")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from anyorder.contracts import Grid, Progress, require
+from anyorder.contracts import Grid, Progress, at_least, require
 from anyorder.method.sampling import score_of
 from anyorder.method.schedules import ParallelSchedule, descending
 from anyorder.orders import inverse, validate
@@ -114,16 +114,14 @@ class InferredOrder(ParallelSchedule):
         if self.class_orders is not None:  # once, not at every step
             object.__setattr__(self, "class_rank", inverse(self.class_orders))
         require(self.sign in (1, -1), f"sign must be 1 (most certain first) or -1, got {self.sign}")
-        for name in ("temperature", "location", "class_weight"):
-            require(0 <= getattr(self, name) < math.inf, f"{name} must be >= 0, got {getattr(self, name)}")
+        at_least(0, self, "temperature", "location", "class_weight", "look_ahead")
+        at_least(1, self, "rate_every")
         require(math.isfinite(self.distance), f"distance must be a number, got {self.distance}")
         text = f"distance_to must be 'last' or 'nearest', got '{self.distance_to}'"
         require(self.distance_to in ("last", "nearest"), text)
         text = f"distance_to='{self.distance_to}' changes nothing without distance: give both"
         require(self.distance_to == "last" or self.distance != 0, text)
         require(0 < self.rescore <= 1, f"rescore must lie in (0, 1], got {self.rescore}")
-        require(self.look_ahead >= 0, f"look_ahead must be >= 0, got {self.look_ahead}")
-        require(self.rate_every >= 1, f"rate_every must be >= 1 step, got {self.rate_every}")
         parallel = (self.per_step, self.steps)
         changing = (self.temperature, self.distance, self.location)  # from step to step, unlike a rating
         text = "entropy_limit takes a score that does not look at the token, and no rescore: leave one out"
@@ -232,7 +230,7 @@ class LocatedOrder(_Decided):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.temperature < math.inf, f"temperature must be >= 0, got {self.temperature}")
+        at_least(0, self, "temperature")
 
     def propose(self, progress: Progress) -> Tensor:
         """The K positions that the head prefers, (B, K)."""
