@@ -89,13 +89,13 @@ class Table:
 
     def latex(self) -> str:
         """A table for LaTeX (package booktabs), the best values bold."""
-        rows = [
-            [rf"\textbf{{{_tex(c.text)}}}" if c.best else _tex(c.text) for c in row] for row in self.cells()
-        ]
-        head, *body = (" & ".join(row) + r" \\" for row in [list(map(_tex, self.columns)), *rows])
+        cells = [[(c.text.translate(_TEX), c.best) for c in row] for row in self.cells()]
+        rows = [[rf"\textbf{{{text}}}" if best else text for text, best in row] for row in cells]
+        names = [name.translate(_TEX) for name in self.columns]
+        head, *body = (" & ".join(row) + r" \\" for row in [names, *rows])
         kinds = "".join("r" if numeric else "l" for numeric in self.numeric)
         inner = [rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
-        caption = [rf"\caption{{{_tex(self.caption)}}}"] if self.caption else []
+        caption = [rf"\caption{{{self.caption.translate(_TEX)}}}"] if self.caption else []
         lines = [r"\begin{table}", r"\centering", *inner, r"\end{tabular}", *caption, r"\end{table}"]
         return "\n".join(lines)
 
@@ -105,16 +105,14 @@ class Table:
         return [any(_is_number(row.get(c)) for row in self.rows) for c in self.columns]
 
 
-_TEX = {
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
-    **{"\u00b1": r"$\pm$", "\u2013": "--", "\u00d7": r"$\times$", "<": r"$<$", ">": r"$>$"},
-}
-
-
-def _tex(text: str) -> str:
-    """The text with what is special in LaTeX escaped."""
-    return "".join(_TEX.get(sign, sign) for sign in text)
+_TEX = str.maketrans(
+    {
+        **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+        **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+        **{"\u00b1": r"$\pm$", "\u2013": "--", "\u00d7": r"$\times$", "<": r"$<$", ">": r"$>$"},
+    }
+)
+"""What is special in LaTeX, escaped."""
 
 
 def _is_number(value: Any) -> bool:
