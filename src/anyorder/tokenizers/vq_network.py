@@ -132,8 +132,13 @@ class Level(nn.Module):
         super().__init__()
         self.res = nn.ModuleList(ResBlock(before if i == 0 else width, width, config) for i in range(blocks))
         self.attn = nn.ModuleList(_attention(width, config, attention) for _ in range(blocks))
-        self.downsample = _halved(width) if change == "halve" else nn.Identity()
-        self.upsample = _doubled(width) if change == "double" else nn.Identity()
+        self.downsample: nn.Module = nn.Identity()
+        self.upsample: nn.Module = nn.Identity()
+        if change == "halve":  # padded below and to the right only, as in VQGAN
+            pad = nn.ZeroPad2d((0, 1, 0, 1))
+            self.downsample = named(pad=pad, conv=nn.Conv2d(width, width, 3, stride=2))
+        elif change == "double":
+            self.upsample = named(repeat=nn.Upsample(scale_factor=2.0), conv=conv3(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """The next level's input."""
@@ -184,15 +189,6 @@ def _middle(width: int, config: VQConfig) -> nn.Sequential:
 
 def _attention(width: int, config: VQConfig, present: bool) -> nn.Module:
     return Attention(width, config) if present and config.attention else nn.Identity()
-
-
-def _halved(width: int) -> nn.Sequential:
-    pad = nn.ZeroPad2d((0, 1, 0, 1))  # below and to the right only, as in VQGAN
-    return named(pad=pad, conv=nn.Conv2d(width, width, 3, stride=2))
-
-
-def _doubled(width: int) -> nn.Sequential:
-    return named(repeat=nn.Upsample(scale_factor=2.0), conv=conv3(width, width))
 
 
 def norm(width: int, groups: int) -> nn.GroupNorm:
