@@ -142,13 +142,6 @@ class Subject:
         compile_decoding(found.model, self.config.compile, IMAGES, checks=0)  # eager code would be timed, too
         return found
 
-    @property
-    def grouped(self) -> AnyOrderTransformer:
-        """The same weights, as a model that predicts the positions of a step together."""
-        model = copy.copy(self.model)
-        model.config = replace(model.config, grouped=True)
-        return model
-
     @cached_property
     def tokenizer(self) -> VQModel:
         """Built only if it is measured."""
@@ -223,8 +216,11 @@ def _sample(order: str | PolicyConfig, subject: Subject) -> Any:
 
 
 def _sample_groups(subject: Subject) -> Any:
-    policy = PolicyConfig("random", per_step=AT_ONCE)
-    return decoding.sample(subject.grouped, policy, subject.streams, chunk=subject.config.chunk)
+    """The same weights, as a model that predicts the positions of a step together."""
+    subject = copy.copy(subject)
+    subject.model = copy.copy(subject.model)
+    subject.model.config = replace(subject.model.config, grouped=True)
+    return _sample(PolicyConfig("random", per_step=AT_ONCE), subject)
 
 
 def _sample_by_entropy(subject: Subject) -> Any:
