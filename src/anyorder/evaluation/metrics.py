@@ -61,8 +61,7 @@ class FeatureStatistics:
     @property
     def gaussian(self) -> Gaussian:
         """Mean and unbiased covariance; ValueError for fewer than 2 images."""
-        if self.n < 2:
-            raise ValueError(f"a covariance needs at least 2 images, got {self.n}: evaluate more images")
+        require(self.n >= 2, f"a covariance needs at least 2 images, got {self.n}: evaluate more images")
         features = self.features
         mean = features.mean(0, dtype=torch.float64)
         scatter = torch.zeros(2 * mean.shape, dtype=torch.float64)

@@ -181,8 +181,7 @@ def generation_frames(
     Returns:
         (T, n, H, W, 3) uint8, 2 <= T <= frames, evenly spaced over the steps; grey where not yet revealed.
     """
-    if frames < 2:
-        raise ValueError(f"an animation needs at least 2 frames, got {frames}")
+    require(frames >= 2, f"an animation needs at least 2 frames, got {frames}")
     _require_images(images)
     rows, columns = (
         np.arange(size) * k // size for size, k in zip(images.shape[1:3], (grid.h, grid.w), strict=True)
@@ -215,10 +214,8 @@ def save_animation(
     Raises:
         ValueError: the file's ending names no animated format, or there are fewer than 2 frames.
     """
-    if _format(path) not in ("GIF", "WEBP"):
-        raise ValueError(f"animations are .gif or .webp files, got {path}")
-    if len(frames) < 2:
-        raise ValueError(f"an animation needs at least 2 frames, got {len(frames)}")
+    require(_format(path) in ("GIF", "WEBP"), f"animations are .gif or .webp files, got {path}")
+    require(len(frames) >= 2, f"an animation needs at least 2 frames, got {len(frames)}")
     first, *rest = [image_grid(images, columns, scale) for images in frames]
     durations = [round(1000 * seconds / len(rest))] * len(rest) + [round(1000 * hold)]
     options: dict[str, Any] = {"append_images": rest, "duration": durations, "loop": 0, "lossless": True}

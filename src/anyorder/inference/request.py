@@ -105,10 +105,9 @@ class ImageRequest:
         if self.grid is None or isinstance(self.grid, Grid):
             return self.grid
         try:
-            h, w = map(operator.index, self.grid)
-        except (TypeError, ValueError) as e:
+            return Grid(*map(operator.index, self.grid))
+        except TypeError as e:
             raise ValueError(f"grid must be (rows, columns) in patches, got {self.grid!r}") from e
-        return Grid(h, w)
 
     def seeds(self, n: int) -> list[int]:
         """One seed for each of n images."""
