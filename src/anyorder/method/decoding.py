@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anyorder.contracts import AnyOrderModel, Grid, Progress, Step, Trace, require
 from anyorder.method import sampling as sampler
-from anyorder.method.guidance import rating_log_probs
+from anyorder.method.guidance import Guided, rating_log_probs
 from anyorder.method.policy_config import Order, make_policy
 from anyorder.method.sampling import Sampling, Streams
 from anyorder.method.schedules import descending
@@ -90,7 +90,8 @@ def generate(
 
     seen = "joint_steps is for given and random orders, in which nothing is rated: convert without it"
     require(not (policy.rated and getattr(models[-1], "joint_steps", False)), seen)
-    for each in models if adaptive else ():
+    for one in models if adaptive else ():
+        each = one.model if isinstance(one, Guided) else one
         text = f"entropy_limit is not for a {type(each).__name__}, whose images keep in step: leave it out"
         require(hasattr(each, "append_some"), text)
 

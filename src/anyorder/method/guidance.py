@@ -144,9 +144,6 @@ class Guided:
         self, state: GuidedState, positions: Tensor, tokens: Tensor, counts: Tensor
     ) -> GuidedState:
         """Both halves see the same tokens; then images may differ in how much is revealed, and in scale."""
-        kind = type(self.model).__name__
-        text = f"entropy_limit is not for a {kind}, whose images keep in step: leave it out"
-        contracts.require(hasattr(self.model, "append_some"), text)
         both = (x.repeat(2, *[1] * (x.ndim - 1)) for x in (positions, tokens, counts))
         inner = self.model.append_some(state.inner, *both)  # type: ignore[attr-defined]
         return GuidedState(inner, state.revealed + counts, state.n)
