@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from anyorder.contracts import Grid, require
 from anyorder.data.classes import display_name
@@ -71,18 +71,13 @@ def image_grid(images: np.ndarray, columns: int = 8, scale: int = 1, gap: int = 
 
 def prompt_grid(rows: Sequence[np.ndarray], prompts: Sequence[str], scale: int = 3) -> Image.Image:
     """A row of images below each prompt; for each prompt (n, H, W, 3) uint8, enlarged `scale` times."""
-    font, strips, line = ImageFont.load_default(12), [], 18
-    for images, prompt in zip(rows, map(display_name, prompts), strict=True):
-        row = image_grid(images, columns=len(images), scale=scale)
-        width = max(row.width, math.ceil(font.getlength(prompt)) + 8)
-        strip = Image.new("RGB", (width, row.height + line), "white")
-        strip.paste(row, (0, line))
-        ImageDraw.Draw(strip).text((2, 2), prompt, "black", font)
-        strips.append(strip)
-    canvas = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
-    for top, strip in zip(np.cumsum([0, *(s.height for s in strips)]), strips, strict=False):
-        canvas.paste(strip, (0, int(top)))
-    return canvas
+    font, strips, names = ImageFont.load_default(12), [], [*map(display_name, prompts)]
+    grids = [image_grid(images, columns=len(images), scale=scale) for images in rows]
+    width = max(*(grid.width for grid in grids), *(math.ceil(font.getlength(name)) + 8 for name in names))
+    for grid, name in zip(grids, names, strict=True):
+        strips.append(ImageOps.expand(grid, (0, 18, width - grid.width, 0), "white"))
+        ImageDraw.Draw(strips[-1]).text((2, 2), name, "black", font)
+    return Image.fromarray(np.concatenate([np.asarray(strip) for strip in strips]))
 
 
 def _require_images(images: np.ndarray) -> None:
@@ -132,8 +127,7 @@ def _with_key(panel: Image.Image, steps: int, height: int = 26) -> Image.Image:
     left, right = font.getlength(first) + 8, font.getlength(last) + 8
     bar = min(160, max(40, int(panel.width - left - right)))
     width = max(panel.width, math.ceil(left + bar + right))
-    canvas = Image.new("RGB", (width, panel.height + height), "white")
-    canvas.paste(panel, (0, 0))
+    canvas = ImageOps.expand(panel, (0, 0, width - panel.width, height), "white")
     gradient = order_map(np.arange(bar)[None], (10, bar))
     canvas.paste(Image.fromarray(gradient), (int(left), panel.height + 10))
     for x, text in ((2, first), (left + bar + 6, last)):

@@ -1,6 +1,5 @@
 """What a pipeline returns, and how it shows itself."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +39,9 @@ class PipelineOutput:
         patches = f"{self.grid.h} x {self.grid.w} patches"
         return f"PipelineOutput({len(self.images)} images of {h} x {w} pixels, {patches})"
 
-    def _repr_png_(self) -> bytes:
+    def _repr_png_(self) -> bytes | None:
         """At most 16 images, as IPython asks for them."""
-        panel = figures.order_panel(*self._arrays(16), self.grid, scale=self._scale)
-        panel.save(buffer := io.BytesIO(), format="png")
-        return buffer.getvalue()
+        return figures.order_panel(*self._arrays(16), self.grid, scale=self._scale)._repr_png_()
 
     def _arrays(self, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         images = np.stack([np.asarray(image) for image in self.images[:most]])
