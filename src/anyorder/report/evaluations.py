@@ -167,24 +167,19 @@ def _floors(
 ) -> dict[str, dict[str, float]]:
     """What real training images score: with the classes of the samples, or as the features record it."""
     names = {"distance": "FID" if "fid" in evaluation["metrics"] else "FD", "kid": "KID x 1000"}
-    found = evaluation["metrics"].get("floors") or _recorded_floor(path, evaluation, made)
+    found = evaluation["metrics"].get("floors")
+    if not found:
+        features = made.get(evaluation["inputs"].get("features", ""), {})
+        elsewhere = path / evaluation.get("input_folders", {}).get("features", "")
+        if not features and elsewhere != path and (elsewhere / MANIFEST).is_file():  # of another run
+            features = read_manifest(elsewhere)
+        measured = {"fd": features.get("distance_of_training_images"), **features.get("floor", {})}
+        measured["distance"] = measured.pop("fd")
+        found = {FLOOR: measured} if measured["distance"] is not None else {}
     return {
         row: {names.get(key, key): 1000 * x if key == "kid" else x for key, x in values.items()}
         for row, values in found.items()
     }
-
-
-def _recorded_floor(
-    path: Path, evaluation: dict[str, Any], made: dict[str, dict[str, Any]]
-) -> dict[str, dict[str, float]]:
-    """From the manifest of the features, which may be of another run."""
-    features = made.get(evaluation["inputs"].get("features", ""), {})
-    elsewhere = path / evaluation.get("input_folders", {}).get("features", "")
-    if not features and elsewhere != path and (elsewhere / MANIFEST).is_file():
-        features = read_manifest(elsewhere)
-    measured = {"fd": features.get("distance_of_training_images"), **features.get("floor", {})}
-    measured["distance"] = measured.pop("fd")
-    return {FLOOR: measured} if measured["distance"] is not None else {}
 
 
 def _extraction(evaluation: dict[str, Any], made: dict[str, dict[str, Any]]) -> int | None:
