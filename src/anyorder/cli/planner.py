@@ -125,14 +125,15 @@ class Planner:
 
     known: ClassVar[dict[str, Any]] = {}
     """What was counted, by function and arguments."""
-    here: dict[Path | None, "Facts"]
-    """What was found of the data, by artifact."""
 
     def __init__(self, experiment: Experiment, config: PlanConfig, kind: Kind):
         self.config, self.kind = config, kind
-        self.stages = {experiment.out / name: stage for name, (_, stage) in experiment.stages.items()}
-        self.here = {}
+        self.stages: dict[Path, Any] = {
+            experiment.out / name: stage for name, (_, stage) in experiment.stages.items()
+        }
         self.kinds = {experiment.out / name: kind for name, (kind, _) in experiment.stages.items()}
+        self.here: dict[Path | None, Facts] = {}
+        """What was found of the data, by artifact."""
 
     def costs(self, path: Path) -> Costs | None:
         """Of one stage; None for those that are not counted."""
@@ -147,11 +148,11 @@ class Planner:
             self.known[key] = work(*arguments)
         return self.known[key]
 
-    def _made(self, kind: str, path: Path | None) -> Any:
+    def _made(self, kind: str, path: Any) -> Any:
         """The stage of this kind that makes an artifact."""
         text = f"{kind}={path} is no stage of this file: plan needs its settings"
-        require(self.kinds.get(path) == kind, text)  # type: ignore[arg-type]
-        return self.stages[path]  # type: ignore[index]
+        require(self.kinds.get(path) == kind, text)
+        return self.stages[path]
 
     # --- what the stages work on ------------------------------------------------------------------------
 
@@ -162,10 +163,9 @@ class Planner:
             self.here[data] = _source(stage)
         here = self.here[data]
         rest = max(here.train - stage.max_validation, 0)  # validation images are cut from those of training
-        train = stage.max_train or rest or self.config.images
+        train: Any = stage.max_train or rest or self.config.images
         text = f"{stage.source} is not here: say how many training images it has, images=NUMBER"
         require(train is not None, text)
-        assert train is not None
         return Facts(
             min(train, rest or train),
             stage.max_validation,
@@ -174,14 +174,13 @@ class Planner:
             here.attributes,
         )
 
-    def _network(self, path: Path | None, role: str) -> tuple[str, Any]:
+    def _network(self, path: Any, role: str) -> tuple[str, Any]:
         """Kind and configuration of a tokenizer or model that a stage makes, or that lies in a folder."""
-        stage: Any = self.stages.get(path)  # type: ignore[arg-type]
-        if self.kinds.get(path) == "tokenizer":  # type: ignore[arg-type]
+        stage: Any = self.stages.get(path)
+        if self.kinds.get(path) == "tokenizer":
             return ("vq", stage.model) if stage.init is None else self._network(stage.init, role)
-        if self.kinds.get(path) == "train":  # type: ignore[arg-type]
+        if self.kinds.get(path) == "train":
             return self._generator(stage)
-        assert path is not None
         if (stored := weights._part(path, role) / weights.CONFIG).is_file():
             return weights._read_config(stored)[::2]
         names = f"known without their files are {', '.join(PUBLISHED)}"
@@ -330,15 +329,12 @@ class Planner:
         n = math.prod(self._grid(tokens, tokenizer))
         images = min(stage.limit or math.inf, facts.train * self._copies(tokens))
         images += sum(min(stage.test_limit, split) for split in (facts.validation, facts.test))
-        batch = stage.batch_size or self._images_at_once(config, n)
+        # As `inference.device.images_at_once` on a GPU with nothing else in its memory.
+        fit = int(self.kind.memory / 2 / (4 * config.depth * n * config.width * FLOAT))
+        batch = stage.batch_size or 2 ** (min(max(fit, 1), 1024).bit_length() - 1)
         found = self._decoded(kind, config, n, stage.policy, images, batch, stage.bf16)
         found.disk = images * n * (2 + FLOAT)
         return found
-
-    def _images_at_once(self, config: Any, n: int) -> int:
-        """As `inference.device.images_at_once` on a GPU with nothing else in its memory."""
-        fit = int(self.kind.memory / 2 / (4 * config.depth * n * config.width * FLOAT))
-        return 2 ** (min(max(fit, 1), 1024).bit_length() - 1)
 
     def _decoded(
         self, kind: str, config: Any, n: int, policy: Any, images: float, size: int, bf16: bool, rows: int = 1
