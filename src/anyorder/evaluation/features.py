@@ -177,10 +177,8 @@ class Classifier(nn.Module):
             ValueError: the images are not of the size that the classifier was made for.
         """
         h, w, side = *images.shape[-2:], self.config.image_size
-        text = (
-            f"the classifier was made for images of {side} pixels (shorter side), got {h}x{w}: resize them,"
-        )
-        require(min(h, w) == side, f"{text} or train another classifier")
+        text = f"the classifier was made for images of {side} pixels (shorter side), got {h}x{w}"
+        require(min(h, w) == side, f"{text}: resize them, or train another classifier")
         features = self.trunk(images).mean((2, 3))
         return features, self.head(features)
 

@@ -103,10 +103,8 @@ class FeatureStatistics:
                 features, logits = file.get_tensor("features"), file.get_tensor("logits")
         except SafetensorError as e:
             raise ValueError(f"{path} is damaged ({e}): delete it and compute it again") from e
-        text = (
-            f"{path} holds statistics of data '{found.get('data')}' by '{found.get('extractor')}', expected"
-        )
-        text += f" data '{data}' by '{extractor}': delete it and compute it again"
+        text = f"{path} holds statistics of data '{found.get('data')}' by '{found.get('extractor')}'"
+        text += f", expected data '{data}' by '{extractor}': delete it and compute it again"
         require(found == {"extractor": extractor, "data": data}, text)
         result = cls(extractor, data)
         result.update(features, logits)

@@ -102,8 +102,6 @@ def canvas(images: np.ndarray, mask: Any, padding: Sequence[int] | None) -> tupl
     left, top, right, bottom = padding
     around = ((0, 0), (top, bottom), (left, right))
     width, height, most = left + w + right, top + h + bottom, reading.MAX_PIXELS
-    text = (
-        f"pad makes an image of {width} x {height} pixels, allowed are {most:,} in all: choose a smaller pad"
-    )
-    require(width * height <= most, text)
+    text = f"pad makes an image of {width} x {height} pixels, allowed are {most:,} in all"
+    require(width * height <= most, f"{text}: choose a smaller pad")
     return np.pad(images, (*around, (0, 0))), np.pad(hole, around, constant_values=True)

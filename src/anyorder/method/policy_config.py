@@ -134,9 +134,8 @@ class PolicyConfig(ParallelSchedule):
             object.__setattr__(self, "temperature", self.temperature or None)
         wrong = self.changed().keys() - self._allowed()
         text = "sign, temperature, distance, location, rescore, rate_every and class_weight belong to "
-        text += "inferred orders "
-        text += f"({', '.join(INFERRED)}; temperature to location, too), not to '{self.order}'"
-        require(not wrong, f"{text}: remove {', '.join(sorted(wrong))}")
+        text += f"inferred orders ({', '.join(INFERRED)}; temperature to location, too)"
+        require(not wrong, f"{text}, not to '{self.order}': remove {', '.join(sorted(wrong))}")
         super().__post_init__()
         self._inferred_policy()
         for name in ("rated", "located", "token_blind", "deterministic"):
@@ -153,9 +152,8 @@ class PolicyConfig(ParallelSchedule):
         """What an own policy says of itself; of other orders None."""
         if (own := _own(self.order)) is None:
             return None
-        value = (
-            getattr(own, name, None) if isinstance(own, type) else name in ("token_blind", "deterministic")
-        )
+        given = name in ("token_blind", "deterministic")  # what a function returns is given beforehand
+        value = getattr(own, name, None) if isinstance(own, type) else given
         text = f"{self.order} must say {name} = True or False in its class"
         require(isinstance(value, bool), text)
         return value

@@ -85,10 +85,8 @@ class Comparison:
     def sentence(self) -> str:
         """The verdict in one sentence."""
         name, n, (below, above) = self.variant.name, len(self.pairs), self.outside
-        numbers = (
-            f"FD {100 * self.relative:+.1f} %, KID x 1000 {1000 * self.change('kid'):+.3g}, "
-            f"recall {self.change('recall'):+.3f}"
-        )
+        numbers = f"FD {100 * self.relative:+.1f} %, KID x 1000 {1000 * self.change('kid'):+.3g}"
+        numbers += f", recall {self.change('recall'):+.3f}"
         if n == 1:
             return f"One seed: no verdict ({name} against {self.baseline.name}: {numbers})."
         counts = f"intervals of FD below zero in {below} and above zero in {above} of {n} seeds"
