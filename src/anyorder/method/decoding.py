@@ -213,7 +213,9 @@ def score_candidates(
     score, parts = model.score_group if together else model.score, []  # type: ignore[attr-defined]
     if getattr(model, "joint_steps", False):  # they see one another
         chunk = candidates.shape[1]
-    for positions in candidates.split(chunk or _chunk(model, candidates), dim=1):
+    rows = min(ROWS.get(candidates.device.type, 2**12), LOGITS // model.vocab_size)
+    chunk = chunk or max(1, rows // (len(candidates) * getattr(model, "copies", 1)))
+    for positions in candidates.split(chunk, dim=1):
         # On a GPU the kernel casts, so that no float32 logits exist.
         log_p = score(state, positions).log_softmax(-1, dtype=torch.float32)
         tokens = content(positions, log_p) if content else torch.zeros_like(positions)
@@ -250,12 +252,6 @@ def expected_information(
         after = -score_candidates(model, fork, others, None, sampler.entropy, chunk)[2].sum(1, True)
         gains.append(entropies.sum(1, True) - entropies.gather(1, column) - after)
     return positions, torch.cat(gains, dim=1)
-
-
-def _chunk(model: AnyOrderModel, positions: Tensor) -> int:
-    """Candidates per image and call: rows of the model within `ROWS`, its logits within `LOGITS`."""
-    rows = min(ROWS.get(positions.device.type, 2**12), LOGITS // model.vocab_size)
-    return max(1, rows // (len(positions) * getattr(model, "copies", 1)))
 
 
 def trace(steps: Iterable[Step], known: tuple[Tensor, Tensor] | None = None) -> Trace:
