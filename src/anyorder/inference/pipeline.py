@@ -27,7 +27,7 @@ from anyorder.models.compiled import compile_decoding
 Callback = Callable[["Pipeline", int, contracts.Step], Any]
 """Called after each step with the pipeline, the number of the step from 0, and what it revealed."""
 
-Prepared = tuple[contracts.AnyOrderModel, policy_config.Order, Streams, decoding.GenerationOptions]
+Prepared = tuple[contracts.AnyOrderModel, contracts.OrderPolicy, Streams, decoding.GenerationOptions]
 """The arguments of `decoding.generate` for all images."""
 Batch = tuple[Tensor, contracts.AnyOrderModel, contracts.OrderPolicy, Streams, decoding.GenerationOptions]
 """Row numbers (b,) of some images, and the arguments of `decoding.generate` for them."""
@@ -146,9 +146,7 @@ class Pipeline(folders.Parts):
     @takes_request
     def stream(self, *request: Any, **settings: Any) -> Iterator[contracts.Step]:
         """The same as a call, step by step: for progress bars, animations and web pages."""
-        model, order, streams, options = self._prepare(ImageRequest.of(*request, **settings))
-        # An order that is refused is refused here, not at the first step.
-        policy = policy_config.make_policy(order, options["grid"] or self.model.grid, streams)
+        model, policy, streams, options = self._prepare(ImageRequest.of(*request, **settings))
         return decoding.generate(model, policy, streams, **options)
 
     @takes_request
@@ -215,8 +213,7 @@ class Pipeline(folders.Parts):
     ) -> Iterator[tuple[inpainting.Unfinished, contracts.Step]]:
         """As `complete` of images that keep equally many tokens, step by step, each beside what was known."""
         asked = ImageRequest.of(*request, **settings)
-        begin, (model, order, streams, options) = self._unfinished(image, mask, asked, pad, keep, {})
-        policy = policy_config.make_policy(order, options["grid"] or self.model.grid, streams)
+        begin, (model, policy, streams, options) = self._unfinished(image, mask, asked, pad, keep, {})
 
         def steps() -> Iterator[tuple[inpainting.Unfinished, contracts.Step]]:
             begun = begin(torch.arange(len(streams), device=self.device), streams)
@@ -305,7 +302,8 @@ class Pipeline(folders.Parts):
         """
         asked = ImageRequest.of(*request, **settings)
         require(asked.grid is None, "factor says the grid of coarse_to_fine: leave out grid")
-        model, order, streams, options = self._prepare(asked)
+        model, _, streams, options = self._prepare(asked)
+        order = self._order(asked, options.get("condition"), len(streams))[1]  # of either grid
         made = decoding.sample_coarse_to_fine(model, order, streams, factor, **options)
         return self._output(made, Grid(factor * self.model.grid.h, factor * self.model.grid.w))
 
@@ -318,12 +316,12 @@ class Pipeline(folders.Parts):
         tokens were kept.
         """
         (pixels, grid), asked = self._pixels(masks.read_images(images)), ImageRequest.of(*request, **settings)
-        model, order, streams, options = self._prepare(asked, None, grid, len(pixels))
+        model, policy, streams, options = self._prepare(asked, None, grid, len(pixels))
         if completed.known is None or len(completed.known) != len(pixels):
             raise ValueError("give what complete returned, and one true image for each of its images")
         known = inpainting.known_part(completed.tokens, completed.known)
         targets = self.tokenizer.encode(inpainting.to_float(pixels))
-        steps = decoding.generate(model, order, streams, targets=targets, known=known, **options)
+        steps = decoding.generate(model, policy, streams, targets=targets, known=known, **options)
         return decoding.trace(steps, known).log_prob
 
     def _output(self, made: contracts.Trace, grid: Grid | None) -> PipelineOutput:
@@ -366,14 +364,13 @@ class Pipeline(folders.Parts):
         self,
         size: int,
         model: contracts.AnyOrderModel,
-        order: policy_config.Order,
+        policy: contracts.OrderPolicy,
         streams: Streams,
         options: decoding.GenerationOptions,
     ) -> Iterator[Batch]:
         """At most `size` images at a time."""
         require(size >= 1, f"batch_size must be a whole number >= 1, got {size!r}")
         n, condition = len(streams), options.get("condition")
-        policy = policy_config.make_policy(order, options["grid"] or self.model.grid, streams)
         with tqdm(total=n, unit="image", disable=n <= size) as bar:
             for rows in torch.arange(n, device=self.device).split(size):
                 part = options.copy()
@@ -410,7 +407,8 @@ class Pipeline(folders.Parts):
             scorer=Guided(scorer, guidance) if scorer is not None and guided else scorer,
             on_step=callback and (lambda step: callback(self, step.index, step)),
         )  # fmt: skip
-        return model, order, Streams(request.seeds(n), self.device), options
+        streams = Streams(request.seeds(n), self.device)
+        return model, policy_config.make_policy(order, grid, streams), streams, options
 
     def _condition(self, n: int, given: dict[str, list[Any]]) -> Tensor | None:
         """The condition (n,) or (n, 1 + A + L) int64 of what is given for each image."""
