@@ -210,16 +210,13 @@ def _steps(
 ) -> Iterator[tuple[Unfinished, Step]]:
     label = None if asked.class_labels == "" else pipe.typed(asked.class_labels)
     how: dict[str, Any] = {"sampling": sampling_settings(pipe, asked) or None, "prompt": asked.prompt or None}
+    request = (label, asked.num_images, policy, guidance_scale(pipe, asked), asked.seed)
     if given:
-        return pipe.stream_completion(
-            given["image"], given["mask"], label, asked.num_images, policy, guidance_scale(pipe, asked),
-            asked.seed, keep=given["keep"], **how,
-        )  # fmt: skip
+        return pipe.stream_completion(given["image"], given["mask"], *request, keep=given["keep"], **how)
     grid = pipe.model.grid
     unknown = torch.zeros(asked.num_images, grid.n, dtype=torch.bool, device=pipe.device)
     blank = Unfinished(unknown.long(), unknown, grid)
-    steps = pipe.stream(label, asked.num_images, policy, guidance_scale(pipe, asked), asked.seed, **how)
-    return ((blank, step) for step in steps)
+    return ((blank, step) for step in pipe.stream(*request, **how))
 
 
 def _events_of_order(pipe: Pipeline, steps: Iterator[tuple[Unfinished, Step]], order: int) -> Iterator[Event]:
