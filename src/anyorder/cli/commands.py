@@ -209,10 +209,8 @@ def convert(call: Call) -> str:
     from anyorder.stages.execute import execute
 
     if len(call.paths) != 2:
-        raise ValueError(
-            f"give the downloaded file and the folder to write, got {' '.join(call.paths) or 'neither'}: "
-            "anyorder convert SOURCE DEST [key=value ...]"
-        )
+        text = f"give the downloaded file and the folder to write, got {' '.join(call.paths) or 'neither'}"
+        raise ValueError(f"{text}: anyorder convert SOURCE DEST [key=value ...]")
     (source, out), call.paths = call.paths, []
     overwrite, config = call.flag("overwrite"), call.parse(source=source)
     done = call.show(config, out) or execute("convert", config, _path(out), overwrite=overwrite)

@@ -71,10 +71,8 @@ class Inception2015:
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except (ImportError, RuntimeError) as e:  # RuntimeError: a torchvision built for another torch
-            raise ImportError(
-                f"FID needs torch-fidelity ({e}): pip install 'anyorder[fid]', with the torchvision of your "
-                "torch, or evaluate with a classifier"
-            ) from e
+            mend = "with the torchvision of your torch, or evaluate with a classifier"
+            raise ImportError(f"FID needs torch-fidelity ({e}): pip install 'anyorder[fid]', {mend}") from e
         path, self.device = inception_weights(weights), device
         self.network = FeatureExtractorInceptionV3(self.name, ["2048", "logits_unbiased"], str(path))
         self.network.to(device)
@@ -111,10 +109,8 @@ def _download(path: Path) -> None:
     try:
         torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256)
     except (OSError, RuntimeError) as e:  # RuntimeError: the hash differs (a proxy's error page, say)
-        raise FileNotFoundError(
-            f"the Inception weights cannot be downloaded ({e}): fetch {INCEPTION_URL} on another machine "
-            f"and put it at {path}, or evaluate with a classifier"
-        ) from e
+        mend = f"fetch {INCEPTION_URL} on another machine and put it at {path}, or evaluate with a classifier"
+        raise FileNotFoundError(f"the Inception weights cannot be downloaded ({e}): {mend}") from e
 
 
 @dataclass(frozen=True)

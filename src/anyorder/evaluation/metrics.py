@@ -47,13 +47,10 @@ class FeatureStatistics:
             ValueError: a feature or logit is NaN or infinite; the message names the first such image.
         """
         features, logits = features.detach().float().cpu(), logits.detach().float().cpu()
-        broken = ~(features.isfinite().all(1) & logits.isfinite().all(1))
-        if broken.any():
-            first = int(broken.nonzero()[0, 0])
-            raise ValueError(
-                f"extractor '{self.extractor}' gave NaN or infinite features for {int(broken.sum())} of "
-                f"{len(features)} images, the first is image {self.n + first}: look at it and at the weights"
-            )
+        broken = (~(features.isfinite().all(1) & logits.isfinite().all(1))).nonzero()[:, 0].tolist()
+        text = f"extractor '{self.extractor}' gave NaN or infinite features for {len(broken)} of"
+        first = f"the first is image {self.n + min(broken, default=0)}: look at it and at the weights"
+        require(not broken, f"{text} {len(features)} images, {first}")
         self.n += len(features)
         self._features.append(features)
         self._logits.append(logits)

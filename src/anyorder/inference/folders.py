@@ -116,10 +116,8 @@ def load_parts(folder: str | Path) -> Parts:
 
 def _load_parts(folder: Path) -> Parts:
     if not (folder / INDEX).is_file():
-        raise FileNotFoundError(
-            f"{folder} is no pipeline folder (no {INDEX}); make one with stage 'pipeline', "
-            "or from downloaded files with 'anyorder convert SOURCE DEST tokenizer=...'"
-        )
+        text = f"{folder} is no pipeline folder (no {INDEX}); make one with stage 'pipeline', or from"
+        raise FileNotFoundError(f"{text} downloaded files with 'anyorder convert SOURCE DEST tokenizer=...'")
     index: Any = files.read_json(folder / INDEX)
     found = index.get("format") if isinstance(index, dict) else type(index).__name__
     require(found == 1, f"{folder / INDEX} has format {found}, this version reads 1: update anyorder")

@@ -78,11 +78,10 @@ class TransformerConfig(Architecture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            min(self.attributes, default=1) >= 1 and (self.text_vocab < 1) == (self.text_length < 1),
-            "attributes must have >= 1 value each, text_vocab and text_length both be 0 or >= 1, got "
-            f"{list(self.attributes)}, {self.text_vocab} and {self.text_length}",
-        )
+        text = "attributes must have >= 1 value each, text_vocab and text_length both be 0 or >= 1, got "
+        text += f"{list(self.attributes)}, {self.text_vocab} and {self.text_length}"
+        require(min(self.attributes, default=1) >= 1, text)
+        require((self.text_vocab < 1) == (self.text_length < 1), text)
         at_least(1, self, "vocab_size")
         at_least(0, self, "num_classes")
         Grid(*self.grid)

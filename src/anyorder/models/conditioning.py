@@ -61,10 +61,9 @@ def read_condition(
         fits = not bool(((values < -1) | (values >= limits)).any())
     if not fits:
         several = f", or ({batch_size}, up to {len(sizes)}) within {list(sizes[:8])}" * (len(sizes) > 1)
-        raise ValueError(
-            f"labels must have shape ({batch_size},) and lie in [0, {sizes[0]}) (-1 for none){several}, "
-            f"got shape {tuple(condition.shape)} with values {condition.unique().tolist()[:8]}"
-        )
+        text = f"labels must have shape ({batch_size},) and lie in [0, {sizes[0]}) (-1 for none){several}"
+        got = f"got shape {tuple(condition.shape)} with values {condition.unique().tolist()[:8]}"
+        raise ValueError(f"{text}, {got}")
     return F.pad(values, (0, len(sizes) - values.shape[1]), value=-1)
 
 

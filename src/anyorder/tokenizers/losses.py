@@ -49,11 +49,9 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         at_least(0, self, "l1", "l2", "lpips", "adversarial", "discriminator_start", "seed")
-        require(
-            self.vgg_path is not None or self.lpips_path is None or self.lpips == 0,
-            f"lpips_path={self.lpips_path} holds heads for VGG16: give vgg_path, a file with torchvision's "
-            "VGG16 weights (vgg16-397923af.pth or its .safetensors), or leave it out",
-        )
+        text = f"lpips_path={self.lpips_path} holds heads for VGG16: give vgg_path, a file with torchvision's"
+        text += " VGG16 weights (vgg16-397923af.pth or its .safetensors), or leave it out"
+        require(self.vgg_path is not None or self.lpips_path is None or self.lpips == 0, text)
         for what in ("lpips", "adversarial"):
             prefix = "discriminator_" if what == "adversarial" else ("vgg_path", "lpips_path")
             own = {name: value for name, value in vars(self).items() if name.startswith(prefix)}
@@ -199,11 +197,8 @@ class Discriminator(nn.Sequential):
             ValueError: images too small to leave a patch.
         """
         (h, w), least = images.shape[2:], self.smallest
-        require(
-            min(h, w) >= least,
-            f"the discriminator takes images of {least} x {least} pixels or more, got {h} x {w}: "
-            "give fewer discriminator_layers",
-        )
+        text = f"the discriminator takes images of {least} x {least} pixels or more, got {h} x {w}"
+        require(min(h, w) >= least, f"{text}: give fewer discriminator_layers")
         return super().forward(images)
 
 

@@ -35,11 +35,9 @@ class MaskGITVQConfig:
     def __post_init__(self) -> None:
         self.multipliers = tuple(self.multipliers)
         contracts.at_least(1, self, "channels", "res_blocks", "vocab_size", "code_dim")
-        contracts.require(
-            self.channels % GROUPS == 0 and min(self.multipliers, default=0) >= 1,
-            f"channels must be a multiple of {GROUPS} and multipliers one number >= 1 per resolution, "
-            f"got {self.channels} and {self.multipliers}",
-        )
+        fits = self.channels % GROUPS == 0 and min(self.multipliers, default=0) >= 1
+        text = f"channels must be a multiple of {GROUPS} and multipliers one number >= 1 per resolution, got"
+        contracts.require(fits, f"{text} {self.channels} and {self.multipliers}")
 
 
 class MaskGITVQ(network.ConvTokenizer):

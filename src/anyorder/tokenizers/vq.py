@@ -61,10 +61,8 @@ class VQConfig:
             require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}")
         for name in ("commitment", "revive_after"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        require(
-            min(self.multipliers, default=0) >= 1,
-            f"multipliers need one number >= 1 per resolution, got {self.multipliers}; (1, 2, 4) is factor 4",
-        )
+        text = f"multipliers need one number >= 1 per resolution, got {self.multipliers}"
+        require(min(self.multipliers, default=0) >= 1, f"{text}; (1, 2, 4) is factor 4")
         narrow = [m * self.channels for m in self.multipliers if m * self.channels % self.groups]
         mend = f"choose a divisor of {self.channels}"
         require(not narrow, f"groups={self.groups} does not divide widths {narrow}: {mend}")
