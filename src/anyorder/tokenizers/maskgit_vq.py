@@ -83,9 +83,7 @@ def _encoder(config: MaskGITVQConfig) -> nn.Sequential:
         conv_in=conv_in,
         down=nn.Sequential(network.named(block=blocks[0]), *pooled),
         mid=_blocks(widths[-1], widths[-1], config.res_blocks),
-        norm_out=network.norm(widths[-1], GROUPS),
-        silu=nn.SiLU(),
-        conv_out=nn.Conv2d(widths[-1], config.code_dim, 1),
+        **network.ending(widths[-1], GROUPS, nn.Conv2d(widths[-1], config.code_dim, 1)),
     )
 
 
@@ -104,9 +102,7 @@ def _decoder(config: MaskGITVQConfig) -> nn.Sequential:
         conv_in=conv_in,
         mid=mid,
         up=network.named(**dict(reversed(levels.items()))),  # numbered from full resolution, run from deepest
-        norm_out=network.norm(widths[0], GROUPS),
-        silu=nn.SiLU(),
-        conv_out=network.conv3(widths[0], 3),
+        **network.ending(widths[0], GROUPS, network.conv3(widths[0], 3)),
     )
 
 

@@ -91,18 +91,15 @@ def encoder(config: VQConfig) -> nn.Sequential:
     """Images (B, 3, H, W) to features (B, z_channels, H / factor, W / factor)."""
     widths = [config.channels, *(m * config.channels for m in config.multipliers)]
     deepest = len(widths) - 2
-    conv_in = conv3(3, config.channels)
     levels = (
         Level(config, *sides, config.res_blocks, i == deepest, "halve" if i < deepest else "")
         for i, sides in enumerate(pairwise(widths))
     )
     return named(
-        conv_in=conv_in,
+        conv_in=conv3(3, config.channels),
         conv_blocks=nn.Sequential(*levels),
         mid=_middle(widths[-1], config),
-        norm_out=norm(widths[-1], config.groups),
-        silu=nn.SiLU(),
-        conv_out=conv3(widths[-1], config.z_channels),
+        **ending(widths[-1], config.groups, conv3(widths[-1], config.z_channels)),
     )
 
 
@@ -110,18 +107,15 @@ def decoder(config: VQConfig) -> nn.Sequential:
     """Features (B, z_channels, h, w) to images (B, 3, h * factor, w * factor)."""
     widths = [m * config.channels for m in reversed(config.multipliers)]
     last = len(widths) - 1
-    conv_in, mid = conv3(config.z_channels, widths[0]), _middle(widths[0], config)
     levels = (
         Level(config, *sides, config.res_blocks + 1, i == 0, "double" if i < last else "")
         for i, sides in enumerate(pairwise([widths[0], *widths]))
     )
     return named(
-        conv_in=conv_in,
-        mid=mid,
+        conv_in=conv3(config.z_channels, widths[0]),
+        mid=_middle(widths[0], config),
         conv_blocks=nn.Sequential(*levels),
-        norm_out=norm(widths[-1], config.groups),
-        silu=nn.SiLU(),
-        conv_out=conv3(widths[-1], 3),
+        **ending(widths[-1], config.groups, conv3(widths[-1], 3)),
     )
 
 
@@ -199,6 +193,11 @@ def norm(width: int, groups: int) -> nn.GroupNorm:
 def conv3(before: int, width: int, bias: bool = True) -> nn.Conv2d:
     """A 3 x 3 convolution that keeps height and width."""
     return nn.Conv2d(before, width, 3, padding=1, bias=bias)
+
+
+def ending(width: int, groups: int, last: nn.Module) -> dict[str, nn.Module]:
+    """What encoders and decoders end with."""
+    return {"norm_out": norm(width, groups), "silu": nn.SiLU(), "conv_out": last}
 
 
 def named(**modules: nn.Module) -> nn.Sequential:
