@@ -133,10 +133,8 @@ def _require_raster(positions: Tensor, begin: int) -> None:
 
 
 def _refusal(got: str) -> str:
-    return (
-        f"LlamaGen generates in raster order only, got {got}: use order='raster', or a model trained "
-        "on random orders (RandAR, ARPG, or one of your own)"
-    )
+    text = f"LlamaGen generates in raster order only, got {got}: use order='raster', or a model trained on"
+    return f"{text} random orders (RandAR, ARPG, or one of your own)"
 
 
 MARKER = "layers.0.attention.wqkv.weight"

@@ -128,10 +128,9 @@ class Planner:
 
     def __init__(self, experiment: Experiment, config: PlanConfig, kind: Kind):
         self.config, self.kind = config, kind
-        self.stages: dict[Path, Any] = {
-            experiment.out / name: stage for name, (_, stage) in experiment.stages.items()
-        }
-        self.kinds = {experiment.out / name: kind for name, (kind, _) in experiment.stages.items()}
+        made = {experiment.out / name: each for name, each in experiment.stages.items()}
+        self.kinds = {path: kind for path, (kind, _) in made.items()}
+        self.stages: dict[Path, Any] = {path: stage for path, (_, stage) in made.items()}
         self.here: dict[Path | None, Facts] = {}
         """What was found of the data, by artifact."""
 

@@ -180,10 +180,8 @@ def generate_events(pipe: Pipeline, asked: GenerateRequest) -> Iterator[Event]:
             or does not fit; at once, not at the first step.
     """
     given = _read_image(pipe, asked)
-    streams = [
-        _events_of_order(pipe, _steps(pipe, asked, policy, given), order)
-        for order, policy in enumerate(chosen(pipe, asked))
-    ]
+    steps = (_steps(pipe, asked, policy, given) for policy in chosen(pipe, asked))
+    streams = [_events_of_order(pipe, each, order) for order, each in enumerate(steps)]
     turns = itertools.zip_longest(*streams)
     return (event for turn in turns for event in turn if event is not None)
 

@@ -177,9 +177,8 @@ def generation_frames(
     """
     require(frames >= 2, f"an animation needs at least 2 frames, got {frames}")
     _require_images(images)
-    rows, columns = (
-        np.arange(size) * k // size for size, k in zip(images.shape[1:3], (grid.h, grid.w), strict=True)
-    )
+    sides = zip(images.shape[1:3], (grid.h, grid.w), strict=True)
+    rows, columns = (np.arange(size) * k // size for size, k in sides)
     rank, given = ranks(orders, grid)[:, rows][:, :, columns, None], np.reshape(known, (-1, 1, 1, 1))
     moments = np.unique(np.linspace(given.min(), grid.n, frames).round().astype(int))
     shown = [rank < np.maximum(moment, given) for moment in moments]

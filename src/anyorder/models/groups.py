@@ -70,10 +70,8 @@ def _layout(sizes: tuple[int, ...], device: torch.device) -> Layout:
         begin, before = begin + size, size
     first = sizes[0]
     with torch.inference_mode(False):  # tensors of inference mode could not be used in training
-        columns = [
-            torch.tensor(x, dtype=torch.int64, device=device)
-            for x in (holds[first:], asks, outputs, behind, group)
-        ]
+        lists = (holds[first:], asks, outputs, behind, group)
+        columns = [torch.tensor(x, dtype=torch.int64, device=device) for x in lists]
     return Layout(first, *columns)
 
 

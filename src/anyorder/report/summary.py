@@ -118,11 +118,8 @@ def _measures(evaluated: Sequence[Evaluation]) -> list[Section]:
 
 def _images(found: Found, names: Names, name: str, title: str) -> list[page.Item]:
     """A gallery of the images of this name, where there are any."""
-    figures = [
-        page.Figure(p / name, names[p].replace("samples-", ""), f"{title}: {names[p]}")
-        for p, _ in found
-        if (p / name).is_file()
-    ]
+    there = [p for p, _ in found if (p / name).is_file()]
+    figures = [page.Figure(p / name, names[p].replace("samples-", ""), f"{title}: {names[p]}") for p in there]
     return [page.Gallery(figures)] if figures else []
 
 
