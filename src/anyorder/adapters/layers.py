@@ -97,9 +97,10 @@ class PublishedModel(contracts.AnyOrderNetwork):
         """The state before anything is revealed: O(depth * B * N * D); refuses labels out of range."""
         labels = self._labels(batch_size, condition, check=True)
         layers.pack(self)
-        weight, length = next(self.parameters()), self.inputs * (grid or self.grid).n + 1
-        size = (self.config.depth // self.decoders, batch_size, self.config.heads, length, self.config.width)
-        return self._start(labels, self._rotations(grid), attention.Cache.empty(weight, *size))
+        config, length = self.config, self.inputs * (grid or self.grid).n + 1
+        size = (config.depth // self.decoders, batch_size, config.heads, length, config.width // config.heads)
+        cache = attention.Cache.empty(next(self.parameters()), *size)
+        return self._start(labels, self._rotations(grid), cache)
 
     def _teacher_forced(self, tokens: Tensor, labels: Tensor, order: Tensor, rotations: Tensor) -> Tensor:
         """Logits (B, N, V), from checked labels (B,) and the rotations (N + 1, D / H / 2) of the grid."""

@@ -120,14 +120,11 @@ class Cache:
     """(B,) int64 where images differ: how many inputs of each are valid; `length` is then the largest."""
 
     @classmethod
-    def empty(
-        cls, weight: Tensor, depth: int, batch_size: int, heads: int, length: int, width: int
-    ) -> "Cache":
-        """Room for `length` inputs, O(depth * B * L * D), on the device and in the dtype of `weight`."""
+    def empty(cls, weight: Tensor, *shape: int) -> "Cache":
+        """Room for keys and values (depth, B, H, L, D / H), on the device and in the dtype of `weight`."""
         device, dtype = weight.device, weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        shape = (depth, batch_size, heads, length, width // heads)
         keys, values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
         return cls(keys, values)
 

@@ -253,7 +253,7 @@ class AnyOrderTransformer(AnyOrderNetwork):
         layers.pack(self if self.compiled is None else self.head)
         start, prefix = self._condition(batch_size, condition, check=True)
         weight, length = self.head.weight, prefix.shape[1]
-        size = (config.depth, batch_size, config.heads, length + grid.n, config.width)
+        size = (config.depth, batch_size, config.heads, length + grid.n, config.width // config.heads)
         state = State(
             cache=attention.Cache.empty(weight, *size),
             tables=self._tables(grid),
