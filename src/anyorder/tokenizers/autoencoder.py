@@ -62,11 +62,9 @@ class AutoencoderTokenizer(contracts.TokenizerNetwork):
         vq_network.check_tokens(tokens, grid, self.vocab_size)
         codes, shape = self.codebook[tokens], (len(tokens), grid.h, grid.w, self.config.channels)
         z: Tensor = codes.view(shape).movedim(-1, 1)
-        if not hasattr(self.autoencoder, "quantize"):
-            return _member(self.autoencoder.decode(z), "sample").clamp(-1, 1)
-        z = tokens.flatten() if self.looks_up else z
-        made = _member(self.autoencoder.decode(z, force_not_quantize=True, shape=shape), "sample")
-        return made.clamp(-1, 1)
+        how = {"force_not_quantize": True, "shape": shape} if hasattr(self.autoencoder, "quantize") else {}
+        made = self.autoencoder.decode(tokens.flatten() if self.looks_up else z, **how)
+        return getattr(made, "sample", made).clamp(-1, 1)
 
 
 FAMILY = families.Family(AutoencoderTokenizer, AutoencoderConfig)
@@ -139,8 +137,4 @@ def _latents(autoencoder: Any, images: Tensor) -> Tensor:
     found = autoencoder.encode(images)
     if hasattr(found, "latent_dist"):
         return found.latent_dist.mode()
-    return _member(found, "latents")
-
-
-def _member(found: Any, name: str) -> Tensor:
-    return getattr(found, name) if hasattr(found, name) else found
+    return getattr(found, "latents", found)
