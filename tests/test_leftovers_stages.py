@@ -172,7 +172,7 @@ def test_sunsets_are_no_folder_of_this_name(tmp_path, monkeypatch, capsys):
     ("command", "where", "said"),
     [
         (["data", "out=out"], "anyorder.stages.execute.execute", "goes on from here"),
-        (["convert", "x.pt", "out"], "anyorder.stages.convert.convert", "begins anew"),
+        (["convert", "x.pt", "out"], "anyorder.stages.execute.execute", "begins anew"),
         (["fit", "."], "anyorder.cli.fit.fit_folder", "goes on from here"),
     ],
 )
