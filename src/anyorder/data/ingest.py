@@ -172,11 +172,15 @@ def _ingest_split(
     text = f"the name {longest[:60]!r}... has {len(longest):,} bytes, allowed are {_LONGEST:,}: rename it"
     require(len(longest) <= _LONGEST, text)
     names = np.array(encoded, np.bytes_)
-    size = decoding["size"] if cache else None
-    writer = _writer(folder, split, codes, names.dtype, size, state["rows"])
+    arrays: dict[str, Any] = {"images": ((*decoding["size"], 3), np.uint8)} if cache else {}
+    arrays |= {} if cache else {"names": ((), names.dtype), "checksums": ((), np.int64)}
+    arrays |= {"labels": ((), np.int64)}
+    arrays |= {"attributes": ((len(codes.attributes),), np.int64)} if codes.attributes else {}
+    specs = {f"{split}.{name}": kind for name, kind in arrays.items()}
+    writer = files.RowWriter(folder, specs, most=state["rows"])
     if writer.rows < state["rows"]:  # the machine went down before they were on disk
         state |= {"images": 0, "rows": 0, "lost": []}
-        writer = _writer(folder, split, codes, names.dtype, size, 0)
+        writer = files.RowWriter(folder, specs, most=0)
     begin, saved = state["images"], time.monotonic()
     skipped: Skipped = [(name, kind, detail) for name, kind, detail in state["lost"]]
     lost_names = {name for name, _, _ in skipped}
@@ -191,8 +195,7 @@ def _ingest_split(
             skipped += lost
             captions += [row["caption"] for row in kept]
             if kept:
-                arrays = {name: [row[name.rpartition(".")[2]] for row in kept] for name in writer.specs}
-                writer.append(**{name: np.array(found) for name, found in arrays.items()})
+                writer.append(**{f"{split}.{name}": np.array([row[name] for row in kept]) for name in arrays})
             bar.update(len(block))
             if time.monotonic() >= saved + _SAVED:
                 save(state | {"images": int(block[-1]) + 1, "rows": writer.rows, "lost": skipped})
@@ -205,17 +208,6 @@ def _ingest_split(
     if source.columns.caption:
         files.write_json(folder / f"{split}.captions.json", captions)
     return writer.rows, _facts(skipped)
-
-
-def _writer(
-    folder: Path, split: str, codes: "_Codes", name: np.dtype, size: images.Size | None, begin: int
-) -> files.RowWriter:
-    """Of pixels, or without a `size` of what finds them again, and of labels and attributes, from a row."""
-    arrays: dict[str, Any] = {"images": ((*size, 3), np.uint8)} if size else {}
-    arrays |= {} if size else {"names": ((), name), "checksums": ((), np.int64)}
-    arrays |= {"labels": ((), np.int64)}
-    arrays |= {"attributes": ((len(codes.attributes),), np.int64)} if codes.attributes else {}
-    return files.RowWriter(folder, {f"{split}.{array}": kind for array, kind in arrays.items()}, most=begin)
 
 
 def _sorted(items: Sequence[Item], found: Found, codes: "_Codes") -> tuple[list[dict[str, Any]], Skipped]:
