@@ -95,8 +95,7 @@ class ImageSet(_Split):
             return _read(self._path("images"), ("n", "H", "W", 3), "uint8")
         names = files.load_array(self._path("names"))
         checksums = _read(self._path("checksums"), (len(names),), "int64")
-        found = decoding.opened(facts, names, checksums)
-        return found.cropped() if crops else found
+        return decoding.opened(facts, names, checksums, crops)
 
     def labels_of(self, attribute: str | None) -> tuple[np.ndarray, list[str]]:
         """Labels (n,) int64, -1 for none, and their names: of the class (None) or of an attribute.

@@ -175,17 +175,6 @@ class Decoded:
             same = checksum is None or checksum == self._checksums[row]
             require(same, f"{self._reader.name(row)} {text}: {mend}")
 
-    def cropped(self) -> "Decoded":
-        """(5 n, H, W, 3), where row k * n + i is crop k of image i; see `CROP_RANGE`.
-
-        Raises:
-            ValueError: images are too small to have different crops.
-        """
-        size = self._reader.decoding["size"]
-        require(min(size) >= 10, f"crops need images of at least 10 x 10 pixels, got size={size}")
-        reader = Reader(self._reader.source, self._reader.names, self._reader.decoding, CROPS)
-        return Decoded(reader, self._checksums)
-
     @contextlib.contextmanager
     def ahead(self, batches: Batches) -> Iterator[None]:
         """Read `batches` of row numbers before they are asked for, in this sequence; others may be, too."""
@@ -209,8 +198,13 @@ def described(source: Source, where: str, settings: Mapping[str, Any]) -> dict[s
     return {"kind": type(source).__name__, "source": where, **kept}
 
 
-def opened(facts: Mapping[str, Any], names: np.ndarray, checksums: np.ndarray) -> Decoded:
-    """Images of these names and checksums (n,), from what `described` returned."""
+def opened(
+    facts: Mapping[str, Any], names: np.ndarray, checksums: np.ndarray, crops: bool = False
+) -> Decoded:
+    """Images of these names and checksums (n,), from what `described` returned; with `crops` see `Reader`.
+
+    A ValueError refuses images that are too small to have different crops.
+    """
     from anyorder.data import tables, tars
 
     known: list[Any] = [FolderSource, OwnSource, tars.TarSource]
@@ -220,4 +214,6 @@ def opened(facts: Mapping[str, Any], names: np.ndarray, checksums: np.ndarray) -
     source = kind(where) if facts["image"] is None else kind(where, Columns(image=facts["image"]))
     decoding = {name: facts[name] for name in _DECODING}
     decoding |= {name: tuple(facts[name]) for name in ("size", "fill")}
-    return Decoded(Reader(source, names, decoding), checksums)
+    text = f"crops need images of at least 10 x 10 pixels, got size={decoding['size']}"
+    require(not crops or min(decoding["size"]) >= 10, text)
+    return Decoded(Reader(source, names, decoding, CROPS if crops else 1), checksums)
