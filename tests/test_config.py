@@ -238,7 +238,7 @@ def test_describe():
         ("stages: {data: {size: big}}", r"x\.yaml, stage 'data': size='big': expected tuple"),
         ("stages: {data: {sise: 3}}", r"x\.yaml, stage 'data': unknown setting 'sise', did you mean size"),
         ("stages: {data: 5}", r"x\.yaml, stage 'data' must hold a mapping .* got 5"),
-        ("1: a", r"unknown setting in .*x\.yaml: '1'"),
+        ("1: a", r"unknown setting in .*x\.yaml '1': choose one of out"),
         ("stages: {1: {stage: data, sise: 3}}", r"x\.yaml, stage '1': unknown setting 'sise'"),
         ("stages: [data]", r"x\.yaml: stages must hold a mapping .* got \['data'\]"),
         ("stages: {data: {stage: [a]}}", r"unknown stage of 'data' in .*x\.yaml"),

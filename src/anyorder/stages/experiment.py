@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from anyorder.contracts import require
+from anyorder.data.classes import index_of
 from anyorder.files import MANIFEST, expanded
 from anyorder.settings import did_you_mean, parse
 from anyorder.stages.artifacts import Artifact
@@ -121,7 +122,8 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         ValueError: unknown stage or setting (with a suggestion), or a bad value; file and stage are named.
     """
     values = load_yaml(path)
-    refuse_unknown(values, ("out", "seed", "stages"), f"setting in {path}")
+    for key in values:
+        index_of(key, ("out", "seed", "stages"), f"setting in {path}")
     templates = _mapping(values.get("stages"), f"{path}: stages")
     by_stage = _by_stage(overrides, list(templates))
     require(bool(templates), f"{path} has no stages: give some, stages: {{data: {{source: FOLDER}}, ...}}")
@@ -139,7 +141,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         require(a_name and name not in ("", "..", "out", "seed"), text)
         settings = _mapping(given, f"{path}, stage '{name}'")
         kind = str(settings.pop("stage", name))
-        refuse_unknown([kind], STAGES, f"stage of '{name}' in {path}")
+        index_of(kind, list(STAGES), f"stage of '{name}' in {path}")
         roles = (*STAGES[kind].inputs, *getattr(STAGES[kind], "references", ()))
         settings |= {r: out / str(settings[r]) for r in roles if str(settings.get(r)) in stages}
         earlier = {f"{role}={other}": f"{role}={out / other}" for role in roles for other in stages}
@@ -179,20 +181,12 @@ def _by_stage(overrides: Sequence[str], names: list[str]) -> dict[str, list[Any]
         if key in ("out", "seed"):
             rest = value
         else:
-            refuse_unknown([stage], names, f"stage in override '{override}'")
+            index_of(stage, names, f"stage in override '{override}'")
             text = f"got override '{override}', expected {stage}.key=value: say which setting of the stage"
             require(bool(rest), text)
             rest = override.removeprefix(f"{typed}.")
         found.setdefault(stage, []).append(rest)
     return found
-
-
-def refuse_unknown(names: Iterable[str], allowed: Iterable[str], what: str) -> None:
-    """A ValueError for the first name that is not allowed, with the nearest one."""
-    for name in names:
-        if name not in allowed:
-            hint = did_you_mean(name, allowed)
-            raise ValueError(f"unknown {what}: '{name}'{hint} Allowed: {', '.join(allowed)}")
 
 
 # --- YAML -------------------------------------------------------------------------------------------------

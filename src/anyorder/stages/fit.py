@@ -22,10 +22,11 @@ import yaml
 from anyorder import files
 from anyorder.contracts import require
 from anyorder.data import images, sources
+from anyorder.data.classes import index_of
 from anyorder.inference import folders, weights
 from anyorder.inference.device import device, native_bf16
 from anyorder.settings import parse
-from anyorder.stages.experiment import STAGES, load_experiment, refuse_unknown
+from anyorder.stages.experiment import STAGES, load_experiment
 
 Values = dict[str, Any]
 SHARES = {"tokenizer": 16, "features": 4, "any-order": 45, "ordered": 15, "raster": 20}
@@ -211,7 +212,7 @@ def put(values: Values, changes: Mapping[str, Any]) -> Values:
     found = json.loads(json.dumps(values))  # also takes YAML's aliases apart
     for key, value in changes.items():
         stage, *groups, last = key.split(".")
-        refuse_unknown([stage], found["stages"], f"stage in override '{key}'")
+        index_of(stage, list(found["stages"]), f"stage in override '{key}'")
         inner = found["stages"][stage]
         for group in groups:
             inner = inner.setdefault(group, {})
