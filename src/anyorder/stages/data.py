@@ -95,13 +95,14 @@ class DataStage:
         return [name for name in names if getattr(self, name) != getattr(DataStage, name)]
 
     @cached_property
-    def _opened(self) -> Source:
+    def opened(self) -> Source:
+        """The source of the images."""
         columns = Columns(self.label, self.captions, tuple(self.attributes), self.image)
         return open_source(self.source, columns, self.test_fraction)
 
     @cached_property
     def _stats(self) -> listing.Stats:
-        return {} if self.source == "sunsets" else self._opened.stats()
+        return {} if self.source == "sunsets" else self.opened.stats()
 
     def observed(self) -> dict[str, str]:
         """What the source holds now, as part of what identifies the artifact."""
@@ -118,7 +119,7 @@ class DataStage:
         """
         itself = _place(self.source) == str(folder.resolve())
         require(not itself, f"out={folder} is the source: choose another out=")
-        if not self.cache and type(self._opened).__name__ == "HubSource":
+        if not self.cache and type(self.opened).__name__ == "HubSource":
             text = "%s is downloaded whole; parquet files of source=hf://datasets/%s are read where they are"
             log.info(text, self.source, self.source)
         with contextlib.suppress(OSError, ValueError, EOFError):
@@ -133,16 +134,16 @@ class DataStage:
             facts = write_sunsets(artifact.folder, self.size, *counts, self.seed, self.max_validation)
         else:
             text = f"{self.source} has a test split of its own: leave test_fraction out"
-            require(not (self._changed("test_fraction") and self._opened.has_test_split), text)
+            require(not (self._changed("test_fraction") and self.opened.has_test_split), text)
             mend = "give test_fraction above 0"
-            held_out = self._opened.count("test") > 0
+            held_out = self.opened.count("test") > 0
             require(held_out, f"{self.source} has no test images, which later stages need: {mend}")
             facts = ingest(
-                self._opened, artifact.folder, self.size, self.fit, self.fill, self.max_pixels,
+                self.opened, artifact.folder, self.size, self.fit, self.fill, self.max_pixels,
                 self.max_train, self.max_test, self.max_skipped, self.max_validation, self.cache,
             )  # fmt: skip
             if not self.cache:
-                facts["decoding"] = described(self._opened, _place(self.source), dataclasses.asdict(self))
+                facts["decoding"] = described(self.opened, _place(self.source), dataclasses.asdict(self))
         if self._stats:
             (artifact.folder / LISTING).write_bytes(gzip.compress(json.dumps(self._stats).encode(), mtime=0))
         return facts

@@ -101,12 +101,11 @@ def look(config: FitConfig, overrides: Sequence[str] = ()) -> Facts:
     columns = {"label": config.label, "captions": config.captions}
     asked = parse(STAGES["data"], {"source": config.source, **columns}, given)
     chosen = {text.partition("=")[0] for text in given}
-    read = sources.Columns(asked.label, asked.captions, asked.attributes, asked.image)
-    source, share = sources.open_source(asked.source, read), asked.test_fraction
+    source, share = asked.opened, asked.test_fraction
     if not source.has_test_split and "test_fraction" not in chosen:
         count = source.count("train") + source.count("test")  # a tenth is held out, of few images a fifth
         share = round(min(0.2, max(0.1, 16 / max(1, count))), 3)
-    source = sources.open_source(asked.source, read, share)
+    source = dataclasses.replace(asked, test_fraction=share).opened
     sides = []
     for item in source.items["train"]:
         with contextlib.suppress(images.BadImage):  # skipped and counted by the data stage
