@@ -283,6 +283,19 @@ def test_a_kill_while_the_headers_are_written(tmp_path):
         np.testing.assert_array_equal(found, np.concatenate((rows(3)[name], expected)))
 
 
+@pytest.mark.parametrize("n", [0, 3])
+def test_rows_begin_anew_where_none_are_to_be_kept(tmp_path, n):
+    """Whatever was there: finished, with other rows, or with none."""
+    writer = RowWriter(tmp_path, ARRAYS)
+    writer.append(**rows(n))
+    writer.close()
+    again = RowWriter(tmp_path, {"labels": ((2,), np.uint8)}, most=0)
+    assert again.rows == 0
+    again.append(labels=np.ones((4, 2)))
+    again.close()
+    assert (load_array(tmp_path / "labels.npy") == np.ones((4, 2), np.uint8)).all()
+
+
 def test_rows_must_fit(tmp_path):
     writer = RowWriter(tmp_path, ARRAYS)
     with pytest.raises(AssertionError, match="expected"):
