@@ -188,10 +188,9 @@ class Progress:
     ratings: Tensor  #: (B, N) float32, the last rating of each position; 0 before.
     rated_at: Tensor  #: (B, N) int64, the step at which each position was scored last, -1 before.
     revealed_at: Tensor  #: (B, N) int64, the step at which each was revealed, -1 for open and known ones.
-    #: (B, N) float32, log q(next position), for policies that are `located`.
-    location: Tensor = None  # type: ignore[assignment]
+    location: Tensor | None = None  #: (B, N) float32, log q(next position), for policies that are `located`.
     #: Standard Gumbel numbers (B, M) float32 of this step for positions (B, M) or (M,).
-    noise: Callable[[Tensor], Tensor] = None  # type: ignore[assignment]
+    noise: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def start(cls, grid: Grid, batch_size: int, device: torch.device | str) -> "Progress":

@@ -238,9 +238,9 @@ class RowWriter:
         self.specs = {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in arrays.items()}
         self._files: dict[str, BinaryIO] = {}
         finished = [path for name in self.specs if (path := self.folder / f"{name}.npy").is_file()]
-        if len(finished) == len(self.specs):
+        if len(finished) == len(self.specs) and most > 0:
             self.rows = min(len(load_array(path)) for path in finished)
-            if self.rows <= most > 0:
+            if self.rows <= most:
                 return
         for path in finished:  # a kill came while they were closed
             os.replace(path, f"{path}.partial")

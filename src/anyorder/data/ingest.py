@@ -90,9 +90,10 @@ def ingest(
     for split, rows in chosen.items():
         done = folder / f"{split}.partial"  # the suffix makes Artifact drop it with other old work
         items = [source.items["test" if split == "test" else "train"][i] for i in rows]
-        # What was begun of other names, labels or captions does not go on.
-        digest = hashlib.sha256("".join(map(repr, items)).encode()).hexdigest()
-        settings = repr((source, decoding, cache, digest))
+        digest = hashlib.sha256()
+        for item in items:  # what was begun of other names, labels or captions does not go on
+            digest.update(repr(item).encode())
+        settings = repr((source, decoding, cache, digest.hexdigest()))
         state = files.read_json(done) if done.is_file() else {}
         if state.get("settings") != settings:
             state = {"settings": settings, "images": 0, "rows": 0, "lost": []}

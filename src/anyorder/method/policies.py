@@ -194,8 +194,10 @@ class InferredOrder(ParallelSchedule):
     def _priority(self, progress: Progress, positions: Tensor, ratings: Tensor) -> Tensor:
         """Ratings (B, M) after the location head, noise and the distance prior."""
         if self.location:
+            assert progress.location is not None
             ratings = ratings + self.location * progress.location.gather(1, positions)
         if self.temperature:
+            assert progress.noise is not None
             ratings = ratings + self.temperature * progress.noise(positions)
         if self.class_rank is not None:
             ratings = ratings - self.class_weight * self.class_rank.gather(1, positions) / progress.grid.n
@@ -232,8 +234,10 @@ class LocatedOrder(_Decided):
 
     def propose(self, progress: Progress) -> Tensor:
         """The K positions that the head prefers, (B, K)."""
+        assert progress.location is not None
         priority = progress.location
         if self.temperature:
+            assert progress.noise is not None
             everywhere = torch.arange(progress.grid.n, device=priority.device)
             priority = priority + self.temperature * progress.noise(everywhere)
         return self._next(progress, priority)

@@ -106,11 +106,9 @@ class Table:
 
 
 _TEX = str.maketrans(
-    {
-        **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-        **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
-        **{"\u00b1": r"$\pm$", "\u2013": "--", "\u00d7": r"$\times$", "<": r"$<$", ">": r"$>$"},
-    }
+    {sign: f"\\{sign}" for sign in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"\u00b1": r"$\pm$", "\u2013": "--", "\u00d7": r"$\times$", "<": r"$<$", ">": r"$>$"}
 )
 """What is special in LaTeX, escaped."""
 

@@ -197,8 +197,7 @@ class Artifact(contextlib.AbstractContextManager["Artifact"]):
         if done:
             listed = _listed(done)
             self.found = set(_walk(self.folder)) - listed
-            gone = ", ".join(missing(self.folder, done)[:3])
-            why = f"{gone} is missing; " if gone else ""
+            why = "".join(f"{name} is missing; " for name in missing(self.folder, done)[:3])
             log.info("%s: %swhat is there is kept until the new artifact is finished", self.folder, why)
             for name in [*([] if goes_on else sorted(listed)), files.MANIFEST]:
                 _move(self.folder, self.folder / REPLACED, name)  # the manifest last: valid until then

@@ -135,9 +135,8 @@ class DataStage:
         else:
             text = f"{self.source} has a test split of its own: leave test_fraction out"
             require(not (self._changed("test_fraction") and self.opened.has_test_split), text)
-            mend = "give test_fraction above 0"
-            held_out = self.opened.count("test") > 0
-            require(held_out, f"{self.source} has no test images, which later stages need: {mend}")
+            text = f"{self.source} has no test images, which later stages need: give test_fraction above 0"
+            require(self.opened.count("test") > 0, text)
             facts = ingest(
                 self.opened, artifact.folder, self.size, self.fit, self.fill, self.max_pixels,
                 self.max_train, self.max_test, self.max_skipped, self.max_validation, self.cache,
