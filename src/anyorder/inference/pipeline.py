@@ -137,7 +137,7 @@ class Pipeline(folders.Parts):
         prepared = self._prepare(ImageRequest.of(*request, **settings), callback_on_step_end)
         made = []
         with devices.memory_for(batch_size):
-            for _, model, policy, streams, options in self._batches(batch_size, *prepared):
+            for _, model, policy, streams, options in self._batches(batch_size, prepared):
                 # Unpacked here, so that the generator runs without a frame of `trace` on the stack.
                 found = decoding.trace([*decoding.generate(model, policy, streams, **options)])
                 made.append(self._output(found, options["grid"]))
@@ -191,7 +191,7 @@ class Pipeline(folders.Parts):
         begin, prepared = self._unfinished(image, mask, asked, pad, keep, filling, callback_on_step_end)
         made = []
         with devices.memory_for(batch_size):
-            for rows, model, policy, streams, options in self._batches(batch_size, *prepared):
+            for rows, model, policy, streams, options in self._batches(batch_size, prepared):
                 begun = begin(rows, streams)
                 trace = decoding.complete(model, begun.tokens, begun.known, policy, streams, **options)
                 with devices.autocast_like(self.model):  # as images are decoded that are generated whole
@@ -238,8 +238,7 @@ class Pipeline(folders.Parts):
         how = {name: n for name, n in filling.items() if n is not None}
         both = keep is not None and (mask is not None or pad is not None or how)
         require(not both, "give either keep=..., or mask=... and pad=... with margin and feather")
-        text = f"keep must be a share of tokens in [0, 1), got {keep}"
-        require(keep is None or 0 <= keep < 1, text)
+        require(keep is None or 0 <= keep < 1, f"keep must be a share of tokens in [0, 1), got {keep}")
         images = masks.read_images(image)
         if len(images) == 1:
             images = images.repeat(asked.columns(asked.num_images)[0], 0)
@@ -285,11 +284,10 @@ class Pipeline(folders.Parts):
         asked = ImageRequest.of(*request, **settings)
         if asked.order is None and not self.policy.decided:
             asked = ImageRequest(**vars(asked) | {"order": "token_likelihood"})
-        given = self._given(images, batch_size, asked)
         with devices.memory_for(batch_size):
             orders = [
                 decoding.extract_orders(model, tokens, policy, streams, **options).order
-                for tokens, model, policy, streams, options in given
+                for tokens, model, policy, streams, options in self._given(images, batch_size, asked)
             ]
         return torch.cat(orders)
 
@@ -356,20 +354,13 @@ class Pipeline(folders.Parts):
         require(given, "the images are given: leave out grid and sampling")
         pixels, grid = self._pixels(masks.read_images(images))
         prepared = self._prepare(asked, None, grid, len(pixels), sampled=False)
-        for rows, model, policy, streams, options in self._batches(batch_size, *prepared):
-            tokens = self.tokenizer.encode(inpainting.to_float(pixels[rows]))
-            yield tokens, model, policy, streams, options
+        for rows, model, policy, streams, options in self._batches(batch_size, prepared):
+            yield self.tokenizer.encode(inpainting.to_float(pixels[rows])), model, policy, streams, options
 
-    def _batches(
-        self,
-        size: int,
-        model: contracts.AnyOrderModel,
-        policy: contracts.OrderPolicy,
-        streams: Streams,
-        options: decoding.GenerationOptions,
-    ) -> Iterator[Batch]:
+    def _batches(self, size: int, prepared: Prepared) -> Iterator[Batch]:
         """At most `size` images at a time."""
         require(size >= 1, f"batch_size must be a whole number >= 1, got {size!r}")
+        model, policy, streams, options = prepared
         n, condition = len(streams), options.get("condition")
         with tqdm(total=n, unit="image", disable=n <= size) as bar:
             for rows in torch.arange(n, device=self.device).split(size):
