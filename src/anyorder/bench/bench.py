@@ -18,7 +18,7 @@ from anyorder.inference.device import device, fast_dtype
 from anyorder.inference.figures import save_image
 from anyorder.report.curves import scaling_curves
 from anyorder.report.tables import Table
-from anyorder.settings import parse
+from anyorder.settings import flatten, parse
 
 SHORTEST = 0.02
 """Seconds that one measurement lasts at least: short work is run several times in a row."""
@@ -205,8 +205,7 @@ def _sizes(result: dict[str, Any]) -> dict[str, Any]:
     """By dotted name, with defaults for settings that are newer than the result."""
     known = {name: value for name, value in result["config"].items() if name in SIZES}
     config = dataclasses.asdict(parse(BenchConfig, known))
-    nested = {f"{name}.{key}": size for name in ("model", "tokenizer") for key, size in config[name].items()}
-    return nested | {name: config[name] for name in ("grid", "vocab_size", "batch_size", "images")}
+    return flatten({name: config[name] for name in SIZES})
 
 
 def _by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -69,14 +69,9 @@ def train_generator(
     `rank` is that of low-rank updates, 0 trains all; of several `passes` of a step the gradients of the first
     are alive in the second. `sizes` are those of the steps of a grouped model.
     """
-
-    def make() -> nn.Module:
-        model: Any = family(kind).model_class(config)
-        if rank:
-            lora.add_low_rank(model, rank)
-        return model
-
-    model = build(make)
+    model = _network(kind, config)
+    if rank:
+        lora.add_low_rank(model, rank)
     tokens, order = _tokens(model, batch)
     steps: losses.Steps = {"sizes": sizes} if sizes else {}
     nll: Any = losses.joint_nll if getattr(config, "location", False) else losses.token_nll
@@ -147,8 +142,7 @@ def decoding_step(
         return model.append(state, order[:, begin:end], tokens[:, begin:end])
 
     def step(state: Any, begin: int, count: int) -> Any:
-        some = order[:, begin : begin + count]
-        decoding.score_candidates(model, state, some, None, None, chunk)
+        decoding.score_candidates(model, state, order[:, begin : begin + count], None, None, chunk)
         last = begin + (count - 1) // chunk * chunk
         return reveal(state, last, last + 1)
 
