@@ -114,8 +114,7 @@ class ARPG(PublishedModel):
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
-        even = config.depth % 2 == 0
-        require(even, f"depth must be even, half for each decoder, got {config.depth}")
+        require(config.depth % 2 == 0, f"depth must be even, half for each decoder, got {config.depth}")
         self.embeddings = nn.Embedding(config.vocab_size + config.num_classes + 3, config.width)
         self.layers = TwoDecoders(config)
         self.norm = norm(config.width)

@@ -96,8 +96,7 @@ def merge_with_self(q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor)
 def merge_with_own(q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor, size: int) -> Tensor:
     """The same for candidates of `size` inputs each, which attend to one another: (B, H, M * size, D / H)."""
     alone = (x.unflatten(2, (-1, size)).flatten(1, 2) for x in (q, k, v))
-    own = (x.unflatten(1, (q.shape[1], -1)).flatten(2, 3) for x in attend_with_total(*alone))
-    values, weight = own
+    values, weight = (x.unflatten(1, (q.shape[1], -1)).flatten(2, 3) for x in attend_with_total(*alone))
     return out.lerp(values, (weight - total).sigmoid().to(v.dtype))
 
 
@@ -157,8 +156,7 @@ class Cache:
         """One attention per layer for candidates; see `Candidates`."""
         seen = visible = None
         if self.lengths is not None:
-            slots = torch.arange(self.length, device=self.lengths.device)
-            seen = slots < self.lengths[:, None, None, None]
+            seen = torch.arange(self.length, device=self.lengths.device) < self.lengths[:, None, None, None]
         elif free is not None and pending > 1 and free.stop - free.start <= 2 * pending:
             visible = _visible(self.length, pending, free.stop - free.start - pending, self.keys.device)
         each, length = self._layers(), self.length
@@ -181,8 +179,7 @@ class Cache:
         for cache in (self.keys, self.values):
             if isinstance(columns, Tensor):  # indexing moves the batch to the front
                 rows = torch.arange(len(columns), device=columns.device)
-                waiting = cache[:, rows, :, self.length + columns[:, 0]].transpose(0, 1)
-                cache[:, :, :, self.length] = waiting
+                cache[:, :, :, self.length] = cache[:, rows, :, self.length + columns[:, 0]].transpose(0, 1)
             elif columns.start:  # else it lies there already
                 cache[:, :, :, self.length] = cache[:, :, :, self.length + columns.start]
         self.length += 1
