@@ -98,8 +98,7 @@ class CompletionStage(GeneratingStage):
         names: dict[str, Any] = {"images": (true.shape[1:], np.uint8), "order": (n, np.uint16)}
         names |= {"log_prob": (n, np.float32)} if self._exact() else {}
         specs = {f"{target.name}.{name}": x for name, x in names.items()}
-        what = f"{self.policy.label}, {target.name}"
-        rows = Rows(target.parent, specs, len(true), self.batch_size, what)
+        rows = Rows(target.parent, specs, len(true), self.batch_size, f"{self.policy.label}, {target.name}")
         for some in rows:
             settings: dict[str, Any] = {
                 "condition": None if condition is None else condition[some],

@@ -85,8 +85,7 @@ class DataStage:
             require(not columns, f"sunsets have no columns: leave {' and '.join(columns)} out")
             unused = self._changed("fit", "fill", "max_pixels", "max_skipped", "test_fraction", "cache")
             require(not unused, f"{' and '.join(unused)} has no effect on sunsets: leave it out")
-            large = min(self.size) >= 16
-            require(large, f"a sunset needs at least 16 x 16 pixels, got size={self.size}")
+            require(min(self.size) >= 16, f"a sunset needs at least 16 x 16 pixels, got size={self.size}")
         else:
             require(not self.seed, f"seed={self.seed} is for source=sunsets: leave it out")
 

@@ -74,8 +74,7 @@ class GridStage(GeneratingStage):
         values = []
         for seed in tqdm(self.seeds, desc=f"{tokens.grid.h} x {tokens.grid.w}", unit="seed"):
             order = random_orders(len(batch), tokens.grid, torch.Generator().manual_seed(seed)).to(device())
-            nll = image_nll(model, batch, condition, order, tokens.grid)["nll"]
-            values.append(float(nll.mean()))
+            values.append(float(image_nll(model, batch, condition, order, tokens.grid)["nll"].mean()))
         return over_seeds(values)
 
     def _figure(self, pipe: Pipeline, tokens: TokenSet) -> Image.Image:

@@ -101,8 +101,7 @@ class IterateStage(TrainingStage):
             text = f"iterate trains a location head, {model} is a {type(network).__name__}, which takes none"
             require(located or isinstance(network, AnyOrderTransformer), f"{text}: give a transformer")
             self._require_effect(located)
-        extraction = self._extraction(model, self.policy if located else self.first)
-        execute("orders", extraction, folder / "orders")
+        execute("orders", self._extraction(model, self.policy if located else self.first), folder / "orders")
         execute("train", self._training(model, folder / "orders", done), folder / "model")
         return folder / "model"
 

@@ -88,14 +88,12 @@ class OrdersStage:
         rows = evenly_spaced(n, len(tokens))  # folders come class by class
         self._extract(artifact.folder, model, tokens, rows, sizes[-1])
         for held in others:
-            images = evenly_spaced(self.test_limit, len(held))
-            self._extract(artifact.folder, model, held, images, sizes[-1])
+            self._extract(artifact.folder, model, held, evenly_spaced(self.test_limit, len(held)), sizes[-1])
         if not artifact.leads:
             return {}
         written = [files.load_array(artifact.folder / f"{name}.npy") for name in _arrays(tokens)]
         orders, labels, classes = written[0].astype(np.int64), tokens.labels[rows], tokens.classes or ["all"]
-        by_class = class_orders(orders, labels, len(classes))
-        files.save_array(artifact.folder / "class_order.npy", by_class)
+        files.save_array(artifact.folder / "class_order.npy", class_orders(orders, labels, len(classes)))
         files.save_array(artifact.folder / "train.row.npy", rows)
         maps = figures.mean_rank_per_class(orders, labels, classes, tokens.grid)
         figures.save_image(maps, artifact.folder / "mean_rank.png")

@@ -160,8 +160,7 @@ class TrainStage(common.TrainingStage):
         require(policy.decided, f"online.order must be an inferred order, got '{policy.order}'")
         text = "online extracts no class orders and counts evaluations: leave class_weight, entropy_limit out"
         require(not (policy.by_class or policy.adaptive), text)
-        ema = "online extracts with the averaged weights: give train.ema, say 0.999"
-        require(self.train.ema > 0, ema)
+        require(self.train.ema > 0, "online extracts with the averaged weights: give train.ema, say 0.999")
 
     @property
     def _all_random(self) -> bool:
@@ -266,8 +265,7 @@ class TrainStage(common.TrainingStage):
             attributes = tuple(len(values) for values in tokens.attributes.values())
             sizes |= {"text_vocab": tokens.text_vocab, "text_length": tokens.text_length}
             sizes |= {"attributes": attributes, "grouped": bool(self.groups)}
-            config = transformer.TransformerConfig(**vars(self.model), **sizes)
-            return transformer.AnyOrderTransformer(config)
+            return transformer.AnyOrderTransformer(transformer.TransformerConfig(**vars(self.model), **sizes))
         common.require_trained_on(self.init, tokens, adapted=True)
         model = weights.load_any_order(self.init)
         if common.is_converted(self.init):
