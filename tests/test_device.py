@@ -1,6 +1,8 @@
 """Where and how to compute: the one switch of bfloat16, waiting threads, and their number."""
 
 import os
+import platform
+import resource
 import subprocess
 import sys
 
@@ -82,6 +84,31 @@ def test_threads_spin_shortly_unless_the_user_decides():
     assert spin_count() == "3000"
     assert spin_count(GOMP_SPINCOUNT="7") == "7"
     assert spin_count(OMP_WAIT_POLICY="PASSIVE") == "None"
+
+
+def page_faults(**variables: str) -> int:
+    """Page faults of a process that makes a block of 64 MiB 20 times, after what each command does first."""
+    bare = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    code = """
+import resource
+from anyorder.cli.main import keep_freed_memory
+keep_freed_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    bytearray(64 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=bare | variables, capture_output=True, text=True, check=True
+    )
+    return int(run.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+def test_freed_memory_is_kept_unless_the_user_decides():
+    pages = (64 << 20) // resource.getpagesize()
+    assert page_faults() < 2 * pages
+    assert page_faults(MALLOC_MMAP_THRESHOLD_="131072") > 19 * pages
 
 
 class Machine:

@@ -167,10 +167,13 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is incomplete ({', '.join(kinds)}): run the stage again")
     names, folders = (*found["files"], *found["other_files"]), found["input_folders"]
     texts = all(isinstance(text, str) for text in (*names, *found["files"].values(), *folders.values()))
-    inside = texts and not any(os.path.isabs(n) or ".." in Path(n).parts or "\0" in n for n in names)
-    if not inside or not folders.keys() <= found["inputs"].keys():
+    if not texts or not folders.keys() <= found["inputs"].keys() or not all(map(_is_inside, names)):
         raise ValueError(f"{path} names what is no file of its folder: run the stage again")
     return manifest
+
+
+def _is_inside(name: str) -> bool:
+    return not os.path.isabs(name) and ".." not in Path(name).parts and "\0" not in name
 
 
 def read_record(path: Path) -> dict[str, Any]:

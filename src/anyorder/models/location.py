@@ -92,13 +92,18 @@ class LocationHead(nn.Module):
         # the class, and begin in the order of another one.
         every = torch.stack((hidden, content, condition), dim=-2)
         query = self.query(nn.functional.rms_norm(every, every.shape[-1:]).flatten(-2))
-        grid, everywhere = tables.grid, torch.arange(tables.grid.n, device=query.device)
-        index = positions.displacement_index(grid, last.clamp(max=grid.n - 1)[..., None], everywhere)
-        from_last = (query @ tables.relative.T).gather(-1, index)  # q . R(p - last), 0 where there is no last
-        score = query @ tables.absolute.T + from_last.masked_fill((last == grid.n)[..., None], 0)
-        score = score + around(revealed, query @ self.context.weight, grid)
+        score = query @ tables.absolute.T + self._from_last(query, last, tables)
+        score = score + around(revealed, query @ self.context.weight, tables.grid)
         score = score.float() * query.shape[-1] ** -0.5
         return score.masked_fill(closed, -torch.inf).log_softmax(-1)
+
+    @staticmethod
+    def _from_last(query: Tensor, last: Tensor, tables: LocationTables) -> Tensor:
+        """q . R(p - last), (B, T, N); zero where there is no last position."""
+        table, grid = query @ tables.relative.T, tables.grid
+        everywhere = torch.arange(grid.n, device=query.device)
+        index = positions.displacement_index(grid, last.clamp(max=grid.n - 1)[..., None], everywhere)
+        return table.gather(-1, index).masked_fill((last == grid.n)[..., None], 0)
 
 
 def around(revealed: Tensor, weights: Tensor, grid: Grid) -> Tensor:

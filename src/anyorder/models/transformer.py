@@ -93,6 +93,14 @@ class AnyOrderTransformer(AnyOrderNetwork):
         self.prefix = conditioning.Prefix(width, *further) if config.attributes or further[2] else None
         self.compiled: CompiledBlocks | None = None
         """What `score` runs the blocks with once `compile_decoding` was called."""
+        self._initialise()
+
+    @property
+    def grouped(self) -> bool:
+        """Whether it was trained to predict the positions of one step together."""
+        return self.config.grouped
+
+    def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -101,11 +109,6 @@ class AnyOrderTransformer(AnyOrderNetwork):
         for block in self.blocks:  # the residual stream keeps its scale with depth
             for branch in (block.attention.out, block.mlp.down):  # type: ignore[union-attr]
                 nn.init.trunc_normal_(branch.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))  # type: ignore[union-attr, arg-type]
-
-    @property
-    def grouped(self) -> bool:
-        """Whether it was trained to predict the positions of one step together."""
-        return self.config.grouped
 
     def _tables(self, grid: Grid) -> encoding.PositionTables:
         """A, S, R and the rotations on a grid: O(N) small-network evaluations."""

@@ -271,8 +271,7 @@ class Artifact(contextlib.AbstractContextManager["Artifact"]):
 
     def _written(self) -> list[str]:
         """The stage's files: without what was there before and what is the user's."""
-        names = {*_walk(self.folder)} - self.found
-        return sorted(n for n in names if n.endswith(CONTENT) or FOLDERS.match(n) or FURTHER.fullmatch(n))
+        return sorted(name for name in {*_walk(self.folder)} - self.found if _is_work(name))
 
     def _recover(self) -> None:
         """Complete what a kill interrupted: the end of `finish`, or putting back what was set aside.
@@ -412,6 +411,11 @@ def _walk(folder: Path, below: str = "") -> Iterator[str]:
                 (folder / name / own).is_file() for own in (files.MANIFEST, IDENTITY)
             ):
                 yield from _walk(folder, f"{name}/")
+
+
+def _is_work(name: str) -> bool:
+    """Whether a stage might take a file for its work."""
+    return name.endswith(CONTENT) or bool(FOLDERS.match(name) or FURTHER.fullmatch(name))
 
 
 def _is_content(name: str) -> bool:

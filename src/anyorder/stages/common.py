@@ -77,11 +77,7 @@ class Rows:
         bar = tqdm(total=self.n, initial=self.known, desc=self.what, unit="image")
         with bar, Threads(device()) as threads:
             for part in self._mine:
-                if processes.size() == 1 and self._writer:  # one process alone needs no files between
-                    self._join(part[0])
-                    writer = self._writer
-                else:  # what is there has other bounds
-                    writer = RowWriter(self.folder, self._arrays(part), most=0)
+                writer = self._writer_of(part)
                 for rows in slices(part[1], self.size, part[0]):
                     yield rows
                     _append(writer, (self._made[name] for name in self.specs))
@@ -112,6 +108,13 @@ class Rows:
         paths = [self.folder / f"{name}.npy" for name in self._arrays(part)]
         return all(path.is_file() and len(load_array(path)) == part[1] - part[0] for path in paths)
 
+    def _writer_of(self, part: tuple[int, int]) -> RowWriter:
+        """What a part is written to: one process alone needs no files between."""
+        if processes.size() == 1 and self._writer:
+            self._join(part[0])
+            return self._writer
+        return RowWriter(self.folder, self._arrays(part), most=0)  # what is there has other bounds
+
     def _join(self, until: int) -> None:
         """Append the parts up to a row to the arrays."""
         assert self._writer is not None, "the leader joins"
@@ -132,7 +135,8 @@ def training_facts(result: TrainResult) -> dict[str, Any]:
     """What the manifest records of a training."""
     facts = {name: getattr(result, name) for name in ("steps", "seconds", "examples")}
     facts |= {name: result.metrics[name] for name in ("mfu", "peak_memory") if name in result.metrics}
-    return {"parameters": sum(p.numel() for p in result.model.parameters()), **facts}
+    parameters = sum(p.numel() for p in result.model.parameters())
+    return {"parameters": parameters, **facts}
 
 
 def trained_before(folder: Path) -> dict[str, Any]:

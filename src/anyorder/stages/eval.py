@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from anyorder import files
-from anyorder.contracts import require
+from anyorder.contracts import AnyOrderNetwork, require
 from anyorder.data import caches
 from anyorder.data import rows as select
 from anyorder.data.classes import index_of
@@ -82,7 +82,8 @@ class EvalStage:
     """Images in each of KID's subsets."""
 
     def __post_init__(self) -> None:
-        for name, limit in {"nll_images": 0, "rfd_images": 0, "batch_size": 1, "kid_subset_size": 2}.items():
+        least = {"nll_images": 0, "rfd_images": 0, "batch_size": 1, "kid_subset_size": 2}
+        for name, limit in least.items():
             require(getattr(self, name) >= limit, f"{name} must be >= {limit}, got {getattr(self, name)}")
         require(self.rfd_images != 1, "rfd_images must be 0 or at least 2, for a covariance; got 1")
 
@@ -201,12 +202,33 @@ class EvalStage:
         model = load_any_order(self.model)
         if policy.parallel and not (exact or getattr(model, "grouped", False)):
             return {"nll": None, "bits_per_dim": None}
+        rows, hidden = select.evenly_spaced(self.nll_images, len(test)), tuple(made["config"].get("hide", ()))
+        means = self._mean_nll(model, policy, exact, test, rows, hidden)
+        h, w = files.read_manifest(test.folder)["image_size"]
+        bits = metrics.bits_per_dim(means.get("bound", means["nll"]), test.grid.n, 3 * h * w)
+        shared = {"bits_per_dim": bits, "nll_images": len(rows)}
+        if exact:
+            return {"nll": means["nll"], "nll_is_bound": policy.order == "random", **shared}
+        content, bound = means["nll"], means["bound"]
+        parts = {"bound": bound, "bound_tokens": content, "bound_location": bound - content}
+        return {"nll": None, **parts, **shared}
+
+    def _mean_nll(
+        self,
+        model: AnyOrderNetwork,
+        policy: PolicyConfig,
+        exact: bool,
+        test: caches.TokenSet,
+        rows: np.ndarray,
+        hidden: tuple[str, ...],
+    ) -> dict[str, float]:
+        """`image_nll` of test images without the `hidden` parts of their conditions, averaged."""
         scorer = load_any_order(self.scorer) if self.scorer else None
         cache = caches.OrderSet(self.orders) if self.orders else None
 
         def work(some: np.ndarray) -> dict[str, torch.Tensor]:
             tokens, labels = test.batch(some)
-            labels = test.without(labels, tuple(made["config"].get("hide", ())))
+            labels = test.without(labels, hidden)
             condition = common.as_condition(model, test, labels.to(device()))
             of_class = cache.of_classes(labels).to(device()) if cache else None
             streams, tokens = Streams(some.tolist(), device()), tokens.to(device())
@@ -217,18 +239,11 @@ class EvalStage:
             if policy.parallel and exact:
                 return {"nll": -found.log_prob.cpu().double().mean(1)}
             steps: Any = {"sizes": policy.sizes(test.grid.n)} if policy.parallel else {}
-            inputs = (model, tokens, condition, found.order, test.grid)
-            return {k: x.cpu() for k, x in image_nll(*inputs, location=not exact, **steps).items()}
+            inputs = (tokens, condition, found.order, test.grid)
+            each = image_nll(model, *inputs, location=not exact, **steps)
+            return {name: value.cpu() for name, value in each.items()}
 
-        rows = select.evenly_spaced(self.nll_images, len(test))
-        each = list(processes.mapped(work, list(select.batches(rows, self.batch_size)), "likelihood"))
-        names = each[0] if each else ()  # the leader's alone
-        means = processes.told({name: float(torch.cat([x[name] for x in each]).mean()) for name in names})
-        h, w = files.read_manifest(test.folder)["image_size"]
-        bits = metrics.bits_per_dim(means.get("bound", means["nll"]), test.grid.n, 3 * h * w)
-        shared = {"bits_per_dim": bits, "nll_images": len(rows)}
-        if exact:
-            return {"nll": means["nll"], "nll_is_bound": policy.order == "random", **shared}
-        content, bound = means["nll"], means["bound"]
-        parts = {"bound": bound, "bound_tokens": content, "bound_location": bound - content}
-        return {"nll": None, **parts, **shared}
+        batches = list(select.batches(rows, self.batch_size))
+        made = list(processes.mapped(work, batches, "likelihood"))
+        names = made[0] if made else ()  # the leader's alone
+        return processes.told({name: float(torch.cat([x[name] for x in made]).mean()) for name in names})

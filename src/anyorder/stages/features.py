@@ -63,7 +63,8 @@ class FeaturesStage(common.TrainingStage):
         known = self.extractor in EXTRACTORS or self.extractor.startswith(features.TIMM)
         known = known or families.is_own("features", self.extractor)
         names = f"{', '.join(EXTRACTORS)}, timm:NAME or package.module:Name"
-        require(known, f"extractor must be one of {names}, got '{self.extractor}'")
+        listed = f"extractor must be one of {names}, got '{self.extractor}'"
+        require(known, listed)
         for name in ("label", "init"):
             allowed = getattr(self, name) is None or self.extractor == "classifier"
             require(allowed, f"{name}={getattr(self, name)} is for a classifier: set extractor=classifier")
@@ -94,14 +95,7 @@ class FeaturesStage(common.TrainingStage):
         training = training_features(artifact.folder, extractor, images, self.max_train)
         if not artifact.leads:
             return {}
-        floor: dict[str, float] = {}  # of as many real training images
-        rows = evenly_spaced(reference.n, training.n)
-        if min(len(rows), reference.n) > 3:
-            real = metrics.FeatureStatistics(extractor.name)
-            real.update(training.features[rows], training.logits[rows])
-            found = metrics.evaluate(extractor, reference, real)
-            kept = {name: found[name] for name in ("kid", "precision", "recall")}
-            floor = {"fd": found.get("fd", found.get("fid")), **kept}
+        floor = _floor(extractor, reference, training)
         return {"extractor": extractor.name, "metric_name": extractor.metric, "floor": floor, **facts}
 
     def _train(self, artifact: Artifact, images: caches.ImageSet, test: caches.ImageSet) -> dict[str, Any]:
@@ -135,6 +129,19 @@ class FeaturesStage(common.TrainingStage):
             weights.save_model(artifact.folder, result.model, config, "classifier")
         processes.barrier()
         return {"test": evaluate(result.model, result.steps), **common.training_facts(result)}
+
+
+def _floor(
+    extractor: features.FeatureExtractor, test: metrics.FeatureStatistics, training: metrics.FeatureStatistics
+) -> dict[str, float]:
+    """Distances of as many real training images from the test split; nothing for 3 images or fewer."""
+    rows = evenly_spaced(test.n, training.n)
+    if min(len(rows), test.n) <= 3:
+        return {}
+    real = metrics.FeatureStatistics(extractor.name)
+    real.update(training.features[rows], training.logits[rows])
+    found = metrics.evaluate(extractor, test, real)
+    return {"fd": found.get("fd", found.get("fid")), **{k: found[k] for k in ("kid", "precision", "recall")}}
 
 
 def load_extractor(folder: Path) -> features.FeatureExtractor:

@@ -105,11 +105,7 @@ class TokenizerStage(common.TrainingStage):
         if not artifact.leads:
             return {}
         weights.save_model(artifact.folder, result.model, model.config, "vq")
-        shown = test if len(test) else images
-        pixels = shown.batch(np.arange(min(common.SHOWN, len(shown))), device=device())[0]
-        both = np.concatenate((to_uint8(pixels), to_uint8(_reconstructed(result.model, pixels)[1])))
-        grid = figures.image_grid(both, columns=len(pixels), scale=2)
-        figures.save_image(grid, artifact.folder / "reconstructions.png")
+        _save_reconstructions(result.model, test if len(test) else images, artifact.folder)
         return {"test": _measured(result.model, test, len(test)), **common.training_facts(result)}
 
 
@@ -134,3 +130,11 @@ def _measured(model: nn.Module, images: ImageSet, limit: int) -> dict[str, float
             tokens.append(found.cpu())
     usage, perplexity = codebook_usage(torch.cat(tokens), model.vocab_size).tolist()  # type: ignore[arg-type]
     return {"psnr": psnr / n, "ssim": ssim / n, "codebook_usage": usage, "codebook_perplexity": perplexity}
+
+
+def _save_reconstructions(model: nn.Module, images: ImageSet, folder: Path) -> None:
+    """The first images above their reconstructions."""
+    pixels = images.batch(np.arange(min(common.SHOWN, len(images))), device=device())[0]
+    both = np.concatenate((to_uint8(pixels), to_uint8(_reconstructed(model, pixels)[1])))
+    shown = figures.image_grid(both, columns=len(pixels), scale=2)
+    figures.save_image(shown, folder / "reconstructions.png")
