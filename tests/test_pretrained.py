@@ -1,5 +1,7 @@
 """The models that come with the package."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 from anyorder import Pipeline, Sampling
 from anyorder.cli import main as cli
 from anyorder.inference.folders import BUNDLED, bundled
+from anyorder.inference.weights import load_any_order
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.schedules import reveals
 from anyorder.orders import inverse, validate
@@ -23,6 +26,21 @@ def test_it_is_small_and_says_what_it_is():
     assert sum(path.stat().st_size for path in BUNDLED.rglob("*.safetensors")) <= 24.5e6  # a wheel of 25 MB
     for name in bundled():
         assert "Licence" in (BUNDLED / name / "README.md").read_text()
+
+
+def test_the_scoring_model_of_a_stage_is_that_of_the_pipeline(tmp_path):
+    """And its generator only where it has none."""
+
+    def first(network):
+        return next(network.parameters())
+
+    whole, alone = BUNDLED / "emoji64", tmp_path
+    shutil.copytree(whole / "model", alone / "model")
+    pipe = Pipeline.from_pretrained("emoji64")
+    torch.testing.assert_close(first(load_any_order(whole, "scorer")), first(pipe.scorer), rtol=0, atol=0)
+    torch.testing.assert_close(first(load_any_order(whole)), first(pipe.model), rtol=0, atol=0)
+    torch.testing.assert_close(first(load_any_order(alone, "scorer")), first(pipe.model), rtol=0, atol=0)
+    assert not torch.equal(first(pipe.scorer), first(pipe.model))
 
 
 @pytest.mark.parametrize("order", [None, "class_mean", "random"])

@@ -42,12 +42,16 @@ def peak_memory(subject: Subject, sides: tuple[int, ...]) -> list[dict[str, Any]
         # Memory is linear in the step until one chunk of open positions is left: one of its ends is the peak.
         last = max(0, grid.n - config.chunk)
         peak = max(_peak(subject, grid, known, steps) for known, steps in ((0, 2), (last, 1)))
-        with torch.no_grad():
-            cache = subject.model.start(config.images, None, grid).cache
-        kept = cache.keys.nbytes + cache.values.nbytes
-        sizes = {"peak": peak, "cache": kept, "candidates": hidden, "chunk": logits}
+        sizes = {"peak": peak, "cache": _cache(subject, grid), "candidates": hidden, "chunk": logits}
         rows.append({"positions": grid.n, **{f"{name} (MiB)": size / MIB for name, size in sizes.items()}})
     return rows
+
+
+@torch.no_grad()
+def _cache(subject: Subject, grid: Grid) -> int:
+    """Bytes of the keys and values that decoding allocates."""
+    cache = subject.model.start(subject.config.images, None, grid).cache
+    return cache.keys.nbytes + cache.values.nbytes
 
 
 class _Piecewise:

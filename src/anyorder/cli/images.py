@@ -134,8 +134,7 @@ def own_settings(texts: Sequence[str]) -> dict[str, Any]:
 
 def sample_files(config: SampleConfig, out: Path, *, overwrite: bool = False) -> bool:
     """Generate images and write the files; False if they are up to date. Errors as of `Pipeline`."""
-    names = [*_numbered(config.num_images), *SAMPLE_FIGURES]
-    artifact = _open("images", config, out, overwrite, names)
+    artifact = _open("images", config, out, overwrite, [*_numbered(config.num_images), *SAMPLE_FIGURES])
     if done := not artifact.current:
         with artifact:
             _sample_into(config, out)

@@ -38,12 +38,11 @@ def plan(experiment: Experiment, config: planner.PlanConfig) -> dict[str, Any]:
     require(bool(rows), f"none of these stages is counted: {', '.join(found) or 'there are none'}")
     largest = max((costs.memory for costs in found.values() if costs), default=0.0)
     totals = {name: sum(row[name] or 0 for row in rows) or None for name in ("PFLOP", "hours", "disk (GB)")}
-    together = {"stage": "together", **totals, "GiB per GPU": largest / planner.GIB}
     return {
         "config": asdict(config),
         "machine": kind._asdict(),
         "stages": rows,
-        "together": together,
+        "together": {"stage": "together", **totals, "GiB per GPU": largest / planner.GIB},
         "not counted": [name for name, costs in found.items() if costs is None],
     }
 
@@ -51,8 +50,7 @@ def plan(experiment: Experiment, config: planner.PlanConfig) -> dict[str, Any]:
 def describe(found: dict[str, Any]) -> str:
     """The plan as text."""
     config, machine = found["config"], planner.Kind(**found["machine"])
-    rows = [*found["stages"], found["together"]]
-    table = Table(list(found["stages"][0]), rows).text()
+    table = Table(list(found["stages"][0]), [*found["stages"], found["together"]]).text()
     memory = f"{machine.memory / planner.GIB:.0f} GiB"
     rate = f"{(machine.bf16 or machine.float32) / 1e12:,.3g} TFLOP/s, {memory}"
     share = f"kernels at {config['efficiency']:.0%} of these"

@@ -317,8 +317,7 @@ class Planner:
         each = [self._once(estimates.train_generator, *given, some) for some in sizes]
         parameters, trained, _ = each[0]
         mean = (statistics.mean(some) for some in zip(*(astuple(x.cost) for *_, x in each), strict=True))
-        one = Pass(Cost(*mean), max(x.peak for *_, x in each))
-        found = self._training(train, parameters, trained, one)
+        found = self._training(train, parameters, trained, Pass(Cost(*mean), max(x.peak for *_, x in each)))
         found.tokens = train.steps * train.accumulation * train.batch_size * n
         return found
 

@@ -65,17 +65,15 @@ def default_page(run: Path) -> Path:
 
 def checkpoints(runs: abc.Sequence[Path]) -> list[Path]:
     """Files of checkpoints that finished trainings left, as their manifests list them."""
-    found = (file for run in runs for path in folders(run) for file in _checkpoints(path))
-    return [*{file.resolve(): file for file in found}.values()]  # runs may lie in one another
-
-
-def _checkpoints(folder: Path) -> abc.Iterator[Path]:
-    finished = _manifest(folder) if not (folder / artifacts.IDENTITY).is_file() else None
-    for name in (finished or {}).get("other_files", ()):
-        path = folder / name
-        inside = path.is_file() and path.resolve() == folder.resolve() / name  # no links, no ".."
-        if inside and Path(name).parts[0] == "checkpoints":
-            yield path
+    found: dict[Path, Path] = {}  # by the resolved path, as runs may lie in one another
+    for folder in (folder for run in runs for folder in folders(run)):
+        finished = _manifest(folder) if not (folder / artifacts.IDENTITY).is_file() else None
+        for name in (finished or {}).get("other_files", ()):
+            path, resolved = folder / name, folder.resolve() / name
+            inside = path.is_file() and path.resolve() == resolved  # no links, no ".."
+            if inside and Path(name).parts[0] == "checkpoints":
+                found[resolved] = path
+    return [*found.values()]
 
 
 def delete(paths: abc.Sequence[Path]) -> None:

@@ -74,8 +74,7 @@ class GenerateRequest:
         require(scale == 1 or asked, f"{pulls}: give class_labels= or prompt=, or leave it at 1")
         unpaired = any("\ud800" <= letter <= "\udfff" for letter in self.prompt)
         require(not unpaired, "prompt holds half of a character (a lone surrogate): leave it out")
-        share = self.keep is None or 0 <= self.keep < 1
-        require(share, f"keep must be a share in [0, 1), got {self.keep}")
+        require(self.keep is None or 0 <= self.keep < 1, f"keep must be a share in [0, 1), got {self.keep}")
         part = self.mask != "" or self.keep is not None
         require(self.image != "" or not part, "mask and keep say what of an image is generated: give image=")
 
@@ -182,8 +181,7 @@ def generate_events(pipe: Pipeline, asked: GenerateRequest) -> Iterator[Event]:
     given = _read_image(pipe, asked)
     steps = (_steps(pipe, asked, policy, given) for policy in chosen(pipe, asked))
     streams = [_events_of_order(pipe, each, order) for order, each in enumerate(steps)]
-    turns = itertools.zip_longest(*streams)
-    return (event for turn in turns for event in turn if event is not None)
+    return (event for turn in itertools.zip_longest(*streams) for event in turn if event is not None)
 
 
 def _read_image(pipe: Pipeline, asked: GenerateRequest) -> dict[str, Any]:

@@ -24,9 +24,12 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 log = logging.getLogger("anyorder")
 
 
-def load_any_order(folder: Path) -> AnyOrderNetwork:
-    """The any-order model of an artifact or pipeline on the device; a ValueError refuses other models."""
-    model: Any = load_model(_part(folder, "model")).to(device())
+def load_any_order(folder: Path, role: str = "model") -> AnyOrderNetwork:
+    """The any-order model of an artifact or pipeline on the device; a ValueError refuses other models.
+
+    In the role "scorer" it is a pipeline's scoring model, if it has one.
+    """
+    model: Any = load_model(_part(folder, role)).to(device())
     text = f"{folder} holds a {type(model).__name__}, expected an any-order model"
     require(isinstance(model, AnyOrderNetwork), text)
     return model
@@ -42,7 +45,8 @@ def load_tokenizer(folder: Path) -> TokenizerNetwork:
 
 def _part(folder: Path, role: str) -> Path:
     """The folder of a part of a pipeline, or the folder itself."""
-    return folder / role if (folder / role / CONFIG).is_file() else folder
+    roles = (role, "model") if role == "scorer" else (role,)  # without a scoring model the model rates
+    return next((folder / name for name in roles if (folder / name / CONFIG).is_file()), folder)
 
 
 def save_model(folder: str | Path, model: nn.Module, config: Any, kind: str) -> None:

@@ -92,8 +92,7 @@ def read_metrics(path: str | Path) -> list[dict[str, typing.Any]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no metrics at {path}: give the metrics.jsonl of a training run")
     result = []
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             break
         try:
@@ -134,10 +133,9 @@ def scaling_curves(sweeps: abc.Mapping[str, Rows], measures: abc.Sequence[str]) 
 
 def search_curves(rows: Rows, metric: str) -> Image.Image:
     """Distance and KID of the points of a search over the temperature, a line for each guidance scale."""
-    scales = dict.fromkeys(row["guidance_scale"] for row in rows)
     with figures.styled_figure(7.2, 2.8) as figure:
         for axis, key, label in zip(figure.subplots(1, 2), ("distance", "kid"), (metric, "KID"), strict=True):
-            for i, scale in enumerate(scales):
+            for i, scale in enumerate(dict.fromkeys(row["guidance_scale"] for row in rows)):
                 points = sorted((r["temperature"], r[key]) for r in rows if r["guidance_scale"] == scale)
                 colour = figures.COLOURS[i % len(figures.COLOURS)]
                 axis.plot(*zip(*points, strict=True), "o-", color=colour, label=f"scale {scale:g}")

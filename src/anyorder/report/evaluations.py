@@ -21,7 +21,6 @@ NO_LIKELIHOOD = "not a likelihood"
 """In place of a number for policies that look at the sampled tokens before they choose the position."""
 FLOOR = "real images"
 """Name of the row that says what real images score: no generator can be expected to do better."""
-NOT_MEASURED = "not measured"
 
 Found = list[tuple[Path, dict[str, Any]]]
 """Folders of artifacts with their manifests."""

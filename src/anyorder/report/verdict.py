@@ -144,7 +144,7 @@ def main_table(variants: Sequence[Variant], differences: Differences) -> Table:
     rows = [_row(variant, baseline, differences) for variant in variants]
     columns = [c for c in rows[0] if any(row[c] is not None for row in rows)]
     measures = [c for c in columns if c in evaluations.QUALITY]
-    unknown = evaluations.NOT_MEASURED
+    unknown = "not measured"
     floors = next((evaluation.floors for evaluation in members if evaluation.floors), {evaluations.FLOOR: {}})
     last = [
         {"samples": name, **{c: floor.get(c, None if c == "consistency" else unknown) for c in measures}}

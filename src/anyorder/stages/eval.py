@@ -223,7 +223,7 @@ class EvalStage:
         hidden: tuple[str, ...],
     ) -> dict[str, float]:
         """`image_nll` of test images without the `hidden` parts of their conditions, averaged."""
-        scorer = load_any_order(self.scorer) if self.scorer else None
+        scorer = load_any_order(self.scorer, "scorer") if self.scorer else None
         cache = caches.OrderSet(self.orders) if self.orders else None
 
         def work(some: np.ndarray) -> dict[str, torch.Tensor]:

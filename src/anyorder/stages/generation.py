@@ -84,7 +84,7 @@ def load_parts(stage: Any, tokens: TokenSet) -> Pipeline:
     return Pipeline(
         load_any_order(stage.model),
         load_tokenizer(stage.tokenizer),
-        scorer=load_any_order(stage.scorer) if stage.scorer else None,
+        scorer=load_any_order(stage.scorer, "scorer") if stage.scorer else None,
         class_orders=OrderSet(stage.orders).class_orders if stage.orders else None,
     )
 
