@@ -425,9 +425,7 @@ def test_photos_are_scaled_down_and_hostile_files_are_refused(visit):
 @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
 def test_axe_finds_nothing_serious(visit, size, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs 'anyorder[dev]'").Axe()
-    page = opened_editor(
-        visit, "&num_images=2&orders=random&orders=token_likelihood", size=size, scheme=scheme
-    )
+    page = opened_editor(visit, "&num_images=2&orders=random&orders=raster", size=size, scheme=scheme)
     paint(page, (0.3, 0.3), (0.7, 0.5))
     page.get_by_role("button", name="Copy Python").click()
     page.locator("#code").wait_for()
