@@ -175,9 +175,8 @@ def keep_freed_memory() -> None:
     set_by_user = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     mallopt = None if set_by_user or sys.platform != "linux" else getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        trim_threshold, mmap_threshold = -1, -3  # of malloc.h
-        mallopt(mmap_threshold, 1 << 30)
-        mallopt(trim_threshold, 1 << 30)
+        for threshold in (-3, -1):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+            mallopt(threshold, 1 << 30)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

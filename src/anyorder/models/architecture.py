@@ -48,8 +48,9 @@ class Architecture:
         for name in ("dropout", "token_dropout", "label_dropout", "part_dropout"):
             share = getattr(self, name)
             require(0 <= share < 1, f"{name} must lie in [0, 1), got {share}")
+        hints = get_type_hints(Architecture)
         for name in ("next_position", "current_position", "class_at"):
-            value, allowed = getattr(self, name), get_args(get_type_hints(Architecture)[name])
+            value, allowed = getattr(self, name), get_args(hints[name])
             listed = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
             require(value in allowed, f"{name} must be {listed}, got '{value}'")
         both = "none" not in (self.next_position, self.current_position) or not self.rotary
