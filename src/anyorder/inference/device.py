@@ -155,7 +155,7 @@ class Threads:
     """
 
     ROUNDS = 4  # timed steps of each number in a trial, fewer where the result is clear
-    CLEAR = 1.2  # a number is given up if its first two steps both take this many times those of all threads
+    CLEAR = 1.4  # a number is given up if its first two steps both take this many times those of all threads
     WINDOW = 8  # steps whose mean time is compared with that of the trial
     REST = 50  # trials are at least this many times their duration apart
 
