@@ -70,14 +70,17 @@ def test_the_command_line_chooses_the_device(monkeypatch, tmp_path, capsys):
     assert "device must be cpu, cuda, cuda:NUMBER or mps, got 'tpu'" in capsys.readouterr().err
 
 
+def printed(code: str, without: tuple[str, ...], **variables: str) -> str:
+    """What a new process prints: without variables of these beginnings, with those given."""
+    bare = {k: v for k, v in os.environ.items() if not k.startswith(without)}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=bare | variables, capture_output=True, text=True, check=True).stdout
+
+
 def spin_count(**variables: str) -> str:
     """The spin count that a process sees after it has imported the package."""
-    bare = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     code = "import anyorder, os; print(os.environ.get('GOMP_SPINCOUNT'))"
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=bare | variables, capture_output=True, text=True, check=True
-    )
-    return run.stdout.strip()
+    return printed(code, ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"), **variables).strip()
 
 
 def test_threads_spin_shortly_unless_the_user_decides():
@@ -88,7 +91,6 @@ def test_threads_spin_shortly_unless_the_user_decides():
 
 def page_faults(**variables: str) -> int:
     """Page faults of a process that makes a block of 64 MiB 20 times, after what each command does first."""
-    bare = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
     code = """
 import resource
 from anyorder.cli.main import keep_freed_memory
@@ -98,10 +100,7 @@ for _ in range(20):
     bytearray(64 << 20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=bare | variables, capture_output=True, text=True, check=True
-    )
-    return int(run.stdout)
+    return int(printed(code, ("MALLOC_", "GLIBC_TUNABLES"), **variables))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")

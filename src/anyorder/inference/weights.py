@@ -29,7 +29,7 @@ def load_any_order(folder: Path, role: str = "model") -> AnyOrderNetwork:
 
     In the role "scorer" it is a pipeline's scoring model, if it has one.
     """
-    model: Any = load_model(_part(folder, role)).to(device())
+    model: Any = load_model(_part(folder, role, "model")).to(device())
     text = f"{folder} holds a {type(model).__name__}, expected an any-order model"
     require(isinstance(model, AnyOrderNetwork), text)
     return model
@@ -43,10 +43,9 @@ def load_tokenizer(folder: Path) -> TokenizerNetwork:
     return model
 
 
-def _part(folder: Path, role: str) -> Path:
-    """The folder of a part of a pipeline, or the folder itself."""
-    roles = (role, "model") if role == "scorer" else (role,)  # without a scoring model the model rates
-    return next((folder / name for name in roles if (folder / name / CONFIG).is_file()), folder)
+def _part(folder: Path, *roles: str) -> Path:
+    """The folder of the first of these parts that a pipeline has, or the folder itself."""
+    return next((folder / role for role in roles if (folder / role / CONFIG).is_file()), folder)
 
 
 def save_model(folder: str | Path, model: nn.Module, config: Any, kind: str) -> None:
