@@ -1,4 +1,4 @@
-"""What `anyorder plan` says of every recipe, and of small trainings beside what was measured of these.
+"""What `anyorder plan` says of every recipe, and of small trainings and samplings beside what was measured.
 
     python experiments/plan_check.py docs/results/plan.json
 
@@ -6,7 +6,8 @@ What the file holds already is kept: delete it to measure anew.
 
 Memory: the largest sum of live tensors in a real training step, as PyTorch's profiler sees it, and what
 lives between steps. Time: processor time of one thread, so that a busy machine matters less. The efficiency
-is measured at the first size of each kind; the plan then says the time of the others.
+is measured at the first size of each kind of training; the plan then says the time of the others. That of
+sampling is planned with efficiency 1, from the peaks and what an operator costs.
 """
 
 from __future__ import annotations
@@ -16,22 +17,27 @@ import statistics
 import sys
 import tempfile
 import time
+import timeit
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
 from anyorder import files
-from anyorder.bench import estimates, fake
+from anyorder.bench import costs, estimates, fake
 from anyorder.bench.memory import _peak_of_cpu
 from anyorder.cli.plan import plan
-from anyorder.cli.planner import PlanConfig, update_bytes
+from anyorder.cli.planner import Kind, PlanConfig, Planner, update_bytes
+from anyorder.method import decoding
 from anyorder.method.loss import token_nll
+from anyorder.method.policy_config import PolicyConfig
+from anyorder.method.sampling import Streams
 from anyorder.models.architecture import TransformerConfig
 from anyorder.models.transformer import AnyOrderTransformer
 from anyorder.orders import random_orders
-from anyorder.stages.experiment import RECIPES, load_experiment
+from anyorder.stages.experiment import RECIPES, Experiment, load_experiment
 from anyorder.tokenizers.losses import LossConfig, TokenizerLoss
 from anyorder.tokenizers.vq import VQConfig, VQModel
 from anyorder.training.config import TrainConfig
@@ -49,6 +55,11 @@ TOKENIZERS = [
     (VQConfig(32, (1, 1, 2, 4), 2, 64, 1024, 8, groups=8), 96, 2),
 ]
 TERMS = LossConfig(adversarial=0.1, discriminator_start=0, discriminator_channels=32, discriminator_layers=2)
+POLICIES = (
+    PolicyConfig("raster"),
+    PolicyConfig("random", steps=16),
+    PolicyConfig("entropy", rate_every=8),
+)
 ROUNDS = 7
 
 
@@ -151,6 +162,41 @@ def checks() -> list[dict[str, Any]]:
     return found
 
 
+def sampled() -> list[dict[str, Any]]:
+    """FLOPs, memory and seconds of sampling: in raster order, random in 16 steps, and inferred."""
+    rows = []
+    for config, images in GENERATORS:
+        torch.manual_seed(0)
+        model = AnyOrderTransformer(config).eval()
+        chunk = max(1, min(decoding.ROWS["cuda"], decoding.LOGITS // model.vocab_size) // images)
+        for policy in POLICIES:
+
+            def work(policy: PolicyConfig = policy) -> None:
+                decoding.sample(model, policy, Streams(range(images)), chunk=chunk)  # noqa: B023
+
+            work()
+            flops, memory = costs.count(work).flops, _peak_of_cpu(work)
+            with mock.patch("timeit.default_timer", time.process_time):
+                kind = Kind(0.0, *estimates.speeds()[1:])
+                seconds = statistics.median(timeit.repeat(work, repeat=3, number=1))
+            planner = Planner(Experiment(Path(), {}), PlanConfig(kind="cpu", efficiency=1.0), kind)
+            with fake.imagined():
+                given = "transformer", config, model.grid.n, policy, images, images, False
+                found = planner._decoded(*given)
+            what = ", ".join(f"{k}={v}" for k, v in (_changed(config) | _changed(policy)).items())
+            rows.append({
+                "what": f"{what}; {images} images",
+                "FLOPs planned / measured": found.flops / flops,
+                "memory planned (MiB)": (found.activations + found.cache) / 2**20,
+                "memory planned / measured": (found.activations + found.cache) / memory,
+                "seconds measured": seconds,
+                "seconds planned / measured": found.seconds / seconds,
+                "peaks": kind._asdict(),
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    return rows
+
+
 def _changed(config: Any) -> dict[str, Any]:
     default = type(config)()
     return {k: v for k, v in dataclasses.asdict(config).items() if v != getattr(default, k)}
@@ -164,6 +210,9 @@ def main(out: str) -> None:
     result = {"command": f"python experiments/plan_check.py {out}", "recipes": {}} | result
     if "checks" not in result:
         files.write_json(path, result | {"checks": checks()})
+        result = files.read_json(path)  # type: ignore[assignment]
+    if "sampling" not in result:
+        files.write_json(path, result | {"sampling": sampled()})
         result = files.read_json(path)  # type: ignore[assignment]
     for recipe in sorted(RECIPES.glob("*.yaml")):
         if recipe.stem not in result["recipes"]:

@@ -26,6 +26,8 @@ class Cost:
     """Of matrix products, convolutions and attention."""
     elementwise: float = 0.0
     """Bytes of all else, an upper limit: operators of a compiled model move fewer, lookups read few rows."""
+    operators: float = 0.0
+    """How many are called, each of which costs the host some time; views included."""
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
         """The least time (the roofline) without elementwise work: arithmetic or memory, what is slower."""
@@ -36,7 +38,7 @@ def count(work: Callable[[], Any]) -> Cost:
     """Run `work` once, without compiled code, and count it."""
     with torch.compiler.set_stance("force_eager"), _Counter() as counter:
         work()
-    return Cost(float(counter.flops), float(counter.bytes), float(counter.elementwise))
+    return Cost(*map(float, (counter.flops, counter.bytes, counter.elementwise, counter.operators)))
 
 
 class _Counter(TorchDispatchMode):
@@ -44,11 +46,12 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.bytes = self.elementwise = 0
+        self.flops = self.bytes = self.elementwise = self.operators = 0
         self.formulas: dict[Any, Formula] = {**flop_registry, **_kernels_of_cpus()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.operators += func.namespace != "prim"
         formula = self.formulas.get(func.overloadpacket)
         operands = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
         moved = sum(x.numel() * x.itemsize for x in operands)

@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from anyorder.bench import costs
 from anyorder.bench.fake import Pass, build, measure
 from anyorder.contracts import Grid
 from anyorder.evaluation.features import Classifier, ClassifierConfig
@@ -20,16 +21,18 @@ from anyorder.families import family
 from anyorder.inference.device import fast_dtype
 from anyorder.method import decoding
 from anyorder.method import loss as losses
+from anyorder.method.sampling import Streams, entropy, sample_tokens
+from anyorder.models.transformer import AnyOrderTransformer, TransformerConfig
 from anyorder.tokenizers import losses as terms
 from anyorder.tokenizers.vq import VQConfig, VQModel
 from anyorder.training import lora
 
 
-def speeds(side: int = 1024, mib: int = 16) -> tuple[float, float, float, float]:
-    """Of this CPU: FLOP/s of products in bfloat16 (0: not native) and float32, bytes/s, bytes of memory.
+def speeds(side: int = 1024, mib: int = 16) -> tuple[float, float, float, float, float]:
+    """Of this CPU: FLOP/s in bfloat16 (0: not native) and float32, bytes/s, bytes of memory, seconds to call.
 
     Products of side x side; reading and writing so many MiB, where a function of each number is computed, as
-    between the products of a network. The best of a few runs.
+    between the products of a network; operators of a model too small to compute. The best of some runs.
     """
     rates, seconds = {}, partial(timeit.repeat, repeat=7, number=1)
     for dtype in (torch.bfloat16, torch.float32):
@@ -39,7 +42,10 @@ def speeds(side: int = 1024, mib: int = 16) -> tuple[float, float, float, float]
     moved = 2 * b.nbytes / min(seconds(partial(nn.functional.silu, b)))
     native = fast_dtype(torch.device("cpu"), True) == torch.bfloat16
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return rates[torch.bfloat16] * native, rates[torch.float32], moved, memory
+    tiny = AnyOrderTransformer(TransformerConfig(depth=1, width=8, heads=1, grid=(4, 4), vocab_size=8)).eval()
+    run = partial(decoding.sample, tiny, "raster", Streams([0]))
+    call = min(seconds(run)) / costs.count(run).operators
+    return rates[torch.bfloat16] * native, rates[torch.float32], moved, memory, call
 
 
 def _tokens(model: Any, batch: int) -> tuple[Tensor, Tensor]:
@@ -128,30 +134,38 @@ def train_tokenizer(
 
 @torch.no_grad()
 def decoding_step(
-    kind: str, config: Any, images: int, known: int, candidates: int, bf16: bool
+    kind: str, config: Any, images: int, known: int, candidates: int, revealed: int, most: int, bf16: bool
 ) -> tuple[int, Pass, int]:
-    """Parameters, scoring candidates of each of some images and revealing one, and bytes of the cache.
+    """Parameters, scoring candidates of each of some images and revealing so many, and bytes of the cache.
 
-    `known` positions are revealed before, at least one; with `bf16` weights and cache are of that type.
+    `known` positions are revealed before, at least one; with `bf16` weights and cache are of that type. The
+    peak is that of the largest step, which scores `most` candidates; more than `revealed` are rated.
     """
+    sampled = lambda positions, log_p: sample_tokens(log_p, torch.zeros(positions.shape))  # noqa: E731
+    content, rate = (None, entropy) if most > revealed else (sampled, None)
     model = _network(kind, config, torch.bfloat16 if bf16 else None)
     tokens, order = _tokens(model.eval(), images)
     chunk = max(1, min(decoding.ROWS["cuda"], decoding.LOGITS // model.vocab_size) // images)
 
-    def reveal(state: Any, begin: int, end: int) -> Any:
-        return model.append(state, order[:, begin:end], tokens[:, begin:end])
-
-    def step(state: Any, begin: int, count: int) -> Any:
-        decoding.score_candidates(model, state, order[:, begin : begin + count], None, None, chunk)
+    def step(state: Any, begin: int, count: int, end: int) -> Any:
+        decoding.score_candidates(model, state, order[:, begin : begin + count], content, rate, chunk)
         last = begin + (count - 1) // chunk * chunk
-        return reveal(state, last, last + 1)
+        return model.append(state, order[:, last : last + end], tokens[:, last : last + end])
+
+    def measured(known: int, count: int) -> tuple[Pass, int]:
+        before = known - min(known, revealed)  # what the last step revealed may wait to run with the next one
+        state = model.start(images, None)
+        state = model.append(state, order[:, :before], tokens[:, :before]) if before else state
+        state = step(state, before, known - before, known - before)
+        cache = state.cache.keys, state.cache.values
+        found = measure(model, lambda: step(state, known, count, revealed), *cache)
+        return found, sum(x.nbytes for x in cache)
 
     # Fake tensors have no values, by which a candidate that was scored is known again.
     with mock.patch("anyorder.models.attention.Scored.find", _find):
-        state = model.start(images, None)
-        state = step(reveal(state, 0, known - 1) if known > 1 else state, known - 1, 1)
-        found = measure(model, lambda: step(state, known, candidates))
-    return _size(model), found, state.cache.keys.nbytes + state.cache.values.nbytes
+        found, cache = measured(known, candidates)
+        peak = max(found.peak, measured(1, most)[0].peak if most > candidates else 0)
+    return _size(model), Pass(found.cost, peak), cache
 
 
 def _find(scored: Any, positions: Tensor, missing: int | None = None) -> slice | None:

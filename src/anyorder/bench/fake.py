@@ -62,8 +62,8 @@ def build(make: abc.Callable[[], torch.nn.Module], dtype: torch.dtype | None = N
     return module
 
 
-def measure(module: torch.nn.Module, work: abc.Callable[[], Any]) -> Pass:
-    """Count `work`, which runs a module of `build`."""
-    with costs.Alive([*module.parameters(), *module.buffers()]) as alive:
+def measure(module: torch.nn.Module, work: abc.Callable[[], Any], *given: torch.Tensor) -> Pass:
+    """Count `work`, which runs a module of `build`; like weights, `given` tensors are no part of the peak."""
+    with costs.Alive([*module.parameters(), *module.buffers(), *given]) as alive:
         cost = costs.count(work)
     return Pass(cost, alive.peak)

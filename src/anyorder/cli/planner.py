@@ -30,6 +30,7 @@ class Kind(NamedTuple):
     float32: float  # FLOP/s, without TF32, which nothing here uses
     bandwidth: float  # bytes/s
     memory: float  # bytes
+    call: float = 0.0  # seconds of each operator, whatever it computes; GPUs compute meanwhile
 
 
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -223,6 +224,7 @@ class Planner:
         arithmetic, bandwidth = cost.flops / rate, self.kind.bandwidth
         apart = arithmetic + cost.elementwise / bandwidth
         seconds = (cost.seconds(rate, bandwidth) if reads else apart) / self.config.efficiency
+        seconds += cost.operators * self.kind.call
         return {"flops": times * cost.flops, "seconds": times * seconds / self.config.gpus}
 
     def _rate(self, bf16: bool) -> float:
@@ -238,8 +240,8 @@ class Planner:
         times, gpus = train.steps * train.accumulation, self.config.gpus
         averages = (train.ema > 0) + (train.patience > 0)
         sharers = gpus if train.shard else 1
-        unfused = 0.0 if train.compile else one.cost.elementwise
-        spent = self._spent(replace(one.cost, elementwise=unfused), times, train.bf16)
+        cost = replace(one.cost, elementwise=0.0, operators=0.0) if train.compile else one.cost
+        spent = self._spent(cost, times, train.bf16)
         update = Cost(elementwise=update_bytes(averaged, trained, train.ema > 0))
         spent["seconds"] += self._spent(update, train.steps * gpus / sharers, train.bf16)["seconds"]
         # FSDP keeps a whole copy for evaluations, DDP one of the gradients.
@@ -339,12 +341,15 @@ class Planner:
     ) -> Costs:
         """Images that are generated, or whose orders are extracted; so many rows of the model for each."""
         steps = len(policy.sizes(n)) if policy.parallel else n
-        scored = max(policy.evaluations(n), n) if policy.inferred else n
+        # Where nothing is rated, what was chosen before is scored: at the last step, and between two ratings.
+        unrated = steps + 1 - -(-steps // policy.rate_every)
+        scored = policy.evaluations(n) + unrated if policy.inferred else n
         # Of candidates that shrink to none, most are scored while a third of the image is known.
         known = n // 3 if policy.inferred else n // 2
         many = max(1, min(round(scored / steps), n - known))
         bf16 = bf16 and self.kind.bf16 > 0
-        sizes = (kind, config, size * rows, known, many, bf16)
+        most = n - 1 if policy.inferred else many
+        sizes = (kind, config, size * rows, known, many, max(1, round(n / steps)), most, bf16)
         parameters, one, cache = self._once(estimates.decoding_step, *sizes)
         share = scored / steps / many  # where fewer candidates are left than are scored in the mean
         spent = self._spent(one.cost, share * steps * images / size, bf16, reads=True)
