@@ -39,12 +39,14 @@ bench: $(VENV)/.installed
 	$(BIN)/anyorder bench
 
 LARGE = model.depth=24 model.width=1024 model.heads=16 'only=["training step","teacher-forced scoring","sampling, fixed order"]'
-gpu: $(VENV)/.installed-dev  ## on a GPU: its tests and the bench of 28 M and 300 M parameters, in float32 and bfloat16
-	$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA device and a PyTorch that sees it')"
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/anyorder bench batch_size=64 images=64 out=docs/results/gpu.json
-	$(BIN)/anyorder bench $(LARGE) batch_size=16 images=16 out=docs/results/gpu-300m.json
-	$(if $(RANDAR)$(ARPG),$(BIN)/python experiments/adapter_speed.py docs/results/gpu-adapters.json --device cuda --rows 64 --bf16 $(if $(RANDAR),--randar $(RANDAR)) $(if $(ARPG),--arpg $(ARPG)),@echo "make gpu RANDAR=DIR ARPG=DIR also times checkouts of the published programs")
+# SYSTEM=1 takes $(PYTHON) with the PyTorch that is installed there, instead of installing one into $(VENV).
+GPU = $(if $(SYSTEM),PYTHONPATH=src $(PYTHON),$(BIN)/python)
+gpu: $(if $(SYSTEM),,$(VENV)/.installed-dev)  ## on a GPU: its tests and the bench of 28 M and 300 M parameters, in float32 and bfloat16
+	$(GPU) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA device and a PyTorch that sees it')"
+	$(GPU) -m pytest -m gpu
+	$(GPU) -m anyorder bench batch_size=64 images=64 out=docs/results/gpu.json
+	$(GPU) -m anyorder bench $(LARGE) batch_size=16 images=16 out=docs/results/gpu-300m.json
+	$(if $(RANDAR)$(ARPG),$(GPU) experiments/adapter_speed.py docs/results/gpu-adapters.json --device cuda --rows 64 --bf16 $(if $(RANDAR),--randar $(RANDAR)) $(if $(ARPG),--arpg $(ARPG)),@echo "make gpu RANDAR=DIR ARPG=DIR also times checkouts of the published programs")
 
 demo: $(VENV)/.installed  ## watch the model that comes with the package generate, in a browser
 	$(INSTALL) -e '.[demo]'
