@@ -6,8 +6,8 @@ What the file holds already is kept: delete it to measure anew.
 
 Memory: the largest sum of live tensors in a real training step, as PyTorch's profiler sees it, and what
 lives between steps. Time: processor time of one thread, so that a busy machine matters less. The efficiency
-is measured at the first size of each kind of training; the plan then says the time of the others. That of
-sampling is planned with efficiency 1, from the peaks and what an operator costs.
+is measured at the first size of each kind; the plan then says the time of the others. In sampling, the time
+that operators cost is measured with a model that is too small to compute.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from anyorder.method import decoding
 from anyorder.method.loss import token_nll
 from anyorder.method.policy_config import PolicyConfig
 from anyorder.method.sampling import Streams
+from anyorder.models import layers
 from anyorder.models.architecture import TransformerConfig
 from anyorder.models.transformer import AnyOrderTransformer
 from anyorder.orders import random_orders
@@ -163,8 +164,11 @@ def checks() -> list[dict[str, Any]]:
 
 
 def sampled() -> list[dict[str, Any]]:
-    """FLOPs, memory and seconds of sampling: in raster order, random in 16 steps, and inferred."""
+    """FLOPs, memory and seconds of sampling; the efficiency of the first inferred order is taken for all."""
     rows = []
+    with mock.patch("timeit.default_timer", time.process_time):
+        peaks = [estimates.speeds() for _ in range(ROUNDS)]
+    kind = Kind(0.0, *map(statistics.median, list(zip(*peaks, strict=True))[1:]))
     for config, images in GENERATORS:
         torch.manual_seed(0)
         model = AnyOrderTransformer(config).eval()
@@ -174,27 +178,39 @@ def sampled() -> list[dict[str, Any]]:
             def work(policy: PolicyConfig = policy) -> None:
                 decoding.sample(model, policy, Streams(range(images)), chunk=chunk)  # noqa: B023
 
+            with mock.patch.dict(
+                "os.environ", {layers.SWITCH: "0"}
+            ):  # plans know no packed copies of weights
+                work()
+                flops, memory = costs.count(work).flops, _peak_of_cpu(work)
             work()
-            flops, memory = costs.count(work).flops, _peak_of_cpu(work)
-            with mock.patch("timeit.default_timer", time.process_time):
-                kind = Kind(0.0, *estimates.speeds()[1:])
-                seconds = statistics.median(timeit.repeat(work, repeat=3, number=1))
-            planner = Planner(Experiment(Path(), {}), PlanConfig(kind="cpu", efficiency=1.0), kind)
+            seconds = statistics.median(timeit.repeat(work, timer=time.process_time, repeat=ROUNDS, number=1))
+            given = "transformer", config, model.grid.n, policy, images, images, False
+            nothing, config_of = Experiment(Path(), {}), PlanConfig(kind="cpu", efficiency=1.0)
             with fake.imagined():
-                given = "transformer", config, model.grid.n, policy, images, images, False
-                found = planner._decoded(*given)
+                alone, found = (
+                    Planner(nothing, config_of, each)._decoded(*given)
+                    for each in (kind._replace(call=0.0), kind)
+                )
+            calls, planned = found.seconds - alone.seconds, found.activations + found.cache
             what = ", ".join(f"{k}={v}" for k, v in (_changed(config) | _changed(policy)).items())
             rows.append({
                 "what": f"{what}; {images} images",
                 "FLOPs planned / measured": found.flops / flops,
-                "memory planned (MiB)": (found.activations + found.cache) / 2**20,
-                "memory planned / measured": (found.activations + found.cache) / memory,
+                "memory planned (MiB)": planned / 2**20,
+                "memory measured (MiB)": memory / 2**20,
+                "memory planned / measured": planned / memory,
                 "seconds measured": seconds,
-                "seconds planned / measured": found.seconds / seconds,
-                "peaks": kind._asdict(),
+                "seconds of calls": calls,
+                "seconds at these peaks": alone.seconds,
+                "efficiency": alone.seconds / (seconds - calls),
             })  # fmt: skip
             print(rows[-1], flush=True)
-    return rows
+    first = rows[len(POLICIES) - 1]["efficiency"]
+    for row in rows:
+        planned = row["seconds at these peaks"] / first + row["seconds of calls"]
+        row["seconds planned / measured"] = planned / row["seconds measured"]
+    return [{"peaks of all": kind._asdict()}, *rows]
 
 
 def _changed(config: Any) -> dict[str, Any]:

@@ -220,10 +220,9 @@ class Planner:
 
         Elementwise work comes on top of matrix products; in decoding, `reads`, products may wait for memory.
         """
-        rate = self._rate(bf16)
-        arithmetic, bandwidth = cost.flops / rate, self.kind.bandwidth
-        apart = arithmetic + cost.elementwise / bandwidth
-        seconds = (cost.seconds(rate, bandwidth) if reads else apart) / self.config.efficiency
+        rate, bandwidth = self._rate(bf16), self.kind.bandwidth
+        products = cost.seconds(rate, bandwidth) if reads else cost.flops / rate
+        seconds = (products + cost.elementwise / bandwidth) / self.config.efficiency
         seconds += cost.operators * self.kind.call
         return {"flops": times * cost.flops, "seconds": times * seconds / self.config.gpus}
 
