@@ -126,6 +126,22 @@ def test_decoding_is_counted_from_one_step_as_the_whole_costs(kind, policy, chun
     assert 0.5 < found.seconds / real.operators < 1
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    "policy", [PolicyConfig("raster"), PolicyConfig("entropy"), PolicyConfig("entropy", per_step=3)]
+)
+def test_decoding_of_the_smallest_grids_is_counted(grid, policy):
+    planner = Planner.__new__(Planner)
+    planner.kind, planner.config = KINDS["h100"], PlanConfig()
+    with fake.imagined():
+        assert (
+            planner._decoded(
+                "transformer", replace(OURS, grid=grid), grid[0] * grid[1], policy, 4, 4, False
+            ).flops
+            > 0
+        )
+
+
 def test_a_tokenizer_is_counted_as_it_runs():
     torch.manual_seed(0)
     config = VQConfig(16, (1, 2), 1, 8, 32, 4, groups=4)

@@ -138,7 +138,7 @@ def decoding_step(
 ) -> tuple[int, Pass, int]:
     """Parameters, scoring candidates of each of some images and revealing so many, and bytes of the cache.
 
-    `known` positions are revealed before, at least one; with `bf16` weights and cache are of that type. The
+    `known` positions are revealed before; with `bf16` weights and cache are of that type. The
     peak is that of the largest step, which scores `most` candidates; more than `revealed` are rated.
     """
     sampled = lambda positions, log_p: sample_tokens(log_p, torch.zeros(positions.shape))  # noqa: E731
@@ -156,7 +156,7 @@ def decoding_step(
         before = known - min(known, revealed)  # what the last step revealed may wait to run with the next one
         state = model.start(images, None)
         state = model.append(state, order[:, :before], tokens[:, :before]) if before else state
-        state = step(state, before, known - before, known - before)
+        state = step(state, before, known - before, known - before) if known else state
         cache = state.cache.keys, state.cache.values
         found = measure(model, lambda: step(state, known, count, revealed), *cache)
         return found, sum(x.nbytes for x in cache)
