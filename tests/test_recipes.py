@@ -270,14 +270,16 @@ def test_the_update_is_made_by_every_gpu_unless_weights_are_sharded():
         assert costs.seconds == pytest.approx(5 * moved / 16.0 / 0.5 * share)
 
 
-def test_time_is_products_then_the_rest_or_in_decoding_the_slower_of_products_and_reading():
-    cost = Cost(flops=16.0, bytes=160.0, elementwise=32.0)
+def test_time_is_products_or_in_decoding_reading_if_slower_then_the_rest_and_calls():
+    cost = Cost(flops=16.0, bytes=160.0, elementwise=32.0, operators=5.0)
     for bf16, products in ((True, 2.0), (False, 8.0)):
         assert planner()._spent(cost, 3, bf16)["seconds"] == 3 * (products + 2.0) / 0.5
-        assert planner()._spent(cost, 3, bf16, reads=True)["seconds"] == 3 * 10.0 / 0.5
-        assert (
-            planner()._spent(replace(cost, bytes=1.0), 3, bf16, reads=True)["seconds"] == 3 * products / 0.5
-        )
+        assert planner()._spent(cost, 3, bf16, reads=True)["seconds"] == 3 * (10.0 + 2.0) / 0.5
+        few = replace(cost, bytes=1.0)
+        assert planner()._spent(few, 3, bf16, reads=True)["seconds"] == 3 * (products + 2.0) / 0.5
+        slow = planner()
+        slow.kind = slow.kind._replace(call=0.2)
+        assert slow._spent(few, 3, bf16)["seconds"] == 3 * ((products + 2.0) / 0.5 + 5 * 0.2)
         train = TrainConfig(steps=1000, bf16=bf16, compile=True, ema=0.0)
         costs = planner()._training(train, 0, 0, fake.Pass(cost, 0))
         assert costs.mfu == pytest.approx(0.5), "of the peak of its own type"
