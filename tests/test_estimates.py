@@ -22,6 +22,7 @@ from anyorder.method.policy_config import PolicyConfig
 from anyorder.models.architecture import TransformerConfig
 from anyorder.models.transformer import AnyOrderTransformer
 from anyorder.orders import random_orders
+from anyorder.stages.experiment import Experiment
 from anyorder.tokenizers.losses import LossConfig, TokenizerLoss
 from anyorder.tokenizers.vq import VQConfig, VQModel
 
@@ -34,6 +35,11 @@ MODELS = {"transformer": (AnyOrderTransformer, OURS), "randar": (RandAR, THEIRS)
 def inputs(model, batch):
     torch.manual_seed(0)
     return torch.randint(model.vocab_size, (batch, model.grid.n)), random_orders(batch, model.grid)
+
+
+def planner_of(**kind):
+    """A planner without stages, for an H100 with some changes."""
+    return Planner(Experiment(Path(), {}), PlanConfig(), KINDS["h100"]._replace(**kind))
 
 
 def same(one, other):
@@ -115,9 +121,8 @@ def test_decoding_is_counted_from_one_step_as_the_whole_costs(kind, policy, chun
 
     work()
     real, peak = costs.count(work), _peak_of_cpu(work)
-    planner = Planner.__new__(Planner)
+    planner = planner_of(call=1.0)
     planner.known = {}  # what was counted with another `LOGITS` does not hold
-    planner.kind, planner.config = KINDS["h100"]._replace(call=1.0), PlanConfig()
     with fake.imagined():
         found = planner._decoded(kind, config, model.grid.n, policy, 4, 4, False)
     assert found.flops == pytest.approx(real.flops, rel=0.15)
@@ -131,8 +136,7 @@ def test_decoding_is_counted_from_one_step_as_the_whole_costs(kind, policy, chun
     "policy", [PolicyConfig("raster"), PolicyConfig("entropy"), PolicyConfig("entropy", per_step=3)]
 )
 def test_decoding_of_the_smallest_grids_is_counted(grid, policy):
-    planner = Planner.__new__(Planner)
-    planner.kind, planner.config = KINDS["h100"], PlanConfig()
+    planner = planner_of()
     with fake.imagined():
         assert (
             planner._decoded(

@@ -138,8 +138,8 @@ def decoding_step(
 ) -> tuple[int, Pass, int]:
     """Parameters, scoring candidates of each of some images and revealing so many, and bytes of the cache.
 
-    `known` positions are revealed before; with `bf16` weights and cache are of that type. The
-    peak is that of the largest step, which scores `most` candidates; more than `revealed` are rated.
+    `known` positions are revealed before; with `bf16` weights and cache are of that type. The peak is that of
+    the largest step, which scores `most` candidates; more than `revealed` are rated.
     """
     sampled = lambda positions, log_p: sample_tokens(log_p, torch.zeros(positions.shape))  # noqa: E731
     content, rate = (None, entropy) if most > revealed else (sampled, None)
@@ -147,25 +147,24 @@ def decoding_step(
     tokens, order = _tokens(model.eval(), images)
     chunk = max(1, min(decoding.ROWS["cuda"], decoding.LOGITS // model.vocab_size) // images)
 
-    def step(state: Any, begin: int, count: int, end: int) -> Any:
+    def step(state: Any, begin: int, count: int, kept: int) -> Any:
         decoding.score_candidates(model, state, order[:, begin : begin + count], content, rate, chunk)
         last = begin + (count - 1) // chunk * chunk
-        return model.append(state, order[:, last : last + end], tokens[:, last : last + end])
+        return model.append(state, order[:, last : last + kept], tokens[:, last : last + kept])
 
-    def measured(known: int, count: int) -> tuple[Pass, int]:
+    def measured(known: int, count: int) -> tuple[Pass, tuple[Tensor, Tensor]]:
         before = known - min(known, revealed)  # what the last step revealed may wait to run with the next one
         state = model.start(images, None)
         state = model.append(state, order[:, :before], tokens[:, :before]) if before else state
         state = step(state, before, known - before, known - before) if known else state
         cache = state.cache.keys, state.cache.values
-        found = measure(model, lambda: step(state, known, count, revealed), *cache)
-        return found, sum(x.nbytes for x in cache)
+        return measure(model, lambda: step(state, known, count, revealed), *cache), cache
 
     # Fake tensors have no values, by which a candidate that was scored is known again.
     with mock.patch("anyorder.models.attention.Scored.find", _find):
         found, cache = measured(known, candidates)
         peak = max(found.peak, measured(1, most)[0].peak if most > candidates else 0)
-    return _size(model), Pass(found.cost, peak), cache
+    return _size(model), Pass(found.cost, peak), sum(x.nbytes for x in cache)
 
 
 def _find(scored: Any, positions: Tensor, missing: int | None = None) -> slice | None:

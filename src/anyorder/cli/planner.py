@@ -222,8 +222,8 @@ class Planner:
         """
         rate, bandwidth = self._rate(bf16), self.kind.bandwidth
         products = cost.seconds(rate, bandwidth) if reads else cost.flops / rate
-        seconds = (products + cost.elementwise / bandwidth) / self.config.efficiency
-        seconds += cost.operators * self.kind.call
+        computing = (products + cost.elementwise / bandwidth) / self.config.efficiency
+        seconds = computing + cost.operators * self.kind.call
         return {"flops": times * cost.flops, "seconds": times * seconds / self.config.gpus}
 
     def _rate(self, bf16: bool) -> float:
@@ -341,7 +341,7 @@ class Planner:
         """Images that are generated, or whose orders are extracted; so many rows of the model for each."""
         steps = len(policy.sizes(n)) if policy.parallel else n
         # Where nothing is rated, what was chosen before is scored: at the last step, and between two ratings.
-        unrated = steps + 1 - -(-steps // policy.rate_every)
+        unrated = steps + 1 - math.ceil(steps / policy.rate_every)
         scored = policy.evaluations(n) + unrated if policy.inferred else n
         # Of candidates that shrink to none, most are scored while a third of the image is known.
         known = n // 3 if policy.inferred else n // 2

@@ -47,8 +47,8 @@ def displacements(grid: Grid, device: torch.device | str | None = None) -> Tenso
 
 def displacement_index(grid: Grid, start: Tensor, end: Tensor) -> Tensor:
     """Row of `displacements` that leads from positions `start` to positions `end`, int64."""
-    none = (2 * grid.h - 1) * (2 * grid.w - 1) // 2  # the row of no displacement, in the middle
-    return end - start + (end // grid.w - start // grid.w) * (grid.w - 1) + none
+    middle = (2 * grid.h - 1) * (2 * grid.w - 1) // 2  # the row of no displacement
+    return end - start + (end // grid.w - start // grid.w) * (grid.w - 1) + middle
 
 
 def check_shapes(tokens: Tensor, order: Tensor, grid: Grid) -> None:
