@@ -10,7 +10,7 @@ _spec = importlib.util.spec_from_file_location("shape", ROOT / "tools/shape.py")
 shape = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(shape)
 
-NOT_REACHED = {"lines in src": 21771}
+NOT_REACHED = {"lines in src": 21769}
 """Limits that are still missed, and what must not be exceeded on the way to them."""
 
 

@@ -172,9 +172,13 @@ def test_fused_attention_on_a_gpu(dtype):
     assert_close(total, written_out[1].detach(), rtol=2e-2, atol=2e-2)
 
 
-def test_candidates_attend_as_under_a_mask():
-    """Shared prefix, merged with themselves: the same as masked attention over prefix and all candidates."""
-    model, length, m = transformer(), 4, 5
+@pytest.mark.parametrize(("m", "slot"), [(5, None), (2, 0), (1, None), (1, 0), (1, 1)])
+def test_candidates_attend_as_under_a_mask(m, slot):
+    """Shared prefix, merged with themselves: the same as masked attention over prefix and all candidates.
+
+    One candidate that waits right behind the prefix takes another way.
+    """
+    model, length = transformer(), 4
     state = model.append(model.start(3), ORDER[:, :length], TOKENS[:, :length])
     q, k, v = (torch.randn(3, 2, m, 8, generator=seeded(i)) for i in range(3))
     mask = torch.cat((torch.ones(m, length), torch.eye(m)), dim=1).bool()
@@ -183,7 +187,8 @@ def test_candidates_attend_as_under_a_mask():
         for cache, new in ((state.cache.keys, k), (state.cache.values, v))
     )
     expected = nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-    assert_close(state.cache.candidates(None)[0](q, k, v), expected, **CLOSE)
+    free = None if slot is None else slice(length + slot, length + slot + m)
+    assert_close(state.cache.candidates(free)[0](q, k, v), expected, **CLOSE)
 
 
 def test_scored_candidates_wait_in_the_cache():
@@ -422,6 +427,21 @@ def test_attention_that_is_written_out_is_that_of_the_kernel(grouped, monkeypatc
     assert torch.equal(attention.causal(*short, mask), kernel)
 
 
+@pytest.mark.parametrize("queries", [1, 4])
+def test_attention_to_all_keys_is_that_of_the_kernel(queries, monkeypatch):
+    """Written out for bfloat16 on a CPU, of a cache that is not full; the same in any batch."""
+    exact = [torch.randn(6, 3, n, 16, generator=seeded(n)).bfloat16().float() for n in (queries, 9, 10)]
+    exact = [exact[0], *(x[:, :, :7] for x in exact[1:])]
+    expected = F.scaled_dot_product_attention(*exact)
+    assert torch.equal(attention.to_all(*exact), expected)
+    short = [x.bfloat16() for x in exact]
+    found = attention.to_all(*short)
+    assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+    assert torch.equal(attention.to_all(*(x[1:2] for x in short)), found[1:2])
+    monkeypatch.setattr(attention, "WRITTEN_OUT", 0)
+    assert torch.equal(attention.to_all(*short), F.scaled_dot_product_attention(*short))
+
+
 def test_bf16_weights_decode():
     model = transformer(num_classes=3, rotary=True).bfloat16()
     with torch.no_grad():
@@ -447,7 +467,7 @@ def test_positions_stay_exact_in_bf16():
     grid = Grid(40, 40)
     tables = [each._tables(grid) for each in (model, exact)]
     for found, kept in zip(*(table.rotary for table in tables), strict=True):
-        assert torch.equal(found, kept)
+        assert torch.equal(found, kept.bfloat16())
     close = {"rtol": 2e-2, "atol": 2e-2 * float(tables[1].current.std())}
     assert_close(tables[0].current.float().mean(1), tables[1].current.mean(1), **close)
     assert torch.equal(model.to(torch.float64).first.frequencies, exact.first.frequencies)

@@ -157,11 +157,8 @@ def _report(facts: Mapping[str, Any], max_skipped: float) -> None:
     first = [skip for part in (*parts, facts["ignored"]) for skip in part["first"]]
     shown = "; ".join(f"{skip['name']}: {skip['reason']}" for skip in first[:3])
     for what, n in (("skipped", skipped.total()), ("of unknown suffix", ignored.get(UNKNOWN, 0))):
-        require(
-            n <= max_skipped * (n + used),
-            f"{n} of {n + used} files are {what}, more than max_skipped={max_skipped:g} allows "
-            f"({shown}): mend or remove them, or set max_skipped higher",
-        )
+        text = f"{n} of {n + used} files are {what}, more than max_skipped={max_skipped:g} allows ({shown})"
+        require(n <= max_skipped * (n + used), f"{text}: mend or remove them, or set max_skipped higher")
 
 
 def _ingest_split(

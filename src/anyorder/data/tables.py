@@ -345,9 +345,6 @@ def _text(value: Any, names: list[str] | None, column: str, where: str | Path) -
         return names[value] if value >= 0 else None
     if isinstance(value, float) and value.is_integer():  # whole numbers of a column that has gaps
         return str(int(value))
-    require(
-        isinstance(value, str | int | float),
-        f"{holds} {type(value).__name__}, such as {str(value)[:60]}, and not one text or number for each "
-        "image: choose another column",
-    )
+    text = f"{holds} {type(value).__name__}, such as {str(value)[:60]}, and not one text or number for each"
+    require(isinstance(value, str | int | float), f"{text} image: choose another column")
     return str(value)

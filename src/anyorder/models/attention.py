@@ -17,8 +17,8 @@ from anyorder import contracts
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys, values, each (B, H, T, D / H), to outputs of the same shape."""
 WRITTEN_OUT = 512
-"""Inputs up to which `causal` is written out: the kernel for bfloat16 on CPUs took 4 times the time, in both
-passes together, with 65 inputs, 1.6 times with 257, the same with 577."""
+"""Inputs up to which bfloat16 attention on CPUs is written out. In training the kernel took 4 times the time,
+in both passes, with 65 inputs, 1.6 times with 257, the same with 577; for one query 1.4 to 2 times."""
 Columns = slice | Tensor
 """Columns of scored candidates: the same in every image, or (B, M) int64."""
 
@@ -39,12 +39,22 @@ def causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     Short bfloat16 inputs that are trained on a CPU are written out, O(B * H * T^2) in memory; else the fused
     kernel makes no mask.
     """
-    short = q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] <= WRITTEN_OUT
-    if not (short and q.requires_grad):
+    if not (_is_short(q) and q.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril() if mask is None else mask
     hidden = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, -torch.inf)
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2) + hidden).softmax(-1) @ v
+
+
+def to_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each input attends to all keys; short bfloat16 inputs on a CPU are written out, too."""
+    if not _is_short(q):
+        return F.scaled_dot_product_attention(q, k, v)
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+def _is_short(q: Tensor) -> bool:
+    return q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] <= WRITTEN_OUT
 
 
 def causal_behind(length: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -52,7 +62,7 @@ def causal_behind(length: int, q: Tensor, keys: Tensor, values: Tensor) -> Tenso
     if length == 0:
         return causal(q, keys, values)
     if q.shape[2] == 1:
-        return F.scaled_dot_product_attention(q, keys, values)
+        return to_all(q, keys, values)
     mask = torch.ones(q.shape[2], keys.shape[2], dtype=torch.bool, device=q.device).tril(length)
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
@@ -159,6 +169,8 @@ class Cache:
             seen = torch.arange(self.length, device=self.lengths.device) < self.lengths[:, None, None, None]
         elif free is not None and pending > 1 and free.stop - free.start <= 2 * pending:
             visible = _visible(self.length, pending, free.stop - free.start - pending, self.keys.device)
+        elif free == slice(self.length, self.length + 1) and not pending:
+            joint = True  # one alone lies behind all that it sees: one call without a merge
         each, length = self._layers(), self.length
         return [Candidates(*kv, length, free, pending, joint, size, seen, visible) for kv in each]
 
@@ -197,7 +209,7 @@ def _extend(keys: Tensor, values: Tensor, begin: int, joint: bool, q: Tensor, k:
     end = begin + k.shape[2]
     keys[:, :, begin:end], values[:, :, begin:end] = k, v
     keys, values = keys[:, :, :end], values[:, :, :end]
-    return F.scaled_dot_product_attention(q, keys, values) if joint else causal_behind(begin, q, keys, values)
+    return to_all(q, keys, values) if joint else causal_behind(begin, q, keys, values)
 
 
 def _extend_each(

@@ -59,7 +59,7 @@ def check_shapes(tokens: Tensor, order: Tensor, grid: Grid) -> None:
 
 
 class Rotation(NamedTuple):
-    """cos and sin (B, 1, T, D / H / 2) of the positions that rotate queries and keys."""
+    """cos and signed sin (B, 1, T, D / H) of the positions that rotate queries and keys."""
 
     queries: tuple[Tensor, Tensor]
     keys: tuple[Tensor, Tensor]
@@ -77,7 +77,7 @@ class PositionTables(NamedTuple):
     """R: ((2h - 1)(2w - 1), D) by displacement if `relative`, else (N, D) by position."""
     relative: bool
     rotary: tuple[Tensor, Tensor] | None
-    """cos and sin, (N + 1, D / H / 2) float32; row N, for the condition, is the identity rotation."""
+    """See `rotary_tables`."""
 
     def next(self, last: Tensor, positions: Tensor) -> Tensor | float:
         """R(position - last) for last in [0, N), (B, T, D)."""
@@ -95,19 +95,20 @@ class PositionTables(NamedTuple):
         return Rotation(queries, keys)
 
 
-def rotary_tables(at: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of `PositionTables.rotary` for coordinates (N, 2) float32.
+def rotary_tables(at: Tensor, head_width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and signed sin, (N + 1, D / H), for `rotate` and coordinates (N, 2) float32.
 
-    Half of the frequencies turn with the row, half with the column, base 100 (small grids).
+    Half of the frequencies turn with the row, half with the column, base 100 (small grids). Row N, for the
+    condition, is the identity rotation.
     """
     quarter = head_width // 4
     frequencies = 100.0 ** (-torch.arange(quarter, dtype=torch.float32, device=at.device) / quarter)
     angles = nn.functional.pad((at[:, :, None] * frequencies).flatten(1), (0, 0, 0, 1))
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary encoding: halves of the last dimension are real and imaginary parts."""
-    re, im = x.chunk(2, -1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((re * cos - im * sin, re * sin + im * cos), dim=-1)
+    real, imaginary = x.chunk(2, -1)
+    return x * cos + torch.cat((imaginary, real), dim=-1) * sin

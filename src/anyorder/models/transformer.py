@@ -112,12 +112,13 @@ class AnyOrderTransformer(AnyOrderNetwork):
 
     def _tables(self, grid: Grid) -> encoding.PositionTables:
         """A, S, R and the rotations on a grid: O(N) small-network evaluations."""
-        at, relative = grid.coordinates(self.head.weight.device), self.config.next_position == "relative"
+        config, weight = self.config, self.head.weight
+        at, relative = grid.coordinates(weight.device), config.next_position == "relative"
         ahead = encoding.displacements(grid, at.device) if relative else at
         inputs = ((self.current, at), (self.first, at), (self.following, ahead))
         current, first, following = (each(to) if each is not None else None for each, to in inputs)
-        head_width = self.config.width // self.config.heads
-        rotary = encoding.rotary_tables(at, head_width) if self.config.rotary else None
+        angles = at, config.width // config.heads, weight.dtype
+        rotary = encoding.rotary_tables(*angles) if config.rotary else None
         return encoding.PositionTables(grid, current, first, following, relative, rotary)
 
     def _content(self, tables: encoding.PositionTables, tokens: Tensor, at: Tensor, start: Tensor) -> Tensor:

@@ -149,11 +149,8 @@ def require_made_from(folder: Path, role: str, other: Path | None) -> None:
     """A ValueError if `folder` was made from another artifact in this role than `other` (None: from any)."""
     recorded = read_manifest(folder)["inputs"].get(role)
     names = fingerprints(other, role) if other else [None]
-    require(
-        recorded in names,
-        f"{folder} was made with {role} {recorded}, but {other} is {names[0]}: give the {role} that belongs "
-        f"to it, or run the stage that makes {folder} again",
-    )
+    text = f"{folder} was made with {role} {recorded}, but {other} is {names[0]}: give the {role} that"
+    require(recorded in names, f"{text} belongs to it, or run the stage that makes {folder} again")
 
 
 # --- published models among our own -----------------------------------------------------------------------
@@ -184,22 +181,17 @@ def require_trained_on(folder: Path, tokens: TokenSet, *, adapted: bool = False)
         return require_made_from(folder, "tokens", tokens.folder)
     config = read_json(_part(folder, "model") / CONFIG)["config"]
     vocab_size, count = config["vocab_size"], config["num_classes"]
-    require(
-        vocab_size == tokens.vocab_size,
-        f"{folder} knows {vocab_size} tokens, {tokens.folder} has {tokens.vocab_size}: tokenize the images "
-        "with the tokenizer that belongs to the model",
-    )
+    text = f"{folder} knows {vocab_size} tokens, {tokens.folder} has {tokens.vocab_size}: tokenize the images"
+    require(vocab_size == tokens.vocab_size, f"{text} with the tokenizer that belongs to the model")
     if adapted:
         return
     if count != len(tokens.classes):
         classes = (folder, count, tokens.folder, len(tokens.classes))
         log.warning("%s has %d classes, %s has %d: labels are left out", *classes)
         return
-    require(
-        known_classes(folder, tokens, count) == list(range(count)),
-        f"{folder} and {tokens.folder} have {count} classes each, but not the same ones in the same "
-        "sequence: train the model on these tokens first, or leave the labels out of data",
-    )
+    text = f"{folder} and {tokens.folder} have {count} classes each, but not the same ones in one sequence"
+    mend = "train the model on these tokens first, or leave the labels out of data"
+    require(known_classes(folder, tokens, count) == list(range(count)), f"{text}: {mend}")
 
 
 def as_condition(model: AnyOrderNetwork, tokens: TokenSet, condition: Tensor) -> Tensor | None:

@@ -24,11 +24,9 @@ from anyorder.models.compiled import require_compiler
 def own_passes(accumulation: int) -> range:
     """Which of the passes of a step are this process's; a ValueError if they cannot be shared equally."""
     world = processes.size()
-    require(
-        accumulation % world == 0,
-        f"train.accumulation={accumulation} passes of a step cannot be shared by {world} processes: give a "
-        f"multiple of {world}, and as much less train.batch_size for steps of the same size",
-    )
+    text = f"train.accumulation={accumulation} passes of a step cannot be shared by {world} processes: give a"
+    mend = f"multiple of {world}, and as much less train.batch_size for steps of the same size"
+    require(accumulation % world == 0, f"{text} {mend}")
     return range(processes.rank(), accumulation, world)
 
 
