@@ -110,5 +110,5 @@ def rotary_tables(at: Tensor, head_width: int, dtype: torch.dtype) -> tuple[Tens
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary encoding: halves of the last dimension are real and imaginary parts."""
-    real, imaginary = x.chunk(2, -1)
+    (real, imaginary), cos, sin = x.chunk(2, -1), cos.to(x.dtype), sin.to(x.dtype)
     return x * cos + torch.cat((imaginary, real), dim=-1) * sin
