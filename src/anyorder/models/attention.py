@@ -17,8 +17,8 @@ from anyorder import contracts
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys, values, each (B, H, T, D / H), to outputs of the same shape."""
 WRITTEN_OUT = 512
-"""Inputs up to which bfloat16 attention on CPUs is written out. In training the kernel took 4 times the time,
-in both passes, with 65 inputs, 1.6 times with 257, the same with 577; for one query 1.4 to 2 times."""
+"""Inputs up to which bfloat16 attention on CPUs is written out. For both passes of a training the kernel took
+4 times the time with 65 inputs, 1.6 times with 257, the same with 577; for one query 1.4 to 2 times."""
 Columns = slice | Tensor
 """Columns of scored candidates: the same in every image, or (B, M) int64."""
 

@@ -189,9 +189,9 @@ def require_trained_on(folder: Path, tokens: TokenSet, *, adapted: bool = False)
         classes = (folder, count, tokens.folder, len(tokens.classes))
         log.warning("%s has %d classes, %s has %d: labels are left out", *classes)
         return
-    text = f"{folder} and {tokens.folder} have {count} classes each, but not the same ones in one sequence"
-    mend = "train the model on these tokens first, or leave the labels out of data"
-    require(known_classes(folder, tokens, count) == list(range(count)), f"{text}: {mend}")
+    text = f"{folder} and {tokens.folder} have {count} classes each, but not the same ones in the same"
+    mend = "sequence: train the model on these tokens first, or leave the labels out of data"
+    require(known_classes(folder, tokens, count) == list(range(count)), f"{text} {mend}")
 
 
 def as_condition(model: AnyOrderNetwork, tokens: TokenSet, condition: Tensor) -> Tensor | None:
