@@ -656,7 +656,12 @@ def test_report_is_one_page_with_the_comparison(experiment, tmp_path):
     without = (tmp_path / "r.html").read_text()
     assert "what the tokens keep" in page
     assert "what the tokens keep" not in without
-    assert cli.main(["report", str(out), f"out={tmp_path}/r.md", "--csv", "--latex"]) == 0
+    for _ in range(2):  # its own files are written again
+        assert cli.main(["report", str(out), f"out={tmp_path}/r.md", "--csv", "--latex"]) == 0
+    (tmp_path / "mine.csv").write_text("mine")
+    assert cli.main(["report", str(out), f"out={tmp_path}/mine.md", "--csv"]) == 2
+    assert (tmp_path / "mine.csv").read_text() == "mine"
+    assert not (tmp_path / "mine.md").exists()
     rows = list(csv.DictReader((tmp_path / "r.csv").open()))
     assert all(row["metric"] for row in rows)
     assert {row["samples"] for row in rows} >= {"drawn", "peeking"}

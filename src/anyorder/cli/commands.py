@@ -236,7 +236,7 @@ def run(call: Call) -> str:
     from anyorder.cli import runs
     from anyorder.inference.processes import leads
 
-    page = runs.default_page(experiment.out)
+    page = runs.report_at(experiment.out / "report.html")
     experiment.run(overwrite)
     return _write_report([experiment.out], page, True) if leads() else ""
 
@@ -280,7 +280,7 @@ def fit(call: Call) -> str:
 
     source = call.paths.pop()
     out, overwrite = call.out(f"runs/{_path(source).resolve().stem}"), call.flag("overwrite")
-    overrides, page, pipe = call.of_stages(), runs.default_page(out), out / "pipeline"
+    overrides, page, pipe = call.of_stages(), runs.report_at(out / "report.html"), out / "pipeline"
     fit_folder(call.parse(source=source), out, overrides, dry_run=call.dry_run, overwrite=overwrite)
     return f"wrote {pipe} and {page}; next: anyorder sample pipeline={shlex.quote(str(pipe))} out=images"
 
@@ -306,12 +306,12 @@ def report(call: Call) -> str:
     if not call.paths:
         raise ValueError("give one or more run folders, for example runs/quickstart")
     folders = call.folders
-    out, images = call.file(f"{folders[0]}/report.html"), call.flag("data_images", "true")
-    if out == folders[0] / "report.html":
-        runs.default_page(folders[0])
+    default = folders[0] / "report.html"
+    out, images = call.file(str(default)), call.flag("data_images", "true")
     beside = [out.with_suffix(end) for key, end in (("csv", ".csv"), ("latex", ".tex")) if call.flag(key)]
-    for path in beside:
+    for path in [*beside, *([out] if out == default else [])]:
         require_no_artifact(path)
+        runs.report_at(path)
     if out.suffix not in summary.ENDINGS:
         raise ValueError(f"out={out} must end with one of {', '.join(summary.ENDINGS)}")
     if call.settings:

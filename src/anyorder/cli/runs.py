@@ -55,10 +55,10 @@ def outdated(folder: Path) -> str:
     return ""
 
 
-def default_page(run: Path) -> Path:
-    """The report of a run folder; a ValueError if another file lies there."""
-    path = run / "report.html"
-    ours = not path.is_file() or b"<title>anyorder" in path.read_bytes()[:1000]
+def report_at(path: Path) -> Path:
+    """The path, for a report; a ValueError if another file lies there."""
+    begin = {".html": b"<title>anyorder", ".csv": b"run,metric,split", ".tex": b"% anyorder"}[path.suffix]
+    ours = not path.is_file() or begin in path.read_bytes()[:1000]
     require(ours, f"{path} is no report of anyorder, and is kept: move it away, or choose another out=")
     return path
 
