@@ -437,7 +437,7 @@ def test_progress_shows_the_share_of_the_peak(tmp_path, monkeypatch):
         assert metrics["mfu"] == pytest.approx(flops * metrics["examples_per_second"] / 8 / 1e4, rel=0.01)
         assert line["mfu"] == f"{metrics['mfu']:.1%}"
     seen.clear()
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # 8 seconds, as other tests show
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # no C++, which takes long
     run(tmp_path / "b", plain, linear(), compile=True, steps=3)
     assert [line for *_, line in seen if "mfu" in line] == [], "compiled code hides what it computes"
     assert all({"mfu", "peak_memory"}.isdisjoint(line) for line in lines(tmp_path / "b"))

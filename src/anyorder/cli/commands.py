@@ -301,16 +301,15 @@ def report(call: Call) -> str:
     """
     from anyorder.cli import runs
     from anyorder.report import summary
-    from anyorder.stages.artifacts import require_no_artifact
 
     if not call.paths:
         raise ValueError("give one or more run folders, for example runs/quickstart")
     folders = call.folders
-    default = folders[0] / "report.html"
-    out, images = call.file(str(default)), call.flag("data_images", "true")
+    out, images = call.file(f"{folders[0]}/report.html"), call.flag("data_images", "true")
+    if out == folders[0] / "report.html":
+        runs.report_at(out)
     beside = [out.with_suffix(end) for key, end in (("csv", ".csv"), ("latex", ".tex")) if call.flag(key)]
-    for path in [*beside, *([out] if out == default else [])]:
-        require_no_artifact(path)
+    for path in beside:
         runs.report_at(path)
     if out.suffix not in summary.ENDINGS:
         raise ValueError(f"out={out} must end with one of {', '.join(summary.ENDINGS)}")

@@ -56,7 +56,8 @@ def outdated(folder: Path) -> str:
 
 
 def report_at(path: Path) -> Path:
-    """The path, for a report; a ValueError if another file lies there."""
+    """The path, for a report; a ValueError if another file lies there, an artifact's or somebody's."""
+    artifacts.require_no_artifact(path)
     begin = {".html": b"<title>anyorder", ".csv": b"run,metric,split", ".tex": b"% anyorder"}[path.suffix]
     ours = not path.is_file() or begin in path.read_bytes()[:1000]
     require(ours, f"{path} is no report of anyorder, and is kept: move it away, or choose another out=")
